@@ -1,0 +1,152 @@
+"""LoRA factors on a model through PEFT: attach, activate, freeze, read back.
+
+Three adapters can be present. `default` is the accumulated past (PEFT saves an adapter of that name at the top of its directory, where
+every PEFT user looks for it), `stage` is what the running stage learns, `probe` measures gradients. All factors are fp32.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, cast
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from mllm_keeplora.errors import KeepLoRAError
+
+ACCUMULATED = "default"
+STAGE = "stage"
+PROBE = "probe"
+
+# Module name -> (A [r, in], B [out, r]), the update being scale * B A.
+Factors = dict[str, tuple[Tensor, Tensor]]
+Trainable = Literal["none", "A", "B", "both"]
+
+
+class AdapterError(KeepLoRAError, ValueError):
+    """Factors that do not fit the model they are attached to."""
+
+
+def attach(
+    model: nn.Module,
+    adapter: str,
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    scales: Mapping[str, float],
+    dropout: float = 0.0,
+) -> PeftModel:
+    """Adds an adapter with given factors; the base and other adapters stay as they are.
+
+    Args:
+        model: a base model, or the PeftModel of an earlier call.
+        adapter: its PEFT name.
+        factors: module name -> (A [r, in], B [out, r]); ranks may differ between modules.
+        scales: module name -> s in W x + s B A x. PEFT computes alpha / r, hence alpha = s r per module.
+        dropout: on the input of A.
+
+    Returns:
+        The PeftModel. Adapters are attached inactive and frozen: see `activate`.
+
+    Raises:
+        AdapterError: no factors, or a shape that does not fit its module.
+    """
+    if not factors:
+        raise AdapterError(f"adapter {adapter!r} has no module: nothing to attach")
+    config = LoraConfig(
+        r=1,
+        lora_alpha=1,
+        target_modules=list(factors),
+        # The keys are regular expressions matched at the end of a module's name: `layers.2.q_proj` would hit both towers.
+        rank_pattern={_exactly(name): a.shape[0] for name, (a, _) in factors.items()},
+        alpha_pattern={_exactly(name): scales[name] * a.shape[0] for name, (a, _) in factors.items()},
+        lora_dropout=dropout,
+        bias="none",
+    )
+    if isinstance(model, PeftModel):
+        model.add_adapter(adapter, config)
+        peft_model = model
+    else:
+        peft_model = PeftModel(cast(Any, model), config, adapter_name=adapter)
+    _write(peft_model, adapter, factors)
+    activate(peft_model, [adapter])
+    return peft_model
+
+
+def _exactly(name: str) -> str:
+    return "^" + re.escape(name)
+
+
+@torch.no_grad()
+def _write(model: PeftModel, adapter: str, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    for name, (a, b) in factors.items():
+        for tensor, parameter, factor in zip(
+            (a, b), factor_parameters(model, adapter, name), "AB", strict=True
+        ):
+            if tensor.shape != parameter.shape:
+                raise AdapterError(
+                    f"{name}: {factor} is {tuple(tensor.shape)}, the model takes {tuple(parameter.shape)}"
+                )
+            parameter.data = tensor.detach().to(parameter.device, torch.float32).clone()
+
+
+def factor_parameters(model: PeftModel, adapter: str, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+    """The live factors (A [r, in], B [out, r]) of an adapter on base module `name`.
+
+    Raises:
+        AdapterError: the module carries no LoRA layer.
+    """
+    layer = model.get_base_model().get_submodule(name)
+    if not isinstance(layer, LoraLayer):
+        raise AdapterError(f"{name} is a {type(layer).__name__} without a LoRA adapter")
+    a, b = layer.lora_A[adapter], layer.lora_B[adapter]
+    return cast(nn.Parameter, a.weight), cast(nn.Parameter, b.weight)
+
+
+def activate(
+    model: PeftModel, adapters: Sequence[str], train: str | None = None, trainable: Trainable = "none"
+) -> list[str]:
+    """Makes exactly `adapters` take part in the forward result and exactly the named factors trainable.
+
+    PEFT's `set_adapter` makes A and B of every active adapter trainable again, hence freezing comes after it.
+
+    Args:
+        model: the PeftModel; modified in place.
+        adapters: names, in the order in which their outputs are added.
+        train: the adapter that trains, if any.
+        trainable: which of its factors.
+
+    Returns:
+        Names of the trainable parameters.
+    """
+    cast(Any, model.base_model).set_adapter(list(adapters))
+    model.requires_grad_(False)
+    wanted = {"none": (), "A": ("lora_A",), "B": ("lora_B",), "both": ("lora_A", "lora_B")}[trainable]
+    names = []
+    for name, parameter in model.named_parameters():
+        if any(f".{factor}.{train}." in name for factor in wanted):
+            parameter.requires_grad_(True)
+            names.append(name)
+    return names
+
+
+def read_factors(model: PeftModel, adapter: str, names: Sequence[str]) -> Factors:
+    """Copies of an adapter's factors, fp32 on the CPU."""
+    factors = {}
+    for name in names:
+        a, b = factor_parameters(model, adapter, name)
+        factors[name] = (a.detach().float().cpu().clone(), b.detach().float().cpu().clone())
+    return factors
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Sets every dropout probability to 0 inside the block: a probe in train() mode then sees the deterministic function."""
+    saved = [(module, module.p) for module in model.modules() if isinstance(module, nn.Dropout)]
+    for module, _ in saved:
+        module.p = 0.0
+    try:
+        yield
+    finally:
+        for module, p in saved:
+            module.p = p

@@ -1,0 +1,326 @@
+"""Settings of a run: one YAML file, one dataclass tree; the command line wins over the file, unknown keys are errors."""
+
+import difflib
+import re
+import sys
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from mllm_keeplora.errors import KeepLoRAError
+from mllm_keeplora.layer_scaling import layer_scales
+from mllm_keeplora.subspace import check_energy
+from mllm_keeplora.targets import Tower
+
+
+class ConfigError(KeepLoRAError, ValueError):
+    """A setting that cannot be used; the message names it and says what it should be."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The base model and how it is loaded.
+
+    Args:
+        base_model: Hub id or local directory with safetensors weights and a processor.
+        revision: Commit, tag or branch of a hub model; pin a commit for reproducible runs.
+        quantization: nf4 (4-bit, double quantised) in both towers, or none.
+        compute_dtype: What the model computes in. float32 on CPUs, bfloat16 on GPUs.
+        attn_implementation: sdpa, eager or flash_attention_2 (needs the flash-attn extra).
+        trust_remote_code: Run code that comes with the model. Off unless you have read that code.
+        device: auto takes the first CUDA device if there is one.
+    """
+
+    base_model: str = "recipes/embedded/base_model"
+    revision: str | None = None
+    quantization: Literal["nf4", "none"] = "nf4"
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    attn_implementation: str = "sdpa"
+    trust_remote_code: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+@dataclass(frozen=True)
+class TowerConfig:
+    """What is adapted in one tower, and what is protected there.
+
+    Args:
+        adapt: Whether the tower gets LoRA updates at all.
+        targets: Linear layers by name (q_proj, mlp.fc1, ..), or all-linear.
+        rank: r, the rank of one stage's update.
+        eps_w: Share of a pre-trained weight's energy that its protected principal subspace holds, in (0, 1] (E1).
+        eps_f: Share of a learnt task's gradient energy that the protected feature subspace holds, in (0, 1] (E8).
+        gamma: Scale of the shallowest layer's update; 1 gives KeepLoRA (E5).
+    """
+
+    adapt: bool = True
+    targets: list[str] = field(default_factory=lambda: ["all-linear"])
+    rank: int = 16
+    eps_w: float = 0.6
+    eps_f: float = 0.99
+    gamma: float = 0.2
+
+    def check(self, tower: str) -> None:
+        """Raises ConfigError for a value out of range, naming the tower."""
+        _require(self.rank >= 1, f"{tower}.rank must be at least 1, got {self.rank}")
+        _require(len(self.targets) > 0, f"{tower}.targets is empty; name linear layers, or use [all-linear]")
+        try:
+            check_energy(self.eps_w, "eps_w")
+            check_energy(self.eps_f, "eps_f")
+            layer_scales(2, self.gamma)
+        except ValueError as error:
+            raise ConfigError(f"{tower}: {error}") from error
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """The sample and the sketch from which task gradients are measured (E2).
+
+    Args:
+        fraction: Share of a task's training samples, evenly spaced.
+        max_samples: Cap on their number.
+        columns_per_rank: q / r, columns of the sketch per rank of the update.
+        refine: A second pass that orders and sharpens the directions (Rayleigh-Ritz).
+        batch_size: Samples per forward and backward of a probe pass.
+    """
+
+    fraction: float = 0.2
+    max_samples: int = 256
+    columns_per_rank: int = 4
+    refine: bool = False
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        _require(0.0 < self.fraction <= 1.0, f"probe.fraction must lie in (0, 1], got {self.fraction}")
+        for name in ("max_samples", "columns_per_rank", "batch_size"):
+            _require(getattr(self, name) >= 1, f"probe.{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Training of one stage (HF Trainer; names and meaning are its own unless stated).
+
+    Args:
+        learning_rate: Peak learning rate of AdamW.
+        num_train_epochs: Passes over a task's training samples.
+        max_steps: Optimizer steps; overrides the epochs when positive.
+        per_device_train_batch_size: Samples per forward.
+        gradient_accumulation_steps: Forwards per optimizer step.
+        lr_scheduler_type: Schedule after the warm-up.
+        warmup_ratio: Share of the steps spent warming up.
+        weight_decay: AdamW's decay of the trained factor.
+        max_grad_norm: Gradient clipping.
+        lora_dropout: On the stage's LoRA path. Above 0 inputs are no longer orthogonal to A while training.
+        gradient_checkpointing: Recompute activations in the backward pass (probe passes too).
+        optim: Optimizer name of transformers.
+        max_length: Largest sample in tokens, image tokens included; a longer one is an error, never cut. None = no limit.
+        save_steps: Steps between checkpoints inside a stage, 0 = none: an interrupted stage restarts from its beginning.
+        logging_steps: Steps between logged losses.
+        dataloader_num_workers: Worker processes that read images.
+    """
+
+    learning_rate: float = 2e-4
+    num_train_epochs: float = 1.0
+    max_steps: int = -1
+    per_device_train_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    lr_scheduler_type: str = "cosine"
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    lora_dropout: float = 0.0
+    gradient_checkpointing: bool = False
+    optim: str = "adamw_torch"
+    max_length: int | None = None
+    save_steps: int = 0
+    logging_steps: int = 10
+    dataloader_num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "num_train_epochs", "max_grad_norm"):
+            _require(getattr(self, name) > 0, f"train.{name} must be positive, got {getattr(self, name)}")
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"):
+            _require(getattr(self, name) >= 1, f"train.{name} must be at least 1, got {getattr(self, name)}")
+        _require(
+            0.0 <= self.lora_dropout < 1.0, f"train.lora_dropout must lie in [0, 1), got {self.lora_dropout}"
+        )
+        _require(
+            0.0 <= self.warmup_ratio < 1.0, f"train.warmup_ratio must lie in [0, 1), got {self.warmup_ratio}"
+        )
+        _require(self.max_steps != 0, "train.max_steps is 0: nothing would be learnt; use -1 to count epochs")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Measuring retention after every stage.
+
+    Args:
+        batch_size: Questions generated together.
+        limit: Questions per task, None = all. Recorded, and refused by the leaderboard.
+    """
+
+    batch_size: int = 32
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 1, f"evaluation.batch_size must be at least 1, got {self.batch_size}")
+        _require(
+            self.limit is None or self.limit >= 1, f"evaluation.limit must be at least 1, got {self.limit}"
+        )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A KeepLoRA++ run over a stream of tasks.
+
+    Args:
+        run_dir: Where everything of the run is written; the same command on the same directory continues it.
+        stream: YAML file with the ordered tasks and the general benchmarks.
+        data_root: Folder of the stream's data; None takes the stream file's own.
+        method: keeplora (KeepLoRA++; gamma 1 gives KeepLoRA) or lora (sequential LoRA, nothing protected).
+        alpha: LoRA alpha; an update is lambda_l * alpha / r * B A.
+        projector: frozen, or protected (adapted like a layer of the vision tower).
+        model: The base model.
+        language: The language tower.
+        vision: The vision tower.
+        probe: Task gradients.
+        train: Training of a stage.
+        train_overrides: Per task name, settings of train that differ there, e.g. {Med: {num_train_epochs: 3}}.
+        evaluation: Measuring retention.
+        initial_adapter: Directory of a PEFT LoRA adapter to start from, as if earlier stages had left it.
+        on_bad_record: error, or skip (every skipped record is named in the manifest).
+        backfill: Evaluate tasks that were appended to a finished stream at the earlier stages too.
+        cache_dir: Weight bases, reused by every run on the same base model.
+        report_to: Loggers of the HF Trainer.
+        seed: The one seed; stage t uses seed + t.
+    """
+
+    run_dir: str = "runs/vqa_embedded"
+    stream: str = "recipes/streams/embedded.yaml"
+    data_root: str | None = None
+    method: Literal["keeplora", "lora"] = "keeplora"
+    alpha: float = 32.0
+    projector: Literal["frozen", "protected"] = "frozen"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    language: TowerConfig = field(default_factory=TowerConfig)
+    vision: TowerConfig = field(default_factory=TowerConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    train_overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    initial_adapter: str | None = None
+    on_bad_record: Literal["error", "skip"] = "error"
+    backfill: bool = False
+    cache_dir: str = "cache"
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.alpha > 0, f"alpha must be positive, got {self.alpha}")
+        self.language.check("language")
+        self.vision.check("vision")
+        _require(
+            self.language.adapt or self.vision.adapt,
+            "language.adapt and vision.adapt are both false: nothing to learn",
+        )
+        _require(
+            self.projector == "frozen" or self.vision.adapt,
+            "projector: protected adapts the projector with the vision tower's settings; set vision.adapt: true",
+        )
+        for task in self.train_overrides:
+            self.train_for(task)
+
+    def train_for(self, task: str) -> TrainConfig:
+        """Training settings of one task, its overrides applied.
+
+        Raises:
+            ConfigError: an override that is not a setting of `train`.
+        """
+        overrides = self.train_overrides.get(task, {})
+        known = [f.name for f in fields(TrainConfig)]
+        for key in overrides:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            _require(key in known, f"train_overrides.{task}.{key} is not a setting of train{hint}")
+        return replace(self.train, **overrides)
+
+    def towers(self) -> dict[Tower, TowerConfig]:
+        """The adapted towers."""
+        towers: dict[Tower, TowerConfig] = {"vision": self.vision, "language": self.language}
+        return {name: tower for name, tower in towers.items() if tower.adapt}
+
+
+# Settings that change neither a number nor a file that later stages read: a run may be continued with other values.
+FREE_SETTINGS = (
+    "run_dir",
+    "stream",
+    "data_root",
+    "train_overrides",
+    "train",
+    "backfill",
+    "cache_dir",
+    "report_to",
+)
+
+
+def identity(config: RunConfig, task: str | None) -> dict[str, Any]:
+    """What makes a stage's result what it is, apart from its data: compared when a run is continued.
+
+    `train` enters as resolved for the task, so that settings of appended tasks leave finished stages valid.
+    """
+    values = {key: value for key, value in asdict(config).items() if key not in FREE_SETTINGS}
+    values["evaluation"] = {"limit": config.evaluation.limit}
+    if task is not None:
+        train = asdict(config.train_for(task))
+        values["train"] = {
+            k: v
+            for k, v in train.items()
+            if k not in ("logging_steps", "save_steps", "dataloader_num_workers")
+        }
+    return values
+
+
+def build_parser(description: str, default_config: Path) -> ArgumentParser:
+    """The command line: `--config FILE`, and every setting as `--group.name VALUE`."""
+    parser = ArgumentParser(description=description, parser_mode="yaml", exit_on_error=False)
+    parser.add_argument(
+        "--config", action="config", help=f"YAML file with settings (default: {default_config})"
+    )
+    parser.add_class_arguments(RunConfig)
+    return parser
+
+
+def parse_config(description: str, default_config: Path, argv: list[str] | None = None) -> RunConfig:
+    """Reads a recipe's settings; without `--config` the default file is read, as if it had been named.
+
+    Raises:
+        SystemExit: after `--help`.
+        ConfigError: an unknown key, a value of the wrong type, a value out of range.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not any(argument == "--config" or argument.startswith("--config=") for argument in argv):
+        argv = ["--config", str(default_config), *argv]
+    parser = build_parser(description, default_config)
+    try:
+        values = parser.instantiate(parser.parse_args(argv))
+    except ArgumentError as error:
+        raise ConfigError(f"{error}{_did_you_mean(str(error))}") from error
+    return RunConfig(**{f.name: getattr(values, f.name) for f in fields(RunConfig)})
+
+
+def _did_you_mean(message: str) -> str:
+    """A hint for an unknown key, from jsonargparse's message about it."""
+    unknown = re.search(r"accept(?:ed)?(?: option '(\w+)')?$|unrecognized arguments: --(\S+)", message)
+    quoted = re.search(r"Option '([\w.]+)'", message)
+    key = next((g for g in (*(unknown.groups() if unknown else ()), quoted and quoted.group(1)) if g), None)
+    groups = (RunConfig, ModelConfig, TowerConfig, ProbeConfig, TrainConfig, EvaluationConfig)
+    known = sorted({f.name for group in groups for f in fields(group)})
+    close = difflib.get_close_matches(key.split(".")[-1].split("=")[0], known, n=1) if key else []
+    return f" (did you mean '{close[0]}'?)" if close else " (--help lists every setting)" if key else ""

@@ -1,0 +1,402 @@
+"""One row of the accuracy matrix: every task of a stream, scored by lmms-eval in process on the live model.
+
+A stream's own test files become lmms-eval tasks by small YAMLs in the run directory (`write_task_files`) that
+include the templates of eval/tasks, so the same questions can be asked again from lmms-eval's own command
+line.
+"""
+
+import json
+import math
+import random
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+from unittest import mock
+
+import numpy as np
+import torch
+import yaml
+from PIL import ImageFile
+from tqdm import tqdm
+
+from mllm_keeplora.artifacts import atomic_path, read_json, write_json
+from mllm_keeplora.data.records import load_records
+from mllm_keeplora.evaluation import MODEL_ID, EvaluationError
+from mllm_keeplora.streams import GeneralSpec, Stream, TaskSpec
+
+TEMPLATES = Path(__file__).resolve().parents[2] / "eval" / "tasks"
+INDEX_FILE = "tasks.json"
+# lmms-eval's and our mean of the same per-sample scores differ by the order of summation only.
+MEAN_TOLERANCE = 1e-9
+
+
+class Score(TypedDict):
+    """A task's score: value = native / native_max; stderr on the scale of value, None where undefined; n
+    samples."""
+
+    value: float
+    native: float
+    native_max: float
+    stderr: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class ScoredTask:
+    """Where a stream's task is found in lmms-eval's results.
+
+    Args:
+        name: its name in the stream, which keys its score.
+        kind: a task of the stream, or a general benchmark.
+        lmms_task: its name in lmms-eval.
+        score: the number to read, lmms-eval's metric name (or "metric,filter").
+        native_max: what that number is divided by.
+    """
+
+    name: str
+    kind: Literal["task", "general"]
+    lmms_task: str
+    score: str
+    native_max: float
+
+
+def scored_tasks(stream: Stream) -> list[ScoredTask]:
+    """The stream's tasks, then its general benchmarks, with their names in lmms-eval.
+
+    Own files are prefixed: where two tasks share a name, lmms-eval takes its stock one without a word.
+    """
+    entries: list[ScoredTask] = []
+    for spec in _specs(stream):
+        kind: Literal["task", "general"] = "general" if isinstance(spec, GeneralSpec) else "task"
+        if isinstance(spec, GeneralSpec) and spec.lmms_eval_task is not None:
+            native_max = float(spec.native_max or 1.0)
+            entries.append(ScoredTask(spec.name, kind, spec.lmms_eval_task, str(spec.score), native_max))
+        else:
+            lmms_task = f"{MODEL_ID}_{stream.name}_{spec.name}"
+            entries.append(ScoredTask(spec.name, kind, lmms_task, str(spec.metric), 1.0))
+    return entries
+
+
+def _specs(stream: Stream) -> tuple[TaskSpec | GeneralSpec, ...]:
+    return (*stream.tasks, *stream.general)
+
+
+def write_task_files(stream: Stream, directory: Path) -> list[str]:
+    """Writes one lmms-eval task YAML per own test file, and tasks.json, which says what is read from the
+    results.
+
+    Test files in LLaVA's test form are used where they are. Other forms (conversations, `messages` lines) are
+    copied to the directory in that form, one question per turn, each asked on its own.
+
+    Args:
+        stream: stock lmms-eval tasks among its general benchmarks need no file.
+        directory: where to; made if missing, existing files are replaced.
+
+    Returns:
+        lmms-eval's names of the stream's tasks, then of its general benchmarks.
+
+    Raises:
+        EvaluationError: for a metric that eval/tasks does not have.
+        RecordError: for a test record that cannot be used.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    entries = scored_tasks(stream)
+    for spec, entry in zip(_specs(stream), entries, strict=True):
+        if spec.test is not None:
+            task = _task_yaml(stream, spec, entry, directory.resolve())
+            _write_text(directory / f"{entry.lmms_task}.yaml", yaml.safe_dump(task, sort_keys=False))
+    index = {"stream": stream.name, "tasks": [asdict(entry) for entry in entries]}
+    write_json(directory / INDEX_FILE, index)
+    return [entry.lmms_task for entry in entries]
+
+
+def read_index(directory: Path) -> tuple[str, list[ScoredTask]]:
+    """The stream's name and its scored tasks, as `write_task_files` left them in the directory."""
+    index = read_json(directory / INDEX_FILE)
+    return index["stream"], [ScoredTask(**entry) for entry in index["tasks"]]
+
+
+def evaluate_row(
+    model: torch.nn.Module,
+    processor: Any,
+    stream: Stream,
+    task_directory: Path,
+    output: Path,
+    *,
+    names: Sequence[str] | None = None,
+    batch_size: int,
+    limit: int | None,
+) -> dict[str, Score]:
+    """Scores the live model on the stream's tasks and general benchmarks.
+
+    The model is left as found (modules' training flags, hooks), and so are the random generators of python,
+    numpy and torch, which lmms-eval reseeds. In a distributed run every process takes a share of the
+    questions and all return the scores.
+
+    Args:
+        model: transformers model or PeftModel.
+        processor: its processor.
+        stream: what to evaluate.
+        task_directory: where `write_task_files` wrote this stream's tasks.
+        output: folder that gets one <task>.jsonl with every question's reply and score.
+        names: a subset of task and benchmark names; None evaluates all.
+        batch_size: questions generated together.
+        limit: questions per task, None for all.
+
+    Returns:
+        One score per name, in the stream's order.
+
+    Raises:
+        EvaluationError: if a task fails, a question stays unanswered, or lmms-eval returns no such score.
+    """
+    entries = scored_tasks(stream)
+    unknown = set(names or ()) - {entry.name for entry in entries}
+    if unknown:
+        raise EvaluationError(f"stream {stream.name!r} has no task {', '.join(sorted(unknown))}")
+    entries = [entry for entry in entries if names is None or entry.name in names]
+    stock = any(spec.lmms_eval_task for spec in stream.general if names is None or spec.name in names)
+    results = _run_lmms_eval(model, processor, entries, task_directory, stock, batch_size, limit)
+    scores: dict[str, Score] = {}
+    if results is not None:  # lmms-eval gathers on the main process
+        output.mkdir(parents=True, exist_ok=True)
+        for entry in entries:
+            scores[entry.name] = read_score(results, entry)
+            _write_text(output / f"{entry.name}.jsonl", _sample_lines(results, entry))
+    return _share(scores)
+
+
+def read_score(results: Mapping[str, Any], entry: ScoredTask) -> Score:
+    """Reads one task's score from lmms-eval's results (with "samples", its per-sample records by task).
+
+    The standard error is that of a mean. It is None for fewer than two samples, and where the score is not
+    the mean of the samples' own scores (F1, or captions' corpus metrics).
+
+    Raises:
+        EvaluationError: if the task, the score or samples are missing, or the score is no finite number.
+    """
+    found = results["results"].get(entry.lmms_task)
+    if found is None:
+        raise EvaluationError(
+            f"{entry.name}: lmms-eval has no results of {entry.lmms_task}, only {sorted(results['results'])}"
+        )
+    keys = [key for key in found if entry.score in (key, key.split(",")[0])]
+    native = found[keys[0]] if len(keys) == 1 else None
+    if not isinstance(native, int | float | np.number) or not math.isfinite(native):
+        raise EvaluationError(
+            f"{entry.name}: expected one finite number named {entry.score!r} in lmms-eval's results of "
+            f"{entry.lmms_task}, found {found}"
+        )
+    samples = [sample for leaf in _leaves(results, entry.lmms_task) for sample in results["samples"][leaf]]
+    n = _count(results, entry)
+    values = [_sample_score(sample, entry) for sample in samples]
+    stderr = None
+    numbers = [value for value in values if value is not None]
+    if len(numbers) == n >= 2 and math.isclose(
+        statistics.fmean(numbers), native, rel_tol=MEAN_TOLERANCE, abs_tol=MEAN_TOLERANCE
+    ):
+        stderr = statistics.stdev(numbers) / math.sqrt(n) / entry.native_max
+    return Score(
+        value=float(native) / entry.native_max,
+        native=float(native),
+        native_max=entry.native_max,
+        stderr=stderr,
+        n=n,
+    )
+
+
+def _task_yaml(
+    stream: Stream, spec: TaskSpec | GeneralSpec, entry: ScoredTask, directory: Path
+) -> dict[str, Any]:
+    template = TEMPLATES / f"{spec.metric}.yaml"
+    if not template.is_file():
+        known = sorted(path.stem for path in TEMPLATES.glob("[!_]*.yaml"))
+        raise EvaluationError(f"{entry.name}: no metric {spec.metric!r} in {TEMPLATES}, found {known}")
+    image_root = stream.image_root(spec).resolve()
+    test = (stream.data_root / str(spec.test)).resolve()
+    if not _is_test_form(test):
+        test = _copy_as_test_form(test, image_root, spec, directory / f"{entry.lmms_task}.json")
+    return {
+        "include": str(template),
+        "task": entry.lmms_task,
+        "dataset_kwargs": {"data_files": {"test": str(test)}},
+        "generation_kwargs": {"max_new_tokens": spec.max_new_tokens, "do_sample": False, "until": []},
+        "lmms_eval_specific_kwargs": {
+            "default": {"image_root": str(image_root), "prompt_suffix": spec.prompt_suffix}
+        },
+    }
+
+
+def _is_test_form(path: Path) -> bool:
+    if path.suffix != ".json":
+        return False
+    records = json.loads(path.read_text(encoding="utf-8"))
+    return all("text" in record and not {"conversations", "messages"} & record.keys() for record in records)
+
+
+def _copy_as_test_form(path: Path, image_root: Path, spec: TaskSpec | GeneralSpec, copy: Path) -> Path:
+    # The suffix is added by the task itself, as for files in test form.
+    samples, _ = load_records(path, image_root, allow_text_only=spec.allow_text_only)
+    rows = [
+        {
+            "question_id": sample.id if len(sample.turns) == 1 else f"{sample.id}-{number}",
+            "image": None if sample.image is None else str(sample.image),
+            "text": turn.question,
+            "answer": turn.answer,
+        }
+        for sample in samples
+        for number, turn in enumerate(sample.turns)
+    ]
+    write_json(copy, rows)
+    return copy
+
+
+def _run_lmms_eval(
+    model: torch.nn.Module,
+    processor: Any,
+    entries: Sequence[ScoredTask],
+    task_directory: Path,
+    stock: bool,
+    batch_size: int,
+    limit: int | None,
+) -> dict[str, Any] | None:
+    """lmms-eval's results, None on all processes but the main one."""
+    with _undisturbed():
+        from lmms_eval.evaluator import simple_evaluate
+        from lmms_eval.tasks import TaskManager
+
+        from mllm_keeplora.evaluation.lmms_model import KeepLoRAModel
+
+        # As lmms-eval sets it on first import; stock tasks may count on it, our own never accept truncated
+        # images.
+        ImageFile.LOAD_TRUNCATED_IMAGES = True
+        # Indexing the stock tasks takes ten seconds.
+        manager = TaskManager(include_path=str(task_directory), include_defaults=stock, model_name=MODEL_ID)
+        missing = [entry.lmms_task for entry in entries if entry.lmms_task not in manager.all_tasks]
+        if missing:
+            raise EvaluationError(
+                f"lmms-eval has no task {', '.join(missing)}; own test files need "
+                f"write_task_files(stream, {task_directory})"
+            )
+        try:
+            with _quiet():
+                return simple_evaluate(
+                    model=KeepLoRAModel(model, processor, batch_size),
+                    tasks=[entry.lmms_task for entry in entries],
+                    task_manager=manager,
+                    batch_size=batch_size,
+                    limit=limit,
+                    # Bootstraps only what is no mean; read_score computes the standard errors of means.
+                    bootstrap_iters=0,
+                    process_docs_parallel=1,
+                )
+        except EvaluationError:
+            raise
+        # Whatever fails inside lmms-eval, no row may be written; its own retries hide the cause in a
+        # RetryError.
+        except Exception as error:
+            cause = _cause(error)
+            tasks = ", ".join(entry.name for entry in entries)
+            raise EvaluationError(
+                f"evaluating {tasks} failed with {type(cause).__name__}: {cause}"
+            ) from error
+
+
+def _cause(error: BaseException) -> BaseException:
+    from tenacity import RetryError
+
+    last = error.last_attempt.exception() if isinstance(error, RetryError) else None
+    return last or error
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Puts back what importing and running lmms-eval changes process-wide: random generators, PIL's
+    truncation flag."""
+    accept_truncated = ImageFile.LOAD_TRUNCATED_IMAGES
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+            ImageFile.LOAD_TRUNCATED_IMAGES = accept_truncated
+
+
+class _NoBar(tqdm):  # type: ignore[type-arg]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "disable": True})
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences the bars that lmms-eval and datasets draw per task, also into log files; ours shows the
+    generation."""
+    import datasets
+
+    shown = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        with mock.patch("lmms_eval.evaluator.tqdm", _NoBar), mock.patch("lmms_eval.api.task.tqdm", _NoBar):
+            yield
+    finally:
+        if not shown:
+            datasets.enable_progress_bars()
+
+
+def _leaves(results: Mapping[str, Any], task: str) -> list[str]:
+    """The tasks with samples of their own under a task or group."""
+    subtasks = results["group_subtasks"].get(task)
+    return [leaf for subtask in subtasks for leaf in _leaves(results, subtask)] if subtasks else [task]
+
+
+def _count(results: Mapping[str, Any], entry: ScoredTask) -> int:
+    """Number of samples scored; documents are told apart by doc_id (lmms-eval's doc_hash repeats)."""
+    n = 0
+    for leaf in _leaves(results, entry.lmms_task):
+        answered = len({sample["doc_id"] for sample in results["samples"].get(leaf, [])})
+        expected = results["n-samples"][leaf]["effective"]
+        if answered != expected:
+            raise EvaluationError(f"{entry.name}: {answered} of {expected} documents of {leaf} were scored")
+        n += answered
+    return n
+
+
+def _sample_score(sample: Mapping[str, Any], entry: ScoredTask) -> float | None:
+    """A sample's own score, where the task has one: a number, or lmms-eval's {"score": number}."""
+    value = sample.get(entry.score.split(",")[0])
+    value = value.get("score") if isinstance(value, dict) else value
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _sample_lines(results: Mapping[str, Any], entry: ScoredTask) -> str:
+    lines = []
+    for leaf in _leaves(results, entry.lmms_task):
+        for sample in sorted(results["samples"][leaf], key=lambda sample: int(sample["doc_id"])):
+            line = {
+                "task": leaf,
+                "doc_id": sample["doc_id"],
+                "doc": sample["doc"],
+                "target": sample["target"],
+                "reply": sample["filtered_resps"][0],
+                "score": _sample_score(sample, entry),
+            }
+            lines.append(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+    return "".join(lines)
+
+
+def _share(scores: dict[str, Score]) -> dict[str, Score]:
+    """The main process's scores, on every process."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return scores
+    payload = [scores]
+    torch.distributed.broadcast_object_list(payload, src=0)
+    return payload[0]
+
+
+def _write_text(path: Path, text: str) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -1,0 +1,311 @@
+"""The model that lmms-eval talks to: batched greedy answers of a live or a saved model, errors never
+swallowed.
+
+Differs from lmms-eval's own wrappers in three ways that matter for measuring retention: it takes a 4-bit base
+and a PEFT adapter, it answers in batches, and a failed generation stops the evaluation. The stock wrappers
+log the error and return an empty answer, so that an out-of-memory reads as forgetting.
+"""
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
+
+import torch
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+from lmms_eval.utils import simple_parse_args_string
+from PIL import Image
+from tqdm import tqdm
+
+from mllm_keeplora.data.collator import render_prompt
+from mllm_keeplora.evaluation import EvaluationError
+
+# lmms-eval's own LLaVA wrapper generates this many tokens where a task names no limit.
+DEFAULT_MAX_NEW_TOKENS = 1024
+# Sampling settings that stock tasks carry; a greedy decoder allows only the values that mean greedy.
+GREEDY_SETTINGS: Mapping[str, tuple[Any, ...]] = {
+    "do_sample": (False, None),
+    "temperature": (0, None),
+    "num_beams": (1, None),
+}
+# Without meaning for greedy decoding of one processor-prepared image (top_p), or for other wrappers' own
+# image code.
+IGNORED_SETTINGS = frozenset({"top_p", "top_k", "image_aspect_ratio"})
+
+
+class _Decoding(NamedTuple):
+    """What one request asks of the decoder; requests that agree share batches."""
+
+    max_new_tokens: int
+    until: tuple[str, ...]
+
+
+class _Question(NamedTuple):
+    """One request made ready: the question text and its image, None for a text-only question."""
+
+    text: str
+    image: Image.Image | None
+
+
+@contextmanager
+def inference_state(model: torch.nn.Module) -> Iterator[None]:
+    """Puts every module into eval() without gradients and autocast, and puts each training flag back
+    afterwards.
+
+    `torch.no_grad`, not `torch.inference_mode`: the model is trained again afterwards, and tensors made in
+    inference mode may not enter autograd. Autocast is off because it would round the fp32 LoRA path (a fresh
+    process has none either).
+
+    Side effects:
+        The modules' `training` flags, for the duration of the context.
+    """
+    flags = {module: module.training for module in model.modules()}
+    device = next(model.parameters()).device.type
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            yield
+    finally:
+        for module, training in flags.items():
+            module.training = training
+
+
+@contextmanager
+def _named(task: str, doc_ids: Sequence[int]) -> Iterator[None]:
+    """Re-raises whatever goes wrong inside as an EvaluationError that names the task and its documents."""
+    try:
+        yield
+    except EvaluationError:
+        raise
+    # Any failure, including out of memory and errors of third-party code, has to stop the evaluation and say
+    # where.
+    except Exception as error:
+        documents = ", ".join(str(doc_id) for doc_id in doc_ids)
+        raise EvaluationError(
+            f"task {task!r}, document {documents}: answering failed with {type(error).__name__}: {error}"
+        ) from error
+
+
+class KeepLoRAModel(lmms):
+    """Answers lmms-eval's `generate_until` requests with a model and its processor.
+
+    lmms-eval calls `clean()` at the end of every evaluation, which empties the wrapper; the model itself is
+    untouched. Use a new wrapper for every evaluation.
+    """
+
+    is_simple = False  # requests carry chat messages, see `doc_to_messages` in eval/tasks/utils.py
+
+    def __init__(self, model: Any, processor: Any, batch_size: int | str = 1) -> None:
+        """Wraps a live model.
+
+        Args:
+            model: a transformers image-text-to-text model, or a PeftModel around one; left as found.
+            processor: its processor, with a chat template.
+            batch_size: questions answered together; they are padded on the left.
+
+        Raises:
+            ValueError: if batch_size is not a positive whole number.
+        """
+        super().__init__()
+        if not str(batch_size).isdigit() or int(batch_size) < 1:
+            raise ValueError(f"batch_size must be a positive whole number, found {batch_size!r}")
+        self.model = model
+        self.processor = processor
+        self.batch_size = int(batch_size)
+        # lmms-eval makes an Accelerator where the attribute is missing. One process needs none, and making
+        # one would fix accelerate's global state before the training that follows has configured it.
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from accelerate import Accelerator
+
+            self.accelerator: Any = Accelerator()
+        else:
+            self.accelerator = None
+
+    @classmethod
+    def create_from_arg_string(
+        cls, arg_string: str, additional_config: Mapping[str, Any] | None = None
+    ) -> "KeepLoRAModel":
+        """Loads the model that lmms-eval's command line describes.
+
+        Args:
+            arg_string: `--model_args`,
+                "base_model=...,adapter=...,quantization=nf4,compute_dtype=float32,...": `adapter` (a PEFT
+                adapter directory, optional) and the settings of `ModelConfig`.
+            additional_config: batch_size, max_batch_size and device from the command line, None where not
+                given.
+
+        Raises:
+            EvaluationError: for a model argument that is missing or unknown, or a value that it cannot have.
+            ConfigError: for a base model that cannot be loaded.
+        """
+        settings = dict(simple_parse_args_string(arg_string))
+        settings.update({key: value for key, value in (additional_config or {}).items() if value is not None})
+        settings.pop(
+            "max_batch_size", None
+        )  # only for automatic batch sizes, which this wrapper does not have
+        batch_size = settings.pop("batch_size", 1)
+        model, processor = load_for_evaluation(settings)
+        return cls(model, processor, batch_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go; lmms-eval asks for it in distributed evaluations."""
+        return next(self.model.parameters()).device
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Answers every request, in the order given.
+
+        Batches hold questions of one task and one decoding setting, longest first: so a task's answers do not
+        depend on which other tasks are evaluated with it, and running out of memory shows at once.
+
+        Raises:
+            EvaluationError: naming the task and documents whose answer could not be generated.
+        """
+        answers: dict[int, str] = {}
+        with inference_state(self.model), self._progress(len(requests)) as progress:
+            for batch in self._batches(requests):
+                replies = self._answer([requests[index] for index in batch])
+                answers.update(zip(batch, replies, strict=True))
+                progress.update(len(batch))
+        return [answers[index] for index in range(len(requests))]
+
+    def loglikelihood(self, requests: list[Instance]) -> NoReturn:
+        raise NotImplementedError(
+            "model 'keeplora' answers generate_until tasks only, not loglikelihood tasks"
+        )
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> NoReturn:
+        raise NotImplementedError("model 'keeplora' answers generate_until tasks only, not multi-round tasks")
+
+    def _progress(self, total: int) -> "tqdm[NoReturn]":
+        # None: shown on a terminal only.
+        return tqdm(
+            total=total, desc="Answering", unit="question", disable=self.rank != 0 or None, leave=False
+        )
+
+    def _batches(self, requests: list[Instance]) -> Iterator[list[int]]:
+        groups: dict[tuple[str, _Decoding], list[int]] = defaultdict(list)
+        for index, request in enumerate(requests):
+            with _named(request.task_name, [request.doc_id]):
+                groups[request.task_name, _read_decoding(request.args[2])].append(index)
+        for indices in groups.values():
+            indices.sort(key=lambda index: len(requests[index].args[0]), reverse=True)
+            for start in range(0, len(indices), self.batch_size):
+                yield indices[start : start + self.batch_size]
+
+    def _answer(self, batch: list[Instance]) -> list[str]:
+        questions = []
+        for request in batch:
+            _, doc_to_messages, _, doc_id, task, split = request.args
+            with _named(task, [doc_id]):
+                questions.append(_read_messages(doc_to_messages(self.task_dict[task][split][doc_id])))
+        with _named(batch[0].task_name, [request.doc_id for request in batch]):
+            return self._generate(questions, _read_decoding(batch[0].args[2]))
+
+    def _generate(self, questions: list[_Question], decoding: _Decoding) -> list[str]:
+        tokenizer = self.processor.tokenizer
+        prompts = [render_prompt(self.processor, text, image is not None) for text, image in questions]
+        images = [image for _, image in questions if image is not None]
+        inputs = self.processor(
+            text=prompts, images=images or None, padding=True, padding_side="left", return_tensors="pt"
+        ).to(self.device)
+        eos = self.model.generation_config.eos_token_id
+        sequences = self.model.generate(
+            **inputs,
+            max_new_tokens=decoding.max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            # None overrides what a checkpoint's generation config may ask for; greedy decoding has no use for
+            # them.
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            use_cache=True,
+            eos_token_id=tokenizer.eos_token_id if eos is None else eos,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        replies = tokenizer.batch_decode(
+            sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+        return [_cut(reply, decoding.until) for reply in replies]
+
+
+def load_for_evaluation(settings: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Loads base model, processor and, where one is named, a PEFT adapter.
+
+    Args:
+        settings: the fields of `ModelConfig`, and `adapter`.
+
+    Raises:
+        EvaluationError: for a setting that is missing or unknown, or a value that it cannot have.
+        ConfigError: for a base model that cannot be loaded.
+    """
+    from peft import PeftModel
+
+    from mllm_keeplora.config import ModelConfig
+    from mllm_keeplora.models import load_base
+
+    # lmms-eval turns anything that looks like a number into one; names and revisions are strings.
+    values: dict[str, Any] = {
+        key: value if isinstance(value, bool) else str(value) for key, value in settings.items()
+    }
+    adapter = values.pop("adapter", None)
+    _check_model_settings(values, get_type_hints(ModelConfig))
+    model, processor = load_base(ModelConfig(**values))
+    return (model if adapter is None else PeftModel.from_pretrained(model, adapter).eval()), processor
+
+
+def _check_model_settings(values: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    unknown = sorted(set(values) - set(known))
+    if unknown or "base_model" not in values:
+        problem = f"unknown argument {', '.join(unknown)}" if unknown else "base_model is missing"
+        raise EvaluationError(f"--model_args: {problem}; known are adapter, {', '.join(known)}")
+    for key, value in values.items():
+        choices = get_args(known[key]) if get_origin(known[key]) is Literal else (value,)
+        if value not in choices:
+            raise EvaluationError(f"--model_args: {key} is {value!r}, expected {' or '.join(choices)}")
+
+
+def _read_decoding(settings: Mapping[str, Any]) -> _Decoding:
+    """Checks a task's generation_kwargs.
+
+    Raises:
+        ValueError: for sampling, beams, or a setting that would be ignored.
+    """
+    for name, value in settings.items():
+        if name in GREEDY_SETTINGS and value not in GREEDY_SETTINGS[name]:
+            raise ValueError(f"generation_kwargs: {name}={value!r}, but model 'keeplora' decodes greedily")
+    unknown = set(settings) - set(GREEDY_SETTINGS) - IGNORED_SETTINGS - {"max_new_tokens", "until"}
+    if unknown:
+        raise ValueError(f"generation_kwargs: {', '.join(sorted(unknown))} not supported by model 'keeplora'")
+    until = settings.get("until") or ()
+    until = (until,) if isinstance(until, str) else tuple(until)
+    return _Decoding(int(settings.get("max_new_tokens") or DEFAULT_MAX_NEW_TOKENS), until)
+
+
+def _read_messages(messages: Sequence[Mapping[str, Any]]) -> _Question:
+    """Reads one user turn of lmms-eval's chat messages: one text and at most one image (PIL image or path).
+
+    Raises:
+        ValueError: for several turns, a system turn, several images, or other media.
+    """
+    roles = [message["role"] for message in messages]
+    if roles != ["user"]:
+        raise ValueError(f"expected one user message, found roles {roles}")
+    parts = messages[0]["content"]
+    kinds = [part["type"] for part in parts]
+    if sorted(kinds) not in (["text"], ["image", "text"]):
+        raise ValueError(f"expected one text and at most one image, found {kinds}")
+    text = next(part["text"] for part in parts if part["type"] == "text")
+    image = next((part["url"] for part in parts if part["type"] == "image"), None)
+    if isinstance(image, str):
+        image = Image.open(image)
+    return _Question(text, None if image is None else image.convert("RGB"))
+
+
+def _cut(reply: str, until: tuple[str, ...]) -> str:
+    """The reply up to the first stop string."""
+    ends = [reply.find(stop) for stop in until if stop and stop in reply]
+    return reply[: min(ends)].strip() if ends else reply.strip()

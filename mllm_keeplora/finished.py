@@ -1,0 +1,36 @@
+"""Opening the result of a run: its base model with the accumulated adapter."""
+
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from mllm_keeplora.artifacts import ArtifactError, read_json
+from mllm_keeplora.config import ModelConfig
+from mllm_keeplora.models import load_base
+
+
+def run_model_config(run_dir: Path) -> ModelConfig:
+    """How the run loaded its base model.
+
+    Raises:
+        ArtifactError: no such run, or no adapter in it yet.
+    """
+    if not (run_dir / "adapter" / "adapter_config.json").is_file():
+        raise ArtifactError(
+            f"{run_dir} holds no adapter/: name the directory of a run that has finished a stage"
+        )
+    return ModelConfig(**read_json(run_dir / "config.json")["model"])
+
+
+def load_run(run_dir: Path) -> tuple[PeftModel, Any]:
+    """The run's model, as it is after its last stage, and its processor.
+
+    Raises:
+        ArtifactError: no such run, or no adapter in it yet.
+        ConfigError: the base model cannot be loaded.
+    """
+    model, processor = load_base(run_model_config(run_dir))
+    adapted = PeftModel.from_pretrained(model, str(run_dir / "adapter"))
+    adapted.eval()
+    return adapted, processor

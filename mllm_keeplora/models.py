@@ -1,0 +1,199 @@
+"""Loading the base model: 4-bit in both towers, guarded, frozen; and a PEFT adapter to start from."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from peft import PeftConfig, PeftModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
+
+from mllm_keeplora.adapters import ACCUMULATED, Factors, read_factors
+from mllm_keeplora.artifacts import (
+    load_tensors,
+    read_json,
+    replaced_directory,
+    sha256_file,
+    sha256_json,
+    write_json,
+)
+from mllm_keeplora.config import ConfigError, ModelConfig
+from mllm_keeplora.platform_guards import guard_linear4bit
+from mllm_keeplora.targets import family_of
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# What of a repository is read: safetensors weights only, so that no pickle is ever opened.
+MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
+
+
+def resolve_device(config: ModelConfig) -> torch.device:
+    """The device a run uses.
+
+    Raises:
+        ConfigError: device cuda without a CUDA device.
+    """
+    available = torch.cuda.is_available()
+    if config.device == "cuda" and not available:
+        raise ConfigError(
+            "model.device is cuda, but torch sees no CUDA device; use model.device: cpu or auto"
+        )
+    return torch.device("cuda", 0) if available and config.device != "cpu" else torch.device("cpu")
+
+
+def resolve_model_directory(config: ModelConfig) -> Path:
+    """The local directory of a base model, fetched from the hub where it is a hub id.
+
+    Raises:
+        ConfigError: neither a directory nor a reachable hub id; a directory without config, weights or processor.
+    """
+    directory = Path(config.base_model)
+    if not directory.is_dir():
+        try:
+            directory = Path(
+                snapshot_download(config.base_model, revision=config.revision, allow_patterns=MODEL_FILES)
+            )
+        except (
+            HfHubHTTPError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+            ValueError,
+            OSError,
+        ) as error:
+            raise ConfigError(
+                f"model.base_model {config.base_model!r} is neither a directory here nor a hub model that can be fetched: {error}"
+            ) from error
+    for what, names in (
+        ("config", ["config.json"]),
+        ("processor", ["processor_config.json", "preprocessor_config.json"]),
+        ("tokenizer", ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"]),
+    ):
+        if not any((directory / name).is_file() for name in names):
+            raise ConfigError(
+                f"base model {directory} has no {what}: expected {' or '.join(names)} in that directory"
+            )
+    if not any(directory.glob("*.safetensors")):
+        raise ConfigError(
+            f"base model {directory} has no *.safetensors weights; convert it first, pickled weights are not read"
+        )
+    return directory
+
+
+def quantization_config(config: ModelConfig, not_quantised: tuple[str, ...]) -> BitsAndBytesConfig | None:
+    """NF4 with double quantisation, or None."""
+    if config.quantization == "none":
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=DTYPES[config.compute_dtype],
+        llm_int8_skip_modules=list(not_quantised),
+    )
+
+
+def load_base(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
+    """Loads the base model and its processor; the model is frozen and in eval mode.
+
+    Raises:
+        ConfigError: an unusable model directory, device or attention implementation.
+        TargetError: a model family that is not in the table.
+    """
+    if config.attn_implementation == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise ConfigError(
+            "attn_implementation is flash_attention_2, but flash-attn is not installed: "
+            "pip install --no-build-isolation '.[flash-attn]', or use sdpa"
+        )
+    directory = resolve_model_directory(config)
+    device = resolve_device(config)
+    trust = config.trust_remote_code
+    family = family_of(AutoConfig.from_pretrained(directory, trust_remote_code=trust))
+    model = AutoModelForImageTextToText.from_pretrained(
+        directory,
+        dtype=DTYPES[config.compute_dtype],
+        quantization_config=quantization_config(config, family.not_quantised),
+        attn_implementation=config.attn_implementation,
+        trust_remote_code=trust,
+        use_safetensors=True,
+        device_map={"": device},
+    )
+    guard_linear4bit(model)
+    model.requires_grad_(False)
+    model.eval()
+    return model, AutoProcessor.from_pretrained(directory, trust_remote_code=trust)
+
+
+def base_model_hash(directory: Path, cache: Path) -> str:
+    """Content hash of a base model (config and weight files), remembered under `cache` by path, size and time.
+
+    A 7B model takes half a minute to hash, hence the memory; a rewritten file has another time and is hashed again.
+    """
+    files = sorted([*directory.glob("*.safetensors"), directory / "config.json"])
+    state = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    memory = cache / "model_hashes" / f"{sha256_json(state)}.json"
+    if not memory.exists():
+        write_json(memory, {"hash": sha256_json({f.name: sha256_file(f) for f in files})})
+    return str(read_json(memory)["hash"])
+
+
+def read_initial_adapter(model: PreTrainedModel, directory: Path) -> Factors:
+    """Factors of an existing PEFT LoRA adapter, scales absorbed in B: the past of a stream that starts from it.
+
+    Raises:
+        ConfigError: no LoRA adapter there, or one with parts that rank concatenation cannot represent.
+    """
+    if not (directory / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"initial_adapter {directory} has no adapter_config.json: name the directory of a PEFT adapter"
+        )
+    config: Any = PeftConfig.from_pretrained(str(directory))
+    unsupported = [
+        name
+        for name in ("use_dora", "modules_to_save", "trainable_token_indices")
+        if getattr(config, name, None)
+    ]
+    if config.peft_type != "LORA" or getattr(config, "bias", "none") != "none" or unsupported:
+        raise ConfigError(
+            f"initial_adapter {directory}: only plain LoRA can be folded exactly, this is {config.peft_type} with "
+            f"bias {getattr(config, 'bias', None)!r} and {unsupported or 'no extra parts'}"
+        )
+    peft_model = PeftModel.from_pretrained(model, str(directory), adapter_name=ACCUMULATED)
+    layers = {
+        name: module
+        for name, module in peft_model.get_base_model().named_modules()
+        if hasattr(module, "lora_A")
+    }
+    factors = read_factors(peft_model, ACCUMULATED, list(layers))
+    scaled = {name: (a, b * layers[name].scaling[ACCUMULATED]) for name, (a, b) in factors.items()}
+    peft_model.unload()
+    return scaled
+
+
+def save_adapter(directory: Path, model: PeftModel, config: ModelConfig) -> None:
+    """Writes the accumulated adapter as a plain PEFT adapter, with the quantisation of its base beside it.
+
+    Stock `PeftModel.from_pretrained` loads the directory. It appears whole or not at all.
+    """
+    peft_config = model.peft_config[ACCUMULATED]
+    peft_config.base_model_name_or_path = config.base_model
+    peft_config.revision = config.revision
+    peft_config.inference_mode = True
+    quantization = quantization_config(config, family_of(model.get_base_model().config).not_quantised)
+    with replaced_directory(directory) as temporary:
+        model.save_pretrained(str(temporary), selected_adapters=[ACCUMULATED])
+        write_json(temporary / "quantization_config.json", quantization.to_dict() if quantization else None)
+
+
+def read_adapter(directory: Path) -> Factors:
+    """The factors that `save_adapter` wrote, bit for bit."""
+    tensors = load_tensors(directory / "adapter_model.safetensors")
+    prefix, suffix = "base_model.model.", ".lora_A.weight"
+    names = [key[len(prefix) : -len(suffix)] for key in tensors if key.endswith(suffix)]
+    return {n: (tensors[f"{prefix}{n}.lora_A.weight"], tensors[f"{prefix}{n}.lora_B.weight"]) for n in names}

@@ -1,0 +1,69 @@
+"""The protected basis M of every adapted module, assembled from files: weight basis (cached) and feature bases (one a stage)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mllm_keeplora.artifacts import save_tensors
+from mllm_keeplora.linears import computed_weight
+from mllm_keeplora.subspace import principal_basis
+from mllm_keeplora.targets import Target, Tower
+
+
+@dataclass(frozen=True)
+class ProtectedBases:
+    """M per module, read from disk one module at a time (a 7B model's bases are gigabytes).
+
+    Attributes:
+        weight_files: module name -> file with its weight basis; empty for a method that protects nothing.
+        feature_files: one file per past stage, oldest first, with the directions that the stage added per module.
+        device: where bases are put.
+    """
+
+    weight_files: Mapping[str, Path]
+    feature_files: Sequence[Path]
+    device: torch.device
+
+    def load(self, target: Target) -> Tensor:
+        """M, [in, k_w + k_f] fp32; [in, 0] when nothing is protected."""
+        parts = [self.weight_basis(target)]
+        for path in self.feature_files:
+            with safe_open(path, framework="pt", device=str(self.device)) as file:
+                parts.append(file.get_tensor(target.name))
+        return torch.cat(parts, dim=1)
+
+    def weight_basis(self, target: Target) -> Tensor:
+        """U_w, [in, k_w] fp32."""
+        if target.name not in self.weight_files:
+            return torch.zeros(target.in_features, 0, device=self.device)
+        with safe_open(self.weight_files[target.name], framework="pt", device=str(self.device)) as file:
+            return file.get_tensor("basis")
+
+
+def weight_basis_files(
+    model: nn.Module, targets: Sequence[Target], eps_w: Mapping[Tower, float], directory: Path
+) -> dict[str, Path]:
+    """Computes the weight bases that `directory` does not hold yet (E1), one layer at a time.
+
+    Cost: per module one Gram product and one symmetric eigenproblem of size min(out, in); afterwards a file read.
+
+    Args:
+        model: the base model without adapters.
+        targets: the adapted layers.
+        eps_w: energy share per tower.
+        directory: cache for this base model and quantisation; one file per module and eps_w.
+
+    Returns:
+        Module name -> file with `basis` [in, k_w] fp32.
+    """
+    files = {t.name: directory / f"{t.name}-eps{eps_w[t.tower]:g}.safetensors" for t in targets}
+    missing = [t for t in targets if not files[t.name].exists()]
+    for target in tqdm(missing, desc="weight bases", unit="module", disable=None if missing else True):
+        weight = computed_weight(model.get_submodule(target.name))
+        save_tensors(files[target.name], {"basis": principal_basis(weight, eps_w[target.tower])})
+    return files

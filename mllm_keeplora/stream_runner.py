@@ -1,0 +1,395 @@
+"""A run over a stream: continue what is there, run the stages that are missing, report."""
+
+import fcntl
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.logging import get_logger
+
+from mllm_keeplora.adapters import Factors
+from mllm_keeplora.artifacts import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    ArtifactError,
+    read_json,
+    read_manifest,
+    replaced_directory,
+    sha256_file,
+    write_json,
+    write_manifest,
+)
+from mllm_keeplora.config import ConfigError, RunConfig, identity
+from mllm_keeplora.evaluation.evaluate import evaluate_row, write_task_files
+from mllm_keeplora.evaluation.report import format_table, write_report
+from mllm_keeplora.models import (
+    base_model_hash,
+    load_base,
+    read_adapter,
+    read_initial_adapter,
+    resolve_device,
+    resolve_model_directory,
+)
+from mllm_keeplora.protected import weight_basis_files
+from mllm_keeplora.retention import retention_ratios, summarize
+from mllm_keeplora.stage import (
+    Clock,
+    Workplace,
+    attach_accumulated,
+    detach,
+    evaluate_stage,
+    peak_memory,
+    run_stage,
+    stage_directory,
+)
+from mllm_keeplora.streams import GeneralSpec, Stream, TaskSpec, data_hash, load_stream
+from mllm_keeplora.targets import find_targets
+
+logger = get_logger(__name__)
+
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "lmms_eval", "mllm-keeplora")
+FEATURES = "feature_basis.safetensors"
+
+
+def run_stream(config: RunConfig) -> dict[str, Any]:
+    """Runs, or continues, a stream; returns the content of `retention.json`.
+
+    Complete stages are checked against their manifests and kept; the first incomplete one continues from its last finished phase.
+
+    Raises:
+        ConfigError, StreamError, TargetError: settings, data or a model that cannot be used.
+        ArtifactError: the run directory belongs to another config or was edited.
+        StageError, TrainingError, EvaluationError, WriteError: a stage that failed; what was complete is kept.
+    """
+    state = PartialState(cpu=config.model.device == "cpu")
+    if state.num_processes > 1:
+        raise ConfigError(
+            f"started with {state.num_processes} processes; a run uses one: launch with --num_processes 1"
+        )
+    stream = load_stream(Path(config.stream), Path(config.data_root) if config.data_root else None)
+    run_dir = Path(config.run_dir)
+    with _only_process(run_dir):
+        history = _History.read(config, stream, run_dir)
+        work: Workplace | None = None
+        if history.missing_stages or (config.backfill and history.missing_cells()):
+            work = _open_workplace(config, stream, run_dir)
+            write_json(run_dir / "config.json", asdict(config))
+        if work is not None:
+            _run_missing(work, history)
+            if config.backfill:
+                _backfill(work, history)
+        return _report(history)
+
+
+@dataclass
+class _History:
+    """Stages of a run directory, complete and missing."""
+
+    config: RunConfig
+    stream: Stream
+    run_dir: Path
+    base_hash: str
+    data: dict[str, str]
+    manifests: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, config: RunConfig, stream: Stream, run_dir: Path) -> "_History":
+        """Reads and checks the manifests that exist.
+
+        Raises:
+            ArtifactError: edited or missing manifests, another config or other data.
+        """
+        base_hash = base_model_hash(resolve_model_directory(config.model), Path(config.cache_dir))
+        specs: list[TaskSpec | GeneralSpec] = [*stream.tasks, *stream.general]
+        data = {spec.name: data_hash(stream, spec) for spec in specs}
+        history = cls(config, stream, run_dir, base_hash, data, [])
+        for number in range(len(stream.tasks) + 1):
+            manifest = read_manifest(history.directory(number), history.previous_hash())
+            if manifest is None:
+                break
+            history._check(number, manifest)
+            history.manifests.append(manifest)
+        history._check_no_gap()
+        return history
+
+    def directory(self, number: int) -> Path:
+        """Directory of stage `number`."""
+        return stage_directory(self.run_dir, number, self.task_name(number))
+
+    def task_name(self, number: int) -> str | None:
+        """Task learnt in stage `number`; None for the base."""
+        return self.stream.tasks[number - 1].name if number else None
+
+    def previous_hash(self) -> str | None:
+        """Hash of the last complete stage's manifest."""
+        return sha256_file(self.directory(len(self.manifests) - 1) / MANIFEST) if self.manifests else None
+
+    @property
+    def missing_stages(self) -> range:
+        """Numbers of the stages still to run."""
+        return range(len(self.manifests), len(self.stream.tasks) + 1)
+
+    def header(self, number: int) -> dict[str, Any]:
+        """What a manifest says before anything is computed."""
+        task = self.task_name(number)
+        return {
+            "stage": number,
+            "task": task,
+            "previous": self.previous_hash(),
+            "method": self.config.method,
+            "identity": self.identity(number),
+            "config": asdict(self.config),
+            "data": self.data,
+            "seeds": {"run": self.config.seed, "stage": self.config.seed + number},
+            "base_model": {"name": self.config.model.base_model, "hash": self.base_hash},
+            "packages": {name: version(name) for name in PACKAGES},
+        }
+
+    def identity(self, number: int) -> dict[str, Any]:
+        """Settings and base model that a stage's result depends on; the path of the base may change, its content not."""
+        values = identity(self.config, self.task_name(number))
+        values["model"] = {
+            k: v for k, v in values["model"].items() if k not in ("base_model", "revision", "device")
+        }
+        return {**values, "base_model": self.base_hash}
+
+    def scores(self, number: int) -> dict[str, Any]:
+        """Scores of a stage's row, backfilled cells included."""
+        path = self.directory(number) / "backfill.json"
+        return {**self.manifests[number]["scores"], **(read_json(path) if path.exists() else {})}
+
+    def missing_cells(self) -> dict[int, list[str]]:
+        """Stage -> names of tasks and benchmarks that were not evaluated there."""
+        cells = {
+            n: [name for name in self.data if name not in self.scores(n)] for n in range(len(self.manifests))
+        }
+        return {number: names for number, names in cells.items() if names}
+
+    def _check(self, number: int, manifest: Mapping[str, Any]) -> None:
+        where = self.directory(number) / MANIFEST
+        check_identity(manifest["identity"], self.identity(number), where)
+        changed = [name for name, found in self.data.items() if manifest["data"].get(name, found) != found]
+        if changed:
+            raise ArtifactError(
+                f"{where}: the data of {', '.join(changed)} has changed since this stage ran; restore it, or use another run_dir"
+            )
+
+    def _check_no_gap(self) -> None:
+        """A stage directory beyond the complete ones means a removed manifest, or a task taken out of the stream."""
+        root, expected = (
+            self.run_dir / "stages",
+            {self.directory(n).name for n in range(len(self.stream.tasks) + 1)},
+        )
+        present = sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
+        unknown = [name for name in present if name not in expected]
+        if unknown:
+            raise ArtifactError(
+                f"{root / unknown[0]} is not a stage of stream {self.stream.name!r} ({', '.join(sorted(expected))}): tasks may be "
+                "appended to a run, not removed, renamed or reordered; use another run_dir"
+            )
+        beyond = [
+            self.directory(n) for n in self.missing_stages[1:] if (self.directory(n) / MANIFEST).exists()
+        ]
+        if beyond:
+            missing = self.directory(len(self.manifests)) / MANIFEST
+            raise ArtifactError(
+                f"{missing} is missing although {beyond[0]} is complete; restore it, or delete {beyond[0]} and the stages after "
+                "it to have them computed again"
+            )
+
+
+def check_identity(stored: Mapping[str, Any], expected: Mapping[str, Any], where: Path) -> None:
+    """Compares a stage's settings with the current ones.
+
+    Raises:
+        ArtifactError: they differ; names each setting with both values.
+    """
+    old, new = _flatten(stored), _flatten(expected)
+    different = [
+        f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in {**old, **new} if old.get(k) != new.get(k)
+    ]
+    if different:
+        raise ArtifactError(
+            f"{where} was written with other settings ({'; '.join(different[:5])}); use another run_dir, or the settings it was "
+            "started with"
+        )
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= (
+            _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        )
+    return flat
+
+
+@contextmanager
+def _only_process(run_dir: Path) -> Iterator[None]:
+    """Holds the run directory; the lock ends with the process, also when that is killed."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ArtifactError(
+                f"another process is running in {run_dir}; wait for it, or use another run_dir"
+            ) from error
+        yield
+
+
+def _open_workplace(config: RunConfig, stream: Stream, run_dir: Path) -> Workplace:
+    logger.info(f"loading {config.model.base_model} ({config.model.quantization})")
+    model, processor = load_base(config.model)
+    if config.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    patterns = {name: tower.targets for name, tower in config.towers().items()}
+    targets = find_targets(model, patterns, protect_projector=config.projector == "protected")
+    eps_w = {name: tower.eps_w for name, tower in config.towers().items()}
+    base_hash = base_model_hash(resolve_model_directory(config.model), Path(config.cache_dir))
+    cache = Path(config.cache_dir) / "weight_bases" / f"{base_hash[:16]}-{config.model.quantization}"
+    files = weight_basis_files(model, targets, eps_w, cache) if config.method == "keeplora" else {}
+    write_task_files(stream, run_dir / "eval_tasks")
+    return Workplace(config, stream, model, processor, targets, files, run_dir, resolve_device(config.model))
+
+
+def _run_missing(work: Workplace, history: _History) -> None:
+    past = _past_factors(work, history, len(history.manifests) - 1)
+    for number in history.missing_stages:
+        directory, header = history.directory(number), history.header(number)
+        _claim(directory, header)
+        if number == 0:
+            history.manifests.append(_base_stage(work, header, directory, past))
+        else:
+            logger.info(f"stage {number} of {len(work.stream.tasks)}: {header['task']}")
+            features = [history.directory(n) / FEATURES for n in range(1, number)]
+            result = run_stage(work, number, work.stream.tasks[number - 1], past, features, header)
+            history.manifests.append(result.manifest)
+            past = result.accumulated
+        logger.info(stage_summary(history.manifests[-1]))
+
+
+def _claim(directory: Path, header: Mapping[str, Any]) -> None:
+    """Pins what an unfinished stage was started with: its finished phases are reused only under the same."""
+    path = directory / "inputs.json"
+    inputs = {key: header[key] for key in ("identity", "previous")} | {
+        "data": header["data"].get(header["task"])
+    }
+    if path.exists():
+        check_identity(read_json(path), inputs, path)
+    else:
+        write_json(path, inputs)
+
+
+def _past_factors(work: Workplace, history: _History, number: int) -> Factors:
+    """Accumulated factors after stage `number`; before the first, those of `initial_adapter`."""
+    if number >= 1:
+        return read_adapter(history.directory(number) / "adapter")
+    initial = work.config.initial_adapter
+    return read_initial_adapter(work.model, Path(initial)) if initial else {}
+
+
+def _base_stage(work: Workplace, header: dict[str, Any], directory: Path, past: Factors) -> dict[str, Any]:
+    """Row 0: what the starting model can do."""
+    logger.info("stage 0: measuring the starting model")
+    clock = Clock()
+    model = attach_accumulated(work.model, past)
+    with clock.phase("evaluation"):
+        scores = evaluate_stage(work, model, directory)
+    detach(model)
+    measured = {"peak_memory_bytes": peak_memory(work.device), "timings": clock.total(), "scores": scores}
+    return write_manifest(directory, {**header, "modules": [], "counts": {}, "loss": [], **measured})
+
+
+def _backfill(work: Workplace, history: _History) -> None:
+    """Evaluates what earlier rows lack from the adapters those stages stored."""
+    for number, names in history.missing_cells().items():
+        logger.info(f"backfilling stage {number}: {', '.join(names)}")
+        directory = history.directory(number)
+        model = attach_accumulated(work.model, _past_factors(work, history, number))
+        scores = evaluate_row(
+            model,
+            work.processor,
+            work.stream,
+            work.run_dir / "eval_tasks",
+            directory / "backfill",
+            names=names,
+            batch_size=work.config.evaluation.batch_size,
+            limit=work.config.evaluation.limit,
+        )
+        detach(model)
+        path = directory / "backfill.json"
+        write_json(path, {**(read_json(path) if path.exists() else {}), **scores})
+
+
+def stage_summary(manifest: Mapping[str, Any]) -> str:
+    """One table a stage: per tower the ranks, bases and leakage, and the row of scores."""
+    lines = [f"stage {manifest['stage']} ({manifest['task'] or 'base'})"]
+    for tower in ("vision", "language"):
+        rows = [m for m in manifest["modules"] if m["tower"] == tower]
+        if rows:
+            columns = [
+                f"{key} {_spread([m[key] for m in rows])}" for key in ("k_w", "k_f", "k_f_added", "rank")
+            ]
+            leak = max(m["leakage"] for m in rows)
+            lines.append(f"  {tower:8s} {len(rows):3d} modules  {'  '.join(columns)}  leakage <= {leak:.1e}")
+    scores = (f"{name} {score['value']:.3f}" for name, score in manifest["scores"].items())
+    lines.append("  scores   " + "  ".join(scores))
+    lines.append(
+        "  seconds  " + "  ".join(f"{name} {seconds:.1f}" for name, seconds in manifest["timings"].items())
+    )
+    return "\n".join(lines)
+
+
+def _spread(values: Sequence[int]) -> str:
+    return f"{min(values)}..{median(values):g}..{max(values)}"
+
+
+def _report(history: _History) -> dict[str, Any]:
+    retention = build_retention(history)
+    run_dir = history.run_dir
+    last = history.directory(len(history.manifests) - 1) / "adapter"
+    with replaced_directory(run_dir / "adapter") as temporary:
+        shutil.copytree(last, temporary, dirs_exist_ok=True)
+    write_json(run_dir / "retention.json", retention)
+    write_report(run_dir)
+    sys.stdout.write(
+        format_table(retention) + f"\nreport: {run_dir / 'report.html'}\nadapter: {run_dir / 'adapter'}\n"
+    )
+    return retention
+
+
+def build_retention(history: _History) -> dict[str, Any]:
+    """The content of `retention.json`: every row of scores and the metrics of the matrix."""
+    tasks = [task.name for task in history.stream.tasks]
+    general = [spec.name for spec in history.stream.general]
+    rows = []
+    for number, manifest in enumerate(history.manifests):
+        scores = history.scores(number)
+        rows.append(
+            {
+                "stage": number,
+                "task": manifest["task"],
+                "scores": {name: scores.get(name) for name in (*tasks, *general)},
+            }
+        )
+    values = [{name: score and score["value"] for name, score in row["scores"].items()} for row in rows]
+    metrics: dict[str, Any] = summarize([[row[task] for task in tasks] for row in values])
+    metrics["retention"] = retention_ratios(
+        {g: values[0][g] for g in general}, {g: values[-1][g] for g in general}
+    )
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "method": history.config.method,
+        "tasks": tasks,
+        "general": general,
+        "rows": rows,
+        "metrics": metrics,
+    }

@@ -1,0 +1,193 @@
+"""Training one stage's LoRA factor with the HF Trainer: fp32 factors, no autocast, resumable, and fatal on NaN.
+
+The base computes in its own dtype (bf16 on GPUs, set when it is loaded) and PEFT casts the LoRA path to the factors' fp32.
+Autocast stays off: under it an fp32 A would answer protected inputs with 2e-3 instead of rounding.
+"""
+
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from mllm_keeplora.config import TrainConfig
+from mllm_keeplora.errors import KeepLoRAError
+
+STAGE_WEIGHTS = "stage.safetensors"
+COMPLETE = "complete"
+
+
+class TrainingError(KeepLoRAError, RuntimeError):
+    """Training that must not go on."""
+
+
+class StageTrainer(Trainer):
+    """HF Trainer that checkpoints exactly the trainable parameters.
+
+    Stock resuming loads only the first active adapter (here the frozen past), makes its factors trainable and then fails on the
+    optimizer's group size; hence saving and loading the stage's own parameters.
+    """
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One forward and backward.
+
+        Raises:
+            TrainingError: a loss that is NaN or infinite.
+        """
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}: lower train.learning_rate or check the data; "
+                "completed stages are untouched"
+            )
+        return loss
+
+    def _trainable(self) -> dict[str, torch.nn.Parameter]:
+        model: PeftModel = self.model  # type: ignore[assignment]
+        return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        directory = Path(str(output_dir or self.args.output_dir))
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {n: p.detach().cpu().contiguous() for n, p in self._trainable().items()},
+            directory / STAGE_WEIGHTS,
+        )
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        # Marks a checkpoint whose every file is written: a kill in the middle leaves one without the mark.
+        Path(str(self.args.output_dir), f"checkpoint-{self.state.global_step}", COMPLETE).touch()
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
+    ) -> None:
+        saved = load_file(Path(resume_from_checkpoint, STAGE_WEIGHTS))
+        parameters = self._trainable()
+        if saved.keys() != parameters.keys():
+            raise TrainingError(
+                f"{resume_from_checkpoint} holds {len(saved)} parameters, the stage trains {len(parameters)}; delete it"
+            )
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(saved[name])
+
+
+class FiniteGradients(TrainerCallback):
+    """Stops before the optimizer would write a NaN gradient into the factor."""
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Checks every trainable parameter's gradient.
+
+        Raises:
+            TrainingError: a gradient that is NaN or infinite.
+        """
+        named = [(n, p.grad) for n, p in kwargs["model"].named_parameters() if p.grad is not None]
+        norms = torch.stack(torch._foreach_norm([grad for _, grad in named]))
+        if not torch.isfinite(norms).all():
+            name = named[int((~torch.isfinite(norms)).int().argmax())][0]
+            raise TrainingError(
+                f"the gradient of {name} is not finite at step {state.global_step + 1}: lower train.learning_rate; "
+                "completed stages are untouched"
+            )
+
+
+def train_stage(
+    model: PeftModel,
+    samples: Dataset[Any],
+    collator: Any,
+    config: TrainConfig,
+    *,
+    seed: int,
+    directory: Path,
+    log_dir: Path,
+    report_to: Sequence[str],
+    device: torch.device,
+) -> dict[str, Any]:
+    """Trains the model's trainable parameters on one task.
+
+    Args:
+        model: with the adapters active and exactly the stage's factor trainable, in fp32.
+        samples: the task's training samples.
+        collator: samples -> model inputs with labels.
+        config: settings.
+        seed: of the order of samples and of dropout.
+        directory: where checkpoints inside the stage go; an interrupted training continues from the last complete one.
+        log_dir: where TensorBoard finds the curves.
+        report_to: the Trainer's loggers.
+        device: where the model lies.
+
+    Returns:
+        {"steps", "loss": [[step, mean loss since the last entry], ..]}.
+
+    Raises:
+        TrainingError: a trainable parameter that is not fp32; a loss or gradient that is NaN or infinite.
+    """
+    wrong = [n for n, p in model.named_parameters() if p.requires_grad and p.dtype != torch.float32]
+    if wrong:
+        raise TrainingError(f"{len(wrong)} trainable parameters are not fp32, {wrong[0]} first")
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(log_dir)
+    trainer = StageTrainer(
+        model=model,
+        args=_arguments(config, seed, directory, report_to, device),
+        train_dataset=samples,
+        data_collator=collator,
+        callbacks=[FiniteGradients()],
+    )
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(directory))
+    history = [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry]
+    return {"steps": trainer.state.global_step, "loss": history}
+
+
+def last_complete_checkpoint(directory: Path) -> str | None:
+    """The newest checkpoint that was written to its end; half-written ones are removed."""
+    while directory.is_dir() and (found := get_last_checkpoint(str(directory))) is not None:
+        if Path(found, COMPLETE).exists():
+            return found
+        shutil.rmtree(found)
+    return None
+
+
+def _arguments(
+    config: TrainConfig, seed: int, directory: Path, report_to: Sequence[str], device: torch.device
+) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(directory),
+        learning_rate=config.learning_rate,
+        num_train_epochs=config.num_train_epochs,
+        max_steps=config.max_steps,
+        per_device_train_batch_size=config.per_device_train_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        lr_scheduler_type=config.lr_scheduler_type,
+        warmup_steps=config.warmup_ratio,  # below 1 it is a share of all steps
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
+        optim=config.optim,
+        save_strategy="steps" if config.save_steps else "no",
+        save_steps=config.save_steps or 500,
+        save_total_limit=2,
+        logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,
+        dataloader_num_workers=config.dataloader_num_workers,
+        remove_unused_columns=False,
+        report_to=list(report_to),
+        disable_tqdm=not sys.stderr.isatty(),
+        seed=seed,
+        data_seed=seed,
+        bf16=False,
+        fp16=False,
+        use_cpu=device.type == "cpu",
+    )

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Answers questions about an image:  bash scripts/chat.sh runs/vqa_embedded --image photo.png "What is shown?"
+set -euo pipefail
+source "$(dirname "$0")/_setup.sh"
+setup_environment
+exec "$PYTHON" -m mllm_keeplora.chat "$@"

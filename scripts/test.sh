@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Lint, types and tests; sets itself up on first use.
+#   bash scripts/test.sh            what CI runs: minutes on 2 cores, offline
+#   bash scripts/test.sh --slow     the long tests too (kills and reruns); other arguments go to pytest
+set -euo pipefail
+source "$(dirname "$0")/_setup.sh"
+setup_environment
+selection=(-m "not slow")
+if [ "${1:-}" = --slow ]; then
+    selection=()
+    shift
+fi
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+"$PYTHON" -m mypy
+exec "$PYTHON" -m pytest "${selection[@]}" "$@"

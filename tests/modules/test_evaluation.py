@@ -1,0 +1,621 @@
+"""Evaluation of live and saved tiny LLaVA models by lmms-eval, with the traps of both."""
+
+import importlib.metadata
+import importlib.util
+import json
+import math
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+# First of the third-party imports: the package lets torchvision import beside a CPU-only torch.
+import mllm_keeplora  # noqa: F401
+
+# isort: split
+import numpy as np
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image, ImageFile
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from mllm_keeplora.config import ModelConfig
+from mllm_keeplora.evaluation import EvaluationError
+from mllm_keeplora.evaluation.evaluate import TEMPLATES, evaluate_row, read_index, write_task_files
+from mllm_keeplora.evaluation.lmms_model import KeepLoRAModel, inference_state
+from mllm_keeplora.models import load_base
+from mllm_keeplora.streams import GeneralSpec, Stream, TaskSpec
+
+REPOSITORY = TEMPLATES.parents[1]
+
+
+def load_leaderboard() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("leaderboard", REPOSITORY / "eval" / "leaderboard.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["leaderboard"] = module  # its dataclass looks its module up
+    spec.loader.exec_module(module)
+    return module
+
+
+leaderboard = load_leaderboard()
+SPECIAL_TOKENS = ["<pad>", "<unk>", "<s>", "</s>", "<image>"]
+WORDS = ["USER", "ASSISTANT", ":", "?", "what", "is", "the", "colour", "of", "this", "thing", "and", "shape"]
+ANSWERS = [f"w{number}" for number in range(40)]
+TEMPLATE = (
+    "{% for message in messages %}{% if message.role == 'user' %}USER: {% else %} ASSISTANT: {% endif %}"
+    "{% for part in message.content %}"
+    "{% if part.type == 'image' %}<image>\n{% else %}{{ part.text }}{% endif %}{% endfor %}"
+    "{% if message.role == 'assistant' %}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %} ASSISTANT:{% endif %}"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a random tiny LLaVA whose replies depend on image and question."""
+    vocabulary = [*SPECIAL_TOKENS, *WORDS, *ANSWERS]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        extra_special_tokens=["<image>"],
+    )
+    processor = LlavaProcessor(
+        CLIPImageProcessor(size={"height": 64, "width": 64}, do_center_crop=False),
+        tokenizer,
+        patch_size=32,
+        vision_feature_select_strategy="default",
+        chat_template=TEMPLATE,
+        num_additional_image_tokens=1,
+    )
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+    }
+    torch.manual_seed(3)
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=CLIPVisionConfig(**sizes, image_size=64, patch_size=32, initializer_factor=20.0),
+            text_config=LlamaConfig(
+                **sizes, vocab_size=len(vocabulary), eos_token_id=3, pad_token_id=0, initializer_range=0.3
+            ),
+            image_token_index=4,
+            image_seq_length=4,
+            vision_feature_layer=-2,
+        )
+    )
+    directory = tmp_path_factory.mktemp("base")
+    model.save_pretrained(directory)
+    processor.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def live(base: Path) -> tuple[Any, Any]:
+    return load_base(ModelConfig(base_model=str(base), quantization="none", device="cpu"))
+
+
+QUESTIONS = [
+    "what is this ?",
+    "what is the colour of this thing ?",
+    "shape ?",
+    "what is the shape and the colour ?",
+]
+
+
+def write_data(root: Path, count: int, answers: dict[int, str] | None = None) -> list[dict[str, Any]]:
+    """A test file in LLaVA's form; answers default to words that the model does not say."""
+    (root / "images").mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(0)
+    records = []
+    for index in range(count):
+        pixels = generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / "images" / f"{index}.png")
+        records.append(
+            {
+                "question_id": index,
+                "image": f"images/{index}.png",
+                "text": "<image>\n" + QUESTIONS[index % len(QUESTIONS)],
+                "answer": (answers or {}).get(index, "nothing"),
+            }
+        )
+    (root / "test.json").write_text(json.dumps(records))
+    return records
+
+
+def make_stream(root: Path) -> Stream:
+    """Two tasks and a general benchmark of 7, 5 and 4 questions."""
+    for name, count in (("birds", 7), ("tools", 5), ("scenes", 4)):
+        write_data(root / name, count)
+
+    def files(name: str) -> dict[str, Any]:
+        return {"test": f"{name}/test.json", "image_root": name, "max_new_tokens": 4}
+
+    birds = TaskSpec("birds", train="birds/test.json", metric="exact", **files("birds"))
+    tools = TaskSpec("tools", train="tools/test.json", metric="contains", **files("tools"))
+    return Stream("tiny", root, (birds, tools), (GeneralSpec("scenes", metric="exact", **files("scenes")),))
+
+
+@pytest.fixture
+def stream(tmp_path: Path) -> Stream:
+    stream = make_stream(tmp_path / "data")
+    write_task_files(stream, tmp_path / "tasks")
+    return stream
+
+
+def evaluate(live: tuple[Any, Any], stream: Stream, where: Path, **settings: Any) -> dict[str, Any]:
+    settings = {"batch_size": 3, "limit": None, **settings}
+    return evaluate_row(*live, stream, where / "tasks", where / "out", **settings)
+
+
+def read_replies(where: Path, name: str) -> list[str]:
+    return [json.loads(line)["reply"] for line in (where / "out" / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_scores_count_the_right_replies(live: tuple[Any, Any], stream: Stream, tmp_path: Path) -> None:
+    scores = evaluate(live, stream, tmp_path)
+    assert list(scores) == ["birds", "tools", "scenes"]
+    assert [score["n"] for score in scores.values()] == [7, 5, 4]
+    assert all(score["value"] == 0.0 and score["stderr"] == 0.0 for score in scores.values())
+
+    # Make three of birds' answers right, in upper case: the file is read again, not served from a cache.
+    replies = read_replies(tmp_path, "birds")
+    assert len(set(replies)) > 2, (
+        "replies have to depend on the question for the other tests to mean something"
+    )
+    write_data(stream.data_root / "birds", 7, {index: replies[index].upper() for index in (0, 3, 5)})
+    score = evaluate(live, stream, tmp_path, names=["birds"])["birds"]
+    assert score["native"] == score["value"] == pytest.approx(3 / 7)
+    assert score["stderr"] == pytest.approx(math.sqrt((3 / 7) * (4 / 7) / 6))
+    lines = [json.loads(line) for line in (tmp_path / "out" / "birds.jsonl").read_text().splitlines()]
+    assert [line["doc_id"] for line in lines] == list(range(7))
+    assert [line["score"] for line in lines] == [1, 0, 0, 1, 0, 1, 0]
+    assert [line["reply"] for line in lines] == replies
+    assert lines[2]["doc"]["question_id"] == 2 and lines[2]["target"] == "nothing"
+
+
+def test_names_and_limit_select(live: tuple[Any, Any], stream: Stream, tmp_path: Path) -> None:
+    scores = evaluate(live, stream, tmp_path, names=["scenes", "birds"], limit=1)
+    assert {name: (score["n"], score["stderr"]) for name, score in scores.items()} == {
+        "birds": (1, None),
+        "scenes": (1, None),
+    }
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["birds.jsonl", "scenes.jsonl"]
+    with pytest.raises(EvaluationError, match="no task bird$"):
+        evaluate(live, stream, tmp_path, names=["bird"])
+
+
+def test_replies_do_not_depend_on_batch_size_or_on_other_tasks(
+    live: tuple[Any, Any], stream: Stream, tmp_path: Path
+) -> None:
+    evaluate(live, stream, tmp_path, batch_size=1)
+    one_by_one = read_replies(tmp_path, "birds")
+    evaluate(live, stream, tmp_path, batch_size=4)
+    assert read_replies(tmp_path, "birds") == one_by_one
+    evaluate(live, stream, tmp_path, batch_size=7, names=["birds"])
+    assert read_replies(tmp_path, "birds") == one_by_one
+
+
+def test_text_only_questions_are_answered_beside_images(
+    live: tuple[Any, Any], stream: Stream, tmp_path: Path
+) -> None:
+    path = stream.data_root / "birds" / "test.json"
+    records = json.loads(path.read_text())
+    for index in (1, 4):
+        del records[index]["image"]
+        records[index]["text"] = records[index]["text"].removeprefix("<image>\n")
+    path.write_text(json.dumps(records))
+    evaluate(live, stream, tmp_path, names=["birds"], batch_size=1)
+    one_by_one = read_replies(tmp_path, "birds")
+    evaluate(live, stream, tmp_path, names=["birds"], batch_size=7)
+    assert read_replies(tmp_path, "birds") == one_by_one
+    for record in records:
+        record.pop("image", None)
+        record["text"] = record["text"].removeprefix("<image>\n")
+    path.write_text(json.dumps(records))
+    assert evaluate(live, stream, tmp_path, names=["birds"])["birds"]["n"] == 7
+
+
+def test_equal_documents_are_counted_apart(live: tuple[Any, Any], stream: Stream, tmp_path: Path) -> None:
+    path = stream.data_root / "birds" / "test.json"
+    path.write_text(json.dumps(json.loads(path.read_text())[:1] * 3))
+    assert evaluate(live, stream, tmp_path, names=["birds"])["birds"]["n"] == 3
+    assert len(read_replies(tmp_path, "birds")) == 3
+
+
+def test_the_process_is_left_as_found(live: tuple[Any, Any], stream: Stream, tmp_path: Path) -> None:
+    model, processor = live
+    model.train()
+    frozen = model.model.vision_tower.eval()
+    side = processor.tokenizer.padding_side
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random.seed(11), np.random.seed(12), torch.manual_seed(13)
+    expected = random.random(), np.random.rand(), torch.rand(1).item()
+    random.seed(11), np.random.seed(12), torch.manual_seed(13)
+    evaluate(live, stream, tmp_path, limit=2)
+    assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected
+    assert model.training and model.model.language_model.training and not frozen.training
+    assert processor.tokenizer.padding_side == side
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    # lmms-eval's clean() emptied the wrapper, not the model, and a second evaluation is an equal one.
+    assert evaluate(live, stream, tmp_path, limit=2) == evaluate(live, stream, tmp_path, limit=2)
+
+
+def test_failed_generation_stops_the_evaluation(
+    live: tuple[Any, Any], stream: Stream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = live[0]
+    generate, calls = model.generate, 0
+
+    def fail_late(**inputs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise torch.cuda.OutOfMemoryError("no memory left")
+        return generate(**inputs)
+
+    monkeypatch.setattr(model, "generate", fail_late)
+    model.train()
+    with pytest.raises(
+        EvaluationError, match="keeplora_tiny_.*, document .*OutOfMemoryError: no memory left"
+    ) as caught:
+        evaluate(live, stream, tmp_path)
+    assert isinstance(caught.value.__cause__, torch.cuda.OutOfMemoryError)
+    assert model.training
+    assert not (tmp_path / "out").exists(), "no partial row"
+
+
+def test_unreadable_image_is_named_not_guessed(live: tuple[Any, Any], stream: Stream, tmp_path: Path) -> None:
+    path = stream.data_root / "birds" / "images" / "2.png"
+    path.write_bytes(path.read_bytes()[:4000])
+    with pytest.raises(EvaluationError, match="keeplora_tiny_birds', document 2: .*2.png"):
+        evaluate(live, stream, tmp_path, names=["birds"])
+
+
+def test_failing_scoring_and_missing_tasks_are_errors(
+    live: tuple[Any, Any], stream: Stream, tmp_path: Path
+) -> None:
+    with pytest.raises(EvaluationError, match="no task keeplora_tiny_birds.*write_task_files"):
+        evaluate_row(*live, stream, tmp_path / "data", tmp_path / "out", batch_size=1, limit=None)
+    with pytest.raises(EvaluationError, match="nonsense.*'contains', 'exact'"):
+        broken = TaskSpec("x", train="birds/test.json", test="birds/test.json", metric="nonsense")
+        write_task_files(Stream("tiny", stream.data_root, (broken,)), tmp_path / "more")
+
+
+def test_task_files_name_everything(stream: Stream, tmp_path: Path) -> None:
+    names = write_task_files(stream, tmp_path / "tasks")
+    assert names == ["keeplora_tiny_birds", "keeplora_tiny_tools", "keeplora_tiny_scenes"]
+    task = yaml.safe_load((tmp_path / "tasks" / "keeplora_tiny_tools.yaml").read_text())
+    assert task["include"] == str(TEMPLATES / "contains.yaml")
+    assert task["dataset_kwargs"] == {"data_files": {"test": str(tmp_path / "data/tools/test.json")}}
+    assert task["generation_kwargs"] == {"max_new_tokens": 4, "do_sample": False, "until": []}
+    name, entries = read_index(tmp_path / "tasks")
+    assert name == "tiny" and [(e.name, e.kind, e.score) for e in entries] == [
+        ("birds", "task", "exact"),
+        ("tools", "task", "contains"),
+        ("scenes", "general", "exact"),
+    ]
+
+
+def test_stock_benchmarks_need_no_file(stream: Stream, tmp_path: Path) -> None:
+    pope = GeneralSpec("hallucination", lmms_eval_task="pope", score="pope_accuracy", native_max=1.0)
+    names = write_task_files(Stream("tiny", stream.data_root, stream.tasks, (pope,)), tmp_path / "stock")
+    assert names[-1] == "pope" and not (tmp_path / "stock" / "pope.yaml").exists()
+
+
+def test_other_record_forms_are_asked_turn_by_turn(live: tuple[Any, Any], tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    write_data(root, 2)
+    turns = [("human", "<image>\n" + QUESTIONS[0]), ("gpt", "a"), ("human", QUESTIONS[1]), ("gpt", "b")]
+    conversations = [{"from": role, "value": text} for role, text in turns]
+    (root / "talk.json").write_text(
+        json.dumps([{"id": "x", "image": "images/0.png", "conversations": conversations}])
+    )
+    task = TaskSpec("talk", "talk.json", "talk.json", "exact", prompt_suffix=" ?", max_new_tokens=2)
+    stream = Stream("tiny", root, (task,))
+    write_task_files(stream, tmp_path / "tasks")
+    assert evaluate(live, stream, tmp_path)["talk"]["n"] == 2
+    lines = [json.loads(line) for line in (tmp_path / "out" / "talk.jsonl").read_text().splitlines()]
+    assert [(line["doc"]["question_id"], line["doc"]["text"], line["target"]) for line in lines] == [
+        ("x-0", QUESTIONS[0], "a"),
+        ("x-1", QUESTIONS[1], "b"),
+    ]
+
+
+class Request:
+    """The part of lmms-eval's Instance that the wrapper reads."""
+
+    task_name = "t"
+
+    def __init__(self, doc_id: int, messages: Any, settings: dict[str, Any]) -> None:
+        self.doc_id = doc_id
+        self.args = ("question", lambda doc: messages, settings, doc_id, "t", "test")
+
+
+def ask(live: tuple[Any, Any], messages: Any = None, **settings: Any) -> str:
+    wrapper = KeepLoRAModel(*live)
+    wrapper.task_dict = {"t": {"test": {0: {}}}}
+    messages = messages or [{"role": "user", "content": [{"type": "text", "text": QUESTIONS[1]}]}]
+    return wrapper.generate_until([Request(0, messages, settings)])[0]
+
+
+def test_max_new_tokens_and_until_are_honoured(live: tuple[Any, Any]) -> None:
+    reply = ask(live, max_new_tokens=6)
+    words = reply.split()
+    assert len(words) > 2, "the random model has to say something"
+    assert ask(live, max_new_tokens=2).split() == words[:2]
+    assert ask(live, max_new_tokens=6, until=["nowhere", words[1]]) == words[0]
+    assert ask(live, max_new_tokens=6, until="nowhere") == reply
+    assert ask(live, max_new_tokens=6, temperature=0, top_p=None, num_beams=1, do_sample=False) == reply
+
+
+@pytest.mark.parametrize(
+    "settings", [{"do_sample": True}, {"temperature": 0.7}, {"num_beams": 3}, {"repetition_penalty": 2.0}]
+)
+def test_settings_that_would_be_ignored_are_refused(live: tuple[Any, Any], settings: dict[str, Any]) -> None:
+    with pytest.raises(EvaluationError, match=f"task 't', document 0: .*{next(iter(settings))}"):
+        ask(live, **settings)
+
+
+TEXT = {"type": "text", "text": "a"}
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "user", "content": [TEXT, {"type": "image", "url": "x"}, {"type": "image", "url": "x"}]}],
+        [{"role": "user", "content": [TEXT, {"type": "video", "url": "x"}]}],
+        [{"role": "system", "content": []}, {"role": "user", "content": [TEXT]}],
+    ],
+    ids=["two images", "video", "system"],
+)
+def test_messages_that_cannot_be_shown_are_refused(live: tuple[Any, Any], messages: Any) -> None:
+    with pytest.raises(EvaluationError, match="document 0: .*expected one"):
+        ask(live, messages)
+
+
+def attach_adapter(model: Any) -> PeftModel:
+    torch.manual_seed(5)
+    names = [
+        name
+        for name, _ in model.named_modules()
+        if name.endswith(("q_proj", "down_proj", "mlp.fc1"))
+        and ("layers.0." in name or "language_model" in name)
+    ]
+    config = LoraConfig(r=4, lora_alpha=64, target_modules=names, init_lora_weights=False)
+    return get_peft_model(model, config)
+
+
+def test_gradients_on_nf4_are_equal_before_and_after_generating(
+    base: Path, stream: Stream, tmp_path: Path
+) -> None:
+    model, processor = load_base(ModelConfig(base_model=str(base), device="cpu"))
+    adapted = attach_adapter(model)
+    weights = {name: value for name, value in adapted.named_parameters() if "lora_" in name}
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+    prompt = "USER: <image>\nwhat is this ? ASSISTANT: w1 w2 w3"
+    image = Image.open(stream.data_root / "birds" / "images" / "0.png")
+    inputs = processor(text=[prompt], images=[image], return_tensors="pt")
+
+    def gradients() -> dict[str, torch.Tensor]:
+        adapted.zero_grad()
+        adapted(**inputs, labels=inputs["input_ids"]).loss.backward()
+        return {name: value.grad.clone() for name, value in weights.items() if value.grad is not None}
+
+    before = gradients()
+    assert len(before) == len(weights) and all(gradient.abs().max() > 0 for gradient in before.values())
+    scores = evaluate((adapted, processor), stream, tmp_path)
+    after = gradients()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(score["n"] for score in scores.values())
+
+
+def test_autocast_around_the_evaluation_changes_nothing(live: tuple[Any, Any]) -> None:
+    model, processor = live
+    inputs = processor(text=["USER: what is this ? ASSISTANT:"], return_tensors="pt")
+    with inference_state(model):
+        expected = model(**inputs).logits
+    with torch.autocast("cpu", dtype=torch.bfloat16), inference_state(model):
+        found = model(**inputs).logits
+    assert torch.equal(expected, found) and not found.requires_grad
+
+
+def test_saved_model_and_adapter_answer_like_the_live_ones(
+    base: Path, stream: Stream, tmp_path: Path
+) -> None:
+    model, processor = load_base(ModelConfig(base_model=str(base), device="cpu"))
+    plain = ask((model, processor), max_new_tokens=6)
+    adapted = attach_adapter(model)
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    expected = ask((adapted.eval(), processor), max_new_tokens=6)
+    assert expected != plain, "the adapter has to change the reply for this test to mean something"
+    arguments = f"base_model={base},adapter={tmp_path / 'adapter'},quantization=nf4,device=cpu"
+    loaded = KeepLoRAModel.create_from_arg_string(arguments, {"batch_size": "5", "device": None})
+    assert loaded.batch_size == 5
+    assert ask((loaded.model, loaded.processor), max_new_tokens=6) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("base_modle=x", "unknown argument base_modle.*base_model"),
+        ("adapter=x", "base_model is missing"),
+        ("base_model=x,quantization=int8", "quantization is 'int8', expected nf4 or none"),
+    ],
+)
+def test_wrong_model_arguments_are_errors(arguments: str, message: str) -> None:
+    with pytest.raises(EvaluationError, match=message):
+        KeepLoRAModel.create_from_arg_string(arguments)
+
+
+@pytest.mark.parametrize("batch_size", ["auto", 0, -1, 2.5])
+def test_wrong_batch_size_is_an_error(live: tuple[Any, Any], batch_size: Any) -> None:
+    with pytest.raises(ValueError, match="batch_size"):
+        KeepLoRAModel(*live, batch_size)
+
+
+def test_lmms_eval_knows_the_model_whatever_is_imported_first() -> None:
+    points = importlib.metadata.entry_points(group="lmms_eval.models")
+    assert "mllm_keeplora.evaluation:model_manifest" in {point.value for point in points}, (
+        "reinstall: pip install -e ."
+    )
+    script = (
+        "import sys, mllm_keeplora.evaluation\n"
+        "assert not any(name.startswith('lmms_eval') for name in sys.modules), 'not cheap'\n"
+        "import mllm_keeplora.evaluation.lmms_model as ours\n"
+        "from lmms_eval.models import get_model\n"
+        "assert get_model('keeplora') is ours.KeepLoRAModel\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=REPOSITORY)
+
+
+def make_run(base: Path, stream: Stream, directory: Path) -> Path:
+    """A run directory as a finished stream leaves it: adapter, task files, config and the in-process row."""
+    model, processor = load_base(ModelConfig(base_model=str(base), device="cpu"))
+    adapted = attach_adapter(model)
+    adapted.save_pretrained(str(directory / "adapter"))
+    write_task_files(stream, directory / "eval_tasks")
+    scores = evaluate_row(
+        adapted, processor, stream, directory / "eval_tasks", directory / "out", batch_size=3, limit=None
+    )
+    settings = ModelConfig(base_model=str(base), device="cpu").__dict__
+    config = {"model": settings, "evaluation": {"batch_size": 3, "limit": None}}
+    retention = {
+        "method": "keeplora",
+        "tasks": ["birds", "tools"],
+        "general": ["scenes"],
+        "rows": [{"stage": 0, "task": None, "scores": {}}, {"stage": 2, "task": "tools", "scores": scores}],
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "retention.json").write_text(json.dumps(retention))
+    return directory
+
+
+def run_leaderboard(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, REPOSITORY / "eval" / "leaderboard.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_leaderboard_repeats_the_run_in_a_fresh_process(base: Path, tmp_path: Path) -> None:
+    stream = make_stream(tmp_path / "data")
+    run = make_run(base, stream, tmp_path / "run")
+    # Answers that the adapted model gives, so that equal scores are not all zero.
+    replies = [json.loads(line)["reply"] for line in (run / "out" / "birds.jsonl").read_text().splitlines()]
+    write_data(stream.data_root / "birds", 7, dict(enumerate(replies[:5])))
+    run = make_run(base, stream, tmp_path / "run")
+    expected = json.loads((run / "retention.json").read_text())["rows"][-1]["scores"]
+    assert expected["birds"]["value"] >= 5 / 7
+
+    finished = run_leaderboard(run, "--table", tmp_path / "table")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "All 3 scores equal" in finished.stdout
+    table = json.loads((tmp_path / "table" / "leaderboard.json").read_text())
+    (row,) = table["rows"]
+    assert (row["run"], row["stream"], row["method"], row["equal_to_run"]) == (
+        "run",
+        "tiny",
+        "keeplora",
+        True,
+    )
+    assert {**row["tasks"], **row["general"]} == expected
+    assert row["mean"] == pytest.approx((expected["birds"]["value"] + expected["tools"]["value"]) / 2)
+    assert "| 1 | run | keeplora |" in (tmp_path / "table" / "leaderboard.md").read_text()
+    assert len(list((run / "leaderboard").rglob("*_results.json"))) == 1
+    assert len(list((run / "leaderboard").rglob("*_samples_*.jsonl"))) == 3
+
+
+def write_run(directory: Path, **changes: Any) -> Path:
+    """The files of a finished run without a model, as the leaderboard reads them."""
+    stream = make_stream(directory / "data")
+    write_task_files(stream, directory / "eval_tasks")
+    score = {"value": 0.5, "native": 0.5, "native_max": 1.0, "stderr": 0.1, "n": 4}
+    config = {
+        "model": ModelConfig(base_model="base").__dict__,
+        "evaluation": {"batch_size": 3, "limit": None},
+    }
+    config["evaluation"]["limit"] = changes.get("limit")
+    row = {"stage": changes.get("stage", 2), "scores": dict.fromkeys(["birds", "tools", "scenes"], score)}
+    row["scores"] |= changes.get("scores", {})
+    retention = {"method": "lora", "tasks": ["birds", "tools"], "general": ["scenes"], "rows": [row]}
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "retention.json").write_text(json.dumps(retention))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"limit": 2}, "first 2 questions"),
+        ({"stage": 1}, "stage 1 of 2"),
+        ({"scores": {"tools": None}}, "found .*birds.*scenes"),
+    ],
+)
+def test_leaderboard_refuses_subsets_and_unfinished_runs(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    leaderboard.read_run(write_run(tmp_path / "fine"))
+    with pytest.raises(EvaluationError, match=message):
+        leaderboard.read_run(write_run(tmp_path / "run", **changes))
+
+
+def test_command_line_refuses_paths_that_lmms_eval_would_split(tmp_path: Path) -> None:
+    run = leaderboard.read_run(write_run(tmp_path / "a,b"))
+    with pytest.raises(EvaluationError, match="a,b"):
+        leaderboard.lmms_eval_arguments(run, tmp_path, None)
+
+
+def test_leaderboard_ranks_by_mean_and_replaces_a_run(tmp_path: Path) -> None:
+    run = leaderboard.read_run(write_run(tmp_path / "run"))
+
+    def row(name: str, value: float) -> dict[str, Any]:
+        scores = {key: {**score, "value": value, "stderr": None} for key, score in run.scores.items()}
+        return {**leaderboard.build_row(run, scores, equal=True), "run": name}
+
+    for name, value in (("good", 0.5), ("bad|worse", 0.25), ("good", 0.75), ("best", 0.875)):
+        leaderboard.add_row(tmp_path, row(name, value))
+    lines = (tmp_path / "leaderboard.md").read_text().splitlines()
+    assert "| rank | run | method | base | birds | tools | *scenes* | mean | equal |" in lines
+    assert [line.split(" | ")[1] for line in lines if line.startswith("| ") and line[2].isdigit()] == [
+        "best",
+        "good",
+        "bad\\|worse",
+    ]
+    assert "| 2 | good | lora | base | 0.750 | 0.750 | 0.750 | 0.750 | yes |" in lines
+
+
+def test_differences_name_task_and_both_scores(tmp_path: Path) -> None:
+    run = leaderboard.read_run(write_run(tmp_path / "run"))
+    assert leaderboard.find_differences(run.scores, run.scores) == []
+    fresh = {**run.scores, "tools": {**run.scores["tools"], "native": 0.25}}
+    (line,) = leaderboard.find_differences(run.scores, fresh)
+    assert line.startswith("tools: 0.5 in the run") and "0.25 here" in line

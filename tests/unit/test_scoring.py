@@ -1,0 +1,153 @@
+"""Scoring functions of eval/tasks, and what is read from lmms-eval's results."""
+
+import importlib.util
+import math
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+from mllm_keeplora.evaluation import EvaluationError
+from mllm_keeplora.evaluation.evaluate import TEMPLATES, ScoredTask, read_score
+
+TASK = ScoredTask("birds", "task", "keeplora_s_birds", "exact", 1.0)
+
+
+def load_module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+utils = load_module(TEMPLATES / "utils.py")
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer", "score"),
+    [
+        ("Cat", "cat", 1),
+        (" cat\n", "CAT ", 1),
+        ("a cat", "cat", 0),
+        ("cat.", "cat", 0),  # the benchmarks' rule is equality; a full stop is part of the reply
+        ("", "cat", 0),
+    ],
+)
+def test_exact_is_equality_without_case(reply: str, answer: str, score: int) -> None:
+    assert utils.exact({"answer": answer}, [reply]) == {"exact": score}
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer", "score"),
+    [("It is a Cat.", "cat", 1), ("cat", "a cat", 0), ("", "cat", 0), ("black CAT", "Black cat", 1)],
+)
+def test_contains_looks_for_the_answer_in_the_reply(reply: str, answer: str, score: int) -> None:
+    assert utils.contains({"answer": answer}, [reply]) == {"contains": score}
+
+
+def test_contains_refuses_an_empty_answer() -> None:
+    with pytest.raises(ValueError, match="question_id 7"):
+        utils.contains({"question_id": 7, "answer": " "}, ["anything"])
+
+
+def test_question_loses_the_placeholder_and_gains_the_suffix() -> None:
+    doc = {"text": "<image>\nWhat is it?", "image": None}
+    settings = {"image_root": "", "prompt_suffix": " One word."}
+    assert utils.doc_to_messages(doc, settings) == [
+        {"role": "user", "content": [{"type": "text", "text": "What is it? One word."}]}
+    ]
+
+
+def test_every_metric_has_its_function_and_reports_its_own_name() -> None:
+    for path in TEMPLATES.glob("[!_]*.yaml"):
+        text = path.read_text()
+        assert f"process_results: !function utils.{path.stem}\n" in text
+        metrics = yaml.safe_load(text.replace("!function", ""))["metric_list"]
+        assert [metric["metric"] for metric in metrics] == [path.stem]
+        assert getattr(utils, path.stem)({"answer": "x"}, ["x"]) == {path.stem: 1.0}
+
+
+def results(per_sample: list[Any], **scores: Any) -> dict[str, Any]:
+    return {
+        "results": {"keeplora_s_birds": {"alias": "birds", **scores}},
+        "group_subtasks": {"keeplora_s_birds": []},
+        "n-samples": {"keeplora_s_birds": {"original": 9, "effective": len(per_sample)}},
+        "samples": {
+            "keeplora_s_birds": [
+                {"doc_id": i, "exact": x, "doc_hash": "same"} for i, x in enumerate(per_sample)
+            ]
+        },
+    }
+
+
+def test_score_is_scaled_with_the_standard_error_of_a_mean() -> None:
+    entry = ScoredTask("birds", "task", "keeplora_s_birds", "exact", 10.0)
+    score = read_score(results([0.0, 10.0, 10.0, 4.0], **{"exact,none": 6.0}), entry)
+    deviation = math.sqrt((36 + 16 + 16 + 4) / 3)
+    assert score == {
+        "value": 0.6,
+        "native": 6.0,
+        "native_max": 10.0,
+        "stderr": pytest.approx(deviation / math.sqrt(4) / 10),
+        "n": 4,
+    }
+
+
+def test_samples_in_lmms_evals_dictionary_form_have_a_standard_error() -> None:
+    found = results(
+        [{"score": 1.0, "prediction": "yes"}, {"score": 0.0, "prediction": "no"}], **{"exact,none": 0.5}
+    )
+    assert read_score(found, TASK)["stderr"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("per_sample", "native"),
+    [([1.0], 1.0), ([1.0, 0.0, 1.0], 0.8), (["a", "b"], 0.5)],
+    ids=["one sample", "not the samples' mean", "no number per sample"],
+)
+def test_standard_error_is_null_where_undefined(per_sample: list[Any], native: float) -> None:
+    assert read_score(results(per_sample, **{"exact,none": native}), TASK)["stderr"] is None
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        {},
+        {"f1,none": 0.5},
+        {"exact,none": float("nan")},
+        {"exact,none": "N/A"},
+        {"exact,a": 0.5, "exact,b": 0.5},
+    ],
+    ids=["no score", "another score", "nan", "no number", "two filters"],
+)
+def test_missing_or_undefined_score_is_an_error_that_says_what_was_found(scores: dict[str, Any]) -> None:
+    with pytest.raises(EvaluationError, match="'exact'.*found.*alias"):
+        read_score(results([1.0, 0.0], **scores), TASK)
+
+
+def test_one_filter_of_several_can_be_named() -> None:
+    entry = ScoredTask("birds", "task", "keeplora_s_birds", "exact,b", 1.0)
+    assert read_score(results([1.0, 0.0], **{"exact,a": 0.1, "exact,b": 0.5}), entry)["value"] == 0.5
+
+
+def test_missing_task_is_an_error() -> None:
+    with pytest.raises(EvaluationError, match="other.*keeplora_s_birds"):
+        read_score(results([1.0], **{"exact,none": 1.0}), ScoredTask("x", "task", "other", "exact", 1.0))
+
+
+def test_unscored_document_is_an_error() -> None:
+    found = results([1.0, 0.0], **{"exact,none": 0.5})
+    found["n-samples"]["keeplora_s_birds"]["effective"] = 3
+    with pytest.raises(EvaluationError, match="2 of 3 documents"):
+        read_score(found, TASK)
+
+
+def test_group_counts_the_samples_of_its_subtasks() -> None:
+    found = results([1.0, 0.0], **{"exact,none": 0.5})
+    found["results"]["group"] = {"exact,none": 0.5}
+    found["group_subtasks"]["group"] = ["keeplora_s_birds"]
+    score = read_score(found, ScoredTask("g", "general", "group", "exact", 1.0))
+    assert score["n"] == 2 and score["stderr"] == pytest.approx(0.5)
