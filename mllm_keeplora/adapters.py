@@ -1,7 +1,8 @@
 """LoRA factors on a model through PEFT: attach, activate, freeze, read back.
 
-Three adapters can be present. `default` is the accumulated past (PEFT saves an adapter of that name at the top of its directory, where
-every PEFT user looks for it), `stage` is what the running stage learns, `probe` measures gradients. All factors are fp32.
+Three adapters can be present. `default` is the accumulated past (PEFT saves an adapter of that name at the
+top of its directory, where every PEFT user looks for it), `stage` is what the running stage learns, `probe`
+measures gradients. All factors are fp32.
 """
 
 import re
@@ -57,7 +58,8 @@ def attach(
         r=1,
         lora_alpha=1,
         target_modules=list(factors),
-        # The keys are regular expressions matched at the end of a module's name: `layers.2.q_proj` would hit both towers.
+        # The keys are regular expressions matched at the end of a module's name: `layers.2.q_proj` would hit
+        # both towers.
         rank_pattern={_exactly(name): a.shape[0] for name, (a, _) in factors.items()},
         alpha_pattern={_exactly(name): scales[name] * a.shape[0] for name, (a, _) in factors.items()},
         lora_dropout=dropout,
@@ -141,7 +143,7 @@ def read_factors(model: PeftModel, adapter: str, names: Sequence[str]) -> Factor
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Sets every dropout probability to 0 inside the block: a probe in train() mode then sees the deterministic function."""
+    """Sets every dropout probability to 0 inside the block, so that train() mode is deterministic."""
     saved = [(module, module.p) for module in model.modules() if isinstance(module, nn.Dropout)]
     for module, _ in saved:
         module.p = 0.0

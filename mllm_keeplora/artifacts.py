@@ -30,7 +30,8 @@ class ArtifactError(KeepLoRAError, RuntimeError):
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path` that replaces it when the block ends well; nothing is left otherwise.
+    """Yields a temporary path beside `path` that replaces it when the block ends well; nothing is left
+    otherwise.
 
     Raises:
         WriteError: the write failed (a full disk, say); the old file, if any, is untouched.
@@ -106,7 +107,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_or_compute(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Tensors of a finished phase from its file, or computed and written: what makes an interrupted stage resumable."""
+    """Tensors of a finished phase from its file, or computed and written; so a stage can be resumed."""
     if not path.exists():
         save_tensors(path, compute())
     return load_tensors(path)
@@ -130,14 +131,16 @@ def hash_files(root: Path, skip: tuple[str, ...] = (MANIFEST,)) -> dict[str, str
 
 
 def read_manifest(stage_dir: Path, previous: str | None) -> dict[str, Any] | None:
-    """The manifest of a complete stage, checked against its files and its predecessor; None where there is none yet.
+    """The manifest of a complete stage, checked against its files and its predecessor; None where there is
+    none yet.
 
     Args:
         stage_dir: the stage's directory.
         previous: sha256 of the predecessor's manifest file, None for stage 0.
 
     Raises:
-        ArtifactError: the manifest or a file it names was edited or removed, or it follows another predecessor.
+        ArtifactError: the manifest or a file it names was edited or removed, or it follows another
+            predecessor.
     """
     path = stage_dir / MANIFEST
     if not path.exists():
@@ -150,7 +153,8 @@ def read_manifest(stage_dir: Path, previous: str | None) -> dict[str, Any] | Non
         )
     if manifest.get("previous") != previous:
         raise ArtifactError(
-            f"{path} follows a manifest with hash {str(manifest.get('previous'))[:12]}, but the stage before it has "
+            f"{path} follows a manifest with hash {str(manifest.get('previous'))[:12]}, but the "
+            "stage before it has "
             f"{str(previous)[:12]}: an earlier manifest was edited or redone; {remedy}"
         )
     for name, expected in manifest["files"].items():

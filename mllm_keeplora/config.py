@@ -1,4 +1,4 @@
-"""Settings of a run: one YAML file, one dataclass tree; the command line wins over the file, unknown keys are errors."""
+"""Settings of a run: one YAML file, one dataclass tree; the command line wins, unknown keys are errors."""
 
 import difflib
 import re
@@ -55,8 +55,10 @@ class TowerConfig:
         adapt: Whether the tower gets LoRA updates at all.
         targets: Linear layers by name (q_proj, mlp.fc1, ..), or all-linear.
         rank: r, the rank of one stage's update.
-        eps_w: Share of a pre-trained weight's energy that its protected principal subspace holds, in (0, 1] (E1).
-        eps_f: Share of a learnt task's gradient energy that the protected feature subspace holds, in (0, 1] (E8).
+        eps_w: Share of a pre-trained weight's energy that its protected principal subspace holds, in (0, 1]
+            (E1).
+        eps_f: Share of a learnt task's gradient energy that the protected feature subspace holds, in (0, 1]
+            (E8).
         gamma: Scale of the shallowest layer's update; 1 gives KeepLoRA (E5).
     """
 
@@ -120,8 +122,10 @@ class TrainConfig:
         lora_dropout: On the stage's LoRA path. Above 0 inputs are no longer orthogonal to A while training.
         gradient_checkpointing: Recompute activations in the backward pass (probe passes too).
         optim: Optimizer name of transformers.
-        max_length: Largest sample in tokens, image tokens included; a longer one is an error, never cut. None = no limit.
-        save_steps: Steps between checkpoints inside a stage, 0 = none: an interrupted stage restarts from its beginning.
+        max_length: Largest sample in tokens, image tokens included; a longer one is an error, never cut. None
+            = no limit.
+        save_steps: Steps between checkpoints inside a stage, 0 = none: an interrupted stage restarts from its
+            beginning.
         logging_steps: Steps between logged losses.
         dataloader_num_workers: Worker processes that read images.
     """
@@ -192,7 +196,8 @@ class RunConfig:
         vision: The vision tower.
         probe: Task gradients.
         train: Training of a stage.
-        train_overrides: Per task name, settings of train that differ there, e.g. {Med: {num_train_epochs: 3}}.
+        train_overrides: Per task name, settings of train that differ there, e.g. {Med: {num_train_epochs:
+            3}}.
         evaluation: Measuring retention.
         initial_adapter: Directory of a PEFT LoRA adapter to start from, as if earlier stages had left it.
         on_bad_record: error, or skip (every skipped record is named in the manifest).
@@ -232,7 +237,8 @@ class RunConfig:
         )
         _require(
             self.projector == "frozen" or self.vision.adapt,
-            "projector: protected adapts the projector with the vision tower's settings; set vision.adapt: true",
+            "projector: protected adapts the projector with the vision tower's settings; set "
+            "vision.adapt: true",
         )
         for task in self.train_overrides:
             self.train_for(task)
@@ -257,7 +263,8 @@ class RunConfig:
         return {name: tower for name, tower in towers.items() if tower.adapt}
 
 
-# Settings that change neither a number nor a file that later stages read: a run may be continued with other values.
+# Settings that change neither a number nor a file that later stages read: a run may be continued with other
+# values.
 FREE_SETTINGS = (
     "run_dir",
     "stream",

@@ -13,9 +13,10 @@ from mllm_keeplora.errors import KeepLoRAError
 
 @contextmanager
 def command() -> Iterator[None]:
-    """Sets logging up; ends with status 2 and the message of a KeepLoRAError, any other error keeps its traceback."""
+    """Sets logging up; a KeepLoRAError ends with status 2 and its message, others keep their traceback."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    # transformers deprecates a property that bitsandbytes' integration still reads; nothing a user can act on.
+    # transformers deprecates a property that bitsandbytes' integration still reads; nothing a user can act
+    # on.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()

@@ -2,8 +2,9 @@
 
     bash scripts/export.sh runs/vqa_embedded --out exported/
 
-For serving engines that cannot apply LoRA to a vision tower. Merging into the 4-bit weights themselves would lose most of
-a small update, hence the dequantised base; what rounding to 16 bit costs is measured and printed.
+For serving engines that cannot apply LoRA to a vision tower. Merging into the 4-bit weights themselves would
+lose most of a small update, hence the dequantised base; what rounding to 16 bit costs is measured and
+printed.
 """
 
 import argparse
@@ -112,8 +113,10 @@ def main() -> None:
     with command():
         difference = export(arguments.run, arguments.out, arguments.dtype)
         print(
-            f"{arguments.out}: {arguments.dtype}; beside the 4-bit base with its adapter, on {difference.questions} test "
-            f"questions: logits differ by {difference.relative_logits:.2e} of their norm, the same top token at "
+            f"{arguments.out}: {arguments.dtype}; beside the 4-bit base with its adapter, on "
+            f"{difference.questions} test "
+            f"questions: logits differ by {difference.relative_logits:.2e} of their norm, the same "
+            "top token at "
             f"{100 * difference.same_top_token:.1f} % of the answer positions"
         )
 

@@ -10,11 +10,12 @@ from torch import Tensor
 def fold_factors(stages: Sequence[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor]:
     """Concatenates LoRA factors along the rank: sum_t s_t B_t A_t = [s_1 B_1 .. s_T B_T] [A_1; ..; A_T].
 
-    Nothing is recompressed or requantised, so the past is kept bit for bit up to the fp32 product s_t B_t; the scale is
-    absorbed in B, hence the folded adapter has scale 1 (PEFT: alpha = rank).
+    Nothing is recompressed or requantised, so the past is kept bit for bit up to the fp32 product s_t B_t;
+    the scale is absorbed in B, hence the folded adapter has scale 1 (PEFT: alpha = rank).
 
     Args:
-        stages: (A [r_t, in], B [out, r_t], s_t) in the order of learning; the accumulated factors come first with s = 1.
+        stages: (A [r_t, in], B [out, r_t], s_t) in the order of learning; the accumulated factors come first
+            with s = 1.
 
     Returns:
         (A [R, in], B [out, R]), fp32, R the sum of the ranks.
@@ -28,7 +29,8 @@ def fold_factors(stages: Sequence[tuple[Tensor, Tensor, float]]) -> tuple[Tensor
     for number, (a, b, _) in enumerate(stages):
         if a.shape[1] != in_features or b.shape[0] != out_features or a.shape[0] != b.shape[1]:
             raise ValueError(
-                f"factors {number} do not fit: A {tuple(a.shape)}, B {tuple(b.shape)}, expected A [r, {in_features}] and "
+                f"factors {number} do not fit: A {tuple(a.shape)}, B {tuple(b.shape)}, expected A "
+                f"[r, {in_features}] and "
                 f"B [{out_features}, r]"
             )
     return (

@@ -1,11 +1,12 @@
 """Task gradients of 4-bit layers, sketched by an ordinary LoRA adapter (E2).
 
-A LoRA adapter with A = 0 and B = Omega leaves the model's function as it is, and back-propagation through it gives
+A LoRA adapter with A = 0 and B = Omega leaves the model's function as it is, and back-propagation through it
+gives
 
     dL/dA |_{A=0} = s Omega^T G,        G = dL/dW  [out, in]
 
-which is the input-side randomised range sketch that E3, E4 and E8 need. No hook, no full-size gradient, no dequantised copy;
-it works through 4-bit layers, gradient checkpointing and accumulation.
+which is the input-side randomised range sketch that E3, E4 and E8 need. No hook, no full-size gradient, no
+dequantised copy; it works through 4-bit layers, gradient checkpointing and accumulation.
 """
 
 import hashlib
@@ -28,7 +29,7 @@ class GradientError(KeepLoRAError, RuntimeError):
 
 
 def module_generator(seed: int, name: str) -> torch.Generator:
-    """A CPU generator that depends on (seed, module name) and nothing else, so neither order nor selection matters."""
+    """A CPU generator that depends on (seed, module name) and nothing else, so order does not matter."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
@@ -48,8 +49,8 @@ def sketch_gradients(
 ) -> dict[str, Tensor]:
     """One probe pass: Y = Omega^T G of every target at the current model.
 
-    Side effects: a `probe` adapter is attached during the pass and removed; the training flag and requires_grad flags are
-    restored to eval and frozen. Cost: one forward and one backward per batch.
+    Side effects: a `probe` adapter is attached during the pass and removed; the training flag and
+    requires_grad flags are restored to eval and frozen. Cost: one forward and one backward per batch.
 
     Args:
         model: base model, or a PeftModel whose `keep` adapters belong to the current model.
@@ -60,8 +61,8 @@ def sketch_gradients(
         keep: adapters that stay active beside the probe.
 
     Returns:
-        Module name -> Y [q, in], fp32 on the CPU. G is the sum over all supervised tokens of their loss gradients divided
-        by their number, whatever the batching.
+        Module name -> Y [q, in], fp32 on the CPU. G is the sum over all supervised tokens of their loss
+        gradients divided by their number, whatever the batching.
 
     Raises:
         GradientError: no supervised token, a NaN, or a module that received no gradient.
@@ -122,11 +123,13 @@ def _accumulate(model: PeftModel, batches: Iterable[Mapping[str, Any]]) -> int:
     """Back-propagates the summed token losses of all batches; returns the number of supervised tokens."""
     tokens = 0
     for batch in batches:
-        # A divisor of 1 makes transformers' own loss the sum over tokens: means of batches would weigh short batches more.
+        # A divisor of 1 makes transformers' own loss the sum over tokens: means of batches would weigh short
+        # batches more.
         loss = model(**batch, num_items_in_batch=1).loss
         if not torch.isfinite(loss):
             raise GradientError(
-                f"the loss of a probe batch is {loss.item()}: check the data and the learning rate of the last stage"
+                f"the loss of a probe batch is {loss.item()}: check the data and the learning rate "
+                "of the last stage"
             )
         loss.backward()
         tokens += int((batch["labels"][:, 1:] != -100).sum())
@@ -140,7 +143,8 @@ def _read_gradient(model: PeftModel, name: str, measure: str) -> Tensor:
     gradient = (a if measure == "A" else b).grad
     if gradient is None:
         raise GradientError(
-            f"{name} received no gradient: it takes no part in the forward result for this data. Exclude it in "
+            f"{name} received no gradient: it takes no part in the forward result for this data. "
+            "Exclude it in "
             "mllm_keeplora/targets.py (used_vision_layers) or in the run's targets"
         )
     if not torch.isfinite(gradient).all():

@@ -1,13 +1,14 @@
-"""Layer scales: small updates in shallow layers, large ones in deep layers (E5; after LiNeS, arXiv 2410.17146)."""
+"""Layer scales: small updates in shallow layers, large in deep ones (E5; after LiNeS, arXiv 2410.17146)."""
 
 
 def layer_scales(num_layers: int, gamma: float) -> list[float]:
     """lambda_l = gamma + (1 - gamma) * l / (L - 1) for l = 0 .. L-1, from shallow to deep.
 
     Args:
-        num_layers: L, the layers of one tower that take part in the forward result (a ViT whose features are read before
-            its last layer counts without that layer).
-        gamma: scale of the shallowest layer; 1 switches the scaling off and gives KeepLoRA (arXiv 2601.19659).
+        num_layers: L, the layers of one tower that take part in the forward result (a ViT whose features are
+            read before its last layer counts without that layer).
+        gamma: scale of the shallowest layer; 1 switches the scaling off and gives KeepLoRA (arXiv
+            2601.19659).
 
     Returns:
         L fractions; [1.0] for L = 1, where shallow and deep are the same layer.
@@ -21,4 +22,6 @@ def layer_scales(num_layers: int, gamma: float) -> list[float]:
         raise ValueError(f"gamma must lie in [0, 1], got {gamma!r}")
     if num_layers == 1:
         return [1.0]
-    return [gamma + (1.0 - gamma) * layer / (num_layers - 1) for layer in range(num_layers)]
+    deepest = num_layers - 1
+    # Written as a weighted sum so that both ends are exact in floating point.
+    return [gamma * ((deepest - layer) / deepest) + layer / deepest for layer in range(num_layers)]

@@ -15,7 +15,8 @@ def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 @torch.no_grad()
 def computed_weight(module: nn.Module) -> Tensor:
-    """The weight the layer multiplies by, [out, in] fp32; dequantised for a 4-bit layer, which is left as it is.
+    """The weight the layer multiplies by, [out, in] fp32; dequantised for a 4-bit layer, which is left as it
+    is.
 
     Raises:
         TypeError: not a linear layer, or a 4-bit one whose weight has not been quantised yet.

@@ -52,7 +52,8 @@ def resolve_model_directory(config: ModelConfig) -> Path:
     """The local directory of a base model, fetched from the hub where it is a hub id.
 
     Raises:
-        ConfigError: neither a directory nor a reachable hub id; a directory without config, weights or processor.
+        ConfigError: neither a directory nor a reachable hub id; a directory without config, weights or
+            processor.
     """
     directory = Path(config.base_model)
     if not directory.is_dir():
@@ -68,7 +69,8 @@ def resolve_model_directory(config: ModelConfig) -> Path:
             OSError,
         ) as error:
             raise ConfigError(
-                f"model.base_model {config.base_model!r} is neither a directory here nor a hub model that can be fetched: {error}"
+                f"model.base_model {config.base_model!r} is neither a directory here nor a hub "
+                f"model that can be fetched: {error}"
             ) from error
     for what, names in (
         ("config", ["config.json"]),
@@ -81,7 +83,8 @@ def resolve_model_directory(config: ModelConfig) -> Path:
             )
     if not any(directory.glob("*.safetensors")):
         raise ConfigError(
-            f"base model {directory} has no *.safetensors weights; convert it first, pickled weights are not read"
+            f"base model {directory} has no *.safetensors weights; convert it first, pickled "
+            "weights are not read"
         )
     return directory
 
@@ -131,9 +134,11 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
 
 
 def base_model_hash(directory: Path, cache: Path) -> str:
-    """Content hash of a base model (config and weight files), remembered under `cache` by path, size and time.
+    """Content hash of a base model (config and weight files), remembered under `cache` by path, size and
+    time.
 
-    A 7B model takes half a minute to hash, hence the memory; a rewritten file has another time and is hashed again.
+    A 7B model takes half a minute to hash, hence the memory; a rewritten file has another time and is hashed
+    again.
     """
     files = sorted([*directory.glob("*.safetensors"), directory / "config.json"])
     state = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
@@ -144,7 +149,8 @@ def base_model_hash(directory: Path, cache: Path) -> str:
 
 
 def read_initial_adapter(model: PreTrainedModel, directory: Path) -> Factors:
-    """Factors of an existing PEFT LoRA adapter, scales absorbed in B: the past of a stream that starts from it.
+    """Factors of an existing PEFT LoRA adapter, scales absorbed in B: the past of a stream that starts from
+    it.
 
     Raises:
         ConfigError: no LoRA adapter there, or one with parts that rank concatenation cannot represent.
@@ -161,7 +167,8 @@ def read_initial_adapter(model: PreTrainedModel, directory: Path) -> Factors:
     ]
     if config.peft_type != "LORA" or getattr(config, "bias", "none") != "none" or unsupported:
         raise ConfigError(
-            f"initial_adapter {directory}: only plain LoRA can be folded exactly, this is {config.peft_type} with "
+            f"initial_adapter {directory}: only plain LoRA can be folded exactly, this is "
+            f"{config.peft_type} with "
             f"bias {getattr(config, 'bias', None)!r} and {unsupported or 'no extra parts'}"
         )
     peft_model = PeftModel.from_pretrained(model, str(directory), adapter_name=ACCUMULATED)

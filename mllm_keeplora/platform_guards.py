@@ -1,6 +1,7 @@
 """Guards for third-party behaviour that would otherwise break or silently corrupt a run.
 
-Both are no-ops where the platform behaves: a CUDA build of torch beside torchvision, a GPU, a CPU without AVX512-BF16.
+Both are no-ops where the platform behaves: a CUDA build of torch beside torchvision, a GPU, a CPU without
+AVX512-BF16.
 """
 
 import importlib.util
@@ -13,9 +14,10 @@ import torch
 def allow_torchvision_without_cuda() -> None:
     """Lets PyPI's CUDA-linked torchvision import beside a CPU-only torch.
 
-    torchvision registers fake kernels for two operators that its CUDA-linked C++ library defines; beside a CPU-only torch
-    that library does not load and the import fails, and with it transformers' processors, peft and lmms-eval.
-    Declaring the two schemas first is enough for everything that does not call them (box suppression, which no MLLM uses).
+    torchvision registers fake kernels for two operators that its CUDA-linked C++ library defines; beside a
+    CPU-only torch that library does not load and the import fails, and with it transformers' processors, peft
+    and lmms-eval. Declaring the two schemas first is enough for everything that does not call them (box
+    suppression, which no MLLM uses).
 
     Must run before transformers, peft or lmms-eval are imported.
     """
@@ -35,7 +37,7 @@ def allow_torchvision_without_cuda() -> None:
 
 
 def silence_missing_cpu_kernels() -> None:
-    """Drops bitsandbytes' message that an optional CPU kernel package is absent: it reads like a failure and is none."""
+    """Drops bitsandbytes' message that an optional CPU kernel is absent: it reads like a failure."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
         lambda record: "gemm_4bit_forward" not in record.getMessage()
     )
@@ -48,8 +50,9 @@ def _operator_exists(namespace: str, name: str) -> bool:
 def guard_linear4bit(model: torch.nn.Module) -> int:
     """Keeps bitsandbytes from repacking 4-bit weights in place on CPUs with AVX512-BF16.
 
-    Without it the first inference-mode forward rewrites the packed weight; every later gradient through that layer is
-    missing or wrong and `dequantize_4bit` returns garbage. Call right after loading, before any forward.
+    Without it the first inference-mode forward rewrites the packed weight; every later gradient through that
+    layer is missing or wrong and `dequantize_4bit` returns garbage. Call right after loading, before any
+    forward.
 
     Args:
         model: a loaded model; modified in place.

@@ -1,4 +1,4 @@
-"""The protected basis M of every adapted module, assembled from files: weight basis (cached) and feature bases (one a stage)."""
+"""The protected basis M of every module, from files: its weight basis (cached), a feature basis per stage."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,8 @@ class ProtectedBases:
 
     Attributes:
         weight_files: module name -> file with its weight basis; empty for a method that protects nothing.
-        feature_files: one file per past stage, oldest first, with the directions that the stage added per module.
+        feature_files: one file per past stage, oldest first, with the directions that the stage added per
+            module.
         device: where bases are put.
     """
 
@@ -50,7 +51,8 @@ def weight_basis_files(
 ) -> dict[str, Path]:
     """Computes the weight bases that `directory` does not hold yet (E1), one layer at a time.
 
-    Cost: per module one Gram product and one symmetric eigenproblem of size min(out, in); afterwards a file read.
+    Cost: per module one Gram product and one symmetric eigenproblem of size min(out, in); afterwards a file
+    read.
 
     Args:
         model: the base model without adapters.

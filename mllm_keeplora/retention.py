@@ -1,7 +1,7 @@
 """Metrics of continual learning from one accuracy matrix (DESIGN section 4).
 
-A[j][i] is the score on task i after stage j, 1-based in the formulas. Row 0, the untouched base, enters none of the published
-formulas; it is accepted so that a caller can pass the matrix as it stands.
+A[j][i] is the score on task i after stage j, 1-based in the formulas. Row 0, the untouched base, enters none
+of the published formulas; it is accepted so that a caller can pass the matrix as it stands.
 """
 
 import math
@@ -26,12 +26,13 @@ def summarize(matrix: Matrix) -> dict[str, float | None]:
     | average | mean_i mean_{j>=1} A[j][i] | MTIL |
 
     Args:
-        matrix: T x T rows (stage by stage), or (T+1) x T with the base row first; any unit. Cells that are not known may be
+        matrix: T x T rows (stage by stage), or (T+1) x T with the base row first; any unit. Cells that are
+            not known may be
             None or NaN: the lower triangle suffices for the metrics that need no more.
 
     Returns:
-        The seven metrics in the matrix's unit; None where a metric is undefined (one task has no BWT) or where a cell that
-        it needs is missing. Never NaN.
+        The seven metrics in the matrix's unit; None where a metric is undefined (one task has no BWT) or
+        where a cell that it needs is missing. Never NaN.
 
     Raises:
         ValueError: rows of unequal length, or a shape that is neither T x T nor (T+1) x T.
@@ -51,7 +52,7 @@ def summarize(matrix: Matrix) -> dict[str, float | None]:
 
 
 def retention_ratios(base: Mapping[str, Cell], final: Mapping[str, Cell]) -> dict[str, float | None]:
-    """Score after a stage over the base's score, per general benchmark; None where the base scored 0 or a score is missing."""
+    """Score after a stage over the base's, per general benchmark; None where undefined."""
     ratios: dict[str, float | None] = {}
     for name, value in base.items():
         before, after = _known(value), _known(final.get(name))

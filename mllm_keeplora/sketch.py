@@ -1,9 +1,10 @@
-"""Randomised sketches of a task gradient: Y = Omega^T G, and what can be decided from them (DESIGN: probe gradients).
+"""Randomised sketches of a task gradient: Y = Omega^T G, and what can be decided from them (DESIGN: probe
+gradients).
 
-A probe (see `gradients`) yields Y [q, in] instead of G [out, in]. Its row space approximates G's input-side range, so
-directions are read off Y. Energies are not: E||Y||_F^2 = q ||G||_F^2 holds only on average, and real task gradients have a stable
-rank near 1, where a single draw is 8-20 % off. The energy threshold is therefore decided on rows of Y that took no part in
-choosing the directions.
+A probe (see `gradients`) yields Y [q, in] instead of G [out, in]. Its row space approximates G's input-side
+range, so directions are read off Y. Energies are not: E||Y||_F^2 = q ||G||_F^2 holds only on average, and
+real task gradients have a stable rank near 1, where a single draw is 8-20 % off. The energy threshold is
+therefore decided on rows of Y that took no part in choosing the directions.
 """
 
 from typing import NamedTuple
@@ -20,7 +21,8 @@ from mllm_keeplora.subspace import (
     residual_directions,
 )
 
-# Share of a sketch's rows held out to decide the energy threshold: a relative error of about sqrt(2 / q2) on the residual.
+# Share of a sketch's rows held out to decide the energy threshold: a relative error of about sqrt(2 / q2) on
+# the residual.
 HELD_OUT_SHARE = 0.25
 
 
@@ -37,7 +39,8 @@ def refined_directions(projected_sketch: Tensor, back_projection: Tensor) -> Ten
     """One Rayleigh-Ritz step: orders and sharpens sketched directions by a second probe pass.
 
     Args:
-        projected_sketch: Q^T, [q, in], orthonormal rows spanning the projected sketch (the probe's A in the second pass).
+        projected_sketch: Q^T, [q, in], orthonormal rows spanning the projected sketch (the probe's A in the
+            second pass).
         back_projection: G Q, [out, q], the second pass's gradient with respect to B.
 
     Returns:
@@ -51,7 +54,8 @@ def refined_directions(projected_sketch: Tensor, back_projection: Tensor) -> Ten
 def extend_basis_from_sketch(basis: Tensor, sketch: Tensor, energy: float) -> ExtendedBasis:
     """E8 on a sketch: directions from one part of its rows, the threshold decided on the held-out rest.
 
-    With Y1 the building rows and Y2 the held-out ones, right singular vectors v of Y1 (I - M M^T) are added in order until
+    With Y1 the building rows and Y2 the held-out ones, right singular vectors v of Y1 (I - M M^T) are added
+    in order until
     ||Y2 (I - Q Q^T)||_F^2 <= (1 - energy) ||Y2||_F^2, Q the extended basis.
 
     Args:
@@ -85,7 +89,7 @@ def extend_basis_from_sketch(basis: Tensor, sketch: Tensor, energy: float) -> Ex
 
 
 def _remaining_energy(residual: Tensor, directions: Tensor) -> Tensor:
-    """Energy of `residual` [rows, in] left after 0, 1, .. n of `directions` [in, n] are taken out: [n + 1], fp64."""
+    """Energy of `residual` [rows, in] left without the first 0..n of `directions` [in, n]: [n + 1] fp64."""
     per_direction = (residual.double() @ directions.double()).square().sum(0)
     total = residual.double().square().sum()
     left = total - torch.cat([per_direction.new_zeros(1), per_direction.cumsum(0)])

@@ -1,4 +1,4 @@
-"""One stage of KeepLoRA++: learn a task inside the residual subspace, fold it, protect it, measure everything (DESIGN section 3)."""
+"""One stage of KeepLoRA++: learn a task in the residual subspace, fold it, protect it, measure everything."""
 
 import math
 import resource
@@ -29,7 +29,7 @@ from mllm_keeplora.artifacts import (
 )
 from mllm_keeplora.config import RunConfig
 from mllm_keeplora.data.collator import ChatCollator, VqaDataset
-from mllm_keeplora.data.records import SkippedRecord, load_records, select_evenly
+from mllm_keeplora.data.records import Sample, SkippedRecord, select_evenly
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.evaluation.evaluate import evaluate_row
 from mllm_keeplora.folding import fold_factors
@@ -60,6 +60,9 @@ class Workplace:
 
     config: RunConfig
     stream: Stream
+    records: Mapping[
+        str, tuple[list[Sample], list[SkippedRecord]]
+    ]  # a task's training samples, and those skipped
     model: PreTrainedModel
     processor: Any
     targets: list[Target]
@@ -82,7 +85,7 @@ class StageResult:
 
 @dataclass
 class Clock:
-    """Wall time of a stage's phases, in seconds; a phase that an earlier process finished counts next to nothing."""
+    """Wall time of a stage's phases in seconds; a phase that was read from its file costs next to nothing."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -123,7 +126,7 @@ def run_stage(
     seed, clock = work.config.seed + number, Clock()
     train = work.config.train_for(task.name)
     bases = work.bases(feature_files)
-    samples, skipped = load_task(work, task)
+    samples, skipped = work.records[task.name]
     collator = ChatCollator(work.processor, train.max_length)
     probe_indices = select_evenly(len(samples), work.config.probe.fraction, work.config.probe.max_samples)
     probe = _Probe(work, VqaDataset([samples[i] for i in probe_indices]), collator, seed)
@@ -173,18 +176,6 @@ def run_stage(
 def stage_directory(run_dir: Path, number: int, task: str | None) -> Path:
     """`stages/00-base`, `stages/01-<task>`, .."""
     return run_dir / "stages" / f"{number:02d}-{task or 'base'}"
-
-
-def load_task(work: Workplace, task: TaskSpec) -> tuple[list[Any], list[SkippedRecord]]:
-    """A task's training samples and the records that `on_bad_record: skip` left out."""
-    stream = work.stream
-    return load_records(
-        stream.train_file(task),
-        stream.image_root(task),
-        prompt_suffix=task.prompt_suffix,
-        allow_text_only=task.allow_text_only,
-        on_bad_record=work.config.on_bad_record,
-    )
 
 
 def attach_accumulated(model: PreTrainedModel, accumulated: Factors) -> PreTrainedModel | PeftModel:
@@ -314,7 +305,7 @@ def _refine(
     keep: Sequence[str],
     sketches: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """The optional second pass: directions of the projected sketch, ordered by what G really holds along them."""
+    """The optional second pass: the projected sketch, ordered by what G really holds along it."""
     rows = {
         t.name: lora_a_from_gradient(
             sketches[t.name].to(work.device), bases.load(t), sketches[t.name].shape[0]
@@ -342,7 +333,7 @@ def _learn(
     task: TaskSpec,
     number: int,
 ) -> tuple[Factors, dict[str, Any]]:
-    """Trains B from zero with A frozen (E6; sequential LoRA trains both); returns the factors and the Trainer's account."""
+    """Trains B from zero with A frozen (E6; sequential LoRA trains both); returns factors and account."""
     path, account = directory / "factors.safetensors", directory / "training.json"
     if not (path.exists() and account.exists()):
         config = work.config.train_for(task.name)
@@ -387,7 +378,7 @@ def _first_logits(
 
 
 def _fold(accumulated: Factors, factors: Factors, scales: Mapping[str, float]) -> Factors:
-    """The past and the new update as one (E7); a module may be in only one of them (rank 0 this time, or new)."""
+    """The past and the new update as one (E7); a module of rank 0 in this stage is in the past alone."""
     folded = {}
     for name in dict.fromkeys([*accumulated, *factors]):
         past = [(*accumulated[name], 1.0)] if name in accumulated else []
@@ -426,7 +417,8 @@ def _module_table(
         leak = leakage(*factors[t.name], basis) if t.name in trained else 0.0
         if leak > LEAKAGE_TOLERANCE:
             raise StageError(
-                f"stage {number}: the update of {t.name} reaches {leak:.1e} of its norm into the protected subspace, at most "
+                f"stage {number}: the update of {t.name} reaches {leak:.1e} of its norm into the "
+                "protected subspace, at most "
                 f"{LEAKAGE_TOLERANCE:.0e} is allowed; the stage is not folded"
             )
         table[t.name] = {
@@ -454,7 +446,7 @@ def _protect(
     directory: Path,
     table: dict[str, dict[str, Any]],
 ) -> None:
-    """Adds the feature directions of the task just learnt (E8); fills `k_f_added`, `captured` and `saturated` in `table`."""
+    """Adds the feature directions of the task just learnt (E8); completes the rows of `table`."""
     path, account = directory / "feature_basis.safetensors", directory / "feature_basis.json"
     if not (path.exists() and account.exists()):
         directions, facts = _feature_directions(work, bases, probe, model)
@@ -487,8 +479,10 @@ def _feature_directions(
     saturated = [name for name, fact in facts.items() if fact["saturated"]]
     if saturated:
         logger.warning(
-            f"{len(saturated)} of {len(facts)} modules need more directions than their sketch has to reach eps_f, {saturated[0]} "
-            f"first ({facts[saturated[0]]['captured']:.3f} held); raise probe.columns_per_rank to protect more of this task"
+            f"{len(saturated)} of {len(facts)} modules need more directions than their sketch has "
+            f"to reach eps_f, {saturated[0]} "
+            f"first ({facts[saturated[0]]['captured']:.3f} held); raise probe.columns_per_rank to "
+            "protect more of this task"
         )
     return directions, facts
 

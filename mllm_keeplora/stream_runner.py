@@ -11,8 +11,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from accelerate import PartialState
 from accelerate.logging import get_logger
+from accelerate.state import PartialState
 
 from mllm_keeplora.adapters import Factors
 from mllm_keeplora.artifacts import (
@@ -49,7 +49,7 @@ from mllm_keeplora.stage import (
     run_stage,
     stage_directory,
 )
-from mllm_keeplora.streams import GeneralSpec, Stream, TaskSpec, data_hash, load_stream
+from mllm_keeplora.streams import GeneralSpec, Stream, TaskSpec, data_hash, load_stream, load_training_records
 from mllm_keeplora.targets import find_targets
 
 logger = get_logger(__name__)
@@ -61,12 +61,14 @@ FEATURES = "feature_basis.safetensors"
 def run_stream(config: RunConfig) -> dict[str, Any]:
     """Runs, or continues, a stream; returns the content of `retention.json`.
 
-    Complete stages are checked against their manifests and kept; the first incomplete one continues from its last finished phase.
+    Complete stages are checked against their manifests and kept; the first incomplete one continues from its
+    last finished phase.
 
     Raises:
         ConfigError, StreamError, TargetError: settings, data or a model that cannot be used.
         ArtifactError: the run directory belongs to another config or was edited.
-        StageError, TrainingError, EvaluationError, WriteError: a stage that failed; what was complete is kept.
+        StageError, TrainingError, EvaluationError, WriteError: a stage that failed; what was complete is
+            kept.
     """
     state = PartialState(cpu=config.model.device == "cpu")
     if state.num_processes > 1:
@@ -153,7 +155,7 @@ class _History:
         }
 
     def identity(self, number: int) -> dict[str, Any]:
-        """Settings and base model that a stage's result depends on; the path of the base may change, its content not."""
+        """Settings and base model that a stage's result depends on; the base's path may change."""
         values = identity(self.config, self.task_name(number))
         values["model"] = {
             k: v for k, v in values["model"].items() if k not in ("base_model", "revision", "device")
@@ -178,11 +180,12 @@ class _History:
         changed = [name for name, found in self.data.items() if manifest["data"].get(name, found) != found]
         if changed:
             raise ArtifactError(
-                f"{where}: the data of {', '.join(changed)} has changed since this stage ran; restore it, or use another run_dir"
+                f"{where}: the data of {', '.join(changed)} has changed since this stage ran; "
+                "restore it, or use another run_dir"
             )
 
     def _check_no_gap(self) -> None:
-        """A stage directory beyond the complete ones means a removed manifest, or a task taken out of the stream."""
+        """A stage directory beyond the complete ones: a manifest was removed, or a task left the stream."""
         root, expected = (
             self.run_dir / "stages",
             {self.directory(n).name for n in range(len(self.stream.tasks) + 1)},
@@ -191,7 +194,8 @@ class _History:
         unknown = [name for name in present if name not in expected]
         if unknown:
             raise ArtifactError(
-                f"{root / unknown[0]} is not a stage of stream {self.stream.name!r} ({', '.join(sorted(expected))}): tasks may be "
+                f"{root / unknown[0]} is not a stage of stream {self.stream.name!r} "
+                f"({', '.join(sorted(expected))}): tasks may be "
                 "appended to a run, not removed, renamed or reordered; use another run_dir"
             )
         beyond = [
@@ -200,7 +204,8 @@ class _History:
         if beyond:
             missing = self.directory(len(self.manifests)) / MANIFEST
             raise ArtifactError(
-                f"{missing} is missing although {beyond[0]} is complete; restore it, or delete {beyond[0]} and the stages after "
+                f"{missing} is missing although {beyond[0]} is complete; restore it, or delete "
+                f"{beyond[0]} and the stages after "
                 "it to have them computed again"
             )
 
@@ -217,7 +222,8 @@ def check_identity(stored: Mapping[str, Any], expected: Mapping[str, Any], where
     ]
     if different:
         raise ArtifactError(
-            f"{where} was written with other settings ({'; '.join(different[:5])}); use another run_dir, or the settings it was "
+            f"{where} was written with other settings ({'; '.join(different[:5])}); use another "
+            "run_dir, or the settings it was "
             "started with"
         )
 
@@ -246,6 +252,7 @@ def _only_process(run_dir: Path) -> Iterator[None]:
 
 
 def _open_workplace(config: RunConfig, stream: Stream, run_dir: Path) -> Workplace:
+    records = load_training_records(stream, config.on_bad_record)
     logger.info(f"loading {config.model.base_model} ({config.model.quantization})")
     model, processor = load_base(config.model)
     if config.train.gradient_checkpointing:
@@ -257,7 +264,9 @@ def _open_workplace(config: RunConfig, stream: Stream, run_dir: Path) -> Workpla
     cache = Path(config.cache_dir) / "weight_bases" / f"{base_hash[:16]}-{config.model.quantization}"
     files = weight_basis_files(model, targets, eps_w, cache) if config.method == "keeplora" else {}
     write_task_files(stream, run_dir / "eval_tasks")
-    return Workplace(config, stream, model, processor, targets, files, run_dir, resolve_device(config.model))
+    return Workplace(
+        config, stream, records, model, processor, targets, files, run_dir, resolve_device(config.model)
+    )
 
 
 def _run_missing(work: Workplace, history: _History) -> None:

@@ -29,7 +29,7 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 import yaml
 
-from mllm_keeplora.data.records import RECORD_SUFFIXES, load_records, named_images
+from mllm_keeplora.data.records import RECORD_SUFFIXES, Sample, SkippedRecord, load_records, named_images
 from mllm_keeplora.errors import KeepLoRAError
 
 # Names become folder, file and lmms-eval task names.
@@ -178,25 +178,38 @@ def load_stream(path: Path, data_root: Path | None = None) -> Stream:
     return stream
 
 
-def check_records(stream: Stream, on_bad_record: Literal["error", "skip"] = "error") -> None:
-    """Reads and checks every record that the stream's files hold, and decodes every image they name.
+def load_training_records(
+    stream: Stream, on_bad_record: Literal["error", "skip"] = "error"
+) -> dict[str, tuple[list[Sample], list[SkippedRecord]]]:
+    """Reads and checks every record that the stream's files hold, test files included, and decodes every
+    image.
 
     To be called before a run's first stage, so that a bad record of the last task is not found after hours.
-    `on_bad_record` concerns the training files; a test file with a bad record is refused always, since leaving
+    `on_bad_record` concerns the training files; a test file with a bad record is always refused, as leaving
     questions out would change what the scores mean.
+
+    Returns:
+        Task name -> (training samples, records left out).
 
     Raises:
         RecordError: a file cannot be used; names the bad records of the first such file.
     """
+    training = {}
     specs: list[TaskSpec | GeneralSpec] = [*stream.tasks, *stream.general]
     for spec in specs:
         root, text_only = stream.image_root(spec), spec.allow_text_only
         if isinstance(spec, TaskSpec):
-            train = stream.train_file(spec)
-            load_records(train, root, allow_text_only=text_only, on_bad_record=on_bad_record)
+            training[spec.name] = load_records(
+                stream.train_file(spec),
+                root,
+                prompt_suffix=spec.prompt_suffix,
+                allow_text_only=text_only,
+                on_bad_record=on_bad_record,
+            )
         test = stream.test_file(spec)
         if test is not None:
             load_records(test, root, allow_text_only=text_only)
+    return training
 
 
 def data_hash(stream: Stream, spec: TaskSpec | GeneralSpec) -> str:

@@ -1,7 +1,7 @@
 """Protected subspaces on the input side of a linear layer (KeepLoRA++, arXiv 2606.16256, section 3).
 
-A layer y = W x has W in R^{out x in}. Everything protected lives in R^{in}: a basis is a matrix [in, k] with orthonormal
-columns, fp32. What an update must not touch is what it would have to read from its input.
+A layer y = W x has W in R^{out x in}. Everything protected lives in R^{in}: a basis is a matrix [in, k] with
+orthonormal columns, fp32. What an update must not touch is what it would have to read from its input.
 
 Torch only; every decomposition runs in the precision stated beside it with autocast off.
 """
@@ -9,10 +9,11 @@ Torch only; every decomposition runs in the precision stated beside it with auto
 import torch
 from torch import Tensor
 
-# Relative slack on energy thresholds: an fp32 Gram matrix gives sums of squares to about 1e-7, so a threshold met
-# exactly (energy 0.6 where one direction holds exactly 60 %) would otherwise take one direction too many.
+# Relative slack on energy thresholds: an fp32 Gram matrix gives sums of squares to about 1e-7, so a threshold
+# met exactly (energy 0.6 where one direction holds exactly 60 %) would otherwise take one direction too many.
 ENERGY_TOLERANCE = 1e-6
-# A direction whose energy is below this share of the largest is rounding noise of the decomposition, not signal.
+# A direction whose energy is below this share of the largest is rounding noise of the decomposition, not
+# signal.
 RANK_TOLERANCE = 1e-12
 
 
@@ -55,12 +56,14 @@ def principal_basis(weight: Tensor, energy: float) -> Tensor:
     """Principal subspace of a pre-trained weight (E1).
 
     W = U S V^T; the basis is V[:, :k] with k the smallest such that sum_{i<=k} s_i^2 >= energy * sum_i s_i^2.
-    Computed from the Gram matrix of W's smaller side, which is one matrix product and one symmetric eigenproblem of size
-    min(out, in) instead of a full SVD; mapped back through W^T when the input side is the larger one. The official code
-    has three different thresholds, one of them a direction short; this is the one rule.
+    Computed from the Gram matrix of W's smaller side, which is one matrix product and one symmetric
+    eigenproblem of size min(out, in) instead of a full SVD; mapped back through W^T when the input side is
+    the larger one. The official code has three different thresholds, one of them a direction short; this is
+    the one rule.
 
     Args:
-        weight: [out, in], any float dtype; the weight that the model computes with (dequantised when it is 4-bit).
+        weight: [out, in], any float dtype; the weight that the model computes with (dequantised when it is
+            4-bit).
         energy: eps_w, fraction in (0, 1].
 
     Returns:
@@ -85,7 +88,8 @@ def principal_basis(weight: Tensor, energy: float) -> Tensor:
 
 
 def orthonormal_columns(matrix: Tensor) -> Tensor:
-    """Orthonormal basis [n, k] fp32 of the columns of `matrix` [n, k] (k <= n), same order, fp64 Householder QR inside.
+    """Orthonormal basis [n, k] fp32 of the columns of `matrix` [n, k] (k <= n), same order, fp64 Householder
+    QR inside.
 
     Each column keeps its direction up to the columns before it and its sign.
     """
@@ -98,10 +102,12 @@ def orthonormal_columns(matrix: Tensor) -> Tensor:
 def project_to_residual(gradient: Tensor, basis: Tensor) -> Tensor:
     """Residual part of a gradient, G (I - M M^T) (E3).
 
-    Projected twice: where most of G lies inside M, one fp32 projection leaks 5e-6 of it, the second takes that to 3e-7.
+    Projected twice: where most of G lies inside M, one fp32 projection leaks 5e-6 of it, the second takes
+    that to 3e-7.
 
     Args:
-        gradient: [rows, in]; a full gradient (rows = out) or a sketch of one (rows = q), the projection is the same.
+        gradient: [rows, in]; a full gradient (rows = out) or a sketch of one (rows = q), the projection is
+            the same.
         basis: M, [in, k], orthonormal columns; k may be 0.
 
     Returns:
@@ -121,16 +127,18 @@ def project_to_residual(gradient: Tensor, basis: Tensor) -> Tensor:
 
 @torch.no_grad()
 def extend_basis(basis: Tensor, gradient: Tensor, energy: float, total_energy: float | None = None) -> Tensor:
-    """Adds the dominant feature directions of a task to the protected basis (E8; GPM, arXiv 2103.09762, eq. 8-9).
+    """Adds the dominant feature directions of a task to the protected basis (E8; GPM, arXiv 2103.09762, eq.
+    8-9).
 
-    The leading right singular vectors of G (I - M M^T) join M until the energy of G inside the extended basis reaches
-    energy * total. What M already holds counts first, so nothing is added for a task that M covers.
+    The leading right singular vectors of G (I - M M^T) join M until the energy of G inside the extended basis
+    reaches energy * total. What M already holds counts first, so nothing is added for a task that M covers.
 
     Args:
         basis: M, [in, k], orthonormal columns.
         gradient: G, [rows, in]; a full gradient or a sketch.
         energy: eps_f, fraction in (0, 1].
-        total_energy: the 100 % that `energy` refers to, in the units of `gradient` (squared Frobenius norm); default
+        total_energy: the 100 % that `energy` refers to, in the units of `gradient` (squared Frobenius norm);
+            default
             ||G||_F^2. When it exceeds what `gradient` holds, all directions may be used up below the target.
 
     Returns:
@@ -169,7 +177,8 @@ def residual_directions(residual: Tensor, basis: Tensor, floor: float) -> tuple[
 
 
 def orthonormal_complement(columns: Tensor, basis: Tensor) -> Tensor:
-    """Orthonormalises `columns` [in, n] inside the complement of `basis` [in, k], in fp64, twice; returns [in, n] fp32.
+    """Orthonormalises `columns` [in, n] inside the complement of `basis` [in, k], in fp64, twice; returns
+    [in, n] fp32.
 
     Twice because normalising a column whose residual is small scales its leakage up with it.
     """

@@ -1,4 +1,4 @@
-"""Which linear layers of a model are adapted: one table of facts per model family, and the list that follows from it."""
+"""Which linear layers of a model are adapted: a table of facts per model family, and what follows from it."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -58,10 +58,11 @@ class ModelFamily:
 
 
 def _layers_before_feature(config: Any) -> int:
-    """Layers whose output reaches the projector when features are read at `vision_feature_layer` of the hidden states."""
+    """Layers whose output reaches the projector, which reads hidden state `vision_feature_layer`."""
     total = int(config.vision_config.num_hidden_layers)
     read = config.vision_feature_layer
-    # hidden_states holds total + 1 entries, the embeddings first: index -1 uses every layer, -2 all but the last.
+    # hidden_states holds total + 1 entries, the embeddings first: index -1 uses every layer, -2 all but the
+    # last.
     return max(
         index if index >= 0 else total + 1 + index for index in (read if isinstance(read, list) else [read])
     )
@@ -90,7 +91,8 @@ def family_of(config: Any) -> ModelFamily:
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise TargetError(
-            f"model type {config.model_type!r} is not in the table of model families (known: {', '.join(FAMILIES)}); add one "
+            f"model type {config.model_type!r} is not in the table of model families (known: "
+            f"{', '.join(FAMILIES)}); add one "
             "ModelFamily entry to mllm_keeplora/targets.py"
         )
     return family
@@ -103,13 +105,13 @@ def find_targets(
 
     Args:
         model: the base model, before any adapter is attached.
-        patterns: per adapted tower, names of linear layers inside a layer (`q_proj`, `self_attn.q_proj`), or `all-linear`.
-            A tower that is absent is not adapted.
+        patterns: per adapted tower, names of linear layers inside a layer (`q_proj`, `self_attn.q_proj`), or
+            `all-linear`. A tower that is absent is not adapted.
         protect_projector: adapt the projector too, as the deepest layer of the vision tower.
 
     Returns:
-        The targets. Layers that take no part in the forward result (the last ViT layer where features are read before
-        it) are left out: they get no gradient.
+        The targets. Layers that take no part in the forward result (the last ViT layer where features are
+        read before it) are left out: they get no gradient.
 
     Raises:
         TargetError: an unknown model family, a pattern that matches nothing, or nothing to adapt at all.
@@ -151,7 +153,8 @@ def _tower_targets(
         if unmatched:
             known = sorted({target.name.split(f"{layers}.{target.depth}.", 1)[1] for target in found})
             raise TargetError(
-                f"{tower}.targets {unmatched} match no linear layer under {layers}.*; available there: {', '.join(known)}"
+                f"{tower}.targets {unmatched} match no linear layer under {layers}.*; available "
+                f"there: {', '.join(known)}"
             )
         wanted = [target for target in found if any(r.search(target.name) for r in regex.values())]
     if not wanted:

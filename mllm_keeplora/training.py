@@ -1,6 +1,8 @@
-"""Training one stage's LoRA factor with the HF Trainer: fp32 factors, no autocast, resumable, and fatal on NaN.
+"""Training one stage's LoRA factor with the HF Trainer: fp32 factors, no autocast, resumable, and fatal on
+NaN.
 
-The base computes in its own dtype (bf16 on GPUs, set when it is loaded) and PEFT casts the LoRA path to the factors' fp32.
+The base computes in its own dtype (bf16 on GPUs, set when it is loaded) and PEFT casts the LoRA path to the
+factors' fp32.
 Autocast stays off: under it an fp32 A would answer protected inputs with 2e-3 instead of rounding.
 """
 
@@ -33,8 +35,8 @@ class TrainingError(KeepLoRAError, RuntimeError):
 class StageTrainer(Trainer):
     """HF Trainer that checkpoints exactly the trainable parameters.
 
-    Stock resuming loads only the first active adapter (here the frozen past), makes its factors trainable and then fails on the
-    optimizer's group size; hence saving and loading the stage's own parameters.
+    Stock resuming loads only the first active adapter (here the frozen past), makes its factors trainable and
+    then fails on the optimizer's group size; hence saving and loading the stage's own parameters.
     """
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -46,7 +48,8 @@ class StageTrainer(Trainer):
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
             raise TrainingError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}: lower train.learning_rate or check the data; "
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}: lower "
+                "train.learning_rate or check the data; "
                 "completed stages are untouched"
             )
         return loss
@@ -75,7 +78,8 @@ class StageTrainer(Trainer):
         parameters = self._trainable()
         if saved.keys() != parameters.keys():
             raise TrainingError(
-                f"{resume_from_checkpoint} holds {len(saved)} parameters, the stage trains {len(parameters)}; delete it"
+                f"{resume_from_checkpoint} holds {len(saved)} parameters, the stage trains "
+                f"{len(parameters)}; delete it"
             )
         with torch.no_grad():
             for name, parameter in parameters.items():
@@ -98,7 +102,8 @@ class FiniteGradients(TrainerCallback):
         if not torch.isfinite(norms).all():
             name = named[int((~torch.isfinite(norms)).int().argmax())][0]
             raise TrainingError(
-                f"the gradient of {name} is not finite at step {state.global_step + 1}: lower train.learning_rate; "
+                f"the gradient of {name} is not finite at step {state.global_step + 1}: lower "
+                "train.learning_rate; "
                 "completed stages are untouched"
             )
 
@@ -123,7 +128,8 @@ def train_stage(
         collator: samples -> model inputs with labels.
         config: settings.
         seed: of the order of samples and of dropout.
-        directory: where checkpoints inside the stage go; an interrupted training continues from the last complete one.
+        directory: where checkpoints inside the stage go; an interrupted training continues from the last
+            complete one.
         log_dir: where TensorBoard finds the curves.
         report_to: the Trainer's loggers.
         device: where the model lies.

@@ -15,8 +15,8 @@ from mllm_keeplora.errors import KeepLoRAError
 IGNORED_LABEL = -100  # what torch's cross entropy and every transformers loss leave out
 
 
-class ChatTemplateError(KeepLoRAError, ValueError):
-    """The model's chat template, or a sample rendered by it, cannot be used for training."""
+class ProcessorError(KeepLoRAError, ValueError):
+    """The base model's processor or chat template, or a text rendered by it, cannot be used for training."""
 
 
 class SampleTooLongError(KeepLoRAError, ValueError):
@@ -66,17 +66,17 @@ class ChatCollator:
         max_length: most tokens a sample may have, image tokens included; None for no limit.
 
     Raises:
-        ValueError: the processor has no image token, or its tokenizer no pad or end-of-sequence token.
+        ProcessorError: the processor has no image token, or its tokenizer no pad or end-of-sequence token.
     """
 
     def __init__(self, processor: ProcessorMixin, max_length: int | None = None) -> None:
         if not getattr(processor, "image_token", None):
-            raise ValueError(
+            raise ProcessorError(
                 f"{type(processor).__name__} has no image token; expected a LLaVA-style processor"
             )
         for name in ("pad_token", "eos_token"):
             if getattr(processor.tokenizer, name) is None:
-                raise ValueError(
+                raise ProcessorError(
                     f"the base model's tokenizer has no {name}; set one in its tokenizer_config.json"
                 )
         self.processor = processor
@@ -97,7 +97,7 @@ class ChatCollator:
         Raises:
             ImageError: an image cannot be decoded; names file and sample.
             SampleTooLongError: a sample exceeds `max_length`. Cutting it could remove image tokens.
-            ChatTemplateError: the chat template does not suit, or a text contains the model's image token.
+            ProcessorError: the chat template does not suit, or a text contains the model's image token.
         """
         images = _read_images(samples)
         if all(sample in self._encoded for sample in samples):
@@ -179,7 +179,7 @@ def _render_segments(processor: ProcessorMixin, sample: Sample) -> list[_Segment
 
 def _continuation(text: str, prefix: str, sample: Sample) -> str:
     if not text.startswith(prefix):
-        raise ChatTemplateError(
+        raise ProcessorError(
             f"sample {sample.id!r}: the chat template rewrites what it rendered before, so answers cannot be "
             f"told from prompts. Expected a text that begins with {prefix!r}, found {text!r}. Give the base "
             "model's processor a chat template that only appends"
@@ -191,7 +191,7 @@ def _split_answer(processor: ProcessorMixin, text: str, turn: Turn, sample: Samp
     """Splits what follows a prompt into (answer with its end token, text that comes after that token)."""
     start = len(text) - len(text.lstrip())
     if not text.startswith(turn.answer, start):
-        raise ChatTemplateError(
+        raise ProcessorError(
             f"sample {sample.id!r}: the chat template puts {text!r} after the prompt; expected the answer "
             f"{turn.answer!r}. Give the base model's processor a template that leaves answers as they are"
         )
@@ -210,7 +210,7 @@ def _check_image_tokens(processor: ProcessorMixin, segments: Sequence[_Segment],
     found = [(segment.prompt + segment.answer).count(token) for segment in segments]
     expected = int(sample.image is not None)
     if sum(found) != expected or segments[0].prompt.count(token) != expected:
-        raise ChatTemplateError(
+        raise ProcessorError(
             f"sample {sample.id!r}: the image token {token!r} comes {sum(found)} times in the rendered "
             f"conversation; expected {expected} in its first question. Remove it from the sample's text; if "
             "it is not there, the base model's chat template does not place images"

@@ -5,13 +5,15 @@ Importing this package is cheap: lmms-eval loads it through the entry point belo
 
 from typing import TYPE_CHECKING
 
+from mllm_keeplora.errors import KeepLoRAError
+
 if TYPE_CHECKING:
     from lmms_eval.models.registry_v2 import ModelManifest
 
 MODEL_ID = "keeplora"
 
 
-class EvaluationError(RuntimeError):
+class EvaluationError(KeepLoRAError, RuntimeError):
     """An evaluation that could not be completed; never turned into a score."""
 
 

@@ -79,8 +79,7 @@ def _named(task: str, doc_ids: Sequence[int]) -> Iterator[None]:
         yield
     except EvaluationError:
         raise
-    # Any failure, including out of memory and errors of third-party code, has to stop the evaluation and say
-    # where.
+    # Any failure, out of memory included, has to stop the evaluation and say where.
     except Exception as error:
         documents = ", ".join(str(doc_id) for doc_id in doc_ids)
         raise EvaluationError(
@@ -117,7 +116,7 @@ class KeepLoRAModel(lmms):
         # lmms-eval makes an Accelerator where the attribute is missing. One process needs none, and making
         # one would fix accelerate's global state before the training that follows has configured it.
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            from accelerate import Accelerator
+            from accelerate.accelerator import Accelerator
 
             self.accelerator: Any = Accelerator()
         else:
@@ -144,7 +143,7 @@ class KeepLoRAModel(lmms):
         settings.update({key: value for key, value in (additional_config or {}).items() if value is not None})
         settings.pop(
             "max_batch_size", None
-        )  # only for automatic batch sizes, which this wrapper does not have
+        )  # of automatic batch sizes, which lmms-eval's parser always sends
         batch_size = settings.pop("batch_size", 1)
         model, processor = load_for_evaluation(settings)
         return cls(model, processor, batch_size)
@@ -172,12 +171,12 @@ class KeepLoRAModel(lmms):
         return [answers[index] for index in range(len(requests))]
 
     def loglikelihood(self, requests: list[Instance]) -> NoReturn:
-        raise NotImplementedError(
-            "model 'keeplora' answers generate_until tasks only, not loglikelihood tasks"
-        )
+        """Refused: log-likelihood tasks compare given answers, this model generates them."""
+        raise EvaluationError("model 'keeplora' answers generate_until tasks only, not loglikelihood tasks")
 
     def generate_until_multi_round(self, requests: list[Instance]) -> NoReturn:
-        raise NotImplementedError("model 'keeplora' answers generate_until tasks only, not multi-round tasks")
+        """Refused: a prompt that depends on earlier answers."""
+        raise EvaluationError("model 'keeplora' answers generate_until tasks only, not multi-round tasks")
 
     def _progress(self, total: int) -> "tqdm[NoReturn]":
         # None: shown on a terminal only.

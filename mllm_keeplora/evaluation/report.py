@@ -13,7 +13,6 @@ import csv
 import io
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +27,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from mllm_keeplora.artifacts import SCHEMA_VERSION, atomic_path
+from mllm_keeplora.errors import KeepLoRAError
+
 Json = dict[str, Any]
 
-SCHEMA_VERSION = 1
 TEXT_WIDTH = 100  # columns of a terminal that format_table may use
 
 # key in retention.json, name, unit ("%" = score, "points" = difference of scores), meaning in one line
@@ -52,7 +53,7 @@ RETENTION_MEANING = "score after the last stage as a share of the untouched base
 
 TIMED_PHASES = ("weight_bases", "probe", "train", "feature_basis", "evaluation")
 PHASE_COLOURS = ("#7b6fae", "#c98b3c", "#2f7fa8", "#6a9e57", "#9aa7b1", "#dde3e8")
-COUNTS = ("train_samples", "steps", "supervised_tokens", "trainable_parameters")
+COUNTS = ("train_samples", "steps", "trainable_parameters")
 MANIFEST_KEYS = ("stage", "task", "modules", "counts", "timings", "peak_memory_bytes", "loss", "packages")
 
 LEAKAGE_BOUND = 1e-6  # what a stage promises: ||dW M||_F / ||dW||_F
@@ -69,7 +70,7 @@ LINE_COLOUR = "#1b6f9c"
 MARKED_DEPTHS = 16  # deeper towers are drawn as lines without markers
 
 
-class ReportError(ValueError):
+class ReportError(KeepLoRAError, ValueError):
     """A run directory that a report cannot be written from."""
 
 
@@ -238,16 +239,8 @@ def _load_manifest(run_dir: Path, row: Mapping[str, Any]) -> Json:
 
 
 def _write_atomically(path: Path, content: bytes) -> None:
-    # One fixed name, so what a killed run left behind is overwritten and not collected.
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
 
 
 # --------------------------------------------------------------------------------------------------

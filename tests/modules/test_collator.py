@@ -16,7 +16,7 @@ import mllm_keeplora  # noqa: F401  # prepares the environment for transformers
 from mllm_keeplora.data.collator import (
     IGNORED_LABEL,
     ChatCollator,
-    ChatTemplateError,
+    ProcessorError,
     SampleTooLongError,
     VqaDataset,
     render_prompt,
@@ -385,12 +385,12 @@ def test_an_unreadable_image_is_named_with_its_sample(image: Path, monkeypatch: 
     ids=["not prefix-stable", "changes answers", "drops images"],
 )
 def test_unsuitable_chat_templates_are_refused(chat_template: str, reason: str, image: Path) -> None:
-    with pytest.raises(ChatTemplateError, match=f"sample 's': .*{reason}"):
+    with pytest.raises(ProcessorError, match=f"sample 's': .*{reason}"):
         ChatCollator(make_processor(chat_template))([Sample("s", image, ONE)])
 
 
 def test_an_image_token_in_the_text_is_refused(image: Path) -> None:
-    with pytest.raises(ChatTemplateError, match="'<image>' comes 2 times .*expected 1"):
+    with pytest.raises(ProcessorError, match="'<image>' comes 2 times .*expected 1"):
         ChatCollator(make_processor())([Sample("s", image, (Turn("what is <image>?", "red"),))])
 
 
@@ -398,5 +398,5 @@ def test_an_image_token_in_the_text_is_refused(image: Path) -> None:
 def test_a_tokenizer_without_the_tokens_is_refused(name: str) -> None:
     processor = make_processor()
     setattr(processor.tokenizer, name, None)
-    with pytest.raises(ValueError, match=f"tokenizer has no {name}"):
+    with pytest.raises(ProcessorError, match=f"tokenizer has no {name}"):
         ChatCollator(processor)

@@ -390,17 +390,3 @@ def test_damaged_manifest_is_named(tmp_path, change, message):
     path.write_text(change(path.read_text()))
     with pytest.raises(ReportError, match=f"{re.escape(str(path))}.*{message}"):
         write_report(run_dir)
-
-
-def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "report.html"
-    path.write_text("old")
-
-    def full_disk(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(report.os, "fsync", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        report._write_atomically(path, b"new")
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]

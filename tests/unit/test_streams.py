@@ -18,9 +18,9 @@ from mllm_keeplora.streams import (
     Stream,
     StreamError,
     TaskSpec,
-    check_records,
     data_hash,
     load_stream,
+    load_training_records,
 )
 
 REPOSITORY = Path(__file__).parents[2]
@@ -197,7 +197,7 @@ def test_every_file_is_checked_and_only_training_records_may_be_skipped(
     load: Callable[..., Stream], data: Path
 ) -> None:
     stream = load(lambda d: d["general"].append(dict(STOCK)))
-    check_records(stream)
+    load_training_records(stream)
     good = json.loads((data / "tools/train.json").read_text())
     for file in (
         "birds/train.json",
@@ -208,12 +208,12 @@ def test_every_file_is_checked_and_only_training_records_may_be_skipped(
     ):
         (data / file).write_text(json.dumps([*good, {**good[0], "answer": ""}]))
         with pytest.raises(RecordError, match=f"{file}: 1 of 2 records"):
-            check_records(stream)
+            load_training_records(stream)
         if "train" in file:
-            check_records(stream, "skip")
+            load_training_records(stream, "skip")
         else:
             with pytest.raises(RecordError, match=f"{file}: 1 of 2 records"):
-                check_records(stream, "skip")
+                load_training_records(stream, "skip")
         (data / file).write_text(json.dumps(good))
 
 
@@ -295,4 +295,4 @@ def test_the_worked_example_of_the_docs_works(tmp_path: Path, monkeypatch: pytes
     run = yaml.safe_load(blocks["my_run.yaml"])
     stream = load_stream(Path(run["stream"]))
     assert len(stream.tasks) == 2
-    check_records(stream)
+    load_training_records(stream)

@@ -1,0 +1,97 @@
+"""Loading: both towers 4-bit, guarded, frozen; bad directories named."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+
+from mllm_keeplora.config import ConfigError, ModelConfig
+from mllm_keeplora.linears import computed_weight
+from mllm_keeplora.models import base_model_hash, load_base, read_initial_adapter
+from tests.modules.conftest import all_targets, batch, model_config
+
+
+def test_both_towers_are_4_bit_and_guarded_and_the_rest_is_not(nf4_model: Any) -> None:
+    layers = {n: m for n, m in nf4_model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
+    assert {t.name for t in all_targets(nf4_model)} <= set(layers)
+    assert all(m.support_avx512bf16_for_cpu is False for m in layers.values())
+    assert all(
+        m.weight.quant_state.quant_type == "nf4" and m.weight.quant_state.nested for m in layers.values()
+    )
+    assert not any("projector" in name or "lm_head" in name for name in layers)
+
+
+def test_the_base_is_frozen_and_in_eval_mode(model: Any) -> None:
+    assert not any(p.requires_grad for p in model.parameters())
+    assert not any(m.training for m in model.modules())
+
+
+def test_the_computed_weight_is_what_the_layer_multiplies_by(model: Any) -> None:
+    for target in all_targets(model):
+        module = model.get_submodule(target.name)
+        x = torch.randn(2, target.in_features)
+        bias = module.bias if module.bias is not None else 0.0
+        torch.testing.assert_close(module(x) - bias, x @ computed_weight(module).T, atol=1e-5, rtol=1e-4)
+
+
+def test_only_linear_layers_have_a_computed_weight(nf4_model: Any) -> None:
+    with pytest.raises(TypeError, match="Embedding"):
+        computed_weight(nf4_model.get_input_embeddings())
+
+
+def test_loading_twice_gives_the_same_function(tiny_llava: Path, nf4_model: Any) -> None:
+    again, _ = load_base(model_config(tiny_llava, "nf4"))
+    assert torch.equal(again(**batch()).logits, nf4_model(**batch()).logits)
+
+
+@pytest.mark.parametrize(
+    "remove, message",
+    [
+        (["processor_config.json", "preprocessor_config.json"], "has no processor"),
+        (["config.json"], "has no config"),
+        (["tokenizer.json", "tokenizer_config.json"], "has no tokenizer"),
+        (["model.safetensors"], "has no .*safetensors"),
+    ],
+)
+def test_an_incomplete_model_directory_is_named(
+    tiny_llava: Path, tmp_path: Path, remove: list[str], message: str
+) -> None:
+    directory = shutil.copytree(tiny_llava, tmp_path / "base")
+    for name in remove:
+        (directory / name).unlink(missing_ok=True)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_base(model_config(directory, "nf4"))
+    assert str(directory) in str(caught.value)
+
+
+def test_a_base_model_that_is_nowhere_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match="nobody/nothing"):
+        load_base(ModelConfig(base_model="nobody/nothing"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+def test_cuda_without_a_device_is_an_error(tiny_llava: Path) -> None:
+    with pytest.raises(ConfigError, match="sees no CUDA device"):
+        load_base(ModelConfig(base_model=str(tiny_llava), device="cuda"))
+
+
+def test_missing_flash_attention_says_how_to_get_it(tiny_llava: Path) -> None:
+    with pytest.raises(ConfigError, match=r"flash-attn is not installed.*\[flash-attn\]"):
+        load_base(ModelConfig(base_model=str(tiny_llava), attn_implementation="flash_attention_2"))
+
+
+def test_the_hash_follows_the_content_not_the_place(tiny_llava: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(tiny_llava, tmp_path / "moved")
+    first = base_model_hash(tiny_llava, tmp_path / "cache")
+    assert base_model_hash(moved, tmp_path / "cache") == first
+    (moved / "config.json").write_text((moved / "config.json").read_text() + " ")
+    assert base_model_hash(moved, tmp_path / "cache") != first
+
+
+def test_an_initial_adapter_must_be_a_peft_adapter(nf4_model: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="adapter_config.json"):
+        read_initial_adapter(nf4_model, tmp_path)

@@ -1,0 +1,147 @@
+"""Training a stage: what must move, what must not, resuming, and fatal NaNs."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch.utils.data import Dataset
+
+from mllm_keeplora.adapters import ACCUMULATED, STAGE, activate, attach, factor_parameters
+from mllm_keeplora.config import TrainConfig
+from mllm_keeplora.models import load_base
+from mllm_keeplora.training import COMPLETE, TrainingError, last_complete_checkpoint, train_stage
+from tests.modules.conftest import all_targets, batch, model_config
+
+CPU = torch.device("cpu")
+
+
+class Rows(Dataset[int]):
+    """Row numbers; the collator makes them model inputs."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+def collate(rows: list[int]) -> dict[str, torch.Tensor]:
+    whole = batch(12)
+    return {key: value[rows] for key, value in whole.items()}
+
+
+def prepare(tiny_llava: Path, trainable: str = "B") -> PeftModel:
+    model: Any = load_base(model_config(tiny_llava, "nf4"))[0]
+    targets = all_targets(model)
+    torch.manual_seed(0)
+    past = {
+        t.name: (0.1 * torch.randn(3, t.in_features), 0.1 * torch.randn(t.out_features, 3)) for t in targets
+    }
+    new = {t.name: (torch.randn(2, t.in_features), torch.zeros(t.out_features, 2)) for t in targets}
+    adapted = attach(model, ACCUMULATED, past, dict.fromkeys(past, 1.0))
+    adapted = attach(adapted, STAGE, new, dict.fromkeys(new, 1.0))
+    activate(adapted, [ACCUMULATED, STAGE], STAGE, trainable)  # type: ignore[arg-type]
+    return adapted
+
+
+def train(model: PeftModel, directory: Path, **settings: Any) -> dict[str, Any]:
+    config = TrainConfig(
+        **{"learning_rate": 1e-2, "max_steps": 6, "per_device_train_batch_size": 4, **settings}
+    )
+    return train_stage(
+        model,
+        Rows(),
+        collate,
+        config,
+        seed=1,
+        directory=directory / "checkpoints",
+        log_dir=directory / "logs",
+        report_to=[],
+        device=CPU,
+    )
+
+
+def parameters(model: PeftModel) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("trainable, moving", [("B", ["lora_B"]), ("both", ["lora_A", "lora_B"])])
+def test_exactly_the_stages_trainable_factors_move(
+    tiny_llava: Path, tmp_path: Path, trainable: str, moving: list[str]
+) -> None:
+    model = prepare(tiny_llava, trainable)
+    before = parameters(model)
+    account = train(model, tmp_path)
+    moved = {name for name, p in parameters(model).items() if not torch.equal(p, before[name])}
+    expected = {n for n in before if f".{STAGE}." in n and any(factor in n for factor in moving)}
+    assert moved == expected
+    assert account["steps"] == 6
+
+
+def test_a_trained_update_never_leaves_the_row_space_of_a(tiny_llava: Path, tmp_path: Path) -> None:
+    """E6, with weight decay and clipping at work: dW M stays 0 for M orthogonal to A."""
+    model = prepare(tiny_llava)
+    train(model, tmp_path, weight_decay=0.1, max_grad_norm=0.5)
+    for target in all_targets(load_base(model_config(tiny_llava, "nf4"))[0]):
+        a, b = (p.detach().double() for p in factor_parameters(model, STAGE, target.name))
+        complement = torch.linalg.qr(a.T, mode="complete").Q[:, a.shape[0] :]
+        assert ((b @ a) @ complement).norm() / (b @ a).norm() < 1e-6, target.name
+
+
+def test_a_resumed_training_equals_the_uninterrupted_one(tiny_llava: Path, tmp_path: Path) -> None:
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    uninterrupted = prepare(tiny_llava)
+    account = train(uninterrupted, whole, save_steps=3, logging_steps=1)
+    # The state that a kill after step 3 leaves: its checkpoint, and one torn off in the middle.
+    shutil.copytree(whole / "checkpoints" / "checkpoint-3", half / "checkpoints" / "checkpoint-3")
+    torn = shutil.copytree(whole / "checkpoints" / "checkpoint-6", half / "checkpoints" / "checkpoint-6")
+    (torn / COMPLETE).unlink()
+    resumed = prepare(tiny_llava)
+    assert train(resumed, half, save_steps=3, logging_steps=1) == account
+    expected = parameters(uninterrupted)
+    assert all(torch.equal(p, expected[name]) for name, p in parameters(resumed).items())
+
+
+def test_checkpoints_hold_the_trainable_parameters_and_no_pickled_weights(
+    tiny_llava: Path, tmp_path: Path
+) -> None:
+    train(prepare(tiny_llava), tmp_path, save_steps=3)
+    found = last_complete_checkpoint(tmp_path / "checkpoints")
+    assert found is not None
+    names = {path.name for path in Path(found).iterdir()}
+    assert "stage.safetensors" in names
+    assert not {"training_args.bin", "pytorch_model.bin"} & names
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_nan_stops_the_training(tiny_llava: Path, tmp_path: Path, where: str) -> None:
+    model = prepare(tiny_llava)
+    if where == "loss":
+        with torch.no_grad():
+            factor_parameters(model, STAGE, all_targets_of(model)[0])[0].fill_(float("nan"))
+        message = "the loss is nan at step 1"
+    else:
+        parameter = factor_parameters(model, STAGE, all_targets_of(model)[0])[1]
+        parameter.register_hook(lambda gradient: gradient * float("nan"))
+        message = "gradient of .*lora_B.stage.weight is not finite at step 1"
+    with pytest.raises(TrainingError, match=message):
+        train(model, tmp_path)
+
+
+def all_targets_of(model: PeftModel) -> list[str]:
+    return [
+        n.removeprefix("base_model.model.").split(".lora_A")[0]
+        for n, _ in model.named_parameters()
+        if f"lora_A.{STAGE}" in n
+    ]
+
+
+def test_half_precision_factors_are_refused(tiny_llava: Path, tmp_path: Path) -> None:
+    model = prepare(tiny_llava)
+    parameter = factor_parameters(model, STAGE, all_targets_of(model)[0])[1]
+    parameter.data = parameter.data.bfloat16()
+    with pytest.raises(TrainingError, match="not fp32"):
+        train(model, tmp_path)

@@ -1,0 +1,106 @@
+"""Settings: strict, documented, and every shipped YAML readable by the real parser."""
+
+import re
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from mllm_keeplora.config import ConfigError, RunConfig, TrainConfig, identity, parse_config
+from mllm_keeplora.streams import load_stream
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))
+
+
+def parse(tmp_path: Path, text: str, *argv: str) -> RunConfig:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return parse_config("test", path, list(argv))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_every_shipped_config_is_read_by_the_real_parser(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    config = parse_config("test", path, [])
+    assert Path(config.stream).is_file()
+    assert path.read_text().startswith("# bash scripts/run_"), "a config opens with its command"
+
+
+def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
+    config = parse(tmp_path, "seed: 3\nlanguage: {rank: 8, gamma: 0.5}", "--language.rank", "4")
+    assert (config.seed, config.language.rank, config.language.gamma) == (3, 4, 0.5)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("run_dirr: x", "run_dirr.*did you mean 'run_dir'"),
+        ("language: {epsw: 0.5}", "epsw.*did you mean 'eps_w'"),
+        ("language: {eps_w: 0}", r"language: eps_w must lie in \(0, 1\], got 0"),
+        ("vision: {eps_f: 1.5}", r"vision: eps_f must lie in \(0, 1\], got 1.5"),
+        ("vision: {gamma: 2}", r"vision: gamma must lie in \[0, 1\]"),
+        ("vision: {rank: 0}", "vision.rank must be at least 1"),
+        ("seed: many", "seed"),
+        ("method: keeplore", "keeplore"),
+        ("train: {max_steps: 0}", "max_steps is 0"),
+        ("train_overrides: {Med: {epochs: 3}}", "train_overrides.Med.epochs is not a setting"),
+        ("language: {adapt: false}\nvision: {adapt: false}", "nothing to learn"),
+        ("projector: protected\nvision: {adapt: false}", "vision.adapt: true"),
+        ("probe: {fraction: 0}", r"probe.fraction must lie in \(0, 1\]"),
+    ],
+)
+def test_bad_settings_are_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(tmp_path, text)
+
+
+def test_a_missing_config_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nowhere.yaml"):
+        parse_config("test", tmp_path / "nowhere.yaml", [])
+
+
+def test_help_lists_every_setting_with_its_default(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(tmp_path, "seed: 0", "--help")
+    text = re.sub(r"\s+", " ", capsys.readouterr().out)
+    for group in fields(RunConfig):
+        value = getattr(RunConfig(), group.name)
+        for setting in fields(value) if is_dataclass(value) else [group]:
+            name = f"--{group.name}.{setting.name}" if is_dataclass(value) else f"--{group.name}"
+            entry = re.search(rf"{re.escape(name)} .*?default: ", text)
+            assert entry, f"{name} is not in --help with a default"
+
+
+def test_overrides_apply_to_their_task_alone() -> None:
+    config = RunConfig(train_overrides={"Med": {"num_train_epochs": 3.0}})
+    assert config.train_for("Med").num_train_epochs == 3.0
+    assert config.train_for("Sci") == config.train
+
+
+def test_identity_ignores_what_changes_no_number() -> None:
+    config = RunConfig()
+    free = replace(config, run_dir="elsewhere", report_to=[], cache_dir="x", backfill=True, stream="y")
+    free = replace(free, train=replace(free.train, logging_steps=1, save_steps=50))
+    assert identity(config, "a") == identity(free, "a")
+    assert identity(config, "a") != identity(replace(config, seed=1), "a")
+    assert identity(config, "a") != identity(replace(config, train=TrainConfig(learning_rate=1.0)), "a")
+
+
+def test_identity_of_one_task_is_untouched_by_the_overrides_of_another() -> None:
+    changed = RunConfig(train_overrides={"new": {"learning_rate": 1.0}})
+    assert identity(RunConfig(), "old") == identity(changed, "old")
+    assert identity(RunConfig(), "new") != identity(changed, "new")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "streams").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_shipped_stream_is_read_by_the_real_loader(path: Path, tmp_path: Path) -> None:
+    for name in re.findall(r"(?:train|test): ([\w/.]+)", path.read_text()):
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("[]")
+    for name in re.findall(r"image_root: ([\w/.]+)", path.read_text()):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+    assert load_stream(path, tmp_path).tasks

@@ -1,0 +1,97 @@
+"""Metrics against published tables and by hand."""
+
+import math
+
+import pytest
+
+from mllm_keeplora.retention import retention_ratios, summarize
+
+NAN = float("nan")
+
+# A user's LoRA-FT rerun on UCIT (Ghy0501/MCITlib#6), row = after stage.
+UCIT = [
+    [90.97],
+    [90.38, 92.60],
+    [73.90, 86.33, 59.54],
+    [75.67, 68.77, 47.34, 53.30],
+    [75.10, 74.53, 46.73, 52.30, 69.73],
+    [65.77, 71.27, 45.05, 51.20, 49.60, 57.47],
+]
+
+# Final rows published for LLaVA-1.5-7B on MLLM-DCL: scores, MFT, MFN, BWT.
+MLLM_DCL = {
+    "LoRA-FT": ([69.65, 41.59, 25.43, 40.88, 87.45], 64.98, 53.00, -14.97),
+    "SEFE": ([77.26, 50.37, 37.21, 40.87, 86.82], 65.01, 58.51, -8.13),
+    "MR-LoRA": ([80.87, 65.32, 54.12, 56.71, 91.12], 69.64, 69.63, -0.01),
+}
+
+
+def triangle(rows: list[list[float]]) -> list[list[float]]:
+    return [row + [NAN] * (len(rows) - len(row)) for row in rows]
+
+
+def test_published_ucit_triangle() -> None:
+    metrics = summarize(triangle(UCIT))
+    assert metrics["mft"] == pytest.approx(70.60, abs=0.01)
+    assert metrics["last"] == pytest.approx(56.73, abs=0.01)
+    assert metrics["maa"] == pytest.approx(72.90, abs=0.01)
+    assert metrics["bwt"] == pytest.approx(-16.65, abs=0.01)
+    assert metrics["transfer"] is None
+    assert metrics["average"] is None
+
+
+@pytest.mark.parametrize("method", MLLM_DCL)
+def test_published_dcl_rows(method: str) -> None:
+    final, mft, mfn, bwt = MLLM_DCL[method]
+    # Only the mean of the diagonal is published; any diagonal with that mean and the last entry gives the
+    # same BWT.
+    diagonal = [(5 * mft - final[-1]) / 4] * 4 + [final[-1]]
+    rows = [[diagonal[i] if i == j else NAN for i in range(5)] for j in range(4)] + [final]
+    metrics = summarize(rows)
+    assert metrics["last"] == pytest.approx(mfn, abs=0.01)
+    assert metrics["bwt"] == pytest.approx(bwt, abs=0.02)
+
+
+def test_every_metric_by_hand() -> None:
+    base = [0.9, 0.9, 0.9]
+    rows = [[0.8, 0.2, 0.1], [0.6, 0.7, 0.3], [0.7, 0.5, 0.9]]
+    expected = {
+        "last": (0.7 + 0.5 + 0.9) / 3,
+        "mft": (0.8 + 0.7 + 0.9) / 3,
+        "maa": (0.8 + (0.6 + 0.7) / 2 + (0.7 + 0.5 + 0.9) / 3) / 3,
+        "bwt": ((0.7 - 0.8) + (0.5 - 0.7)) / 2,
+        "forgetting": ((0.8 - 0.7) + (0.7 - 0.5)) / 2,
+        "transfer": (0.2 + (0.1 + 0.3) / 2) / 2,
+        "average": ((0.8 + 0.6 + 0.7) + (0.2 + 0.7 + 0.5) + (0.1 + 0.3 + 0.9)) / 9,
+    }
+    assert summarize([base, *rows]) == pytest.approx(expected)
+    assert summarize(rows) == pytest.approx(expected)
+
+
+def test_forgetting_may_be_negative_when_a_task_improves_later() -> None:
+    assert summarize([[0.5, 0.0], [0.7, 0.9]])["forgetting"] == pytest.approx(-0.2)
+
+
+def test_one_task_has_no_past() -> None:
+    metrics = summarize([[0.3], [0.8]])
+    assert metrics["last"] == metrics["mft"] == metrics["maa"] == metrics["average"] == 0.8
+    assert metrics["bwt"] is metrics["forgetting"] is metrics["transfer"] is None
+
+
+@pytest.mark.parametrize("missing", [None, NAN])
+def test_a_missing_cell_makes_null_never_nan(missing: float | None) -> None:
+    metrics = summarize([[0.5, missing], [missing, 0.9]])
+    assert metrics["last"] is None
+    assert metrics["mft"] == pytest.approx(0.7)
+    assert all(value is None or not math.isnan(value) for value in metrics.values())
+
+
+@pytest.mark.parametrize("shape", [[], [[]], [[0.1, 0.2]], [[0.1], [0.2, 0.3]], [[0.1]] * 3])
+def test_other_shapes_are_refused(shape: list[list[float]]) -> None:
+    with pytest.raises(ValueError, match="T x T"):
+        summarize(shape)
+
+
+def test_retention_is_a_ratio_to_the_base() -> None:
+    ratios = retention_ratios({"a": 0.8, "b": 0.0, "c": 0.5}, {"a": 0.6, "b": 0.3, "c": None})
+    assert ratios == {"a": pytest.approx(0.75), "b": None, "c": None}
