@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from mllm_keeplora.artifacts import (
     write_json,
     write_manifest,
 )
-from mllm_keeplora.config import RunConfig
+from mllm_keeplora.config import RunConfig, TrainConfig
 from mllm_keeplora.data.collator import ChatCollator, VqaDataset
 from mllm_keeplora.data.records import Sample, SkippedRecord, select_evenly
 from mllm_keeplora.errors import KeepLoRAError
@@ -46,6 +47,9 @@ from mllm_keeplora.training import train_stage
 
 logger = get_logger(__name__)
 
+Model = PreTrainedModel | PeftModel
+Table = dict[str, dict[str, Any]]  # module name -> its row in the manifest
+
 # ||dW M||_F / ||dW||_F that fp32 factors from an fp64 re-projection stay below by an order of magnitude.
 LEAKAGE_TOLERANCE = 1e-6
 
@@ -56,13 +60,22 @@ class StageError(KeepLoRAError, RuntimeError):
 
 @dataclass
 class Workplace:
-    """What all stages of a run share."""
+    """What all stages of a run share.
+
+    Attributes:
+        config, stream: what was asked for.
+        records: task name -> (its training samples, the records left out).
+        model: the base model, without adapters between stages.
+        processor: of the base model.
+        targets: the adapted modules.
+        weight_files: module name -> file with its weight basis; empty where nothing is protected.
+        run_dir: where the run writes.
+        device: where the model lies.
+    """
 
     config: RunConfig
     stream: Stream
-    records: Mapping[
-        str, tuple[list[Sample], list[SkippedRecord]]
-    ]  # a task's training samples, and those skipped
+    records: Mapping[str, tuple[list[Sample], list[SkippedRecord]]]
     model: PreTrainedModel
     processor: Any
     targets: list[Target]
@@ -70,22 +83,14 @@ class Workplace:
     run_dir: Path
     device: torch.device
 
-    def bases(self, feature_files: Sequence[Path]) -> ProtectedBases:
-        """M of every module, given the feature bases of the stages so far."""
-        return ProtectedBases(self.weight_files, feature_files, self.device)
-
-
-@dataclass
-class StageResult:
-    """What a stage hands to the next one."""
-
-    manifest: dict[str, Any]
-    accumulated: Factors
+    def to_device(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A batch on the model's device."""
+        return {key: value.to(self.device) for key, value in batch.items()}
 
 
 @dataclass
 class Clock:
-    """Wall time of a stage's phases in seconds; a phase that was read from its file costs next to nothing."""
+    """Wall time of phases in seconds; a phase that was read from its file costs next to nothing."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -101,283 +106,254 @@ class Clock:
         return {**self.seconds, "total": sum(self.seconds.values())}
 
 
-def run_stage(
-    work: Workplace,
-    number: int,
-    task: TaskSpec,
-    accumulated: Factors,
-    feature_files: Sequence[Path],
-    header: dict[str, Any],
-) -> StageResult:
-    """Carries out stage `number`; phases whose files exist (an interrupted stage) are not repeated.
+@dataclass
+class Stage:
+    """One stage's own facts.
 
-    Args:
-        work: shared by all stages; its model carries no adapter before and after.
+    Attributes:
+        work: shared by all stages.
         number: 1-based.
         task: what is learnt.
         accumulated: factors of all earlier stages, scales absorbed in B; empty before the first.
         feature_files: their feature bases, oldest first.
+    """
+
+    work: Workplace
+    number: int
+    task: TaskSpec
+    accumulated: Factors
+    feature_files: Sequence[Path]
+
+    @property
+    def directory(self) -> Path:
+        """Where the stage writes."""
+        return stage_directory(self.work.run_dir, self.number, self.task.name)
+
+    @property
+    def seed(self) -> int:
+        """Seed of everything random in the stage."""
+        return self.work.config.seed + self.number
+
+    @property
+    def train(self) -> TrainConfig:
+        """Training settings, the task's overrides applied."""
+        return self.work.config.train_for(self.task.name)
+
+    @property
+    def samples(self) -> list[Sample]:
+        """Training samples."""
+        return self.work.records[self.task.name][0]
+
+    @cached_property
+    def collator(self) -> ChatCollator:
+        """Samples to model inputs; shared by probes and training because it remembers tokens."""
+        return ChatCollator(self.work.processor, self.train.max_length)
+
+    @cached_property
+    def probe_indices(self) -> list[int]:
+        """The samples from which task gradients are measured."""
+        probe = self.work.config.probe
+        return select_evenly(len(self.samples), probe.fraction, probe.max_samples)
+
+    @property
+    def bases(self) -> ProtectedBases:
+        """M, under which the stage trains."""
+        return ProtectedBases(self.work.weight_files, self.feature_files, self.work.device)
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """s_l = lambda_l * alpha / r with the nominal r, per module (E5)."""
+        config, towers = self.work.config, self.work.config.towers()
+        return {
+            t.name: layer_lambda(config, t) * config.alpha / towers[t.tower].rank for t in self.work.targets
+        }
+
+    def rank(self, target: Target) -> int:
+        """The nominal r of a module."""
+        return self.work.config.towers()[target.tower].rank
+
+    def probe_batches(self) -> Iterator[dict[str, Tensor]]:
+        """The probe sample as model inputs with labels, in order."""
+        samples = VqaDataset([self.samples[i] for i in self.probe_indices])
+        loader = DataLoader(samples, batch_size=self.work.config.probe.batch_size, collate_fn=self.collator)
+        for batch in tqdm(loader, desc="task gradients", unit="batch", disable=None, leave=False):
+            yield self.work.to_device(batch)
+
+    def sketch(self, model: Model, pass_number: int) -> dict[str, Tensor]:
+        """Omega^T G of every module, q = columns_per_rank * r; each pass of the run draws its own Omega."""
+        per_rank = self.work.config.probe.columns_per_rank
+        columns = {t.name: per_rank * self.rank(t) for t in self.work.targets}
+        seed = 2 * self.seed + pass_number
+        return sketch_gradients(
+            model, self.work.targets, columns, self.probe_batches, seed, keep=active_adapters(model)
+        )
+
+
+@dataclass
+class StageResult:
+    """What a stage hands to the next one."""
+
+    manifest: dict[str, Any]
+    accumulated: Factors
+
+
+def run_stage(stage: Stage, header: Mapping[str, Any]) -> StageResult:
+    """Carries out a stage; phases whose files exist (an interrupted stage) are not repeated.
+
+    Args:
+        stage: its model carries no adapter before and after.
         header: entries of the manifest that the stream knows (predecessor's hash, identity, data hashes, ..).
 
     Raises:
         StageError: no residual space left, a function changed by attaching, leakage above 1e-6.
     """
-    directory = stage_directory(work.run_dir, number, task.name)
-    seed, clock = work.config.seed + number, Clock()
-    train = work.config.train_for(task.name)
-    bases = work.bases(feature_files)
-    samples, skipped = work.records[task.name]
-    collator = ChatCollator(work.processor, train.max_length)
-    probe_indices = select_evenly(len(samples), work.config.probe.fraction, work.config.probe.max_samples)
-    probe = _Probe(work, VqaDataset([samples[i] for i in probe_indices]), collator, seed)
+    work, directory, clock = stage.work, stage.directory, Clock()
 
-    model = attach_accumulated(work.model, accumulated)
-    keep = [ACCUMULATED] if accumulated else []
+    model = attach_accumulated(work.model, stage.accumulated)
     with clock.phase("probe"):
-        lora_a = load_or_compute(
-            directory / "lora_a.safetensors", lambda: _initial_a(work, bases, probe, model, keep, number)
-        )
-    scales = stage_scales(work.config, work.targets)
-    active = [t for t in work.targets if lora_a[t.name].shape[0] > 0]
-    if not active:
-        raise StageError(
-            f"stage {number} ({task.name}): no adapted module has residual space left; lower eps_w or eps_f"
-        )
+        lora_a = load_or_compute(directory / "lora_a.safetensors", lambda: initial_a(stage, model))
     with clock.phase("train"):
-        factors, training = _learn(
-            work, model, active, lora_a, scales, VqaDataset(samples), collator, directory, task, number
-        )
+        factors, account = learn(stage, model, lora_a)
     detach(model)
 
-    table = _module_table(work, bases, active, factors, scales, number)
-    folded = _fold(accumulated, factors, scales)
+    table = module_table(stage, factors)
+    folded = fold(stage.accumulated, factors, stage.scales)
     model = attach(work.model, ACCUMULATED, folded, dict.fromkeys(folded, 1.0))
     save_adapter(directory / "adapter", model, work.config.model)
     with clock.phase("feature_basis"):
-        _protect(work, bases, probe, model, directory, table)
+        protect(stage, model, table)
     with clock.phase("evaluation"):
         scores = evaluate_stage(work, model, directory)
-    model.unload()
+    detach(model)
 
     shutil.rmtree(directory / "checkpoints", ignore_errors=True)
     manifest = {
         **header,
-        "probe_indices": probe_indices,
+        "probe_indices": stage.probe_indices,
         "modules": list(table.values()),
-        "counts": _counts(samples, skipped, factors, work, training),
+        "counts": counts(stage, factors, account),
         "timings": clock.total(),
         "peak_memory_bytes": peak_memory(work.device),
-        "loss": training["loss"],
+        "loss": account["loss"],
         "scores": scores,
     }
     return StageResult(write_manifest(directory, manifest), folded)
 
 
-def stage_directory(run_dir: Path, number: int, task: str | None) -> Path:
-    """`stages/00-base`, `stages/01-<task>`, .."""
-    return run_dir / "stages" / f"{number:02d}-{task or 'base'}"
-
-
-def attach_accumulated(model: PreTrainedModel, accumulated: Factors) -> PreTrainedModel | PeftModel:
-    """The current model: the base, or the base with the folded past."""
-    return attach(model, ACCUMULATED, accumulated, dict.fromkeys(accumulated, 1.0)) if accumulated else model
-
-
-def detach(model: PreTrainedModel | PeftModel) -> None:
-    """Takes every adapter off again."""
-    if isinstance(model, PeftModel):
-        model.unload()
-
-
-def stage_scales(config: RunConfig, targets: Sequence[Target]) -> dict[str, float]:
-    """s_l = lambda_l * alpha / r with the nominal r per module (E5); lambda = 1 for sequential LoRA."""
-    towers = config.towers()
-    return {t.name: layer_lambda(config, t) * config.alpha / towers[t.tower].rank for t in targets}
-
-
-def layer_lambda(config: RunConfig, target: Target) -> float:
-    """lambda_l of a module's layer, within its tower."""
-    if config.method == "lora":
-        return 1.0
-    return layer_scales(target.num_layers, config.towers()[target.tower].gamma)[target.depth]
-
-
-def evaluate_stage(work: Workplace, model: PreTrainedModel | PeftModel, directory: Path) -> dict[str, Any]:
-    """The full row: every task of the stream and every general benchmark; kept in a file once measured."""
-    path = directory / "evaluation.json"
-    if not path.exists():
-        scores = evaluate_row(
-            model,
-            work.processor,
-            work.stream,
-            work.run_dir / "eval_tasks",
-            directory / "evaluation",
-            batch_size=work.config.evaluation.batch_size,
-            limit=work.config.evaluation.limit,
-        )
-        write_json(path, scores)
-    return dict(read_json(path))
-
-
-def peak_memory(device: torch.device) -> int:
-    """Largest memory so far, bytes: allocated on the GPU, else the process's resident set."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-@dataclass
-class _Probe:
-    """The probe sample of a task, read anew in every pass."""
-
-    work: Workplace
-    samples: VqaDataset
-    collator: ChatCollator
-    seed: int
-
-    def batches(self) -> Iterator[dict[str, Tensor]]:
-        """Model inputs with labels, in order, on the device."""
-        loader = DataLoader(
-            self.samples, batch_size=self.work.config.probe.batch_size, collate_fn=self.collator
-        )
-        for batch in tqdm(loader, desc="task gradients", unit="batch", disable=None, leave=False):
-            yield {key: value.to(self.work.device) for key, value in batch.items()}
-
-    def sketch(
-        self, model: PreTrainedModel | PeftModel, keep: Sequence[str], pass_number: int
-    ) -> dict[str, Tensor]:
-        """Omega^T G of every module, q = columns_per_rank * r; each pass draws its own Omega."""
-        towers, factor = self.work.config.towers(), self.work.config.probe.columns_per_rank
-        columns = {t.name: factor * towers[t.tower].rank for t in self.work.targets}
-        return sketch_gradients(
-            model, self.work.targets, columns, self.batches, seed=2 * self.seed + pass_number, keep=keep
-        )
-
-
-def _initial_a(
-    work: Workplace,
-    bases: ProtectedBases,
-    probe: _Probe,
-    model: PreTrainedModel | PeftModel,
-    keep: Sequence[str],
-    number: int,
-) -> dict[str, Tensor]:
+def initial_a(stage: Stage, model: Model) -> dict[str, Tensor]:
     """A_t of every module: from the residual gradient (E2-E4), or PEFT's default init for sequential LoRA."""
-    if work.config.method == "lora":
-        return {t.name: _kaiming_a(t, work.config.towers()[t.tower].rank, probe.seed) for t in work.targets}
-    towers = work.config.towers()
-    if number == 1:
-        _check_rank_fits(work, bases)
-    sketches = probe.sketch(model, keep, 0)
-    if work.config.probe.refine:
-        sketches = _refine(work, bases, probe, model, keep, sketches)
+    targets, bases = stage.work.targets, stage.bases
+    if stage.work.config.method == "lora":
+        return {t.name: _kaiming_a(t, stage.rank(t), stage.seed) for t in targets}
+    if stage.number == 1:
+        _check_rank_fits(stage)
+    gradients = stage.sketch(model, 0)
+    if stage.work.config.probe.refine:
+        gradients = _refine(stage, model, gradients)
     return {
-        t.name: lora_a_from_gradient(
-            sketches[t.name].to(work.device), bases.load(t), towers[t.tower].rank
-        ).cpu()
-        for t in tqdm(work.targets, desc="residual subspaces", unit="module", disable=None, leave=False)
+        t.name: lora_a_from_gradient(gradients[t.name].to(bases.device), bases.load(t), stage.rank(t)).cpu()
+        for t in tqdm(targets, desc="residual subspaces", unit="module", disable=None, leave=False)
     }
 
 
 def _kaiming_a(target: Target, rank: int, seed: int) -> Tensor:
-    generator = module_generator(seed, target.name)
     a = torch.empty(rank, target.in_features)
-    torch.nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
+    torch.nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=module_generator(seed, target.name))
     return a
 
 
-def _check_rank_fits(work: Workplace, bases: ProtectedBases) -> None:
+def _check_rank_fits(stage: Stage) -> None:
     """E9 before the first stage: a rank that the residual space cannot hold is a mistake in the settings."""
-    for target in work.targets:
-        rank, k = work.config.towers()[target.tower].rank, bases.load(target).shape[1]
-        if rank > target.in_features - k:
+    for t in stage.work.targets:
+        rank, k = stage.rank(t), stage.bases.load(t).shape[1]
+        if rank > t.in_features - k:
             raise StageError(
-                f"{target.name}: rank {rank} exceeds its residual space of {target.in_features} - {k} = "
-                f"{target.in_features - k} directions; lower {target.tower}.rank or {target.tower}.eps_w"
+                f"{t.name}: rank {rank} exceeds its residual space of {t.in_features} - {k} = "
+                f"{t.in_features - k} directions; lower {t.tower}.rank or {t.tower}.eps_w"
             )
 
 
-def _refine(
-    work: Workplace,
-    bases: ProtectedBases,
-    probe: _Probe,
-    model: PreTrainedModel | PeftModel,
-    keep: Sequence[str],
-    sketches: Mapping[str, Tensor],
-) -> dict[str, Tensor]:
+def _refine(stage: Stage, model: Model, sketches: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The optional second pass: the projected sketch, ordered by what G really holds along it."""
-    rows = {
-        t.name: lora_a_from_gradient(
-            sketches[t.name].to(work.device), bases.load(t), sketches[t.name].shape[0]
-        ).cpu()
-        for t in work.targets
-    }
-    rows = {name: a for name, a in rows.items() if a.shape[0] > 0}
-    out_features = {t.name: t.out_features for t in work.targets}
-    images = back_project_gradients(model, rows, out_features, probe.batches, keep=keep)
-    return {
-        name: refined_directions(rows[name], images[name]) if name in rows else sketch
-        for name, sketch in sketches.items()
-    }
+    bases, targets = stage.bases, stage.work.targets
+    rows = {}
+    for t in targets:
+        sketch = sketches[t.name].to(bases.device)
+        span = lora_a_from_gradient(sketch, bases.load(t), len(sketch)).cpu()
+        if len(span) > 0:
+            rows[t.name] = span
+    out_features = {t.name: t.out_features for t in targets}
+    images = back_project_gradients(
+        model, rows, out_features, stage.probe_batches, keep=active_adapters(model)
+    )
+    refined = {name: refined_directions(rows[name], images[name]) for name in rows}
+    return {**sketches, **refined}
 
 
-def _learn(
-    work: Workplace,
-    model: PreTrainedModel | PeftModel,
-    active: Sequence[Target],
-    lora_a: Mapping[str, Tensor],
-    scales: Mapping[str, float],
-    samples: VqaDataset,
-    collator: ChatCollator,
-    directory: Path,
-    task: TaskSpec,
-    number: int,
-) -> tuple[Factors, dict[str, Any]]:
-    """Trains B from zero with A frozen (E6; sequential LoRA trains both); returns factors and account."""
-    path, account = directory / "factors.safetensors", directory / "training.json"
+def learn(stage: Stage, model: Model, lora_a: Mapping[str, Tensor]) -> tuple[Factors, dict[str, Any]]:
+    """Trains B from zero with A frozen (E6; sequential LoRA trains both).
+
+    Returns:
+        Module name -> (A, B) of the modules that had room for at least one direction, and `train_stage`'s
+        account.
+
+    Raises:
+        StageError: no module has room, or attaching the new adapter changed the model's function.
+        TrainingError: training diverged.
+    """
+    path, account = stage.directory / "factors.safetensors", stage.directory / "training.json"
     if not (path.exists() and account.exists()):
-        config = work.config.train_for(task.name)
-        start = {
-            t.name: (lora_a[t.name], torch.zeros(t.out_features, lora_a[t.name].shape[0])) for t in active
+        factors, training = _train(stage, model, lora_a)
+        named = {f"{n}.A": a for n, (a, _) in factors.items()} | {
+            f"{n}.B": b for n, (_, b) in factors.items()
         }
-        before = _first_logits(work, model, samples, collator)
-        adapters = [ACCUMULATED, STAGE] if isinstance(model, PeftModel) else [STAGE]
-        peft_model = attach(model, STAGE, start, scales, dropout=config.lora_dropout)
-        activate(peft_model, adapters, STAGE, "both" if work.config.method == "lora" else "B")
-        if not torch.equal(before, _first_logits(work, peft_model, samples, collator)):
-            raise StageError(
-                f"stage {number}: attaching the new adapter changed the model's output although B = 0"
-            )
-        training = train_stage(
-            peft_model,
-            samples,
-            collator,
-            config,
-            seed=work.config.seed + number,
-            directory=directory / "checkpoints",
-            log_dir=work.run_dir / "tensorboard" / directory.name,
-            report_to=work.config.report_to,
-            device=work.device,
-        )
-        factors = read_factors(peft_model, STAGE, [t.name for t in active])
-        if not isinstance(model, PeftModel):
-            peft_model.unload()
-        save_tensors(path, {f"{n}.{k}": f for n, (a, b) in factors.items() for k, f in (("A", a), ("B", b))})
+        save_tensors(path, named)
         write_json(account, training)
     stored = load_tensors(path)
-    return {t.name: (stored[f"{t.name}.A"], stored[f"{t.name}.B"]) for t in active}, read_json(account)
+    names = [name.removesuffix(".A") for name in stored if name.endswith(".A")]
+    return {name: (stored[f"{name}.A"], stored[f"{name}.B"]) for name in names}, read_json(account)
+
+
+def _train(stage: Stage, model: Model, lora_a: Mapping[str, Tensor]) -> tuple[Factors, dict[str, Any]]:
+    work = stage.work
+    start = {
+        t.name: (lora_a[t.name], torch.zeros(t.out_features, len(lora_a[t.name])))
+        for t in work.targets
+        if len(lora_a[t.name]) > 0
+    }
+    if not start:
+        raise StageError(
+            f"stage {stage.number} ({stage.task.name}): no adapted module has residual space left; "
+            "lower eps_w or eps_f"
+        )
+    before, past = _first_logits(stage, model), active_adapters(model)
+    adapted = attach(model, STAGE, start, stage.scales, dropout=stage.train.lora_dropout)
+    activate(adapted, [*past, STAGE], STAGE, "both" if work.config.method == "lora" else "B")
+    if not torch.equal(before, _first_logits(stage, adapted)):
+        raise StageError(f"stage {stage.number}: attaching the new adapter changed the output although B = 0")
+    training = train_stage(
+        adapted,
+        VqaDataset(stage.samples),
+        stage.collator,
+        stage.train,
+        seed=stage.seed,
+        directory=stage.directory / "checkpoints",
+        log_dir=work.run_dir / "tensorboard" / stage.directory.name,
+        report_to=work.config.report_to,
+        device=work.device,
+    )
+    factors = read_factors(adapted, STAGE, list(start))
+    detach(adapted)
+    return factors, training
 
 
 @torch.no_grad()
-def _first_logits(
-    work: Workplace, model: PreTrainedModel | PeftModel, samples: VqaDataset, collator: ChatCollator
-) -> Tensor:
+def _first_logits(stage: Stage, model: Model) -> Tensor:
     model.eval()
-    batch = {key: value.to(work.device) for key, value in collator([samples[0]]).items()}
-    return model(**batch).logits.cpu()
+    return model(**stage.work.to_device(stage.collator(stage.samples[:1]))).logits.cpu()
 
 
-def _fold(accumulated: Factors, factors: Factors, scales: Mapping[str, float]) -> Factors:
+def fold(accumulated: Factors, factors: Factors, scales: Mapping[str, float]) -> Factors:
     """The past and the new update as one (E7); a module of rank 0 in this stage is in the past alone."""
     folded = {}
     for name in dict.fromkeys([*accumulated, *factors]):
@@ -401,25 +377,21 @@ def leakage(a: Tensor, b: Tensor, basis: Tensor) -> float:
     return float((update @ basis.double()).norm()) / norm if norm > 0.0 else 0.0
 
 
-def _module_table(
-    work: Workplace,
-    bases: ProtectedBases,
-    active: Sequence[Target],
-    factors: Factors,
-    scales: Mapping[str, float],
-    number: int,
-) -> dict[str, dict[str, Any]]:
-    """One row per adapted module; checks that no update reaches what is protected."""
-    trained = {t.name for t in active}
-    table = {}
-    for t in work.targets:
-        basis = bases.load(t).cpu()
-        leak = leakage(*factors[t.name], basis) if t.name in trained else 0.0
+def module_table(stage: Stage, factors: Factors) -> Table:
+    """One row per adapted module.
+
+    Raises:
+        StageError: an update that reaches what is protected.
+    """
+    table, bases, scales = {}, stage.bases, stage.scales
+    for t in stage.work.targets:
+        basis, k_w = bases.load(t).cpu(), bases.weight_basis(t).shape[1]
+        leak = leakage(*factors[t.name], basis) if t.name in factors else 0.0
         if leak > LEAKAGE_TOLERANCE:
             raise StageError(
-                f"stage {number}: the update of {t.name} reaches {leak:.1e} of its norm into the "
-                "protected subspace, at most "
-                f"{LEAKAGE_TOLERANCE:.0e} is allowed; the stage is not folded"
+                f"stage {stage.number}: the update of {t.name} reaches {leak:.1e} of its norm into "
+                "the protected "
+                f"subspace, at most {LEAKAGE_TOLERANCE:.0e} is allowed; the stage is not folded"
             )
         table[t.name] = {
             "name": t.name,
@@ -427,10 +399,10 @@ def _module_table(
             "depth": t.depth,
             "in_features": t.in_features,
             "out_features": t.out_features,
-            "k_w": bases.weight_basis(t).shape[1],
-            "k_f": basis.shape[1] - bases.weight_basis(t).shape[1],
-            "rank": factors[t.name][0].shape[0] if t.name in trained else 0,
-            "lambda": layer_lambda(work.config, t),
+            "k_w": k_w,
+            "k_f": basis.shape[1] - k_w,
+            "rank": len(factors[t.name][0]) if t.name in factors else 0,
+            "lambda": layer_lambda(stage.work.config, t),
             "scale": scales[t.name],
             "leakage": leak,
             "orthonormality_error": orthonormality_error(basis),
@@ -438,38 +410,29 @@ def _module_table(
     return table
 
 
-def _protect(
-    work: Workplace,
-    bases: ProtectedBases,
-    probe: _Probe,
-    model: PeftModel,
-    directory: Path,
-    table: dict[str, dict[str, Any]],
-) -> None:
+def protect(stage: Stage, model: Model, table: Table) -> None:
     """Adds the feature directions of the task just learnt (E8); completes the rows of `table`."""
-    path, account = directory / "feature_basis.safetensors", directory / "feature_basis.json"
+    path, account = stage.directory / "feature_basis.safetensors", stage.directory / "feature_basis.json"
     if not (path.exists() and account.exists()):
-        directions, facts = _feature_directions(work, bases, probe, model)
+        directions, facts = _feature_directions(stage, model)
         save_tensors(path, directions)
         write_json(account, facts)
     for name, facts in read_json(account).items():
         table[name].update(facts)
 
 
-def _feature_directions(
-    work: Workplace, bases: ProtectedBases, probe: _Probe, model: PeftModel
-) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    nothing = work.config.method == "lora"
-    sketches = {} if nothing else probe.sketch(model, [ACCUMULATED], 1)
+def _feature_directions(stage: Stage, model: Model) -> tuple[dict[str, Tensor], Table]:
     directions: dict[str, Tensor] = {}
-    facts: dict[str, dict[str, Any]] = {}
-    for t in work.targets:
-        if nothing:
+    facts: Table = {}
+    if stage.work.config.method == "lora":
+        for t in stage.work.targets:
             directions[t.name] = torch.zeros(t.in_features, 0)
             facts[t.name] = {"k_f_added": 0, "captured": None, "saturated": False}
-            continue
-        tower, basis = work.config.towers()[t.tower], bases.load(t)
-        extended = extend_basis_from_sketch(basis, sketches[t.name].to(work.device), tower.eps_f)
+        return directions, facts
+    sketches, bases, towers = stage.sketch(model, 1), stage.bases, stage.work.config.towers()
+    for t in stage.work.targets:
+        basis = bases.load(t)
+        extended = extend_basis_from_sketch(basis, sketches[t.name].to(bases.device), towers[t.tower].eps_f)
         directions[t.name] = extended.basis[:, basis.shape[1] :].cpu()
         facts[t.name] = {
             "k_f_added": directions[t.name].shape[1],
@@ -479,25 +442,71 @@ def _feature_directions(
     saturated = [name for name, fact in facts.items() if fact["saturated"]]
     if saturated:
         logger.warning(
-            f"{len(saturated)} of {len(facts)} modules need more directions than their sketch has "
-            f"to reach eps_f, {saturated[0]} "
-            f"first ({facts[saturated[0]]['captured']:.3f} held); raise probe.columns_per_rank to "
-            "protect more of this task"
+            f"{len(saturated)} of {len(facts)} modules need more directions than their sketch has to reach "
+            f"eps_f, {saturated[0]} first ({facts[saturated[0]]['captured']:.3f} held); raise "
+            "probe.columns_per_rank to protect more of this task"
         )
     return directions, facts
 
 
-def _counts(
-    samples: Sequence[Any],
-    skipped: Sequence[SkippedRecord],
-    factors: Factors,
-    work: Workplace,
-    training: Mapping[str, Any],
-) -> dict[str, Any]:
-    trained = sum(b.numel() + (a.numel() if work.config.method == "lora" else 0) for a, b in factors.values())
+def counts(stage: Stage, factors: Factors, account: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers of what went into a stage, and which records did not."""
+    both = stage.work.config.method == "lora"
     return {
-        "train_samples": len(samples),
-        "steps": training["steps"],
-        "trainable_parameters": trained,
-        "skipped_records": [vars(record) for record in skipped],
+        "train_samples": len(stage.samples),
+        "steps": account["steps"],
+        "trainable_parameters": sum(b.numel() + both * a.numel() for a, b in factors.values()),
+        "skipped_records": [vars(record) for record in stage.work.records[stage.task.name][1]],
     }
+
+
+def stage_directory(run_dir: Path, number: int, task: str | None) -> Path:
+    """`stages/00-base`, `stages/01-<task>`, .."""
+    return run_dir / "stages" / f"{number:02d}-{task or 'base'}"
+
+
+def attach_accumulated(model: PreTrainedModel, accumulated: Factors) -> Model:
+    """The current model: the base, or the base with the folded past."""
+    return attach(model, ACCUMULATED, accumulated, dict.fromkeys(accumulated, 1.0)) if accumulated else model
+
+
+def detach(model: Model) -> None:
+    """Takes every adapter off again."""
+    if isinstance(model, PeftModel):
+        model.unload()
+
+
+def active_adapters(model: Model) -> list[str]:
+    """The adapters that belong to the current model; none on the bare base."""
+    return list(model.active_adapters) if isinstance(model, PeftModel) else []
+
+
+def layer_lambda(config: RunConfig, target: Target) -> float:
+    """lambda_l of a module's layer, within its tower; 1 for sequential LoRA."""
+    if config.method == "lora":
+        return 1.0
+    return layer_scales(target.num_layers, config.towers()[target.tower].gamma)[target.depth]
+
+
+def evaluate_stage(work: Workplace, model: Model, directory: Path) -> dict[str, Any]:
+    """The full row: every task of the stream and every general benchmark; kept in a file once measured."""
+    path = directory / "evaluation.json"
+    if not path.exists():
+        scores = evaluate_row(
+            model,
+            work.processor,
+            work.stream,
+            work.run_dir / "eval_tasks",
+            directory / "evaluation",
+            batch_size=work.config.evaluation.batch_size,
+            limit=work.config.evaluation.limit,
+        )
+        write_json(path, scores)
+    return dict(read_json(path))
+
+
+def peak_memory(device: torch.device) -> int:
+    """Largest memory so far, bytes: allocated on the GPU, else the process's resident set."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

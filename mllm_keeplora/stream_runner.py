@@ -41,6 +41,7 @@ from mllm_keeplora.protected import weight_basis_files
 from mllm_keeplora.retention import retention_ratios, summarize
 from mllm_keeplora.stage import (
     Clock,
+    Stage,
     Workplace,
     attach_accumulated,
     detach,
@@ -279,7 +280,8 @@ def _run_missing(work: Workplace, history: _History) -> None:
         else:
             logger.info(f"stage {number} of {len(work.stream.tasks)}: {header['task']}")
             features = [history.directory(n) / FEATURES for n in range(1, number)]
-            result = run_stage(work, number, work.stream.tasks[number - 1], past, features, header)
+            stage = Stage(work, number, work.stream.tasks[number - 1], past, features)
+            result = run_stage(stage, header)
             history.manifests.append(result.manifest)
             past = result.accumulated
         logger.info(stage_summary(history.manifests[-1]))

@@ -33,7 +33,16 @@ NUMBERS = (
     "zero", "one", "two", "three", "four", "five", "six",
     "seven", "eight", "nine", "ten", "eleven", "twelve",
 )  # fmt: skip
-GROUNDS = ("grass", "sand", "brick", "water", "gravel", "tiles", "wood", "carpet")
+GROUNDS = {  # the tint that the texture's brightness is multiplied by
+    "grass": (0.7, 1.0, 0.6),
+    "carpet": (0.7, 1.0, 0.6),
+    "sand": (1.0, 0.9, 0.6),
+    "wood": (1.0, 0.9, 0.6),
+    "brick": (1.0, 0.7, 0.6),
+    "gravel": (1.0, 0.7, 0.6),
+    "water": (0.6, 0.8, 1.0),
+    "tiles": (0.6, 0.8, 1.0),
+}
 DIRECTIONS = ("top", "right", "bottom", "left")
 
 Rgb = tuple[int, int, int]
@@ -140,7 +149,7 @@ def clock(rng: np.random.Generator) -> Drawing:
     draw.ellipse((2, 2, SIZE - 3, SIZE - 3), fill=(235, 230, 215), outline=COLORS[color], width=4)
     for mark in range(12):
         draw.line((_on_dial(mark / 12, 23), _on_dial(mark / 12, 25)), fill=(120, 120, 120))
-    draw.line((_on_dial(0, 0), _on_dial(quarter / 4, 25)), fill=(20, 20, 20), width=1)
+    draw.line((_on_dial(0, 0), _on_dial(quarter / 4, 25)), fill=(20, 20, 20), width=3)
     draw.line((_on_dial(0, 0), _on_dial(hour / 12, 17)), fill=COLORS[color], width=5)
     questions = [
         Question("hour", "Which hour does the clock show?", NUMBERS[hour]),
@@ -151,14 +160,14 @@ def clock(rng: np.random.Generator) -> Drawing:
 
 
 def ground(rng: np.random.Generator) -> Drawing:
-    """Fills the image with one ground texture in bright or dim light of a random tint."""
-    name = str(rng.choice(GROUNDS))
+    """Fills the image with one ground texture in bright or dim light; two textures share each tint."""
+    name = str(rng.choice(list(GROUNDS)))
     other = str(rng.choice([ground for ground in GROUNDS if ground != name]))
     texture = _GROUND_TEXTURES[name](rng)
     light = bool(rng.integers(2))
     low = rng.uniform(90, 120) if light else rng.uniform(15, 45)
     high = rng.uniform(200, 240) if light else rng.uniform(100, 140)
-    tint = rng.uniform(0.8, 1.0, size=3)
+    tint = np.array(GROUNDS[name]) * rng.uniform(0.9, 1.0, size=3)
     pixels = (low + (high - low) * texture)[..., None] * tint + rng.normal(0, 6, (SIZE, SIZE, 1))
     shown = bool(rng.integers(2))
     questions = [
@@ -272,12 +281,12 @@ def _on_dial(turn: float, radius: float) -> tuple[float, float]:
     return centre + radius * math.sin(angle), centre - radius * math.cos(angle)
 
 
-# Ground textures: [SIZE, SIZE] float64 in 0..1, at a random phase so that no two images agree pixel by pixel.
+# Ground textures: [SIZE, SIZE] float64 in 0..1, a few pixels off at random so that images of one kind differ.
 
 
 def _coordinates(rng: np.random.Generator) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float64)
-    shift_y, shift_x = rng.integers(0, SIZE, size=2)
+    shift_y, shift_x = rng.integers(0, 4, size=2)
     return y + shift_y, x + shift_x
 
 

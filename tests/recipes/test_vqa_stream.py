@@ -311,6 +311,7 @@ def test_two_processes_do_not_share_a_run(fresh: Recipe) -> None:
         deadline = time.monotonic() + 120
         while not (fresh.run_dir / "stages").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
+        process.send_signal(signal.SIGSTOP)
         assert "another process is running" in refused(fresh)
     finally:
         process.kill()

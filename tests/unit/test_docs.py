@@ -14,7 +14,9 @@ def commands(text: str) -> list[str]:
     """Shell lines of fenced blocks and inline code."""
     fenced = re.findall(r"```(?:bash|sh)\n(.*?)```", text, flags=re.S)
     inline = re.findall(r"`((?:bash|accelerate|python) [^`\n]+)`", text)
-    return [line.split("#")[0].strip() for block in fenced for line in block.splitlines() if line.strip()] + inline
+    return [
+        line.split("#")[0].strip() for block in fenced for line in block.splitlines() if line.strip()
+    ] + inline
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
@@ -36,7 +38,9 @@ def test_python_names_in_a_document_exist(path: Path) -> None:
 
 
 def test_every_equation_names_tests_that_exist() -> None:
-    rows = [line for line in (ROOT / "docs" / "equations.md").read_text().splitlines() if line.startswith("| E")]
+    rows = [
+        line for line in (ROOT / "docs" / "equations.md").read_text().splitlines() if line.startswith("| E")
+    ]
     tests = "\n".join(p.read_text() for p in (ROOT / "tests").rglob("test_*.py"))
     assert [row.split()[1] for row in rows] == [f"E{i}" for i in range(1, 10)]
     for row in rows:
