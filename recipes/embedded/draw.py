@@ -33,15 +33,21 @@ NUMBERS = (
     "zero", "one", "two", "three", "four", "five", "six",
     "seven", "eight", "nine", "ten", "eleven", "twelve",
 )  # fmt: skip
-GROUNDS = {  # the tint that the texture's brightness is multiplied by
-    "grass": (0.7, 1.0, 0.6),
-    "carpet": (0.7, 1.0, 0.6),
-    "sand": (1.0, 0.9, 0.6),
-    "wood": (1.0, 0.9, 0.6),
-    "brick": (1.0, 0.7, 0.6),
-    "gravel": (1.0, 0.7, 0.6),
-    "water": (0.6, 0.8, 1.0),
-    "tiles": (0.6, 0.8, 1.0),
+GROUNDS = {
+    "grass": "green",
+    "carpet": "green",
+    "sand": "yellow",
+    "wood": "yellow",
+    "brick": "red",
+    "gravel": "red",
+    "water": "blue",
+    "tiles": "blue",
+}
+GROUND_TINTS = {  # what a texture's brightness is multiplied by, in red, green and blue
+    "green": (0.7, 1.0, 0.6),
+    "yellow": (1.0, 0.9, 0.6),
+    "red": (1.0, 0.7, 0.6),
+    "blue": (0.6, 0.8, 1.0),
 }
 DIRECTIONS = ("top", "right", "bottom", "left")
 
@@ -150,7 +156,7 @@ def clock(rng: np.random.Generator) -> Drawing:
     for mark in range(12):
         draw.line((_on_dial(mark / 12, 23), _on_dial(mark / 12, 25)), fill=(120, 120, 120))
     draw.line((_on_dial(0, 0), _on_dial(quarter / 4, 25)), fill=(20, 20, 20), width=3)
-    draw.line((_on_dial(0, 0), _on_dial(hour / 12, 17)), fill=COLORS[color], width=5)
+    draw.line((_on_dial(0, 0), _on_dial(hour / 12, 19)), fill=COLORS[color], width=7)
     questions = [
         Question("hour", "Which hour does the clock show?", NUMBERS[hour]),
         Question("minute", "Where does the long hand point?", DIRECTIONS[quarter]),
@@ -160,20 +166,19 @@ def clock(rng: np.random.Generator) -> Drawing:
 
 
 def ground(rng: np.random.Generator) -> Drawing:
-    """Fills the image with one ground texture in bright or dim light; two textures share each tint."""
+    """Fills the image with one ground texture in bright or dim light; two textures share each colour."""
     name = str(rng.choice(list(GROUNDS)))
-    other = str(rng.choice([ground for ground in GROUNDS if ground != name]))
     texture = _GROUND_TEXTURES[name](rng)
     light = bool(rng.integers(2))
     low = rng.uniform(90, 120) if light else rng.uniform(15, 45)
     high = rng.uniform(200, 240) if light else rng.uniform(100, 140)
-    tint = np.array(GROUNDS[name]) * rng.uniform(0.9, 1.0, size=3)
+    color = GROUNDS[name]
+    tint = np.array(GROUND_TINTS[color]) * rng.uniform(0.9, 1.0, size=3)
     pixels = (low + (high - low) * texture)[..., None] * tint + rng.normal(0, 6, (SIZE, SIZE, 1))
-    shown = bool(rng.integers(2))
     questions = [
         Question("name", "What is the ground made of?", name),
         Question("light", "Is the ground light or dark?", "light" if light else "dark"),
-        Question("presence", f"Is there {name if shown else other}?", _yes(shown)),
+        Question("color", "What color is the ground?", color),
     ]
     return Drawing(Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), _shuffled(rng, questions))
 

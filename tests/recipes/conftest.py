@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -17,12 +18,20 @@ TRAIN, TEST = 64, 20
 
 
 @pytest.fixture(scope="session")
-def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded data, built by its own script, with short files."""
-    root = tmp_path_factory.mktemp("data") / "embedded"
+def built_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded stream's data, built by its own script."""
+    root = tmp_path_factory.mktemp("built") / "embedded"
     subprocess.run(
         [sys.executable, "recipes/embedded/build_data.py", "--out", str(root)], cwd=ROOT, check=True
     )
+    return root
+
+
+@pytest.fixture(scope="session")
+def data_root(built_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with short files."""
+    root = tmp_path_factory.mktemp("short") / "embedded"
+    shutil.copytree(built_data, root)
     for path in root.glob("*/*.json"):
         records = json.loads(path.read_text())
         path.write_text(json.dumps(records[: TRAIN if path.name == "train.json" else TEST]))
