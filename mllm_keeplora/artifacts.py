@@ -119,6 +119,12 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def remove_temporaries(root: Path) -> None:
+    """Removes what a killed process left of files and directories it was writing below `root`."""
+    for leftover in [*root.rglob(".*.tmp"), *root.rglob(".*.old")]:
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+
+
 def sha256_json(value: Any) -> str:
     """Hex digest of a JSON value, independent of key order and spacing."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()

@@ -105,6 +105,8 @@ def quantization_config(config: ModelConfig, not_quantised: tuple[str, ...]) -> 
 def load_base(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
     """Loads the base model and its processor; the model is frozen and in eval mode.
 
+    Side effect: sets torch's number of CPU threads where the config names one.
+
     Raises:
         ConfigError: an unusable model directory, device or attention implementation.
         TargetError: a model family that is not in the table.
@@ -114,6 +116,8 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
             "attn_implementation is flash_attention_2, but flash-attn is not installed: "
             "pip install --no-build-isolation '.[flash-attn]', or use sdpa"
         )
+    if config.cpu_threads is not None:
+        torch.set_num_threads(config.cpu_threads)
     directory = resolve_model_directory(config)
     device = resolve_device(config)
     trust = config.trust_remote_code

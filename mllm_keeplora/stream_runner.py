@@ -21,6 +21,7 @@ from mllm_keeplora.artifacts import (
     ArtifactError,
     read_json,
     read_manifest,
+    remove_temporaries,
     replaced_directory,
     sha256_file,
     write_json,
@@ -262,7 +263,8 @@ def _open_workplace(config: RunConfig, stream: Stream, run_dir: Path) -> Workpla
     targets = find_targets(model, patterns, protect_projector=config.projector == "protected")
     eps_w = {name: tower.eps_w for name, tower in config.towers().items()}
     base_hash = base_model_hash(resolve_model_directory(config.model), Path(config.cache_dir))
-    cache = Path(config.cache_dir) / "weight_bases" / f"{base_hash[:16]}-{config.model.quantization}"
+    loaded = f"{config.model.quantization}-{config.model.compute_dtype}"
+    cache = Path(config.cache_dir) / "weight_bases" / f"{base_hash[:16]}-{loaded}"
     files = weight_basis_files(model, targets, eps_w, cache) if config.method == "keeplora" else {}
     write_task_files(stream, run_dir / "eval_tasks")
     return Workplace(
@@ -289,6 +291,7 @@ def _run_missing(work: Workplace, history: _History) -> None:
 
 def _claim(directory: Path, header: Mapping[str, Any]) -> None:
     """Pins what an unfinished stage was started with: its finished phases are reused only under the same."""
+    remove_temporaries(directory)
     path = directory / "inputs.json"
     inputs = {key: header[key] for key in ("identity", "previous")} | {
         "data": header["data"].get(header["task"])

@@ -18,9 +18,17 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
+from mllm_keeplora.artifacts import WriteError
 from mllm_keeplora.config import TrainConfig
 from mllm_keeplora.errors import KeepLoRAError
 
@@ -67,7 +75,14 @@ class StageTrainer(Trainer):
         )
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            raise WriteError(
+                f"cannot write a checkpoint to {self.args.output_dir}: {error}. Make room and run "
+                "the same command again; "
+                "it continues from the checkpoint before"
+            ) from error
         # Marks a checkpoint whose every file is written: a kill in the middle leaves one without the mark.
         Path(str(self.args.output_dir), f"checkpoint-{self.state.global_step}", COMPLETE).touch()
 
@@ -139,10 +154,14 @@ def train_stage(
 
     Raises:
         TrainingError: a trainable parameter that is not fp32; a loss or gradient that is NaN or infinite.
+        WriteError: no room for a checkpoint.
     """
     wrong = [n for n, p in model.named_parameters() if p.requires_grad and p.dtype != torch.float32]
     if wrong:
         raise TrainingError(f"{len(wrong)} trainable parameters are not fp32, {wrong[0]} first")
+    checkpoint = last_complete_checkpoint(directory)
+    if checkpoint is None:  # curves of an attempt that is redone from its start
+        shutil.rmtree(log_dir, ignore_errors=True)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(log_dir)
     trainer = StageTrainer(
         model=model,
@@ -151,7 +170,9 @@ def train_stage(
         data_collator=collator,
         callbacks=[FiniteGradients()],
     )
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(directory))
+    # Its lines would only repeat what TensorBoard and the report show.
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=checkpoint)
     history = [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry]
     return {"steps": trainer.state.global_step, "loss": history}
 

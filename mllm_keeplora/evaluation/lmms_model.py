@@ -246,12 +246,14 @@ def load_for_evaluation(settings: Mapping[str, Any]) -> tuple[Any, Any]:
     from mllm_keeplora.config import ModelConfig
     from mllm_keeplora.models import load_base
 
+    known = get_type_hints(ModelConfig)
     # lmms-eval turns anything that looks like a number into one; names and revisions are strings.
     values: dict[str, Any] = {
-        key: value if isinstance(value, bool) else str(value) for key, value in settings.items()
+        key: value if isinstance(value, bool) or int in get_args(known.get(key)) else str(value)
+        for key, value in settings.items()
     }
     adapter = values.pop("adapter", None)
-    _check_model_settings(values, get_type_hints(ModelConfig))
+    _check_model_settings(values, known)
     model, processor = load_base(ModelConfig(**values))
     return (model if adapter is None else PeftModel.from_pretrained(model, adapter).eval()), processor
 

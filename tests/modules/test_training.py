@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch.utils.data import Dataset
 
 from mllm_keeplora.adapters import ACCUMULATED, STAGE, activate, attach, factor_parameters
+from mllm_keeplora.artifacts import WriteError
 from mllm_keeplora.config import TrainConfig
 from mllm_keeplora.models import load_base
 from mllm_keeplora.training import COMPLETE, TrainingError, last_complete_checkpoint, train_stage
@@ -114,6 +115,17 @@ def test_checkpoints_hold_the_trainable_parameters_and_no_pickled_weights(
     names = {path.name for path in Path(found).iterdir()}
     assert "stage.safetensors" in names
     assert not {"training_args.bin", "pytorch_model.bin"} & names
+
+
+def test_no_room_for_a_checkpoint_is_said_plainly(
+    tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(*_: object, **__: object) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr("transformers.trainer.torch.save", full_disk)
+    with pytest.raises(WriteError, match="cannot write a checkpoint.*run the same command again"):
+        train(prepare(tiny_llava), tmp_path, save_steps=3)
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])

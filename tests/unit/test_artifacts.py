@@ -15,6 +15,7 @@ from mllm_keeplora.artifacts import (
     load_or_compute,
     load_tensors,
     read_manifest,
+    remove_temporaries,
     replaced_directory,
     save_tensors,
     sha256_file,
@@ -61,6 +62,16 @@ def test_a_directory_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         raise RuntimeError
     assert (target / "a").read_text() == "1"
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / ".digits.jsonl.77.tmp").touch()
+    (tmp_path / ".adapter.tmp").mkdir()
+    (tmp_path / ".adapter.tmp" / "half").touch()
+    (tmp_path / "inputs.json").touch()
+    remove_temporaries(tmp_path)
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == ["evaluation", "inputs.json"]
 
 
 def test_tensors_survive_bit_for_bit(tmp_path: Path) -> None:
