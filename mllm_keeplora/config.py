@@ -127,7 +127,7 @@ class TrainConfig:
         weight_decay: AdamW's decay of the trained factor.
         max_grad_norm: Gradient clipping.
         lora_dropout: On the stage's LoRA path. Above 0 inputs are no longer orthogonal to A while training.
-        gradient_checkpointing: Recompute activations in the backward pass (probe passes too).
+        activation_checkpointing: Recompute activations in the backward pass (probe passes too).
         optim: Optimizer name of transformers.
         max_length: Largest sample in tokens, image tokens included; a longer one is an error, never cut. None
             = no limit.
@@ -147,7 +147,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     lora_dropout: float = 0.0
-    gradient_checkpointing: bool = False
+    activation_checkpointing: bool = False
     optim: str = "adamw_torch"
     max_length: int | None = None
     save_steps: int = 0

@@ -257,8 +257,8 @@ def _open_workplace(config: RunConfig, stream: Stream, run_dir: Path) -> Workpla
     records = load_training_records(stream, config.on_bad_record)
     logger.info(f"loading {config.model.base_model} ({config.model.quantization})")
     model, processor = load_base(config.model)
-    if config.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.train.activation_checkpointing:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     patterns = {name: tower.targets for name, tower in config.towers().items()}
     targets = find_targets(model, patterns, protect_projector=config.projector == "protected")
     eps_w = {name: tower.eps_w for name, tower in config.towers().items()}

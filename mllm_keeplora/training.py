@@ -200,8 +200,8 @@ def _arguments(
         warmup_steps=config.warmup_ratio,  # below 1 it is a share of all steps
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        gradient_checkpointing=config.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
+        activation_checkpointing=config.activation_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if config.activation_checkpointing else None,
         optim=config.optim,
         save_strategy="steps" if config.save_steps else "no",
         save_steps=config.save_steps or 500,

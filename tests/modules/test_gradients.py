@@ -69,7 +69,7 @@ def test_the_gradient_does_not_depend_on_batching(nf4_model: Any) -> None:
 def test_gradient_checkpointing_changes_nothing(nf4_model: Any) -> None:
     targets = all_targets(nf4_model)
     plain = sketch_gradients(nf4_model, targets, columns(nf4_model), lambda: [batch()], seed=0)
-    nf4_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    nf4_model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     checkpointed = sketch_gradients(nf4_model, targets, columns(nf4_model), lambda: [batch()], seed=0)
     for name, sketch in plain.items():
         assert relative_error(checkpointed[name], sketch) < 1e-6, name
