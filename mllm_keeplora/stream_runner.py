@@ -19,6 +19,7 @@ from mllm_keeplora.artifacts import (
     MANIFEST,
     SCHEMA_VERSION,
     ArtifactError,
+    WriteError,
     read_json,
     read_manifest,
     remove_temporaries,
@@ -242,8 +243,12 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 @contextmanager
 def _only_process(run_dir: Path) -> Iterator[None]:
     """Holds the run directory; the lock ends with the process, also when that is killed."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / ".lock").open("w") as lock:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = (run_dir / ".lock").open("w")
+    except OSError as error:
+        raise WriteError(f"run_dir {run_dir} cannot be written: {error}; name another") from error
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

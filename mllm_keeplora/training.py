@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -77,7 +78,11 @@ class StageTrainer(Trainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         try:
             super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        except (
+            OSError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:  # torch reports a full disk as a RuntimeError
             raise WriteError(
                 f"cannot write a checkpoint to {self.args.output_dir}: {error}. Make room and run "
                 "the same command again; "
