@@ -47,7 +47,7 @@ def attach(
         dropout: on the input of A.
 
     Returns:
-        The PeftModel. Adapters are attached inactive and frozen: see `activate`.
+        The PeftModel, with this adapter alone active and everything frozen: see `activate`.
 
     Raises:
         AdapterError: no factors, or a shape that does not fit its module.

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises:
         WriteError: the write failed (a full disk, say); the old file, if any, is untouched.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
@@ -46,7 +46,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise WriteError(f"cannot write {path}: {error}. {_WRITE_REMEDY}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the parent may be what could not be made
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -55,8 +56,8 @@ def replaced_directory(path: Path) -> Iterator[Path]:
     temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
+        temporary.mkdir(parents=True)
         yield temporary
         if path.exists():
             path.rename(old)
@@ -153,6 +154,8 @@ def read_manifest(stage_dir: Path, previous: str | None) -> dict[str, Any] | Non
         return None
     manifest = read_json(path)
     remedy = f"restore it, or delete {stage_dir} and the stages after it to have them computed again"
+    if not isinstance(manifest, dict) or manifest.get("self") != _self_hash(manifest):
+        raise ArtifactError(f"{path} was edited: its own hash does not match; {remedy}")
     if manifest.get("schema_version") != SCHEMA_VERSION:
         raise ArtifactError(
             f"{path}: schema_version {manifest.get('schema_version')}, expected {SCHEMA_VERSION}; {remedy}"
@@ -170,8 +173,6 @@ def read_manifest(stage_dir: Path, previous: str | None) -> dict[str, Any] | Non
             raise ArtifactError(
                 f"{file}: hash {expected[:12]} expected by the manifest, found {found[:12]}; {remedy}"
             )
-    if manifest.get("self") != _self_hash(manifest):
-        raise ArtifactError(f"{path} was edited: its own hash does not match; {remedy}")
     return manifest
 
 

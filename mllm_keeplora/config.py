@@ -262,7 +262,15 @@ class RunConfig:
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             _require(key in known, f"train_overrides.{task}.{key} is not a setting of train{hint}")
-        return replace(self.train, **overrides)
+        _require(
+            "activation_checkpointing" not in overrides,
+            f"train_overrides.{task}.activation_checkpointing: it is a setting of the whole run, "
+            "probes included; set it in train",
+        )
+        try:
+            return replace(self.train, **overrides)
+        except TypeError as error:
+            raise ConfigError(f"train_overrides.{task}: a value of the wrong type ({error})") from error
 
     def towers(self) -> dict[Tower, TowerConfig]:
         """The adapted towers."""
@@ -270,9 +278,10 @@ class RunConfig:
         return {name: tower for name, tower in towers.items() if tower.adapt}
 
 
-# Settings that change neither a number nor a file that later stages read: a run may be continued with other
-# values.
+# What a continued run may change: it decides no number (train and its overrides are compared per task
+# instead).
 FREE_SETTINGS = (
+    "on_bad_record",
     "run_dir",
     "stream",
     "data_root",
@@ -287,17 +296,15 @@ FREE_SETTINGS = (
 def identity(config: RunConfig, task: str | None) -> dict[str, Any]:
     """What makes a stage's result what it is, apart from its data: compared when a run is continued.
 
-    `train` enters as resolved for the task, so that settings of appended tasks leave finished stages valid.
+    The base's row (task None) depends on little. `train` enters as resolved for the task, so that settings of
+    appended tasks leave finished stages valid.
     """
     values = {key: value for key, value in asdict(config).items() if key not in FREE_SETTINGS}
     values["evaluation"] = {"limit": config.evaluation.limit}
-    if task is not None:
-        train = asdict(config.train_for(task))
-        values["train"] = {
-            k: v
-            for k, v in train.items()
-            if k not in ("logging_steps", "save_steps", "dataloader_num_workers")
-        }
+    if task is None:
+        return {key: values[key] for key in ("model", "evaluation", "initial_adapter")}
+    free = ("logging_steps", "save_steps", "dataloader_num_workers", "max_length")
+    values["train"] = {key: value for key, value in asdict(config.train_for(task)).items() if key not in free}
     return values
 
 
@@ -324,7 +331,7 @@ def parse_config(description: str, default_config: Path, argv: list[str] | None 
     parser = build_parser(description, default_config)
     try:
         values = parser.instantiate(parser.parse_args(argv))
-    except ArgumentError as error:
+    except (ArgumentError, TypeError) as error:
         raise ConfigError(f"{error}{_did_you_mean(str(error))}") from error
     return RunConfig(**{f.name: getattr(values, f.name) for f in fields(RunConfig)})
 

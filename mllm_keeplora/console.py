@@ -1,5 +1,6 @@
 """What every command does around its work: logging, and errors a person can read."""
 
+import errno
 import logging
 import sys
 import warnings
@@ -9,6 +10,8 @@ from contextlib import contextmanager
 from transformers.utils import logging as transformers_logging
 
 from mllm_keeplora.errors import KeepLoRAError
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
 @contextmanager
@@ -24,4 +27,12 @@ def command() -> Iterator[None]:
         yield
     except KeepLoRAError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        print(
+            f"error: {error}; make room (or fix the permission) and run the same command again",
+            file=sys.stderr,
+        )
         sys.exit(2)

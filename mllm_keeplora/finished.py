@@ -17,9 +17,7 @@ def run_model_config(run_dir: Path) -> ModelConfig:
         ArtifactError: no such run, or no adapter in it yet.
     """
     if not (run_dir / "adapter" / "adapter_config.json").is_file():
-        raise ArtifactError(
-            f"{run_dir} holds no adapter/: name the directory of a run that has finished a stage"
-        )
+        raise ArtifactError(f"{run_dir} holds no adapter/: name the directory of a finished run")
     return ModelConfig(**read_json(run_dir / "config.json")["model"])
 
 

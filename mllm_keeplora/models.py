@@ -8,6 +8,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -26,6 +27,7 @@ from mllm_keeplora.artifacts import (
     write_json,
 )
 from mllm_keeplora.config import ConfigError, ModelConfig
+from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.platform_guards import guard_linear4bit
 from mllm_keeplora.targets import family_of
 
@@ -121,30 +123,40 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
     directory = resolve_model_directory(config)
     device = resolve_device(config)
     trust = config.trust_remote_code
-    family = family_of(AutoConfig.from_pretrained(directory, trust_remote_code=trust))
-    model = AutoModelForImageTextToText.from_pretrained(
-        directory,
-        dtype=DTYPES[config.compute_dtype],
-        quantization_config=quantization_config(config, family.not_quantised),
-        attn_implementation=config.attn_implementation,
-        trust_remote_code=trust,
-        use_safetensors=True,
-        device_map={"": device},
-    )
+    try:
+        family = family_of(AutoConfig.from_pretrained(directory, trust_remote_code=trust))
+        model = AutoModelForImageTextToText.from_pretrained(
+            directory,
+            dtype=DTYPES[config.compute_dtype],
+            quantization_config=quantization_config(config, family.not_quantised),
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=trust,
+            use_safetensors=True,
+            device_map={"": device},
+        )
+        processor = AutoProcessor.from_pretrained(directory, trust_remote_code=trust)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        if isinstance(error, KeepLoRAError):
+            raise
+        raise ConfigError(
+            f"base model {directory} cannot be loaded: {type(error).__name__}: {error}"
+        ) from error
     guard_linear4bit(model)
     model.requires_grad_(False)
     model.eval()
-    return model, AutoProcessor.from_pretrained(directory, trust_remote_code=trust)
+    return model, processor
 
 
 def base_model_hash(directory: Path, cache: Path) -> str:
-    """Content hash of a base model (config and weight files), remembered under `cache` by path, size and
+    """Content hash of a base model (weights, config, processor), remembered under `cache` by path, size and
     time.
 
     A 7B model takes half a minute to hash, hence the memory; a rewritten file has another time and is hashed
     again.
     """
-    files = sorted([*directory.glob("*.safetensors"), directory / "config.json"])
+    files = sorted(
+        {file for pattern in MODEL_FILES for file in directory.glob(pattern)} - {directory / "training.json"}
+    )
     state = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
     memory = cache / "model_hashes" / f"{sha256_json(state)}.json"
     if not memory.exists():
@@ -166,7 +178,7 @@ def read_initial_adapter(model: PreTrainedModel, directory: Path) -> Factors:
     config: Any = PeftConfig.from_pretrained(str(directory))
     unsupported = [
         name
-        for name in ("use_dora", "modules_to_save", "trainable_token_indices")
+        for name in ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices")
         if getattr(config, name, None)
     ]
     if config.peft_type != "LORA" or getattr(config, "bias", "none") != "none" or unsupported:
@@ -175,7 +187,10 @@ def read_initial_adapter(model: PreTrainedModel, directory: Path) -> Factors:
             f"{config.peft_type} with "
             f"bias {getattr(config, 'bias', None)!r} and {unsupported or 'no extra parts'}"
         )
-    peft_model = PeftModel.from_pretrained(model, str(directory), adapter_name=ACCUMULATED)
+    try:
+        peft_model = PeftModel.from_pretrained(model, str(directory), adapter_name=ACCUMULATED)
+    except (ValueError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"initial_adapter {directory} does not fit the base model: {error}") from error
     layers = {
         name: module
         for name, module in peft_model.get_base_model().named_modules()

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mllm_keeplora.artifacts import save_tensors
+from mllm_keeplora.artifacts import ArtifactError, save_tensors
 from mllm_keeplora.linears import computed_weight
 from mllm_keeplora.subspace import principal_basis
 from mllm_keeplora.targets import Target, Tower
@@ -34,16 +34,24 @@ class ProtectedBases:
         """M, [in, k_w + k_f] fp32; [in, 0] when nothing is protected."""
         parts = [self.weight_basis(target)]
         for path in self.feature_files:
-            with safe_open(path, framework="pt", device=str(self.device)) as file:
-                parts.append(file.get_tensor(target.name))
+            parts.append(_read(path, target.name, self.device))
         return torch.cat(parts, dim=1)
 
     def weight_basis(self, target: Target) -> Tensor:
         """U_w, [in, k_w] fp32."""
         if target.name not in self.weight_files:
             return torch.zeros(target.in_features, 0, device=self.device)
-        with safe_open(self.weight_files[target.name], framework="pt", device=str(self.device)) as file:
-            return file.get_tensor("basis")
+        return _read(self.weight_files[target.name], "basis", self.device)
+
+
+def _read(path: Path, name: str, device: torch.device) -> Tensor:
+    """One tensor of a file, without the others."""
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            tensor: Tensor = file.get_tensor(name)
+    except (FileNotFoundError, SafetensorError) as error:
+        raise ArtifactError(f"cannot read {path}: {error}; delete it to have it computed again") from error
+    return tensor
 
 
 def weight_basis_files(
@@ -63,7 +71,7 @@ def weight_basis_files(
     Returns:
         Module name -> file with `basis` [in, k_w] fp32.
     """
-    files = {t.name: directory / f"{t.name}-eps{eps_w[t.tower]:g}.safetensors" for t in targets}
+    files = {t.name: directory / f"{t.name}-eps{eps_w[t.tower]!r}.safetensors" for t in targets}
     missing = [t for t in targets if not files[t.name].exists()]
     for target in tqdm(missing, desc="weight bases", unit="module", disable=None if missing else True):
         weight = computed_weight(model.get_submodule(target.name))

@@ -25,6 +25,7 @@ from mllm_keeplora.artifacts import (
     load_tensors,
     read_json,
     save_tensors,
+    sha256_json,
     write_json,
     write_manifest,
 )
@@ -216,14 +217,15 @@ def run_stage(stage: Stage, header: Mapping[str, Any]) -> StageResult:
         factors, account = learn(stage, model, lora_a)
     detach(model)
 
-    table = module_table(stage, factors)
-    folded = fold(stage.accumulated, factors, stage.scales)
-    model = attach(work.model, ACCUMULATED, folded, dict.fromkeys(folded, 1.0))
-    save_adapter(directory / "adapter", model, work.config.model)
+    with clock.phase("fold"):
+        table = module_table(stage, factors)
+        folded = fold(stage.accumulated, factors, stage.scales)
+        model = attach(work.model, ACCUMULATED, folded, dict.fromkeys(folded, 1.0))
+        save_adapter(directory / "adapter", model, work.config.model)
     with clock.phase("feature_basis"):
         protect(stage, model, table)
     with clock.phase("evaluation"):
-        scores = evaluate_stage(work, model, directory)
+        scores = evaluate_stage(work, model, directory, header["data"])
     detach(model)
 
     shutil.rmtree(directory / "checkpoints", ignore_errors=True)
@@ -245,8 +247,6 @@ def initial_a(stage: Stage, model: Model) -> dict[str, Tensor]:
     targets, bases = stage.work.targets, stage.bases
     if stage.work.config.method == "lora":
         return {t.name: _kaiming_a(t, stage.rank(t), stage.seed) for t in targets}
-    if stage.number == 1:
-        _check_rank_fits(stage)
     gradients = stage.sketch(model, 0)
     if stage.work.config.probe.refine:
         gradients = _refine(stage, model, gradients)
@@ -262,17 +262,6 @@ def _kaiming_a(target: Target, rank: int, seed: int) -> Tensor:
     return a
 
 
-def _check_rank_fits(stage: Stage) -> None:
-    """E9 before the first stage: a rank that the residual space cannot hold is a mistake in the settings."""
-    for t in stage.work.targets:
-        rank, k = stage.rank(t), stage.bases.load(t).shape[1]
-        if rank > t.in_features - k:
-            raise StageError(
-                f"{t.name}: rank {rank} exceeds its residual space of {t.in_features} - {k} = "
-                f"{t.in_features - k} directions; lower {t.tower}.rank or {t.tower}.eps_w"
-            )
-
-
 def _refine(stage: Stage, model: Model, sketches: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The optional second pass: the projected sketch, ordered by what G really holds along it."""
     bases, targets = stage.bases, stage.work.targets
@@ -282,6 +271,8 @@ def _refine(stage: Stage, model: Model, sketches: Mapping[str, Tensor]) -> dict[
         span = lora_a_from_gradient(sketch, bases.load(t), len(sketch)).cpu()
         if len(span) > 0:
             rows[t.name] = span
+    if not rows:
+        return dict(sketches)
     out_features = {t.name: t.out_features for t in targets}
     images = back_project_gradients(
         model, rows, out_features, stage.probe_batches, keep=active_adapters(model)
@@ -385,8 +376,9 @@ def module_table(stage: Stage, factors: Factors) -> Table:
     """
     table, bases, scales = {}, stage.bases, stage.scales
     for t in stage.work.targets:
-        basis, k_w = bases.load(t).cpu(), bases.weight_basis(t).shape[1]
-        leak = leakage(*factors[t.name], basis) if t.name in factors else 0.0
+        basis, k_w = bases.load(t), bases.weight_basis(t).shape[1]
+        a, b = factors.get(t.name, (torch.zeros(0, t.in_features), torch.zeros(t.out_features, 0)))
+        leak = leakage(a.to(basis.device), b.to(basis.device), basis)
         if leak > LEAKAGE_TOLERANCE:
             raise StageError(
                 f"stage {stage.number}: the update of {t.name} reaches {leak:.1e} of its norm into "
@@ -401,7 +393,7 @@ def module_table(stage: Stage, factors: Factors) -> Table:
             "out_features": t.out_features,
             "k_w": k_w,
             "k_f": basis.shape[1] - k_w,
-            "rank": len(factors[t.name][0]) if t.name in factors else 0,
+            "rank": len(a),
             "lambda": layer_lambda(stage.work.config, t),
             "scale": scales[t.name],
             "leakage": leak,
@@ -460,6 +452,22 @@ def counts(stage: Stage, factors: Factors, account: Mapping[str, Any]) -> dict[s
     }
 
 
+def check_ranks(work: Workplace) -> None:
+    """E9 before the first stage: a rank that the residual space cannot hold is a mistake in the settings.
+
+    Raises:
+        StageError: names the module, its residual space and the settings that decide it.
+    """
+    bases = ProtectedBases(work.weight_files, [], work.device)
+    for t in work.targets:
+        rank, k = work.config.towers()[t.tower].rank, bases.weight_basis(t).shape[1]
+        if rank > t.in_features - k:
+            raise StageError(
+                f"{t.name}: rank {rank} exceeds its residual space of {t.in_features} - {k} = "
+                f"{t.in_features - k} directions; lower {t.tower}.rank or {t.tower}.eps_w"
+            )
+
+
 def stage_directory(run_dir: Path, number: int, task: str | None) -> Path:
     """`stages/00-base`, `stages/01-<task>`, .."""
     return run_dir / "stages" / f"{number:02d}-{task or 'base'}"
@@ -488,10 +496,16 @@ def layer_lambda(config: RunConfig, target: Target) -> float:
     return layer_scales(target.num_layers, config.towers()[target.tower].gamma)[target.depth]
 
 
-def evaluate_stage(work: Workplace, model: Model, directory: Path) -> dict[str, Any]:
-    """The full row: every task of the stream and every general benchmark; kept in a file once measured."""
-    path = directory / "evaluation.json"
-    if not path.exists():
+def evaluate_stage(work: Workplace, model: Model, directory: Path, data: Mapping[str, str]) -> dict[str, Any]:
+    """The full row: every task of the stream and every general benchmark; kept in a file once measured.
+
+    Args:
+        work, model: what is evaluated.
+        directory: of the stage.
+        data: name -> hash of the data; a row measured on other data (an interrupted stage) is measured again.
+    """
+    path, measured = directory / "evaluation.json", sha256_json(data)
+    if not path.exists() or read_json(path)["data"] != measured:
         scores = evaluate_row(
             model,
             work.processor,
@@ -501,8 +515,8 @@ def evaluate_stage(work: Workplace, model: Model, directory: Path) -> dict[str, 
             batch_size=work.config.evaluation.batch_size,
             limit=work.config.evaluation.limit,
         )
-        write_json(path, scores)
-    return dict(read_json(path))
+        write_json(path, {"data": measured, "scores": scores})
+    return dict(read_json(path)["scores"])
 
 
 def peak_memory(device: torch.device) -> int:

@@ -20,6 +20,7 @@ from mllm_keeplora.artifacts import (
     SCHEMA_VERSION,
     ArtifactError,
     WriteError,
+    hash_files,
     read_json,
     read_manifest,
     remove_temporaries,
@@ -46,6 +47,7 @@ from mllm_keeplora.stage import (
     Stage,
     Workplace,
     attach_accumulated,
+    check_ranks,
     detach,
     evaluate_stage,
     peak_memory,
@@ -54,11 +56,13 @@ from mllm_keeplora.stage import (
 )
 from mllm_keeplora.streams import GeneralSpec, Stream, TaskSpec, data_hash, load_stream, load_training_records
 from mllm_keeplora.targets import find_targets
+from mllm_keeplora.training import check_settings
 
 logger = get_logger(__name__)
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "lmms_eval", "mllm-keeplora")
 FEATURES = "feature_basis.safetensors"
+BACKFILL = "backfill.json"
 
 
 def run_stream(config: RunConfig) -> dict[str, Any]:
@@ -80,17 +84,28 @@ def run_stream(config: RunConfig) -> dict[str, Any]:
         )
     stream = load_stream(Path(config.stream), Path(config.data_root) if config.data_root else None)
     run_dir = Path(config.run_dir)
+    _check_train_settings(config, stream)
     with _only_process(run_dir):
         history = _History.read(config, stream, run_dir)
-        work: Workplace | None = None
+        # Also for a finished run: data or base may have moved, and other commands look for them here.
+        write_json(run_dir / "config.json", asdict(config))
+        write_task_files(stream, run_dir / "eval_tasks")
         if history.missing_stages or (config.backfill and history.missing_cells()):
             work = _open_workplace(config, stream, run_dir)
-            write_json(run_dir / "config.json", asdict(config))
-        if work is not None:
             _run_missing(work, history)
             if config.backfill:
                 _backfill(work, history)
         return _report(history)
+
+
+def _check_train_settings(config: RunConfig, stream: Stream) -> None:
+    """Settings of every task, before any of them has cost anything."""
+    tasks = [task.name for task in stream.tasks]
+    for name in config.train_overrides:
+        if name not in tasks:
+            raise ConfigError(f"train_overrides names {name!r}, no task of the stream ({', '.join(tasks)})")
+    for name in tasks:
+        check_settings(config.train_for(name), config.report_to, resolve_device(config.model))
 
 
 @dataclass
@@ -160,6 +175,8 @@ class _History:
     def identity(self, number: int) -> dict[str, Any]:
         """Settings and base model that a stage's result depends on; the base's path may change."""
         values = identity(self.config, self.task_name(number))
+        if self.config.initial_adapter:  # its content counts, not its place
+            values["initial_adapter"] = hash_files(Path(self.config.initial_adapter))
         values["model"] = {
             k: v for k, v in values["model"].items() if k not in ("base_model", "revision", "device")
         }
@@ -167,8 +184,12 @@ class _History:
 
     def scores(self, number: int) -> dict[str, Any]:
         """Scores of a stage's row, backfilled cells included."""
-        path = self.directory(number) / "backfill.json"
-        return {**self.manifests[number]["scores"], **(read_json(path) if path.exists() else {})}
+        later = {
+            name: cell["score"]
+            for name, cell in read_backfill(self.directory(number)).items()
+            if cell["data"] == self.data.get(name)
+        }
+        return {**self.manifests[number]["scores"], **later}
 
     def missing_cells(self) -> dict[int, list[str]]:
         """Stage -> names of tasks and benchmarks that were not evaluated there."""
@@ -250,8 +271,9 @@ def _only_process(run_dir: Path) -> Iterator[None]:
         raise WriteError(f"run_dir {run_dir} cannot be written: {error}; name another") from error
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            # A record lock, which the workers that read images do not inherit.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
             raise ArtifactError(
                 f"another process is running in {run_dir}; wait for it, or use another run_dir"
             ) from error
@@ -271,10 +293,11 @@ def _open_workplace(config: RunConfig, stream: Stream, run_dir: Path) -> Workpla
     loaded = f"{config.model.quantization}-{config.model.compute_dtype}"
     cache = Path(config.cache_dir) / "weight_bases" / f"{base_hash[:16]}-{loaded}"
     files = weight_basis_files(model, targets, eps_w, cache) if config.method == "keeplora" else {}
-    write_task_files(stream, run_dir / "eval_tasks")
-    return Workplace(
+    work = Workplace(
         config, stream, records, model, processor, targets, files, run_dir, resolve_device(config.model)
     )
+    check_ranks(work)
+    return work
 
 
 def _run_missing(work: Workplace, history: _History) -> None:
@@ -295,16 +318,19 @@ def _run_missing(work: Workplace, history: _History) -> None:
 
 
 def _claim(directory: Path, header: Mapping[str, Any]) -> None:
-    """Pins what an unfinished stage was started with: its finished phases are reused only under the same."""
+    """Pins what an unfinished stage was started with: its finished phases are reused only under the same.
+
+    A stage that diverged is begun anew with another learning rate; there is nothing of it to keep.
+    """
     remove_temporaries(directory)
     path = directory / "inputs.json"
     inputs = {key: header[key] for key in ("identity", "previous")} | {
         "data": header["data"].get(header["task"])
     }
-    if path.exists():
-        check_identity(read_json(path), inputs, path)
-    else:
-        write_json(path, inputs)
+    if path.exists() and read_json(path) != inputs:
+        logger.warning(f"{directory} was begun with other settings or data and not finished; it begins anew")
+        shutil.rmtree(directory)
+    write_json(path, inputs)
 
 
 def _past_factors(work: Workplace, history: _History, number: int) -> Factors:
@@ -321,7 +347,7 @@ def _base_stage(work: Workplace, header: dict[str, Any], directory: Path, past: 
     clock = Clock()
     model = attach_accumulated(work.model, past)
     with clock.phase("evaluation"):
-        scores = evaluate_stage(work, model, directory)
+        scores = evaluate_stage(work, model, directory, header["data"])
     detach(model)
     measured = {"peak_memory_bytes": peak_memory(work.device), "timings": clock.total(), "scores": scores}
     return write_manifest(directory, {**header, "modules": [], "counts": {}, "loss": [], **measured})
@@ -344,8 +370,14 @@ def _backfill(work: Workplace, history: _History) -> None:
             limit=work.config.evaluation.limit,
         )
         detach(model)
-        path = directory / "backfill.json"
-        write_json(path, {**(read_json(path) if path.exists() else {}), **scores})
+        cells = {name: {"data": history.data[name], "score": score} for name, score in scores.items()}
+        write_json(directory / BACKFILL, {**read_backfill(directory), **cells})
+
+
+def read_backfill(directory: Path) -> dict[str, Any]:
+    """Cells of a row measured after its stage: name -> {"data": hash of what was asked, "score"}."""
+    path = directory / BACKFILL
+    return dict(read_json(path)) if path.exists() else {}
 
 
 def stage_summary(manifest: Mapping[str, Any]) -> str:

@@ -30,7 +30,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from mllm_keeplora.artifacts import WriteError
-from mllm_keeplora.config import TrainConfig
+from mllm_keeplora.config import ConfigError, TrainConfig
 from mllm_keeplora.errors import KeepLoRAError
 
 STAGE_WEIGHTS = "stage.safetensors"
@@ -76,6 +76,8 @@ class StageTrainer(Trainer):
         )
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            return  # the Trainer would take one more step on resuming from the last one
         try:
             super()._save_checkpoint(model, trial)
         except (
@@ -117,12 +119,11 @@ class FiniteGradients(TrainerCallback):
         Raises:
             TrainingError: a gradient that is NaN or infinite.
         """
-        named = [(n, p.grad) for n, p in kwargs["model"].named_parameters() if p.grad is not None]
-        norms = torch.stack(torch._foreach_norm([grad for _, grad in named]))
+        gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
+        norms = torch.stack(torch._foreach_norm(gradients))
         if not torch.isfinite(norms).all():
-            name = named[int((~torch.isfinite(norms)).int().argmax())][0]
             raise TrainingError(
-                f"the gradient of {name} is not finite at step {state.global_step + 1}: lower "
+                f"a gradient is not finite at step {state.global_step + 1}: lower "
                 "train.learning_rate; "
                 "completed stages are untouched"
             )
@@ -191,10 +192,22 @@ def last_complete_checkpoint(directory: Path) -> str | None:
     return None
 
 
+def check_settings(config: TrainConfig, report_to: Sequence[str], device: torch.device) -> None:
+    """Lets the Trainer judge the settings before a run has cost anything.
+
+    Raises:
+        ConfigError: a value that it refuses, such as an unknown optimizer or schedule.
+    """
+    try:
+        _arguments(config, 0, Path(), report_to, device)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"train: {error}") from error
+
+
 def _arguments(
     config: TrainConfig, seed: int, directory: Path, report_to: Sequence[str], device: torch.device
 ) -> TrainingArguments:
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(directory),
         learning_rate=config.learning_rate,
         num_train_epochs=config.num_train_epochs,
@@ -223,3 +236,6 @@ def _arguments(
         fp16=False,
         use_cpu=device.type == "cpu",
     )
+    if arguments.n_gpu > 1:  # one process trains on one GPU; the Trainer would split batches over all it sees
+        arguments._n_gpu = 1
+    return arguments

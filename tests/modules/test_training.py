@@ -95,15 +95,27 @@ def test_a_trained_update_never_leaves_the_row_space_of_a(tiny_llava: Path, tmp_
 def test_a_resumed_training_equals_the_uninterrupted_one(tiny_llava: Path, tmp_path: Path) -> None:
     whole, half = tmp_path / "whole", tmp_path / "half"
     uninterrupted = prepare(tiny_llava)
-    account = train(uninterrupted, whole, save_steps=3, logging_steps=1)
-    # The state that a kill after step 3 leaves: its checkpoint, and one torn off in the middle.
-    shutil.copytree(whole / "checkpoints" / "checkpoint-3", half / "checkpoints" / "checkpoint-3")
-    torn = shutil.copytree(whole / "checkpoints" / "checkpoint-6", half / "checkpoints" / "checkpoint-6")
+    account = train(uninterrupted, whole, save_steps=2, logging_steps=1)
+    # The state that a kill after step 2 leaves: its checkpoint, and one torn off in the middle.
+    shutil.copytree(whole / "checkpoints" / "checkpoint-2", half / "checkpoints" / "checkpoint-2")
+    torn = shutil.copytree(whole / "checkpoints" / "checkpoint-4", half / "checkpoints" / "checkpoint-4")
     (torn / COMPLETE).unlink()
     resumed = prepare(tiny_llava)
-    assert train(resumed, half, save_steps=3, logging_steps=1) == account
+    assert train(resumed, half, save_steps=2, logging_steps=1) == account
     expected = parameters(uninterrupted)
     assert all(torch.equal(p, expected[name]) for name, p in parameters(resumed).items())
+
+
+def test_a_training_that_ended_without_being_recorded_takes_no_further_step(
+    tiny_llava: Path, tmp_path: Path
+) -> None:
+    """A kill after the last step, before its result is written; a further step would still move it."""
+    settings = {"save_steps": 2, "lr_scheduler_type": "constant"}
+    first, again = prepare(tiny_llava), prepare(tiny_llava)
+    account = train(first, tmp_path, **settings)
+    assert train(again, tmp_path, **settings)["steps"] == account["steps"] == 6
+    expected = parameters(first)
+    assert all(torch.equal(p, expected[name]) for name, p in parameters(again).items())
 
 
 def test_checkpoints_hold_the_trainable_parameters_and_no_pickled_weights(
@@ -138,7 +150,7 @@ def test_nan_stops_the_training(tiny_llava: Path, tmp_path: Path, where: str) ->
     else:
         parameter = factor_parameters(model, STAGE, all_targets_of(model)[0])[1]
         parameter.register_hook(lambda gradient: gradient * float("nan"))
-        message = "gradient of .*lora_B.stage.weight is not finite at step 1"
+        message = "a gradient is not finite at step 1"
     with pytest.raises(TrainingError, match=message):
         train(model, tmp_path)
 

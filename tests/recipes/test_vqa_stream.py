@@ -305,6 +305,30 @@ def test_a_diverging_run_stops_with_its_step_and_keeps_what_was_complete(copied:
     assert len(manifest(stages(copied)[2])["modules"]) > 0
 
 
+def test_a_diverged_stage_is_begun_anew_with_other_settings(copied: Recipe) -> None:
+    longer = replace(copied, tasks=TASKS)
+    refused(longer, "--train_overrides", '{"clocks": {"learning_rate": 1e30, "max_grad_norm": 1e30}}')
+    done = longer.run("--train_overrides", '{"clocks": {"learning_rate": 0.001}}')
+    assert done.returncode == 0, done.stderr
+    assert "begins anew" in done.stderr
+    assert len(stages(longer)) == 4
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--train_overrides", '{"chart": {"max_steps": 3}}'], "names 'chart', no task of the stream"),
+        (["--train.lr_scheduler_type", "cosin"], "cosin"),
+        (["--model.attn_implementation", "sdpaa"], "sdpaa"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_anything_runs(
+    fresh: Recipe, arguments: list[str], message: str
+) -> None:
+    assert message in refused(fresh, *arguments)
+    assert not (fresh.run_dir / "stages").exists()
+
+
 def test_two_processes_do_not_share_a_run(fresh: Recipe) -> None:
     process = fresh.start()
     try:

@@ -140,6 +140,13 @@ def test_an_edited_manifest_is_found(stage: Path) -> None:
         read_manifest(stage, "abc")
 
 
+@pytest.mark.parametrize("content", ["[]", "null", "{}"])
+def test_a_manifest_of_another_shape_is_found(stage: Path, content: str) -> None:
+    (stage / MANIFEST).write_text(content)
+    with pytest.raises(ArtifactError, match="was edited"):
+        read_manifest(stage, "abc")
+
+
 def test_a_truncated_manifest_is_found(stage: Path) -> None:
     path = stage / MANIFEST
     path.write_text(path.read_text()[:20])

@@ -45,6 +45,10 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
         ("method: keeplore", "keeplore"),
         ("train: {max_steps: 0}", "max_steps is 0"),
         ("train_overrides: {Med: {epochs: 3}}", "train_overrides.Med.epochs is not a setting"),
+        ("train_overrides: {Med: {learning_rate: abc}}", "train_overrides.Med: a value of the wrong type"),
+        ("train_overrides: {Med: {activation_checkpointing: true}}", "set it in train"),
+        ("evaluation: 3", "evaluation"),
+        ("model: {cpu_threads: 0}", "model.cpu_threads must be at least 1"),
         ("language: {adapt: false}\nvision: {adapt: false}", "nothing to learn"),
         ("projector: protected\nvision: {adapt: false}", "vision.adapt: true"),
         ("probe: {fraction: 0}", r"probe.fraction must lie in \(0, 1\]"),
@@ -83,7 +87,8 @@ def test_overrides_apply_to_their_task_alone() -> None:
 def test_identity_ignores_what_changes_no_number() -> None:
     config = RunConfig()
     free = replace(config, run_dir="elsewhere", report_to=[], cache_dir="x", backfill=True, stream="y")
-    free = replace(free, train=replace(free.train, logging_steps=1, save_steps=50))
+    free = replace(free, train=replace(free.train, logging_steps=1, save_steps=50, max_length=9))
+    free = replace(free, on_bad_record="skip")
     assert identity(config, "a") == identity(free, "a")
     assert identity(config, "a") != identity(replace(config, seed=1), "a")
     assert identity(config, "a") != identity(replace(config, train=TrainConfig(learning_rate=1.0)), "a")
