@@ -3,7 +3,7 @@
 import difflib
 import re
 import sys
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -331,8 +331,13 @@ def parse_config(description: str, default_config: Path, argv: list[str] | None 
     parser = build_parser(description, default_config)
     try:
         values = parser.instantiate(parser.parse_args(argv))
-    except (ArgumentError, TypeError) as error:
+    except ArgumentError as error:
         raise ConfigError(f"{error}{_did_you_mean(str(error))}") from error
+    except TypeError as error:  # jsonargparse expands a group that is no mapping
+        groups = ", ".join(f.name for f in fields(RunConfig) if is_dataclass(f.default_factory))
+        raise ConfigError(
+            f"one of the groups {groups} holds a value; it takes 'name: value' lines"
+        ) from error
     return RunConfig(**{f.name: getattr(values, f.name) for f in fields(RunConfig)})
 
 
