@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ class Recipe:
     directory: Path
     data_root: Path
     tasks: tuple[str, ...] = TASKS[:2]
+    seconds: float = 0.0  # how long the uninterrupted run took
 
     @property
     def run_dir(self) -> Path:
@@ -115,7 +117,9 @@ class Recipe:
 def finished(tmp_path_factory: pytest.TempPathFactory, data_root: Path) -> Recipe:
     """An uninterrupted run. Tests read it and leave it as it is."""
     recipe = Recipe(tmp_path_factory.mktemp("finished"), data_root)
+    start = time.monotonic()
     done = recipe.run()
+    recipe.seconds = time.monotonic() - start
     assert done.returncode == 0, done.stderr
     return recipe
 
