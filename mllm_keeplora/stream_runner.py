@@ -77,7 +77,7 @@ def run_stream(config: RunConfig) -> dict[str, Any]:
         StageError, TrainingError, EvaluationError, WriteError: a stage that failed; what was complete is
             kept.
     """
-    state = PartialState(cpu=config.model.device == "cpu")
+    state = PartialState(cpu=resolve_device(config.model).type == "cpu")
     if state.num_processes > 1:
         raise ConfigError(
             f"started with {state.num_processes} processes; a run uses one: launch with --num_processes 1"

@@ -343,10 +343,21 @@ def test_two_processes_do_not_share_a_run(fresh: Recipe) -> None:
 
 
 def test_accelerate_launch_runs_the_recipe(fresh: Recipe) -> None:
-    command = fresh.command("--help")
+    short = replace(fresh, tasks=TASKS[:1])
+    command = short.command("--train.max_steps", "2", "--evaluation.limit", "4")
     launched = [command[0], "-m", "accelerate.commands.launch", *command[1:]]
+    done = subprocess.run(
+        launched, cwd=ROOT, env=short.environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert [row["task"] for row in short.retention()["rows"]] == [None, "digits"]
+
+
+def test_more_than_one_process_is_refused(fresh: Recipe) -> None:
+    command = fresh.command()
+    launched = [command[0], "-m", "torch.distributed.run", "--nproc_per_node", "2", *command[1:]]
     done = subprocess.run(
         launched, cwd=ROOT, env=fresh.environment(), capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
-    assert "--language.eps_w" in done.stdout
+    assert done.returncode != 0
+    assert "started with 2 processes; a run uses one" in done.stderr
