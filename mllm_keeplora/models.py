@@ -154,9 +154,7 @@ def base_model_hash(directory: Path, cache: Path) -> str:
     A 7B model takes half a minute to hash, hence the memory; a rewritten file has another time and is hashed
     again.
     """
-    files = sorted(
-        {file for pattern in MODEL_FILES for file in directory.glob(pattern)} - {directory / "training.json"}
-    )
+    files = sorted({file for pattern in MODEL_FILES for file in directory.glob(pattern)})
     state = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
     memory = cache / "model_hashes" / f"{sha256_json(state)}.json"
     if not memory.exists():

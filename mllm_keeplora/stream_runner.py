@@ -91,7 +91,7 @@ def run_stream(config: RunConfig) -> dict[str, Any]:
         write_json(run_dir / "config.json", asdict(config))
         write_task_files(stream, run_dir / "eval_tasks")
         if history.missing_stages or (config.backfill and history.missing_cells()):
-            work = _open_workplace(config, stream, run_dir)
+            work = _open_workplace(history)
             _run_missing(work, history)
             if config.backfill:
                 _backfill(work, history)
@@ -280,7 +280,8 @@ def _only_process(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def _open_workplace(config: RunConfig, stream: Stream, run_dir: Path) -> Workplace:
+def _open_workplace(history: _History) -> Workplace:
+    config, stream = history.config, history.stream
     records = load_training_records(stream, config.on_bad_record)
     logger.info(f"loading {config.model.base_model} ({config.model.quantization})")
     model, processor = load_base(config.model)
@@ -289,13 +290,11 @@ def _open_workplace(config: RunConfig, stream: Stream, run_dir: Path) -> Workpla
     patterns = {name: tower.targets for name, tower in config.towers().items()}
     targets = find_targets(model, patterns, protect_projector=config.projector == "protected")
     eps_w = {name: tower.eps_w for name, tower in config.towers().items()}
-    base_hash = base_model_hash(resolve_model_directory(config.model), Path(config.cache_dir))
     loaded = f"{config.model.quantization}-{config.model.compute_dtype}"
-    cache = Path(config.cache_dir) / "weight_bases" / f"{base_hash[:16]}-{loaded}"
+    cache = Path(config.cache_dir) / "weight_bases" / f"{history.base_hash[:16]}-{loaded}"
     files = weight_basis_files(model, targets, eps_w, cache) if config.method == "keeplora" else {}
-    work = Workplace(
-        config, stream, records, model, processor, targets, files, run_dir, resolve_device(config.model)
-    )
+    device = resolve_device(config.model)
+    work = Workplace(config, stream, records, model, processor, targets, files, history.run_dir, device)
     check_ranks(work)
     return work
 

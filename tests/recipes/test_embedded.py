@@ -1,6 +1,7 @@
 """What ships: a base model with general ability on NF4, and data in the published form."""
 
 import hashlib
+import importlib
 import json
 import subprocess
 import sys
@@ -44,6 +45,14 @@ def test_the_account_of_the_training_is_shipped() -> None:
     assert account["accuracy"]["nf4"]["all"] >= 0.85
     assert {"command", "setup", "n"} <= set(account)
     assert "seed" in account["setup"]
+
+
+def test_the_script_still_makes_the_shipped_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new word in a question would need the base to be trained again."""
+    monkeypatch.syspath_prepend(ROOT / "recipes" / "embedded")
+    processor = importlib.import_module("train_base").build_processor()
+    shipped = json.loads((BASE / "tokenizer.json").read_text())["model"]["vocab"]
+    assert processor.tokenizer.get_vocab() == shipped
 
 
 def digest(root: Path) -> str:

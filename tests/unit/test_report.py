@@ -73,7 +73,7 @@ def make_manifest(row, method="keeplora", steps=300):
         "modules": make_modules(stage, method) if trained else [],
         "counts": {
             "train_samples": 1200 if trained else 0, "steps": steps if trained else 0,
-            "supervised_tokens": 98765, "trainable_parameters": 43210, "skipped_records": skipped,
+            "trainable_parameters": 43210, "skipped_records": skipped,
         },
         "timings": {**timings, "evaluation": 9.0, "total": 46.5 if trained else 9.5},
         "peak_memory_bytes": 900 * 2**20, "scores": row["scores"], "files": {},
