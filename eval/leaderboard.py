@@ -32,6 +32,8 @@ SCHEMA_VERSION = 1
 # Scores that pass through JSON text come back bit for bit; this allows for another order of summation.
 SCORE_TOLERANCE = 1e-9
 MODEL_SETTINGS = tuple(field.name for field in fields(ModelConfig))
+# How clips become frames; decoded frames are not kept in a fresh process.
+VIDEO_SETTINGS = ("frames", "fps", "backend", "timeout")
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,8 @@ def lmms_eval_arguments(run: FinishedRun, output: Path, limit: int | None) -> li
     """
     model = {key: run.config["model"][key] for key in MODEL_SETTINGS if run.config["model"][key] is not None}
     model["adapter"] = (run.directory / "adapter").resolve()
+    video = {f"video_{key}": run.config["video"][key] for key in VIDEO_SETTINGS}
+    model |= {key: value for key, value in video.items() if value is not None}
     for value in (*map(str, model.values()), str(output)):
         if set(value) & set(",'\"{}[]"):
             raise EvaluationError(

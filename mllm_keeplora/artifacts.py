@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mllm_keeplora.errors import KeepLoRAError
+from mllm_keeplora.processes import from_main
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -108,9 +109,13 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_or_compute(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Tensors of a finished phase from its file, or computed and written; so a stage can be resumed."""
-    if not path.exists():
-        save_tensors(path, compute())
+    """Tensors of a finished phase from its file, or computed and written; so a stage can be resumed.
+
+    `compute` runs on every process; what the main one returns is written, and read by all.
+    """
+    if not from_main(path.exists):
+        tensors = compute()
+        from_main(lambda: save_tensors(path, tensors))
     return load_tensors(path)
 
 

@@ -1,7 +1,8 @@
-"""Answers questions about an image with a run's model.
+"""Answers questions about an image or a video with a run's model.
 
 bash scripts/chat.sh runs/vqa_embedded --image photo.png "What is shown?"
 bash scripts/chat.sh runs/vqa_embedded --image photo.png                  (asks until an empty line)
+bash scripts/chat.sh runs/video_embedded --video clip.mp4 "What happens?"
 """
 
 import argparse
@@ -16,18 +17,21 @@ from PIL import Image, UnidentifiedImageError
 
 from mllm_keeplora.config import ConfigError
 from mllm_keeplora.console import command
-from mllm_keeplora.data.collator import render_prompt
-from mllm_keeplora.finished import load_run
+from mllm_keeplora.data.collator import prepare_questions
+from mllm_keeplora.data.video import Clip
+from mllm_keeplora.finished import load_run, run_reader
 
 
 @torch.no_grad()
 def answer(
-    model: PeftModel, processor: Any, question: str, image: Image.Image | None, max_new_tokens: int = 128
+    model: PeftModel,
+    processor: Any,
+    question: str,
+    media: Image.Image | Clip | None,
+    max_new_tokens: int = 128,
 ) -> str:
     """Greedy answer to one question; the prompt is the one of training and evaluation."""
-    prompt = render_prompt(processor, question, image is not None)
-    inputs = processor(text=[prompt], images=None if image is None else [image], return_tensors="pt")
-    inputs = inputs.to(model.device)
+    inputs = prepare_questions(processor, [(question, media)], model.device)
     output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
     return str(
         processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -70,19 +74,23 @@ def main() -> None:
     parser.add_argument(
         "question", nargs="?", help="one question; without it they are read from the terminal"
     )
-    parser.add_argument(
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument(
         "--image", type=Path, help="what the questions are about; without it they are text only"
     )
+    shown.add_argument("--video", type=Path, help="a clip instead, sampled as the run sampled its clips")
     parser.add_argument(
         "--max-new-tokens", type=int, default=128, help="longest answer (default: %(default)s)"
     )
     # Intermixed: the question may come after the options.
     arguments = parser.parse_intermixed_args()
     with command():
-        image = open_image(arguments.image)
+        media: Image.Image | Clip | None = open_image(arguments.image)
+        if arguments.video is not None:
+            media = run_reader(arguments.run).read(arguments.video)
         model, processor = load_run(arguments.run)
         for question in _questions(arguments.question):
-            print(answer(model, processor, question, image, arguments.max_new_tokens), flush=True)
+            print(answer(model, processor, question, media, arguments.max_new_tokens), flush=True)
 
 
 if __name__ == "__main__":

@@ -113,6 +113,33 @@ class ProbeConfig:
 
 
 @dataclass(frozen=True)
+class VideoConfig:
+    """How clips become frames; the same in probes, training and evaluation.
+
+    Args:
+        frames: Frames taken from a clip, evenly spaced from its first to its last; with fps set, the most
+            that are taken.
+        fps: Frames per second of the clip, in place of a fixed number; None takes `frames` of every clip.
+        backend: pyav decodes every file and checks each frame. decord and torchcodec (to be installed by you)
+            seek by key frame; files on which that returns wrong frames are refused under them.
+        timeout: Seconds that decoding one clip may take before its decoder is ended and the clip is refused.
+        cache_gb: Decoded frames kept on disk under cache_dir, in GB (1e9 bytes); 0 keeps none.
+    """
+
+    frames: int = 8
+    fps: float | None = None
+    backend: Literal["pyav", "decord", "torchcodec"] = "pyav"
+    timeout: float = 60.0
+    cache_gb: float = 20.0
+
+    def __post_init__(self) -> None:
+        _require(self.frames >= 1, f"video.frames must be at least 1, got {self.frames}")
+        _require(self.fps is None or self.fps > 0, f"video.fps must be positive, got {self.fps}")
+        _require(self.timeout > 0, f"video.timeout must be positive, got {self.timeout}")
+        _require(self.cache_gb >= 0, f"video.cache_gb must not be negative, got {self.cache_gb}")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Training of one stage (HF Trainer; names and meaning are its own unless stated).
 
@@ -202,6 +229,7 @@ class RunConfig:
         language: The language tower.
         vision: The vision tower.
         probe: Task gradients.
+        video: How clips become frames.
         train: Training of a stage.
         train_overrides: Per task name, settings of train that differ there, e.g. {Med: {num_train_epochs:
             3}}.
@@ -209,7 +237,7 @@ class RunConfig:
         initial_adapter: Directory of a PEFT LoRA adapter to start from, as if earlier stages had left it.
         on_bad_record: error, or skip (every skipped record is named in the manifest).
         backfill: Evaluate tasks that were appended to a finished stream at the earlier stages too.
-        cache_dir: Weight bases, reused by every run on the same base model.
+        cache_dir: Weight bases, reused by every run on the same base model, and decoded frames.
         report_to: Loggers of the HF Trainer.
         seed: The one seed; stage t uses seed + t.
     """
@@ -224,6 +252,7 @@ class RunConfig:
     language: TowerConfig = field(default_factory=TowerConfig)
     vision: TowerConfig = field(default_factory=TowerConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     train_overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -301,8 +330,9 @@ def identity(config: RunConfig, task: str | None) -> dict[str, Any]:
     """
     values = {key: value for key, value in asdict(config).items() if key not in FREE_SETTINGS}
     values["evaluation"] = {"limit": config.evaluation.limit}
+    values["video"] = {"frames": config.video.frames, "fps": config.video.fps}
     if task is None:
-        return {key: values[key] for key in ("model", "evaluation", "initial_adapter")}
+        return {key: values[key] for key in ("model", "video", "evaluation", "initial_adapter")}
     free = ("logging_steps", "save_steps", "dataloader_num_workers", "max_length")
     values["train"] = {key: value for key, value in asdict(config.train_for(task)).items() if key not in free}
     return values
@@ -346,7 +376,7 @@ def _did_you_mean(message: str) -> str:
     unknown = re.search(r"accept(?:ed)?(?: option '(\w+)')?$|unrecognized arguments: --(\S+)", message)
     quoted = re.search(r"Option '([\w.]+)'", message)
     key = next((g for g in (*(unknown.groups() if unknown else ()), quoted and quoted.group(1)) if g), None)
-    groups = (RunConfig, ModelConfig, TowerConfig, ProbeConfig, TrainConfig, EvaluationConfig)
+    groups = (RunConfig, ModelConfig, TowerConfig, ProbeConfig, VideoConfig, TrainConfig, EvaluationConfig)
     known = sorted({f.name for group in groups for f in fields(group)})
     close = difflib.get_close_matches(key.split(".")[-1].split("=")[0], known, n=1) if key else []
     return f" (did you mean '{close[0]}'?)" if close else " (--help lists every setting)" if key else ""

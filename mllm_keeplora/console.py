@@ -2,9 +2,10 @@
 
 import errno
 import logging
+import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from transformers.utils import logging as transformers_logging
@@ -36,3 +37,10 @@ def command() -> Iterator[None]:
             file=sys.stderr,
         )
         sys.exit(2)
+
+
+def with_dashes(argv: Sequence[str]) -> list[str]:
+    """`name=value` as `--name=value`, so that both spellings of an option are taken."""
+    return [
+        f"--{text}" if re.match(r"[a-z_.]+=", text) and not text.startswith("-") else text for text in argv
+    ]

@@ -19,7 +19,7 @@ from mllm_keeplora.artifacts import ArtifactError, read_json, replaced_directory
 from mllm_keeplora.console import command
 from mllm_keeplora.data.collator import ChatCollator
 from mllm_keeplora.data.records import load_records
-from mllm_keeplora.finished import load_run, run_model_config
+from mllm_keeplora.finished import load_run, run_model_config, run_reader
 from mllm_keeplora.models import DTYPES, load_base
 from mllm_keeplora.streams import load_stream
 
@@ -76,11 +76,13 @@ def _test_batches(run_dir: Path, processor: Any, questions: int) -> list[dict[st
     task = stream.tasks[-1]
     samples, _ = load_records(
         stream.data_root / task.test,
-        stream.image_root(task),
+        stream.media_root(task),
+        answers=stream.answers_file(task),
         prompt_suffix=task.prompt_suffix,
         allow_text_only=task.allow_text_only,
+        checker=None,
     )
-    collator = ChatCollator(processor, None)
+    collator = ChatCollator(processor, None, run_reader(run_dir))
     return [collator([sample]) for sample in samples[:questions]]
 
 
@@ -88,8 +90,10 @@ def _test_batches(run_dir: Path, processor: Any, questions: int) -> list[dict[st
 def _answer_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     parameter = next(model.parameters())
     inputs = {key: value.to(parameter.device) for key, value in batch.items()}
-    if parameter.dtype.is_floating_point and "pixel_values" in inputs:
-        inputs["pixel_values"] = inputs["pixel_values"].to(parameter.dtype)
+    if parameter.dtype.is_floating_point:
+        for key in inputs:
+            if key.startswith("pixel_values"):
+                inputs[key] = inputs[key].to(parameter.dtype)
     labels = inputs.pop("labels")
     logits = model(**inputs).logits[:, :-1][labels[:, 1:] != -100]
     return logits.float().cpu()

@@ -6,7 +6,8 @@ from typing import Any
 from peft import PeftModel
 
 from mllm_keeplora.artifacts import ArtifactError, read_json
-from mllm_keeplora.config import ModelConfig
+from mllm_keeplora.config import ModelConfig, VideoConfig
+from mllm_keeplora.data.video import VideoReader
 from mllm_keeplora.models import load_base
 
 
@@ -19,6 +20,11 @@ def run_model_config(run_dir: Path) -> ModelConfig:
     if not (run_dir / "adapter" / "adapter_config.json").is_file():
         raise ArtifactError(f"{run_dir} holds no adapter/: name the directory of a finished run")
     return ModelConfig(**read_json(run_dir / "config.json")["model"])
+
+
+def run_reader(run_dir: Path) -> VideoReader:
+    """Decodes clips as the run did; nothing is cached."""
+    return VideoReader(VideoConfig(**read_json(run_dir / "config.json")["video"]), cache_dir=None)
 
 
 def load_run(run_dir: Path) -> tuple[PeftModel, Any]:

@@ -7,6 +7,10 @@ gives
 
 which is the input-side randomised range sketch that E3, E4 and E8 need. No hook, no full-size gradient, no
 dequantised copy; it works through 4-bit layers, gradient checkpointing and accumulation.
+
+In a run of several processes each back-propagates its own batches and the sums are added up: sums of
+gradients and counts of tokens, never means. The model carries no DDP wrapper here: processes may have
+different numbers of batches, or none, and batches that leave a tower out.
 """
 
 import hashlib
@@ -19,6 +23,7 @@ from torch import Tensor, nn
 
 from mllm_keeplora.adapters import PROBE, Factors, activate, attach, factor_parameters, without_dropout
 from mllm_keeplora.errors import KeepLoRAError
+from mllm_keeplora.processes import sum_of_all
 from mllm_keeplora.targets import Target
 
 Batches = Callable[[], Iterable[Mapping[str, Any]]]
@@ -56,13 +61,13 @@ def sketch_gradients(
         model: base model, or a PeftModel whose `keep` adapters belong to the current model.
         targets: the layers to measure.
         columns: q per module name.
-        batches: returns an iterable of model inputs with labels, on the model's device.
+        batches: returns an iterable of model inputs with labels, on the model's device: this process's share.
         seed: of Omega.
         keep: adapters that stay active beside the probe.
 
     Returns:
-        Module name -> Y [q, in], fp32 on the CPU. G is the sum over all supervised tokens of their loss
-        gradients divided by their number, whatever the batching.
+        Module name -> Y [q, in], fp32 on the CPU, the same on all processes. G is the sum over all supervised
+        tokens of all processes of their loss gradients divided by their number, whatever the batching.
 
     Raises:
         GradientError: no supervised token, a NaN, or a module that received no gradient.
@@ -109,7 +114,7 @@ def _probe_pass(
         peft_model.train()  # transformers checkpoints activations in train() only
         with without_dropout(peft_model):
             tokens = _accumulate(peft_model, batches())
-        return {name: _read_gradient(peft_model, name, measure) / tokens for name in factors}
+        return _mean_gradients(peft_model, list(factors), measure, tokens)
     finally:
         peft_model.eval()
         peft_model.delete_adapter(PROBE)
@@ -120,7 +125,7 @@ def _probe_pass(
 
 
 def _accumulate(model: PeftModel, batches: Iterable[Mapping[str, Any]]) -> int:
-    """Back-propagates the summed token losses of all batches; returns the number of supervised tokens."""
+    """Back-propagates the summed token losses of the batches; returns the number of supervised tokens."""
     tokens = 0
     for batch in batches:
         # A divisor of 1 makes transformers' own loss the sum over tokens: means of batches would weigh short
@@ -133,20 +138,26 @@ def _accumulate(model: PeftModel, batches: Iterable[Mapping[str, Any]]) -> int:
             )
         loss.backward()
         tokens += int((batch["labels"][:, 1:] != -100).sum())
-    if tokens == 0:
-        raise GradientError("the probe sample has no supervised token: every label is masked")
     return tokens
 
 
-def _read_gradient(model: PeftModel, name: str, measure: str) -> Tensor:
-    a, b = factor_parameters(model, PROBE, name)
-    gradient = (a if measure == "A" else b).grad
-    if gradient is None:
-        raise GradientError(
-            f"{name} received no gradient: it takes no part in the forward result for this data. "
-            "Exclude it in "
-            "mllm_keeplora/targets.py (used_vision_layers) or in the run's targets"
-        )
-    if not torch.isfinite(gradient).all():
-        raise GradientError(f"{name}: the probe gradient has NaN or infinite entries")
-    return gradient.float().cpu()
+def _mean_gradients(model: PeftModel, names: Sequence[str], measure: str, tokens: int) -> dict[str, Tensor]:
+    """Gradients and tokens summed over all processes, divided. Every process takes part in every sum."""
+    parameters = [factor_parameters(model, PROBE, name)[0 if measure == "A" else 1] for name in names]
+    counts = torch.tensor([tokens, *(p.grad is not None for p in parameters)], device=parameters[0].device)
+    total, *reached = sum_of_all(counts).tolist()
+    if total == 0:
+        raise GradientError("the probe sample has no supervised token: every label is masked")
+    gradients = {}
+    for name, parameter, processes in zip(names, parameters, reached, strict=True):
+        if processes == 0:
+            raise GradientError(
+                f"{name} received no gradient: it takes no part in the forward result for this data. "
+                "Exclude it in "
+                "mllm_keeplora/targets.py (used_vision_layers) or in the run's targets"
+            )
+        gradient = sum_of_all(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+        if not torch.isfinite(gradient).all():
+            raise GradientError(f"{name}: the probe gradient has NaN or infinite entries")
+        gradients[name] = gradient.detach().float().cpu() / total
+    return gradients

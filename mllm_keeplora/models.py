@@ -1,6 +1,8 @@
 """Loading the base model: 4-bit in both towers, guarded, frozen; and a PEFT adapter to start from."""
 
 import importlib.util
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +31,17 @@ from mllm_keeplora.artifacts import (
 from mllm_keeplora.config import ConfigError, ModelConfig
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.platform_guards import guard_linear4bit
+from mllm_keeplora.sharding import sharding_asked
 from mllm_keeplora.targets import family_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # What of a repository is read: safetensors weights only, so that no pickle is ever opened.
 MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
+REMOTE_CODE = "*.py"  # fetched beside them only where model.trust_remote_code is on
 
 
 def resolve_device(config: ModelConfig) -> torch.device:
-    """The device a run uses.
+    """The device this process of a run uses: of several, each has its own CUDA device.
 
     Raises:
         ConfigError: device cuda without a CUDA device.
@@ -47,7 +51,9 @@ def resolve_device(config: ModelConfig) -> torch.device:
         raise ConfigError(
             "model.device is cuda, but torch sees no CUDA device; use model.device: cpu or auto"
         )
-    return torch.device("cuda", 0) if available and config.device != "cpu" else torch.device("cpu")
+    if not available or config.device == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def resolve_model_directory(config: ModelConfig) -> Path:
@@ -125,10 +131,13 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
     trust = config.trust_remote_code
     try:
         family = family_of(AutoConfig.from_pretrained(directory, trust_remote_code=trust))
+        quantization = quantization_config(config, family.not_quantised)
+        if quantization is not None and sharding_asked():  # integers cannot be spread; the bits are the same
+            quantization.bnb_4bit_quant_storage = DTYPES[config.compute_dtype]
         model = AutoModelForImageTextToText.from_pretrained(
             directory,
             dtype=DTYPES[config.compute_dtype],
-            quantization_config=quantization_config(config, family.not_quantised),
+            quantization_config=quantization,
             attn_implementation=config.attn_implementation,
             trust_remote_code=trust,
             use_safetensors=True,
@@ -154,12 +163,29 @@ def base_model_hash(directory: Path, cache: Path) -> str:
     A 7B model takes half a minute to hash, hence the memory; a rewritten file has another time and is hashed
     again.
     """
-    files = sorted({file for pattern in MODEL_FILES for file in directory.glob(pattern)})
+    known = known_base_hash(directory, cache)
+    if known is not None:
+        return known
+    files = _hashed_files(directory)
+    found = sha256_json({f.name: sha256_file(f) for f in files})
+    write_json(_hash_memory(files, cache), {"hash": found})
+    return found
+
+
+def known_base_hash(directory: Path, cache: Path) -> str | None:
+    """The remembered content hash of a base model; None where no run with this cache has hashed it yet."""
+    memory = _hash_memory(_hashed_files(directory), cache)
+    return str(read_json(memory)["hash"]) if memory.exists() else None
+
+
+def _hashed_files(directory: Path) -> list[Path]:
+    """Remote code counts where it is there: it is fetched, and run, only where it was asked for."""
+    return sorted({file for pattern in (*MODEL_FILES, REMOTE_CODE) for file in directory.glob(pattern)})
+
+
+def _hash_memory(files: Sequence[Path], cache: Path) -> Path:
     state = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
-    memory = cache / "model_hashes" / f"{sha256_json(state)}.json"
-    if not memory.exists():
-        write_json(memory, {"hash": sha256_json({f.name: sha256_file(f) for f in files})})
-    return str(read_json(memory)["hash"])
+    return cache / "model_hashes" / f"{sha256_json(state)}.json"
 
 
 def read_initial_adapter(model: PreTrainedModel, directory: Path) -> Factors:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from mllm_keeplora.artifacts import ArtifactError, save_tensors
 from mllm_keeplora.linears import computed_weight
+from mllm_keeplora.processes import from_main, hide_bar, own_share, wait_for_everyone
 from mllm_keeplora.subspace import principal_basis
 from mllm_keeplora.targets import Target, Tower
 
@@ -34,7 +35,7 @@ class ProtectedBases:
         """M, [in, k_w + k_f] fp32; [in, 0] when nothing is protected."""
         parts = [self.weight_basis(target)]
         for path in self.feature_files:
-            parts.append(_read(path, target.name, self.device))
+            parts += _read_if_there(path, target.name, self.device)
         return torch.cat(parts, dim=1)
 
     def weight_basis(self, target: Target) -> Tensor:
@@ -46,18 +47,28 @@ class ProtectedBases:
 
 def _read(path: Path, name: str, device: torch.device) -> Tensor:
     """One tensor of a file, without the others."""
+    found = _read_if_there(path, name, device)
+    if not found:
+        raise ArtifactError(f"{path} has no tensor {name!r}; delete it to have it computed again")
+    return found[0]
+
+
+def _read_if_there(path: Path, name: str, device: torch.device) -> list[Tensor]:
+    """The tensor of that name, or nothing: a stage adds no directions to a module that its data do not
+    reach."""
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            tensor: Tensor = file.get_tensor(name)
+            return [file.get_tensor(name)] if name in file.keys() else []  # noqa: SIM118
     except (FileNotFoundError, SafetensorError) as error:
         raise ArtifactError(f"cannot read {path}: {error}; delete it to have it computed again") from error
-    return tensor
 
 
 def weight_basis_files(
     model: nn.Module, targets: Sequence[Target], eps_w: Mapping[Tower, float], directory: Path
 ) -> dict[str, Path]:
     """Computes the weight bases that `directory` does not hold yet (E1), one layer at a time.
+
+    Several processes share the modules; each basis is one process's file, which all read.
 
     Cost: per module one Gram product and one symmetric eigenproblem of size min(out, in); afterwards a file
     read.
@@ -72,8 +83,11 @@ def weight_basis_files(
         Module name -> file with `basis` [in, k_w] fp32.
     """
     files = {t.name: directory / f"{t.name}-eps{eps_w[t.tower]!r}.safetensors" for t in targets}
-    missing = [t for t in targets if not files[t.name].exists()]
-    for target in tqdm(missing, desc="weight bases", unit="module", disable=None if missing else True):
+    missing = from_main(lambda: [t for t in targets if not files[t.name].exists()])
+    for target in tqdm(
+        own_share(missing), desc="weight bases", unit="module", disable=hide_bar() if missing else True
+    ):
         weight = computed_weight(model.get_submodule(target.name))
         save_tensors(files[target.name], {"basis": principal_basis(weight, eps_w[target.tower])})
+    wait_for_everyone()
     return files

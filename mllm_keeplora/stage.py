@@ -1,5 +1,6 @@
 """One stage of KeepLoRA++: learn a task in the residual subspace, fold it, protect it, measure everything."""
 
+import hashlib
 import math
 import resource
 import shutil
@@ -30,8 +31,9 @@ from mllm_keeplora.artifacts import (
     write_manifest,
 )
 from mllm_keeplora.config import RunConfig, TrainConfig
-from mllm_keeplora.data.collator import ChatCollator, VqaDataset
+from mllm_keeplora.data.collator import IGNORED_LABEL, ChatCollator, SampleDataset
 from mllm_keeplora.data.records import Sample, SkippedRecord, select_evenly
+from mllm_keeplora.data.video import VideoReader
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.evaluation.evaluate import evaluate_row
 from mllm_keeplora.folding import fold_factors
@@ -39,7 +41,9 @@ from mllm_keeplora.gradients import back_project_gradients, module_generator, sk
 from mllm_keeplora.layer_scaling import layer_scales
 from mllm_keeplora.lora_init import lora_a_from_gradient
 from mllm_keeplora.models import save_adapter
+from mllm_keeplora.processes import from_main, gather, hide_bar, is_main, own_share
 from mllm_keeplora.protected import ProtectedBases
+from mllm_keeplora.sharding import fillers
 from mllm_keeplora.sketch import extend_basis_from_sketch, refined_directions
 from mllm_keeplora.streams import Stream, TaskSpec
 from mllm_keeplora.subspace import orthonormality_error
@@ -68,7 +72,8 @@ class Workplace:
         records: task name -> (its training samples, the records left out).
         model: the base model, without adapters between stages.
         processor: of the base model.
-        targets: the adapted modules.
+        reader: decodes clips, for probes, training and evaluation alike.
+        targets: the modules that some task of the stream adapts.
         weight_files: module name -> file with its weight basis; empty where nothing is protected.
         run_dir: where the run writes.
         device: where the model lies.
@@ -79,6 +84,7 @@ class Workplace:
     records: Mapping[str, tuple[list[Sample], list[SkippedRecord]]]
     model: PreTrainedModel
     processor: Any
+    reader: VideoReader
     targets: list[Target]
     weight_files: Mapping[str, Path]
     run_dir: Path
@@ -148,7 +154,14 @@ class Stage:
     @cached_property
     def collator(self) -> ChatCollator:
         """Samples to model inputs; shared by probes and training because it remembers tokens."""
-        return ChatCollator(self.work.processor, self.train.max_length)
+        return ChatCollator(self.work.processor, self.train.max_length, self.work.reader)
+
+    @cached_property
+    def targets(self) -> list[Target]:
+        """The modules that the task's samples reach; of Video-LLaVA's two vision towers, say, the one for
+        clips."""
+        media = {sample.media for sample in self.samples if sample.media is not None}
+        return [target for target in self.work.targets if target.is_reached_by(media)]
 
     @cached_property
     def probe_indices(self) -> list[int]:
@@ -165,28 +178,36 @@ class Stage:
     def scales(self) -> dict[str, float]:
         """s_l = lambda_l * alpha / r with the nominal r, per module (E5)."""
         config, towers = self.work.config, self.work.config.towers()
-        return {
-            t.name: layer_lambda(config, t) * config.alpha / towers[t.tower].rank for t in self.work.targets
-        }
+        return {t.name: layer_lambda(config, t) * config.alpha / towers[t.tower].rank for t in self.targets}
 
     def rank(self, target: Target) -> int:
         """The nominal r of a module."""
         return self.work.config.towers()[target.tower].rank
 
     def probe_batches(self) -> Iterator[dict[str, Tensor]]:
-        """The probe sample as model inputs with labels, in order."""
-        samples = VqaDataset([self.samples[i] for i in self.probe_indices])
-        loader = DataLoader(samples, batch_size=self.work.config.probe.batch_size, collate_fn=self.collator)
-        for batch in tqdm(loader, desc="task gradients", unit="batch", disable=None, leave=False):
+        """The probe sample as model inputs with labels, in order; of several processes each takes its share.
+
+        Batches are shared out whole: one process's batches are those of a run with one, padding included.
+        """
+        samples = SampleDataset([self.samples[i] for i in self.probe_indices])
+        size = self.work.config.probe.batch_size
+        rows = [list(range(len(samples)))[start : start + size] for start in range(0, len(samples), size)]
+        own = own_share(rows)
+        own_and_fillers = [*own, *fillers(self.work.model, own, rows[0])]
+        loader = DataLoader(samples, batch_sampler=own_and_fillers, collate_fn=self.collator)
+        progress = tqdm(loader, desc="task gradients", unit="batch", disable=hide_bar(), leave=False)
+        for number, batch in enumerate(progress):
+            if number >= len(own):
+                batch["labels"].fill_(IGNORED_LABEL)
             yield self.work.to_device(batch)
 
     def sketch(self, model: Model, pass_number: int) -> dict[str, Tensor]:
         """Omega^T G of every module, q = columns_per_rank * r; each pass of the run draws its own Omega."""
         per_rank = self.work.config.probe.columns_per_rank
-        columns = {t.name: per_rank * self.rank(t) for t in self.work.targets}
+        columns = {t.name: per_rank * self.rank(t) for t in self.targets}
         seed = 2 * self.seed + pass_number
         return sketch_gradients(
-            model, self.work.targets, columns, self.probe_batches, seed, keep=active_adapters(model)
+            model, self.targets, columns, self.probe_batches, seed, keep=active_adapters(model)
         )
 
 
@@ -218,17 +239,17 @@ def run_stage(stage: Stage, header: Mapping[str, Any]) -> StageResult:
     detach(model)
 
     with clock.phase("fold"):
-        table = module_table(stage, factors)
+        table = from_main(lambda: module_table(stage, factors))
         folded = fold(stage.accumulated, factors, stage.scales)
         model = attach(work.model, ACCUMULATED, folded, dict.fromkeys(folded, 1.0))
-        save_adapter(directory / "adapter", model, work.config.model)
+        from_main(lambda: save_adapter(directory / "adapter", model, work.config.model))
     with clock.phase("feature_basis"):
         protect(stage, model, table)
     with clock.phase("evaluation"):
         scores = evaluate_stage(work, model, directory, header["data"])
     detach(model)
 
-    shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+    from_main(lambda: shutil.rmtree(directory / "checkpoints", ignore_errors=True))
     manifest = {
         **header,
         "probe_indices": stage.probe_indices,
@@ -239,17 +260,25 @@ def run_stage(stage: Stage, header: Mapping[str, Any]) -> StageResult:
         "loss": account["loss"],
         "scores": scores,
     }
-    return StageResult(write_manifest(directory, manifest), folded)
+    return StageResult(from_main(lambda: write_manifest(directory, manifest)), folded)
 
 
 def initial_a(stage: Stage, model: Model) -> dict[str, Tensor]:
-    """A_t of every module: from the residual gradient (E2-E4), or PEFT's default init for sequential LoRA."""
-    targets, bases = stage.work.targets, stage.bases
+    """A_t of every module: from the residual gradient (E2-E4), or PEFT's default init for sequential LoRA.
+
+    The main process alone decomposes: rounding differs between machines, and A must not.
+
+    Returns:
+        Module name -> A; empty on the other processes.
+    """
+    targets, bases = stage.targets, stage.bases
     if stage.work.config.method == "lora":
         return {t.name: _kaiming_a(t, stage.rank(t), stage.seed) for t in targets}
     gradients = stage.sketch(model, 0)
     if stage.work.config.probe.refine:
         gradients = _refine(stage, model, gradients)
+    if not is_main():
+        return {}
     return {
         t.name: lora_a_from_gradient(gradients[t.name].to(bases.device), bases.load(t), stage.rank(t)).cpu()
         for t in tqdm(targets, desc="residual subspaces", unit="module", disable=None, leave=False)
@@ -264,21 +293,26 @@ def _kaiming_a(target: Target, rank: int, seed: int) -> Tensor:
 
 def _refine(stage: Stage, model: Model, sketches: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The optional second pass: the projected sketch, ordered by what G really holds along it."""
-    bases, targets = stage.bases, stage.work.targets
-    rows = {}
-    for t in targets:
-        sketch = sketches[t.name].to(bases.device)
-        span = lora_a_from_gradient(sketch, bases.load(t), len(sketch)).cpu()
-        if len(span) > 0:
-            rows[t.name] = span
+    rows = from_main(lambda: _projected_rows(stage, sketches))
     if not rows:
         return dict(sketches)
-    out_features = {t.name: t.out_features for t in targets}
+    out_features = {t.name: t.out_features for t in stage.targets}
     images = back_project_gradients(
         model, rows, out_features, stage.probe_batches, keep=active_adapters(model)
     )
     refined = {name: refined_directions(rows[name], images[name]) for name in rows}
     return {**sketches, **refined}
+
+
+def _projected_rows(stage: Stage, sketches: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Orthonormal rows that span a module's projected sketch; modules without any are left out."""
+    bases, rows = stage.bases, {}
+    for t in stage.targets:
+        sketch = sketches[t.name].to(bases.device)
+        span = lora_a_from_gradient(sketch, bases.load(t), len(sketch)).cpu()
+        if len(span) > 0:
+            rows[t.name] = span
+    return rows
 
 
 def learn(stage: Stage, model: Model, lora_a: Mapping[str, Tensor]) -> tuple[Factors, dict[str, Any]]:
@@ -289,27 +323,42 @@ def learn(stage: Stage, model: Model, lora_a: Mapping[str, Tensor]) -> tuple[Fac
         account.
 
     Raises:
-        StageError: no module has room, or attaching the new adapter changed the model's function.
+        StageError: no module has room, attaching the new adapter changed the model's function, or processes
+            learnt different factors.
         TrainingError: training diverged.
     """
     path, account = stage.directory / "factors.safetensors", stage.directory / "training.json"
-    if not (path.exists() and account.exists()):
+    if not from_main(lambda: path.exists() and account.exists()):
         factors, training = _train(stage, model, lora_a)
         named = {f"{n}.A": a for n, (a, _) in factors.items()} | {
             f"{n}.B": b for n, (_, b) in factors.items()
         }
-        save_tensors(path, named)
-        write_json(account, training)
+        _check_agreement(stage, named)
+        from_main(lambda: save_tensors(path, named))
+        from_main(lambda: write_json(account, training))
     stored = load_tensors(path)
     names = [name.removesuffix(".A") for name in stored if name.endswith(".A")]
     return {name: (stored[f"{name}.A"], stored[f"{name}.B"]) for name in names}, read_json(account)
+
+
+def _check_agreement(stage: Stage, tensors: Mapping[str, Tensor]) -> None:
+    """Bit for bit: DDP starts all processes from the same factors and gives them the same gradients."""
+    digest = hashlib.sha256()
+    for tensor in tensors.values():
+        digest.update(tensor.contiguous().numpy().data)
+    found = gather(digest.hexdigest()[:12])
+    if len(set(found)) > 1:
+        raise StageError(
+            f"stage {stage.number} ({stage.task.name}): the processes learnt different factors (hashes "
+            f"{', '.join(found)}, expected one); run all of them on the same hardware and package versions"
+        )
 
 
 def _train(stage: Stage, model: Model, lora_a: Mapping[str, Tensor]) -> tuple[Factors, dict[str, Any]]:
     work = stage.work
     start = {
         t.name: (lora_a[t.name], torch.zeros(t.out_features, len(lora_a[t.name])))
-        for t in work.targets
+        for t in stage.targets
         if len(lora_a[t.name]) > 0
     }
     if not start:
@@ -324,12 +373,13 @@ def _train(stage: Stage, model: Model, lora_a: Mapping[str, Tensor]) -> tuple[Fa
         raise StageError(f"stage {stage.number}: attaching the new adapter changed the output although B = 0")
     training = train_stage(
         adapted,
-        VqaDataset(stage.samples),
+        SampleDataset(stage.samples),
         stage.collator,
         stage.train,
         seed=stage.seed,
         directory=stage.directory / "checkpoints",
         log_dir=work.run_dir / "tensorboard" / stage.directory.name,
+        mixed=len({sample.media for sample in stage.samples}) > 1,
         report_to=work.config.report_to,
         device=work.device,
     )
@@ -375,7 +425,7 @@ def module_table(stage: Stage, factors: Factors) -> Table:
         StageError: an update that reaches what is protected.
     """
     table, bases, scales = {}, stage.bases, stage.scales
-    for t in stage.work.targets:
+    for t in stage.targets:
         basis, k_w = bases.load(t), bases.weight_basis(t).shape[1]
         a, b = factors.get(t.name, (torch.zeros(0, t.in_features), torch.zeros(t.out_features, 0)))
         leak = leakage(a.to(basis.device), b.to(basis.device), basis)
@@ -405,24 +455,27 @@ def module_table(stage: Stage, factors: Factors) -> Table:
 def protect(stage: Stage, model: Model, table: Table) -> None:
     """Adds the feature directions of the task just learnt (E8); completes the rows of `table`."""
     path, account = stage.directory / "feature_basis.safetensors", stage.directory / "feature_basis.json"
-    if not (path.exists() and account.exists()):
+    if not from_main(lambda: path.exists() and account.exists()):
         directions, facts = _feature_directions(stage, model)
-        save_tensors(path, directions)
-        write_json(account, facts)
+        from_main(lambda: save_tensors(path, directions))
+        from_main(lambda: write_json(account, facts))
     for name, facts in read_json(account).items():
         table[name].update(facts)
 
 
 def _feature_directions(stage: Stage, model: Model) -> tuple[dict[str, Tensor], Table]:
+    """The added directions and what is said of them; both empty on all processes but the main one."""
     directions: dict[str, Tensor] = {}
     facts: Table = {}
     if stage.work.config.method == "lora":
-        for t in stage.work.targets:
+        for t in stage.targets:
             directions[t.name] = torch.zeros(t.in_features, 0)
             facts[t.name] = {"k_f_added": 0, "captured": None, "saturated": False}
         return directions, facts
     sketches, bases, towers = stage.sketch(model, 1), stage.bases, stage.work.config.towers()
-    for t in stage.work.targets:
+    if not is_main():
+        return {}, {}
+    for t in stage.targets:
         basis = bases.load(t)
         extended = extend_basis_from_sketch(basis, sketches[t.name].to(bases.device), towers[t.tower].eps_f)
         directions[t.name] = extended.basis[:, basis.shape[1] :].cpu()
@@ -447,6 +500,7 @@ def counts(stage: Stage, factors: Factors, account: Mapping[str, Any]) -> dict[s
     return {
         "train_samples": len(stage.samples),
         "steps": account["steps"],
+        "repeated_samples": account["repeated_samples"],
         "trainable_parameters": sum(b.numel() + both * a.numel() for a, b in factors.values()),
         "skipped_records": [vars(record) for record in stage.work.records[stage.task.name][1]],
     }
@@ -505,22 +559,25 @@ def evaluate_stage(work: Workplace, model: Model, directory: Path, data: Mapping
         data: name -> hash of the data; a row measured on other data (an interrupted stage) is measured again.
     """
     path, measured = directory / "evaluation.json", sha256_json(data)
-    if not path.exists() or read_json(path)["data"] != measured:
+    if not from_main(lambda: path.exists() and read_json(path)["data"] == measured):
         scores = evaluate_row(
             model,
             work.processor,
             work.stream,
             work.run_dir / "eval_tasks",
             directory / "evaluation",
+            reader=work.reader,
             batch_size=work.config.evaluation.batch_size,
             limit=work.config.evaluation.limit,
         )
-        write_json(path, {"data": measured, "scores": scores})
+        from_main(lambda: write_json(path, {"data": measured, "scores": scores}))
     return dict(read_json(path)["scores"])
 
 
 def peak_memory(device: torch.device) -> int:
-    """Largest memory so far, bytes: allocated on the GPU, else the process's resident set."""
+    """Largest memory so far of any process, bytes: allocated on its GPU, else its resident set."""
     if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        own = int(torch.cuda.max_memory_allocated(device))
+    else:
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return max(gather(own))

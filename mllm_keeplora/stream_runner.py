@@ -4,15 +4,15 @@ import fcntl
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from accelerate.logging import get_logger
-from accelerate.state import PartialState
 
 from mllm_keeplora.adapters import Factors
 from mllm_keeplora.artifacts import (
@@ -30,6 +30,8 @@ from mllm_keeplora.artifacts import (
     write_manifest,
 )
 from mllm_keeplora.config import ConfigError, RunConfig, identity
+from mllm_keeplora.data.media import MediaChecker
+from mllm_keeplora.data.video import VideoReader
 from mllm_keeplora.evaluation.evaluate import evaluate_row, write_task_files
 from mllm_keeplora.evaluation.report import format_table, write_report
 from mllm_keeplora.models import (
@@ -40,8 +42,18 @@ from mllm_keeplora.models import (
     resolve_device,
     resolve_model_directory,
 )
+from mllm_keeplora.processes import (
+    end_processes,
+    from_main,
+    is_main,
+    lost_processes_explained,
+    num_processes,
+    start_processes,
+    wait_for_everyone,
+)
 from mllm_keeplora.protected import weight_basis_files
 from mllm_keeplora.retention import retention_ratios, summarize
+from mllm_keeplora.sharding import shard_base, sharding_asked
 from mllm_keeplora.stage import (
     Clock,
     Stage,
@@ -69,7 +81,8 @@ def run_stream(config: RunConfig) -> dict[str, Any]:
     """Runs, or continues, a stream; returns the content of `retention.json`.
 
     Complete stages are checked against their manifests and kept; the first incomplete one continues from its
-    last finished phase.
+    last finished phase. Under `torchrun` or `accelerate launch` all processes call it, on a run directory,
+    cache and data that all of them see; a run may be continued with another number of them.
 
     Raises:
         ConfigError, StreamError, TargetError: settings, data or a model that cannot be used.
@@ -77,25 +90,28 @@ def run_stream(config: RunConfig) -> dict[str, Any]:
         StageError, TrainingError, EvaluationError, WriteError: a stage that failed; what was complete is
             kept.
     """
-    state = PartialState(cpu=resolve_device(config.model).type == "cpu")
-    if state.num_processes > 1:
-        raise ConfigError(
-            f"started with {state.num_processes} processes; a run uses one: launch with --num_processes 1"
-        )
+    start_processes(cpu=resolve_device(config.model).type == "cpu")
     stream = load_stream(Path(config.stream), Path(config.data_root) if config.data_root else None)
     run_dir = Path(config.run_dir)
     _check_train_settings(config, stream)
-    with _only_process(run_dir):
-        history = _History.read(config, stream, run_dir)
-        # Also for a finished run: data or base may have moved, and other commands look for them here.
-        write_json(run_dir / "config.json", asdict(config))
-        write_task_files(stream, run_dir / "eval_tasks")
-        if history.missing_stages or (config.backfill and history.missing_cells()):
+    with lost_processes_explained(), _only_run(run_dir):
+        history = from_main(lambda: _History.read(config, stream, run_dir))
+        from_main(lambda: _write_inputs(history))
+        cells = from_main(history.missing_cells) if config.backfill else {}
+        if history.missing_stages or cells:
             work = _open_workplace(history)
             _run_missing(work, history)
             if config.backfill:
                 _backfill(work, history)
-        return _report(history)
+        retention = from_main(lambda: _report(history))
+    end_processes()
+    return retention
+
+
+def _write_inputs(history: "_History") -> None:
+    """Also for a finished run: data or base may have moved, and other commands look for them here."""
+    write_json(history.run_dir / "config.json", asdict(history.config))
+    write_task_files(history.stream, history.run_dir / "eval_tasks")
 
 
 def _check_train_settings(config: RunConfig, stream: Stream) -> None:
@@ -170,6 +186,7 @@ class _History:
             "seeds": {"run": self.config.seed, "stage": self.config.seed + number},
             "base_model": {"name": self.config.model.base_model, "hash": self.base_hash},
             "packages": {name: version(name) for name in PACKAGES},
+            "num_processes": num_processes(),
         }
 
     def identity(self, number: int) -> dict[str, Any]:
@@ -262,7 +279,15 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 @contextmanager
-def _only_process(run_dir: Path) -> Iterator[None]:
+def _only_run(run_dir: Path) -> Iterator[None]:
+    """Holds the run directory, by a lock of the main process."""
+    with _locked(run_dir) if is_main() else nullcontext():
+        wait_for_everyone()
+        yield
+
+
+@contextmanager
+def _locked(run_dir: Path) -> Iterator[None]:
     """Holds the run directory; the lock ends with the process, also when that is killed."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -282,28 +307,41 @@ def _only_process(run_dir: Path) -> Iterator[None]:
 
 def _open_workplace(history: _History) -> Workplace:
     config, stream = history.config, history.stream
-    records = load_training_records(stream, config.on_bad_record)
+    cache = Path(config.cache_dir)
+    reader = VideoReader(config.video, cache)
+    records = from_main(
+        lambda: load_training_records(
+            stream, config.on_bad_record, MediaChecker(reader, cache / "checked_media")
+        )
+    )
     logger.info(f"loading {config.model.base_model} ({config.model.quantization})")
     model, processor = load_base(config.model)
     if config.train.activation_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     patterns = {name: tower.targets for name, tower in config.towers().items()}
-    targets = find_targets(model, patterns, protect_projector=config.projector == "protected")
+    media = {s.media for samples, _ in records.values() for s in samples if s.media is not None}
+    targets = find_targets(model, patterns, media=media, protect_projector=config.projector == "protected")
     eps_w = {name: tower.eps_w for name, tower in config.towers().items()}
     loaded = f"{config.model.quantization}-{config.model.compute_dtype}"
-    cache = Path(config.cache_dir) / "weight_bases" / f"{history.base_hash[:16]}-{loaded}"
-    files = weight_basis_files(model, targets, eps_w, cache) if config.method == "keeplora" else {}
+    bases = cache / "weight_bases" / f"{history.base_hash[:16]}-{loaded}"
+    files = weight_basis_files(model, targets, eps_w, bases) if config.method == "keeplora" else {}
     device = resolve_device(config.model)
-    work = Workplace(config, stream, records, model, processor, targets, files, history.run_dir, device)
-    check_ranks(work)
+    work = Workplace(
+        config, stream, records, model, processor, reader, targets, files, history.run_dir, device
+    )
+    from_main(lambda: check_ranks(work))
+    if sharding_asked():
+        logger.info(f"spreading the language layers over {num_processes()} processes (FSDP)")
+        shard_base(model)  # after the weight bases, which need whole weights
     return work
 
 
 def _run_missing(work: Workplace, history: _History) -> None:
+    _say_other_process_count(history)
     past = _past_factors(work, history, len(history.manifests) - 1)
     for number in history.missing_stages:
         directory, header = history.directory(number), history.header(number)
-        _claim(directory, header)
+        from_main(partial(_claim, directory, header))
         if number == 0:
             history.manifests.append(_base_stage(work, header, directory, past))
         else:
@@ -314,6 +352,16 @@ def _run_missing(work: Workplace, history: _History) -> None:
             history.manifests.append(result.manifest)
             past = result.accumulated
         logger.info(stage_summary(history.manifests[-1]))
+
+
+def _say_other_process_count(history: _History) -> None:
+    """It decides no identity, but the samples of a step are per_device_train_batch_size times as many."""
+    before = history.manifests[-1].get("num_processes", 1) if history.manifests else num_processes()
+    if before != num_processes():
+        logger.warning(
+            f"the stages so far ran on {before} process(es), these on {num_processes()}: with the same "
+            "settings a training step now takes another number of samples"
+        )
 
 
 def _claim(directory: Path, header: Mapping[str, Any]) -> None:
@@ -349,12 +397,13 @@ def _base_stage(work: Workplace, header: dict[str, Any], directory: Path, past: 
         scores = evaluate_stage(work, model, directory, header["data"])
     detach(model)
     measured = {"peak_memory_bytes": peak_memory(work.device), "timings": clock.total(), "scores": scores}
-    return write_manifest(directory, {**header, "modules": [], "counts": {}, "loss": [], **measured})
+    manifest = {**header, "modules": [], "counts": {}, "loss": [], **measured}
+    return from_main(lambda: write_manifest(directory, manifest))
 
 
 def _backfill(work: Workplace, history: _History) -> None:
     """Evaluates what earlier rows lack from the adapters those stages stored."""
-    for number, names in history.missing_cells().items():
+    for number, names in from_main(history.missing_cells).items():
         logger.info(f"backfilling stage {number}: {', '.join(names)}")
         directory = history.directory(number)
         model = attach_accumulated(work.model, _past_factors(work, history, number))
@@ -364,13 +413,18 @@ def _backfill(work: Workplace, history: _History) -> None:
             work.stream,
             work.run_dir / "eval_tasks",
             directory / "backfill",
+            reader=work.reader,
             names=names,
             batch_size=work.config.evaluation.batch_size,
             limit=work.config.evaluation.limit,
         )
         detach(model)
         cells = {name: {"data": history.data[name], "score": score} for name, score in scores.items()}
-        write_json(directory / BACKFILL, {**read_backfill(directory), **cells})
+        from_main(partial(_write_cells, directory, cells))
+
+
+def _write_cells(directory: Path, cells: Mapping[str, Any]) -> None:
+    write_json(directory / BACKFILL, {**read_backfill(directory), **cells})
 
 
 def read_backfill(directory: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Which linear layers of a model are adapted: a table of facts per model family, and what follows from it."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.linears import is_linear
 
 Tower = Literal["vision", "language"]
+Media = Literal["image", "video"]
 
 
 class TargetError(KeepLoRAError, ValueError):
@@ -28,6 +29,7 @@ class Target:
         depth: l, its layer's position in the tower, 0 = shallowest.
         num_layers: L, layers of that tower that take part in the forward result.
         in_features, out_features: the weight is [out_features, in_features].
+        media: what passes through it; empty for a language layer, which every sample passes.
     """
 
     name: str
@@ -36,6 +38,11 @@ class Target:
     num_layers: int
     in_features: int
     out_features: int
+    media: tuple[Media, ...] = ()
+
+    def is_reached_by(self, media: Collection[Media]) -> bool:
+        """Whether samples with these media (none: text alone) give the layer a gradient."""
+        return self.tower == "language" or not set(self.media).isdisjoint(media)
 
 
 @dataclass(frozen=True)
@@ -44,17 +51,22 @@ class ModelFamily:
 
     Attributes:
         model_type: `config.model_type` of the family.
-        layers: name of each tower's list of layers.
-        projector: name of the module between the towers.
+        vision_layers: what a sample shows -> name of the list of layers that sees it. A kind that is absent
+            cannot be given to the model. Most families see images and videos with one tower, Video-LLaVA with
+            one each.
+        projectors: names of the modules between the towers.
         used_vision_layers: how many vision layers take part in the forward result, from the model's config.
-        not_quantised: modules that stay in the compute dtype on a 4-bit base.
     """
 
     model_type: str
-    layers: Mapping[Tower, str]
-    projector: str
+    vision_layers: Mapping[Media, str]
+    projectors: tuple[str, ...]
     used_vision_layers: Callable[[Any], int]
-    not_quantised: tuple[str, ...]
+
+    @property
+    def not_quantised(self) -> tuple[str, ...]:
+        """Modules that stay in the compute dtype on a 4-bit base."""
+        return (*self.projectors, "lm_head")
 
 
 def _layers_before_feature(config: Any) -> int:
@@ -68,15 +80,40 @@ def _layers_before_feature(config: Any) -> int:
     )
 
 
+def _all_blocks(config: Any) -> int:
+    return int(config.vision_config.depth)
+
+
+LANGUAGE_LAYERS = "model.language_model.layers"
+_CLIP = "model.vision_tower.encoder.layers"
+_QWEN = "model.visual.blocks"
+_LLAVA_PROJECTOR = ("model.multi_modal_projector",)
+
 FAMILIES: dict[str, ModelFamily] = {
     family.model_type: family
     for family in (
+        # LLaVA-1.5 and LLaVA-NeXT (1.6)
+        ModelFamily("llava", {"image": _CLIP}, _LLAVA_PROJECTOR, _layers_before_feature),
+        ModelFamily("llava_next", {"image": _CLIP}, _LLAVA_PROJECTOR, _layers_before_feature),
         ModelFamily(
-            model_type="llava",
-            layers={"vision": "model.vision_tower.encoder.layers", "language": "model.language_model.layers"},
-            projector="model.multi_modal_projector",
-            used_vision_layers=_layers_before_feature,
-            not_quantised=("model.multi_modal_projector", "lm_head"),
+            "llava_onevision", {"image": _CLIP, "video": _CLIP}, _LLAVA_PROJECTOR, _layers_before_feature
+        ),
+        ModelFamily(
+            "llava_next_video", {"image": _CLIP, "video": _CLIP}, _LLAVA_PROJECTOR, _layers_before_feature
+        ),
+        ModelFamily(
+            "video_llava",
+            {"image": "model.image_tower.encoder.layers", "video": "model.video_tower.encoder.layers"},
+            _LLAVA_PROJECTOR,
+            _layers_before_feature,
+        ),
+        ModelFamily("qwen2_5_vl", {"image": _QWEN, "video": _QWEN}, ("model.visual.merger",), _all_blocks),
+        # Its vision tower also feeds the first language layers, through projectors of their own.
+        ModelFamily(
+            "qwen3_vl",
+            {"image": _QWEN, "video": _QWEN},
+            ("model.visual.merger", "model.visual.deepstack_merger_list"),
+            _all_blocks,
         ),
     )
 }
@@ -99,15 +136,20 @@ def family_of(config: Any) -> ModelFamily:
 
 
 def find_targets(
-    model: PreTrainedModel, patterns: Mapping[Tower, Sequence[str]], *, protect_projector: bool = False
+    model: PreTrainedModel,
+    patterns: Mapping[Tower, Sequence[str]],
+    *,
+    media: Collection[Media] = ("image", "video"),
+    protect_projector: bool = False,
 ) -> list[Target]:
-    """Lists the linear layers to adapt, shallow to deep, vision tower first.
+    """Lists the linear layers to adapt, shallow to deep, vision towers first.
 
     Args:
         model: the base model, before any adapter is attached.
         patterns: per adapted tower, names of linear layers inside a layer (`q_proj`, `self_attn.q_proj`), or
             `all-linear`. A tower that is absent is not adapted.
-        protect_projector: adapt the projector too, as the deepest layer of the vision tower.
+        media: what the samples show. A vision tower that sees none of it gets no gradient and is left out.
+        protect_projector: adapt the projectors too, as the deepest layer of the vision tower.
 
     Returns:
         The targets. Layers that take no part in the forward result (the last ViT layer where features are
@@ -119,31 +161,46 @@ def find_targets(
     config = model.config
     family = family_of(config)
     targets: list[Target] = []
-    for tower in ("vision", "language"):
-        if tower not in patterns:
-            continue
-        num_layers = (
-            family.used_vision_layers(config)
-            if tower == "vision"
-            else int(config.get_text_config().num_hidden_layers)
-        )
-        targets += _tower_targets(model, tower, family.layers[tower], num_layers, patterns[tower])
-        if tower == "vision" and protect_projector:
-            targets += _linears_below(model, family.projector, tower, num_layers - 1, num_layers)
+    if "vision" in patterns:
+        depth = family.used_vision_layers(config)
+        seen = {layers: _media_of(family, layers, media) for layers in family.vision_layers.values()}
+        for layers, kinds in seen.items():
+            if kinds:
+                targets += _tower_targets(model, "vision", layers, depth, patterns["vision"], kinds)
+        if protect_projector and targets:
+            kinds = tuple(kind for kind in family.vision_layers if kind in media)
+            for projector in family.projectors:
+                targets += _linears_below(model, projector, "vision", depth - 1, depth, kinds)
+    if "language" in patterns:
+        depth = int(config.get_text_config().num_hidden_layers)
+        targets += _tower_targets(model, "language", LANGUAGE_LAYERS, depth, patterns["language"], ())
     if not targets:
         raise TargetError(
-            "nothing to adapt: both towers are switched off (set language.adapt or vision.adapt)"
+            "nothing to adapt: both towers are switched off, or the samples reach none that is on (set "
+            "language.adapt or vision.adapt)"
         )
     return targets
 
 
+def _media_of(family: ModelFamily, layers: str, media: Collection[Media]) -> tuple[Media, ...]:
+    """Which of `media` a list of vision layers sees."""
+    return tuple(
+        kind for kind, seen_by in family.vision_layers.items() if seen_by == layers and kind in media
+    )
+
+
 def _tower_targets(
-    model: nn.Module, tower: Tower, layers: str, num_layers: int, patterns: Sequence[str]
+    model: nn.Module,
+    tower: Tower,
+    layers: str,
+    num_layers: int,
+    patterns: Sequence[str],
+    media: tuple[Media, ...],
 ) -> list[Target]:
     found = [
         target
         for depth in range(num_layers)
-        for target in _linears_below(model, f"{layers}.{depth}", tower, depth, num_layers)
+        for target in _linears_below(model, f"{layers}.{depth}", tower, depth, num_layers, media)
     ]
     if list(patterns) == ["all-linear"]:
         wanted = found
@@ -164,10 +221,12 @@ def _tower_targets(
     return wanted
 
 
-def _linears_below(model: nn.Module, prefix: str, tower: Tower, depth: int, num_layers: int) -> list[Target]:
+def _linears_below(
+    model: nn.Module, prefix: str, tower: Tower, depth: int, num_layers: int, media: tuple[Media, ...]
+) -> list[Target]:
     root = model.get_submodule(prefix)
     return [
-        Target(f"{prefix}.{name}", tower, depth, num_layers, module.in_features, module.out_features)
+        Target(f"{prefix}.{name}", tower, depth, num_layers, module.in_features, module.out_features, media)
         for name, module in root.named_modules()
         if is_linear(module)
     ]

@@ -4,6 +4,14 @@ NaN.
 The base computes in its own dtype (bf16 on GPUs, set when it is loaded) and PEFT casts the LoRA path to the
 factors' fp32.
 Autocast stays off: under it an fp32 A would answer protected inputs with 2e-3 instead of rounding.
+
+Several processes train by DDP on one global batch, per_device_train_batch_size x processes x
+gradient_accumulation_steps: the Trainer divides by the number of supervised tokens of all processes, so that
+one step equals one process's step on that batch. Where the samples do not fill the processes' last batches
+of an epoch, accelerate fills them up with the epoch's first samples (even_batches): all processes take the
+same number of steps, the number that one process takes, and fewer than per_device_train_batch_size x
+processes samples count twice. It stays on, since a process without a batch would leave the others waiting;
+the number is logged and recorded.
 """
 
 import os
@@ -14,10 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from transformers import (
     PrinterCallback,
@@ -29,9 +39,13 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from mllm_keeplora.artifacts import WriteError
+from mllm_keeplora.artifacts import WriteError, atomic_path
 from mllm_keeplora.config import ConfigError, TrainConfig
 from mllm_keeplora.errors import KeepLoRAError
+from mllm_keeplora.processes import from_main, num_processes
+from mllm_keeplora.sharding import is_sharded
+
+logger = get_logger(__name__)
 
 STAGE_WEIGHTS = "stage.safetensors"
 COMPLETE = "complete"
@@ -63,6 +77,13 @@ class StageTrainer(Trainer):
             )
         return loss
 
+    def _wrap_model(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        """DDP around a sharded base: accelerate refuses it, though DDP leaves the frozen parameters alone."""
+        if not is_sharded(model):
+            return super()._wrap_model(model, *args, **kwargs)
+        unused = bool(self.args.ddp_find_unused_parameters)
+        return DistributedDataParallel(model, find_unused_parameters=unused)
+
     def _trainable(self) -> dict[str, torch.nn.Parameter]:
         model: PeftModel = self.model  # type: ignore[assignment]
         return {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -90,8 +111,11 @@ class StageTrainer(Trainer):
                 "the same command again; "
                 "it continues from the checkpoint before"
             ) from error
-        # Marks a checkpoint whose every file is written: a kill in the middle leaves one without the mark.
-        Path(str(self.args.output_dir), f"checkpoint-{self.state.global_step}", COMPLETE).touch()
+        # Marks a checkpoint whose every file is written, each process's generators included: a kill in the
+        # middle leaves one without the mark.
+        self.accelerator.wait_for_everyone()
+        mark = Path(str(self.args.output_dir), f"checkpoint-{self.state.global_step}", COMPLETE)
+        from_main(lambda: _write_mark(mark))
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
@@ -106,6 +130,11 @@ class StageTrainer(Trainer):
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(saved[name])
+
+
+def _write_mark(mark: Path) -> None:
+    with atomic_path(mark) as temporary:
+        temporary.write_text(str(num_processes()))
 
 
 class FiniteGradients(TrainerCallback):
@@ -138,6 +167,7 @@ def train_stage(
     seed: int,
     directory: Path,
     log_dir: Path,
+    mixed: bool,
     report_to: Sequence[str],
     device: torch.device,
 ) -> dict[str, Any]:
@@ -150,13 +180,16 @@ def train_stage(
         config: settings.
         seed: of the order of samples and of dropout.
         directory: where checkpoints inside the stage go; an interrupted training continues from the last
-            complete one.
+            complete one that the same number of processes wrote.
         log_dir: where TensorBoard finds the curves.
+        mixed: whether samples differ in what they show (an image, a clip, nothing): a batch may then leave
+            the vision tower out, on some processes or on all.
         report_to: the Trainer's loggers.
         device: where the model lies.
 
     Returns:
-        {"steps", "loss": [[step, mean loss since the last entry], ..]}.
+        {"steps", "repeated_samples": how many an epoch shows twice, "loss": [[step, mean loss since the last
+        entry], ..]}; the same on all processes.
 
     Raises:
         TrainingError: a trainable parameter that is not fp32; a loss or gradient that is NaN or infinite.
@@ -165,13 +198,13 @@ def train_stage(
     wrong = [n for n, p in model.named_parameters() if p.requires_grad and p.dtype != torch.float32]
     if wrong:
         raise TrainingError(f"{len(wrong)} trainable parameters are not fp32, {wrong[0]} first")
-    checkpoint = last_complete_checkpoint(directory)
-    if checkpoint is None:  # curves of an attempt that is redone from its start
-        shutil.rmtree(log_dir, ignore_errors=True)
+    checkpoint = from_main(lambda: _begin(directory, log_dir))
+    repeated = _repeated_samples(samples, config)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(log_dir)
+    _leave_frozen_parameters_alone(model)
     trainer = StageTrainer(
         model=model,
-        args=_arguments(config, seed, directory, report_to, device),
+        args=_arguments(config, seed, directory, report_to, device, mixed),
         train_dataset=samples,
         data_collator=collator,
         callbacks=[FiniteGradients()],
@@ -180,16 +213,50 @@ def train_stage(
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=checkpoint)
     history = [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry]
-    return {"steps": trainer.state.global_step, "loss": history}
+    return {"steps": trainer.state.global_step, "repeated_samples": repeated, "loss": history}
+
+
+def _begin(directory: Path, log_dir: Path) -> str | None:
+    checkpoint = last_complete_checkpoint(directory)
+    if checkpoint is None:  # curves of an attempt that is redone from its start
+        shutil.rmtree(log_dir, ignore_errors=True)
+    return checkpoint
 
 
 def last_complete_checkpoint(directory: Path) -> str | None:
-    """The newest checkpoint that was written to its end; half-written ones are removed."""
+    """The newest checkpoint that can be continued; half-written ones are removed.
+
+    So are those of another number of processes: which samples each of them has seen depends on it.
+    """
     while directory.is_dir() and (found := get_last_checkpoint(str(directory))) is not None:
-        if Path(found, COMPLETE).exists():
-            return found
+        mark = Path(found, COMPLETE)
+        if mark.exists():
+            written_by = mark.read_text()
+            if written_by == str(num_processes()):
+                return found
+            logger.warning(
+                f"{found} was written by {written_by} process(es) and the run now has {num_processes()}: it "
+                "is not continued"
+            )
         shutil.rmtree(found)
     return None
+
+
+def _repeated_samples(samples: Any, config: TrainConfig) -> int:
+    """Samples that accelerate shows twice in an epoch so that its last batches are full (even_batches)."""
+    if num_processes() == 1:
+        return 0
+    repeated: int = -len(samples) % (config.per_device_train_batch_size * num_processes())
+    if repeated:
+        logger.info(f"{repeated} of {len(samples)} samples come twice in an epoch, to fill every batch")
+    return repeated
+
+
+def _leave_frozen_parameters_alone(model: PeftModel) -> None:
+    """DDP would send the frozen base, buffers included, from one process to all; each has loaded it."""
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    buffers = [name for name, _ in model.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, {*frozen, *buffers})
 
 
 def check_settings(config: TrainConfig, report_to: Sequence[str], device: torch.device) -> None:
@@ -199,13 +266,18 @@ def check_settings(config: TrainConfig, report_to: Sequence[str], device: torch.
         ConfigError: a value that it refuses, such as an unknown optimizer or schedule.
     """
     try:
-        _arguments(config, 0, Path(), report_to, device)
+        _arguments(config, 0, Path(), report_to, device, mixed=False)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"train: {error}") from error
 
 
 def _arguments(
-    config: TrainConfig, seed: int, directory: Path, report_to: Sequence[str], device: torch.device
+    config: TrainConfig,
+    seed: int,
+    directory: Path,
+    report_to: Sequence[str],
+    device: torch.device,
+    mixed: bool,
 ) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(directory),
@@ -235,6 +307,7 @@ def _arguments(
         bf16=False,
         fp16=False,
         use_cpu=device.type == "cpu",
+        ddp_find_unused_parameters=mixed,
     )
     if arguments.n_gpu > 1:  # one process trains on one GPU; the Trainer would split batches over all it sees
         arguments._n_gpu = 1

@@ -1,5 +1,5 @@
-"""What lmms-eval asks of a task on a LLaVA test file: its image, its question, its reference answer, its
-score.
+"""What lmms-eval asks of a task on a LLaVA test file: its image or clip, its question, its reference answer,
+its score.
 
 lmms-eval loads this file by path from the YAMLs beside it. A scoring function gets lmms-eval's (doc,
 replies), one reply per document, and returns {its own name: score}; adding one means a function here and a
@@ -11,40 +11,49 @@ from typing import Any
 
 from PIL import Image
 
-from mllm_keeplora.data.records import clean_question, decode_image, refuse_truncated_images
+from mllm_keeplora.data.media import decode_image, refuse_truncated_images
+from mllm_keeplora.data.records import clean_question, suffix_for
 
 Doc = dict[str, Any]
 Settings = dict[str, Any]
 
 
 def doc_to_text(doc: Doc, lmms_eval_specific_kwargs: Settings) -> str:
-    """The question as training asks it: without image placeholder, with the task's prompt suffix."""
-    return clean_question(str(doc["text"]), lmms_eval_specific_kwargs["prompt_suffix"])
+    """The question as training asks it: without media placeholder, with the task's prompt suffix; then what
+    the task adds in evaluation alone."""
+    question = clean_question(str(doc["text"]), lmms_eval_specific_kwargs["prompt_suffix"])
+    return question + suffix_for(lmms_eval_specific_kwargs.get("test_prompt_suffix", ""), doc.get("answer"))
 
 
-def doc_to_visual(doc: Doc, lmms_eval_specific_kwargs: Settings) -> list[Image.Image]:
-    """The document's image, or an empty list for a text-only question.
+def doc_to_visual(doc: Doc, lmms_eval_specific_kwargs: Settings) -> list[Image.Image | str]:
+    """The document's image, or the path of its clip, or an empty list for a text-only question.
+
+    A path, as in lmms-eval's own video tasks: the model samples the frames it was trained with.
 
     Raises:
         ImageError: if the file is missing or truncated. lmms-eval has PIL accept truncated images, and the
             grey that is filled in would be scored as if it were the real image.
     """
+    media_root = Path(lmms_eval_specific_kwargs["media_root"])
+    if doc.get("video"):
+        return [str(media_root / doc["video"])]
     if not doc.get("image"):
         return []
     with refuse_truncated_images():
-        return [decode_image(Path(lmms_eval_specific_kwargs["image_root"]) / doc["image"])]
+        return [decode_image(media_root / doc["image"])]
 
 
 def doc_to_messages(doc: Doc, lmms_eval_specific_kwargs: Settings) -> list[dict[str, Any]]:
-    """One user message: the image, where there is one, then the question."""
-    images = [{"type": "image", "url": image} for image in doc_to_visual(doc, lmms_eval_specific_kwargs)]
+    """One user message: the image or clip, where there is one, then the question."""
+    kind = "video" if doc.get("video") else "image"
+    media = [{"type": kind, "url": item} for item in doc_to_visual(doc, lmms_eval_specific_kwargs)]
     question = {"type": "text", "text": doc_to_text(doc, lmms_eval_specific_kwargs)}
-    return [{"role": "user", "content": [*images, question]}]
+    return [{"role": "user", "content": [*media, question]}]
 
 
 def doc_to_target(doc: Doc) -> str:
     """The reference answer."""
-    return str(doc["answer"])
+    return str(doc.get("answer", doc.get("answer_bbox")))  # the latter in CoIN's Grounding
 
 
 def exact(doc: Doc, replies: list[str]) -> dict[str, float]:

@@ -9,8 +9,11 @@ from PIL import Image
 from torch.utils.data import Dataset
 from transformers import ProcessorMixin
 
-from mllm_keeplora.data.records import ImageError, Sample, Turn, decode_image, refuse_truncated_images
+from mllm_keeplora.data.media import ImageError, decode_image, refuse_truncated_images
+from mllm_keeplora.data.records import Sample, Turn
+from mllm_keeplora.data.video import Clip, VideoError, VideoReader
 from mllm_keeplora.errors import KeepLoRAError
+from mllm_keeplora.targets import Media
 
 IGNORED_LABEL = -100  # what torch's cross entropy and every transformers loss leave out
 
@@ -23,8 +26,8 @@ class SampleTooLongError(KeepLoRAError, ValueError):
     """A sample has more tokens than `max_length`."""
 
 
-class VqaDataset(Dataset[Sample]):
-    """A list of samples as a torch dataset; images are read by the collator."""
+class SampleDataset(Dataset[Sample]):
+    """A list of samples as a torch dataset; images and clips are read by the collator."""
 
     def __init__(self, samples: Sequence[Sample]) -> None:
         self._samples = list(samples)
@@ -36,18 +39,84 @@ class VqaDataset(Dataset[Sample]):
         return self._samples[index]
 
 
-def render_prompt(processor: ProcessorMixin, question: str, has_image: bool) -> str:
+def render_prompt(processor: ProcessorMixin, question: str, media: Media | None) -> str:
     """The text that asks the model one question, up to where its answer begins.
 
-    Evaluation and chat pass it to `processor(text=..., images=...)`; training does the same with its first
-    prompt, so both give the model the same tokens.
+    Evaluation and chat pass it to `process_media`; training does the same with its first prompt, so both give
+    the model the same tokens.
 
     Args:
         processor: a processor with a chat template.
-        question: the question with its prompt suffix, without image placeholder.
-        has_image: whether an image goes with it.
+        question: the question with its prompt suffix, without media placeholder.
+        media: what goes with it.
     """
-    return _without_bos(processor, _render(processor, _to_messages([], question, has_image), prompt=True))
+    return _without_bos(processor, _render(processor, _to_messages([], question, media), prompt=True))
+
+
+def process_media(
+    processor: ProcessorMixin,
+    images: Sequence[Image.Image],
+    clips: Sequence[Clip],
+    text: Sequence[str] | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """The processor's model inputs for images, clips and the prompts that show them.
+
+    Frames were sampled when the clip was decoded, so the processor is told not to sample again, and given the
+    clip's own timing (Qwen's models read it).
+
+    Args:
+        processor: the base model's.
+        images, clips: in the order of the prompts that show them.
+        text: prompts, None for the media alone.
+        **settings: for the tokenizer (padding_side).
+
+    Raises:
+        ProcessorError: a clip for a processor that takes none.
+    """
+    if clips and not getattr(processor, "video_token", None):
+        raise ProcessorError(
+            f"{type(processor).__name__} takes no video; expected a base model of a video family"
+        )
+    if clips:
+        settings["videos"] = [clip.frames for clip in clips]
+        settings["video_metadata"] = [_describe_clip(clip) for clip in clips]
+        settings["do_sample_frames"] = False
+    if text is not None:
+        settings |= {"text": list(text), "padding": True}
+    return dict(processor(images=list(images) or None, return_tensors="pt", **settings))
+
+
+def _describe_clip(clip: Clip) -> dict[str, Any]:
+    return {
+        "total_num_frames": clip.total_frames,
+        "fps": clip.fps,
+        "duration": clip.duration,
+        "frames_indices": list(clip.indices),
+    }
+
+
+def prepare_questions(
+    processor: ProcessorMixin,
+    questions: Sequence[tuple[str, Image.Image | Clip | None]],
+    device: torch.device,
+) -> dict[str, Any]:
+    """Left-padded model inputs, on `device`, of questions each about an image, a clip or nothing.
+
+    Raises:
+        ProcessorError: a clip for a processor that takes none.
+    """
+    images = [media for _, media in questions if isinstance(media, Image.Image)]
+    clips = [media for _, media in questions if isinstance(media, Clip)]
+    prompts = [render_prompt(processor, text, _kind_of(media)) for text, media in questions]
+    inputs = process_media(processor, images, clips, prompts, padding_side="left")
+    return {
+        key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in inputs.items()
+    }
+
+
+def _kind_of(media: Image.Image | Clip | None) -> Media | None:
+    return None if media is None else "video" if isinstance(media, Clip) else "image"
 
 
 class ChatCollator:
@@ -59,17 +128,22 @@ class ChatCollator:
     Prompt and answer are separate token sequences: no token spans their border, and the first prompt's tokens
     are exactly those of evaluation.
 
-    Tokens are computed once for each sample and kept (5 bytes a token); images are read at every access.
+    Tokens are computed once for each sample and kept (5 bytes a token); images and clips are read at every
+    access.
 
     Args:
-        processor: a LLaVA-style processor: image processor, tokenizer, chat template, `image_token`.
-        max_length: most tokens a sample may have, image tokens included; None for no limit.
+        processor: of a family in mllm_keeplora/targets.py: tokenizer, chat template, image processor,
+            `image_token`, and their video counterparts.
+        max_length: most tokens a sample may have, media tokens included; None for no limit.
+        reader: decodes clips; None where there are none.
 
     Raises:
         ProcessorError: the processor has no image token, or its tokenizer no pad or end-of-sequence token.
     """
 
-    def __init__(self, processor: ProcessorMixin, max_length: int | None = None) -> None:
+    def __init__(
+        self, processor: ProcessorMixin, max_length: int | None = None, reader: VideoReader | None = None
+    ) -> None:
         if not getattr(processor, "image_token", None):
             raise ProcessorError(
                 f"{type(processor).__name__} has no image token; expected a LLaVA-style processor"
@@ -81,57 +155,68 @@ class ChatCollator:
                 )
         self.processor = processor
         self.max_length = max_length
+        self.reader = reader
         self._encoded: dict[Sample, _EncodedSample] = {}
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
         """Makes one batch.
 
         Args:
-            samples: B samples, with and without images in any mixture.
+            samples: B samples, with images, with clips and with text alone in any mixture.
 
         Returns:
             input_ids, attention_mask, labels: [B, T] int64, right-padded, labels -100 where not supervised;
-            and what the processor makes of the images (pixel_values, ...; absent when no sample has one), in
-            sample order.
+            mm_token_type_ids [B, T] for a model that reads it; and what the processor makes of images and
+            clips (pixel_values, pixel_values_videos, ...; absent when no sample has one), in sample order.
 
         Raises:
-            ImageError: an image cannot be decoded; names file and sample.
-            SampleTooLongError: a sample exceeds `max_length`. Cutting it could remove image tokens.
-            ProcessorError: the chat template does not suit, or a text contains the model's image token.
+            ImageError, VideoError: an image or clip cannot be decoded; names file and sample.
+            SampleTooLongError: a sample exceeds `max_length`. Cutting it could remove media tokens.
+            ProcessorError: the chat template does not suit, a text contains the model's image or video token,
+                or the processor takes no video.
         """
-        images = _read_images(samples)
+        images, clips = _read_images(samples), self._read_clips(samples)
         if all(sample in self._encoded for sample in samples):
-            image_inputs = dict(self.processor(images=images, return_tensors="pt")) if images else {}
+            media_inputs = process_media(self.processor, images, clips) if images or clips else {}
         else:
-            image_inputs = self._encode(samples, images)
+            media_inputs = self._encode(samples, images, clips)
         encoded = [self._encoded[sample] for sample in samples]
-        return {**_pad(encoded, self.processor.tokenizer.pad_token_id), **image_inputs}
+        return {**_pad(encoded, self.processor), **media_inputs}
 
-    def _encode(self, samples: Sequence[Sample], images: list[Image.Image]) -> dict[str, torch.Tensor]:
-        """Fills the cache for `samples`; returns what the processor makes of the images."""
+    def _read_clips(self, samples: Sequence[Sample]) -> list[Clip]:
+        clips = []
+        for sample in samples:
+            if sample.video is None:
+                continue
+            if self.reader is None:
+                raise VideoError(f"sample {sample.id!r}: clip {sample.video}, but no reader for clips")
+            try:
+                clips.append(self.reader.read(sample.video))
+            except VideoError as error:
+                raise VideoError(f"sample {sample.id!r}: {error}") from error
+        return clips
+
+    def _encode(
+        self, samples: Sequence[Sample], images: list[Image.Image], clips: list[Clip]
+    ) -> dict[str, torch.Tensor]:
+        """Fills the cache for `samples`; returns what the processor makes of images and clips."""
         rendered = [_render_segments(self.processor, sample) for sample in samples]
-        inputs = dict(
-            self.processor(
-                text=[segments[0].prompt for segments in rendered],
-                images=images or None,
-                padding=True,
-                return_tensors="pt",
-            )
-        )
+        inputs = process_media(self.processor, images, clips, [segments[0].prompt for segments in rendered])
         prompts, masks = inputs.pop("input_ids"), inputs.pop("attention_mask")
         for sample, segments, prompt, mask in zip(samples, rendered, prompts, masks, strict=True):
             encoded = _encode_sample(self.processor, segments, prompt[mask.bool()].tolist())
             self._check_length(sample, len(encoded.ids))
             self._encoded[sample] = encoded
-        # Made for the first prompt alone, and no LLaVA model reads them.
+        # Made for the first prompt alone; `_pad` makes those of whole samples.
         text_keys = {"token_type_ids", "mm_token_type_ids"}
         return {key: value for key, value in inputs.items() if key not in text_keys}
 
     def _check_length(self, sample: Sample, length: int) -> None:
         if self.max_length is not None and length > self.max_length:
             raise SampleTooLongError(
-                f"sample {sample.id!r} (image {sample.image}) has {length} tokens, image tokens included; "
-                f"max_length is {self.max_length}. Raise max_length, set it to null, or shorten the sample"
+                f"sample {sample.id!r} ({sample.image or sample.video or 'text'}) has {length} tokens, media "
+                f"tokens included; max_length is {self.max_length}. Raise max_length, set it to null, or "
+                "shorten the sample"
             )
 
 
@@ -167,13 +252,13 @@ def _render_segments(processor: ProcessorMixin, sample: Sample) -> list[_Segment
     segments: list[_Segment] = []
     done, carried = "", ""  # rendered so far; what follows the last end token and belongs to the next prompt
     for index, turn in enumerate(sample.turns):
-        messages = _to_messages(sample.turns[:index], turn.question, sample.image is not None)
+        messages = _to_messages(sample.turns[:index], turn.question, sample.media)
         asked = _render(processor, messages, prompt=True)
         prompt = carried + _continuation(asked, done, sample)
         done = _render(processor, [*messages, _message("assistant", turn.answer)], prompt=False)
         answer, carried = _split_answer(processor, _continuation(done, asked, sample), turn, sample)
         segments.append(_Segment(prompt if index else _without_bos(processor, prompt), answer))
-    _check_image_tokens(processor, segments, sample)
+    _check_media_tokens(processor, segments, sample)
     return segments
 
 
@@ -205,16 +290,22 @@ def _split_answer(processor: ProcessorMixin, text: str, turn: Turn, sample: Samp
     return text[:end] + processor.tokenizer.eos_token, ""
 
 
-def _check_image_tokens(processor: ProcessorMixin, segments: Sequence[_Segment], sample: Sample) -> None:
-    token = processor.image_token  # type: ignore[attr-defined]  # every LLaVA-style processor has it
-    found = [(segment.prompt + segment.answer).count(token) for segment in segments]
-    expected = int(sample.image is not None)
-    if sum(found) != expected or segments[0].prompt.count(token) != expected:
-        raise ProcessorError(
-            f"sample {sample.id!r}: the image token {token!r} comes {sum(found)} times in the rendered "
-            f"conversation; expected {expected} in its first question. Remove it from the sample's text; if "
-            "it is not there, the base model's chat template does not place images"
-        )
+def _check_media_tokens(processor: ProcessorMixin, segments: Sequence[_Segment], sample: Sample) -> None:
+    tokens: dict[Media, str | None] = {
+        "image": processor.image_token,  # type: ignore[attr-defined]  # the collator has seen to that
+        "video": getattr(processor, "video_token", None),
+    }
+    for media, token in tokens.items():
+        if token is None:
+            continue  # process_media refuses the clip
+        found = [(segment.prompt + segment.answer).count(token) for segment in segments]
+        expected = int(sample.media == media)
+        if sum(found) != expected or segments[0].prompt.count(token) != expected:
+            raise ProcessorError(
+                f"sample {sample.id!r}: the {media} token {token!r} comes {sum(found)} times in the rendered "
+                f"conversation; expected {expected} in its first question. Remove it from the sample's text; "
+                f"if it is not there, the base model's chat template does not place {media}s"
+            )
 
 
 def _encode_sample(
@@ -251,7 +342,8 @@ def _tokenise(processor: ProcessorMixin, text: str) -> list[int]:
     return ids
 
 
-def _pad(encoded: Sequence[_EncodedSample], pad_token_id: int) -> dict[str, torch.Tensor]:
+def _pad(encoded: Sequence[_EncodedSample], processor: ProcessorMixin) -> dict[str, torch.Tensor]:
+    pad_token_id = processor.tokenizer.pad_token_id
     length = max(len(sample.ids) for sample in encoded)
     input_ids = torch.full((len(encoded), length), pad_token_id, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
@@ -262,17 +354,21 @@ def _pad(encoded: Sequence[_EncodedSample], pad_token_id: int) -> dict[str, torc
         input_ids[row, :end] = ids
         attention_mask[row, :end] = 1
         labels[row, :end] = torch.where(sample.supervised, ids, IGNORED_LABEL)
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    if "mm_token_type_ids" in processor.model_input_names:
+        # Tells Qwen's models which positions are image or video, from which they compute 3-D positions.
+        batch["mm_token_type_ids"] = torch.tensor(processor.create_mm_token_type_ids(input_ids.tolist()))
+    return batch
 
 
-def _to_messages(turns: Sequence[Turn], question: str, has_image: bool) -> list[dict[str, Any]]:
-    """The turns so far and one more question, as chat messages; the image stands before the first one."""
+def _to_messages(turns: Sequence[Turn], question: str, media: Media | None) -> list[dict[str, Any]]:
+    """The turns so far and one more question, as chat messages; the media stand before the first one."""
     messages = []
     for turn in turns:
         messages += [_message("user", turn.question), _message("assistant", turn.answer)]
     messages.append(_message("user", question))
-    if has_image:
-        messages[0]["content"].insert(0, {"type": "image"})
+    if media is not None:
+        messages[0]["content"].insert(0, {"type": media})
     return messages
 
 

@@ -1,10 +1,12 @@
 """Question-answer records on disk, read and checked into `Sample`s.
 
-Three forms are read, told apart record by record by their keys:
+Four forms are read, told apart record by record by their keys; `image` may be `video` in the first three:
 
 - LLaVA training: `{"id", "image", "conversations": [{"from": "human" | "gpt", "value"}, ...]}`
-- LLaVA test: `{"question_id", "image", "text", "answer"}`
+- LLaVA test: `{"question_id", "image", "text", "answer"}`; a list of answers accepts any of them (MLLM-ACL's
+  OCR), and CoIN's Grounding has its answer under `answer_bbox`
 - TRL messages: `{"messages": [{"role": "user" | "assistant", "content"}, ...], "images": [path]}`
+- CL-VISTA test, two files paired by position: `{"question_id", "video_name", "question"}` and `{"answer"}`
 
 A `.json` file is one list of records, a `.jsonl` file has one record a line. Rows are counted from 1, so that
 the row of a `.jsonl` record is its line number.
@@ -12,26 +14,24 @@ the row of a `.jsonl` record is its line number.
 
 import json
 import os
-import struct
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
-from PIL import Image, ImageFile
-from tqdm import tqdm
-
+from mllm_keeplora.data.media import IMAGES_ONLY, MediaChecker
 from mllm_keeplora.errors import KeepLoRAError
+from mllm_keeplora.targets import Media
 
-# Where the image goes in LLaVA's own records. Samples do not carry it: the chat template places its own.
-IMAGE_PLACEHOLDER = "<image>"
+# Where image and video go in LLaVA's own records. Samples do not carry it: the chat template places its own.
+PLACEHOLDERS: dict[Media, str] = {"image": "<image>", "video": "<video>"}
 RECORD_SUFFIXES = (".json", ".jsonl")
+# In the order in which CL-VISTA tries them behind a video's name.
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv")
 
-# Everything Pillow's decoders raise on damaged files; it has no common base class.
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
-_DECODE_THREADS = 8  # decoding releases the GIL; more threads than this only contend for the disk
+# Key of a `test_prompt_suffix` for the reference answers that it does not name.
+OTHER_ANSWERS = "*"
+
 _ERRORS_SHOWN = 10
 _LLAVA_ROLES = {"human": "user", "gpt": "assistant"}
 
@@ -40,17 +40,13 @@ class RecordError(KeepLoRAError, ValueError):
     """A data file, or records in it, cannot be used; the message names file, rows and remedy."""
 
 
-class ImageError(KeepLoRAError, ValueError):
-    """An image file that is missing, empty or does not decode."""
-
-
 class _BadRecord(Exception):
     """One record is unusable; the message is the reason, without file and row."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One question with its answer, as plain text: no image placeholder, prompt suffix included."""
+    """One question with its answer, as plain text: no media placeholder, prompt suffix included."""
 
     question: str
     answer: str
@@ -58,17 +54,24 @@ class Turn:
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation about at most one image, which belongs to the first question.
+    """One conversation about at most one image or clip, which belongs to the first question.
 
     Attributes:
         id: the record's `id` or `question_id`, or `<file>:<row>` where it has neither.
-        image: path of the image file, None for a text-only sample.
+        image: path of the image file, None where there is none.
         turns: at least one.
+        video: path of the clip, None where there is none; never both.
     """
 
     id: str
     image: Path | None
     turns: tuple[Turn, ...]
+    video: Path | None = None
+
+    @property
+    def media(self) -> Media | None:
+        """What the sample shows; None for text alone."""
+        return "image" if self.image is not None else "video" if self.video is not None else None
 
 
 @dataclass(frozen=True)
@@ -83,68 +86,127 @@ class SkippedRecord:
 @dataclass(frozen=True)
 class _ParsedRecord:
     id: object
-    image: str | None
+    media: Media | None
+    name: str | None  # of the image or clip, as written
     messages: list[tuple[str, str]]  # (role, text) with role in {user, assistant}
 
 
 def load_records(
     path: Path,
-    image_root: Path,
+    media_root: Path,
     *,
+    answers: Path | None = None,
     prompt_suffix: str = "",
     allow_text_only: bool = False,
     on_bad_record: Literal["error", "skip"] = "error",
+    checker: MediaChecker | None = IMAGES_ONLY,
 ) -> tuple[list[Sample], list[SkippedRecord]]:
-    """Reads and checks a whole data file: its records and every image they name, which is decoded once.
+    """Reads and checks a whole data file: its records and every image or clip they name, decoded once.
 
     Args:
         path: a `.json` or `.jsonl` file, see the module's docstring for the forms.
-        image_root: folder that the records' image paths are relative to and must stay in, links resolved.
+        media_root: folder that the records' image and video paths are relative to and must stay in, links
+            resolved.
+        answers: the file with the answers, where questions and answers lie apart.
         prompt_suffix: appended to every question as it is.
-        allow_text_only: accept records without an image.
+        allow_text_only: accept records without an image or video.
         on_bad_record: "error" refuses the file when any record is bad; "skip" leaves the bad ones out and
             returns them.
+        checker: decodes what the records name; None where that has been done before.
 
     Returns:
         The samples in file order, and the skipped records in row order (none with "error").
 
     Raises:
         RecordError: the file cannot be read, has no usable record, or (with "error") has bad records: all of
-            them are counted and the first ten named.
+            them are counted and the first ten named; or questions and answers differ in number.
+    """
+    samples, bad = read_records(
+        path, media_root, answers=answers, prompt_suffix=prompt_suffix, allow_text_only=allow_text_only
+    )
+    if checker is not None:
+        bad |= _find_media_problems(samples, checker, path.name)
+
+    kept = [sample for row, sample in samples.items() if row not in bad]
+    skipped = [SkippedRecord(file=str(path), row=row, reason=bad[row]) for row in sorted(bad)]
+    if skipped and (on_bad_record == "error" or not kept):
+        raise RecordError(_describe(path, skipped, total=len(kept) + len(skipped)))
+    if not kept:
+        raise RecordError(f"{path} holds no records; expected a list of at least one")
+    return kept, skipped
+
+
+def read_records(
+    path: Path,
+    media_root: Path,
+    *,
+    answers: Path | None = None,
+    prompt_suffix: str = "",
+    allow_text_only: bool = False,
+) -> tuple[dict[int, Sample], dict[int, str]]:
+    """Reads a data file without opening what its records name; the arguments are those of `load_records`.
+
+    Returns:
+        Row -> sample, and row -> reason for each record that cannot be used; rows are counted from 1.
+
+    Raises:
+        RecordError: the file cannot be read; or questions and answers differ in number.
     """
     samples: dict[int, Sample] = {}
     bad: dict[int, str] = {}
-    for row, value in _read_rows(path):
+    for row, value in _read_rows(path, answers):
         try:
             record = _parse_record(value)
             samples[row] = _to_sample(
-                record, f"{path.name}:{row}", image_root, prompt_suffix, allow_text_only
+                record, f"{path.name}:{row}", media_root, prompt_suffix, allow_text_only
             )
         except _BadRecord as error:
             bad[row] = str(error)
+    if answers is not None:
+        bad |= _find_repeated_ids(samples)
+    return samples, bad
 
-    problems = _find_image_problems(
-        {sample.image for sample in samples.values() if sample.image is not None}, path.name
-    )
-    for row, sample in list(samples.items()):
-        if sample.image in problems:
-            bad[row] = problems[sample.image]
-            del samples[row]
 
-    skipped = [SkippedRecord(file=str(path), row=row, reason=bad[row]) for row in sorted(bad)]
-    if skipped and (on_bad_record == "error" or not samples):
-        raise RecordError(_describe(path, skipped, total=len(samples) + len(skipped)))
-    if not samples:
-        raise RecordError(f"{path} holds no records; expected a list of at least one")
-    return list(samples.values()), skipped
+def _find_repeated_ids(samples: Mapping[int, Sample]) -> dict[int, str]:
+    """Rows that ask under the id of an earlier row: paired by position, a shifted file shows itself so."""
+    first: dict[str, int] = {}
+    repeated = {}
+    for row, sample in samples.items():
+        if first.setdefault(sample.id, row) != row:
+            repeated[row] = f"question_id {sample.id} is used in row {first[sample.id]} already"
+    return repeated
+
+
+def _find_media_problems(samples: Mapping[int, Sample], checker: MediaChecker, label: str) -> dict[int, str]:
+    images = {sample.image for sample in samples.values() if sample.image is not None}
+    videos = {sample.video for sample in samples.values() if sample.video is not None}
+    problems = checker.problems(images, videos, label)
+    return {
+        row: problems[path]
+        for row, sample in samples.items()
+        if (path := sample.image or sample.video) is not None and path in problems
+    }
 
 
 def clean_question(text: str, prompt_suffix: str = "") -> str:
-    """The question as the model is asked it: no image placeholder, no outer white space, the suffix added.
+    """The question as the model is asked it: no media placeholder, no outer white space, the suffix added.
 
     Training and evaluation both go through here, so that a question reads the same in both.
     """
-    return text.replace(IMAGE_PLACEHOLDER, "").strip() + prompt_suffix
+    return _without_placeholders(text).strip() + prompt_suffix
+
+
+def suffix_for(suffix: str | Mapping[str, str], answer: object) -> str:
+    """What is added to a question in evaluation alone; see `TaskSpec.test_prompt_suffix`."""
+    if isinstance(suffix, str):
+        return suffix
+    return suffix.get(str(answer), suffix[OTHER_ANSWERS])
+
+
+def _without_placeholders(text: str) -> str:
+    for placeholder in PLACEHOLDERS.values():
+        text = text.replace(placeholder, "")
+    return text
 
 
 def select_evenly(n: int, fraction: float, cap: int | None = None) -> list[int]:
@@ -173,8 +235,8 @@ def select_evenly(n: int, fraction: float, cap: int | None = None) -> list[int]:
     return [index * n // count for index in range(count)]
 
 
-def named_images(path: Path) -> set[str]:
-    """The image paths that a data file's records name, as written there; unusable records name none.
+def named_media(path: Path, media_root: Path) -> set[Path]:
+    """The images and clips that a data file's records name; unusable records name none.
 
     Raises:
         RecordError: the file cannot be read.
@@ -182,51 +244,38 @@ def named_images(path: Path) -> set[str]:
     names = set()
     for _, value in _read_rows(path):
         try:
-            name = _parse_record(value).image
+            record = _parse_record(value, answered=False)
         except _BadRecord:
             continue  # load_records reports it; for the caller it has no image
-        if name is not None:
-            names.add(name)
+        if record.name is not None and record.media is not None:
+            names.add(_find_file(record.name, media_root, record.media))
     return names
 
 
-@contextmanager
-def refuse_truncated_images() -> Iterator[None]:
-    """Makes Pillow raise on truncated files inside the block.
+def _read_rows(path: Path, answers: Path | None = None) -> list[tuple[int, object]]:
+    """(row, parsed JSON value) of every record; the value is a `_BadRecord` for a line that is not JSON.
 
-    lmms-eval sets `ImageFile.LOAD_TRUNCATED_IMAGES` for the whole process when it is imported, and from then
-    on Pillow fills the missing part with grey and says nothing. The flag is global: enter the block outside
-    any thread pool.
+    With a file of answers, each question gets the answer of its position.
     """
-    before = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
-    try:
-        yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
+    rows = _read_file(path)
+    if answers is None:
+        return rows
+    replies = _read_file(answers)
+    if len(replies) != len(rows):
+        raise RecordError(
+            f"{path} has {len(rows)} questions, {answers} has {len(replies)} answers; they are paired by "
+            "position, so both need the same number"
+        )
+    return [(row, _join(value, reply)) for (row, value), (_, reply) in zip(rows, replies, strict=True)]
 
 
-def decode_image(path: Path) -> Image.Image:
-    """Reads an image file completely, as RGB. Call inside `refuse_truncated_images`.
-
-    Raises:
-        ImageError: the file is missing, empty, truncated or no image that Pillow can read.
-    """
-    try:
-        if path.stat().st_size == 0:
-            raise ImageError(f"image {path} is empty (0 bytes)")
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except FileNotFoundError as error:
-        raise ImageError(f"image {path} does not exist") from error
-    except ImageError:
-        raise
-    except _DECODE_ERRORS as error:
-        raise ImageError(f"image {path} does not decode ({type(error).__name__}: {error})") from error
+def _join(question: object, reply: object) -> object:
+    if isinstance(question, dict) and isinstance(reply, dict):
+        return {**question, "answer": reply.get("answer")}
+    return question if isinstance(question, _BadRecord) else _BadRecord("the answer is no JSON object")
 
 
-def _read_rows(path: Path) -> list[tuple[int, object]]:
-    """(row, parsed JSON value) of every record; the value is a `_BadRecord` for a line that is not JSON."""
+def _read_file(path: Path) -> list[tuple[int, object]]:
     if path.suffix not in RECORD_SUFFIXES:
         raise RecordError(f"{path}: unknown kind of data file; expected one of {', '.join(RECORD_SUFFIXES)}")
     try:
@@ -257,7 +306,8 @@ def _parse_line(line: str) -> object:
         return _BadRecord(f"the line is not valid JSON: {error}")
 
 
-def _parse_record(value: object) -> _ParsedRecord:
+def _parse_record(value: object, answered: bool = True) -> _ParsedRecord:
+    """One record's content; `answered` is False where its answer lies in another file that is not read."""
     if isinstance(value, _BadRecord):
         raise value
     if not isinstance(value, dict):
@@ -267,16 +317,19 @@ def _parse_record(value: object) -> _ParsedRecord:
     elif "messages" in value:
         roles = {"user": "user", "assistant": "assistant"}
         messages = _read_messages(value["messages"], "messages", "role", "content", roles)
-    elif "text" in value:
-        question = _read_text(value["text"], "question ('text')")
-        messages = [("user", question), ("assistant", _read_text(value.get("answer"), "answer"))]
+    elif "text" in value or "question" in value:
+        key = "text" if "text" in value else "question"
+        messages = [("user", _read_text(value[key], f"question ({key!r})"))]
+        if answered:
+            messages.append(("assistant", _read_answer(value)))
     else:
         raise _BadRecord(
-            "no question: none of 'conversations' (LLaVA training), 'text' (LLaVA test) and 'messages' is "
-            f"there; found {', '.join(map(repr, value)) or 'no key at all'}"
+            "no question: none of 'conversations' (LLaVA training), 'text' (LLaVA test), 'question' "
+            f"(CL-VISTA test) and 'messages' is there; found {', '.join(map(repr, value)) or 'no key at all'}"
         )
+    media, name = _read_media_name(value)
     return _ParsedRecord(
-        id=value.get("id", value.get("question_id")), image=_read_image_name(value), messages=messages
+        id=value.get("id", value.get("question_id")), media=media, name=name, messages=messages
     )
 
 
@@ -308,50 +361,71 @@ def _read_messages(
 
 
 def _read_text(value: object, what: str) -> str:
-    """Text of one message; TRL's content parts become one text, an image part LLaVA's placeholder."""
+    """Text of one message; TRL's content parts become one text, media parts LLaVA's placeholders."""
     if isinstance(value, list):
         value = "\n".join(_read_part(part, what) for part in value)
     if value is None:
         raise _BadRecord(f"no {what}")
     if not isinstance(value, str):
         raise _BadRecord(f"the {what} is {value!r}, a JSON {_kind(value)}; expected text in quotes")
-    if not value.replace(IMAGE_PLACEHOLDER, "").strip():
+    if not _without_placeholders(value).strip():
         raise _BadRecord(f"no {what}: it is empty")
     return value
 
 
+def _read_answer(record: Mapping[str, object]) -> str:
+    """The reference answer of a test record; the first one where several are accepted."""
+    value = record.get("answer", record.get("answer_bbox"))
+    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
+        value = value[0]
+    return _read_text(value, "answer")
+
+
 def _read_part(part: object, what: str) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
-    if isinstance(part, dict) and kind == "image":
-        return IMAGE_PLACEHOLDER
+    if kind in PLACEHOLDERS:
+        return PLACEHOLDERS[kind]
     if isinstance(part, dict) and kind == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
     raise _BadRecord(
-        f'the {what} has a part {part!r}; expected {{"type": "image"}} or {{"type": "text", "text": "..."}}'
+        f'the {what} has a part {part!r}; expected {{"type": "image"}}, {{"type": "video"}} or '
+        '{"type": "text", "text": "..."}'
     )
 
 
-def _read_image_name(record: Mapping[str, object]) -> str | None:
-    value = record.get("image", record.get("images"))
+def _read_media_name(record: Mapping[str, object]) -> tuple[Media | None, str | None]:
+    """What a record shows and its name; (None, None) where it shows nothing."""
+    found: dict[Media, str] = {}
+    for media in get_args(Media):
+        for key in (media, f"{media}s", f"{media}_name"):
+            name = _read_name(record.get(key), media)
+            if name is not None:
+                found[media] = name
+    if len(found) > 1:
+        raise _BadRecord("an image and a video; expected at most one of them")
+    return next(iter(found.items()), (None, None))
+
+
+def _read_name(value: object, media: Media) -> str | None:
     if isinstance(value, list):
         if len(value) > 1:
-            raise _BadRecord(f"{len(value)} images; expected at most one")
+            raise _BadRecord(f"{len(value)} {media}s; expected at most one")
         value = value[0] if value else None
     if value is None:
         return None
     if not isinstance(value, str):
-        raise _BadRecord(f"the image is a JSON {_kind(value)}; expected the path of a file")
+        raise _BadRecord(f"the {media} is a JSON {_kind(value)}; expected the path of a file")
     if not value.strip() or "\0" in value:
-        raise _BadRecord(f"the image path is {value!r}; expected the path of a file")
+        raise _BadRecord(f"the {media} path is {value!r}; expected the path of a file")
     return value
 
 
 def _to_sample(
-    record: _ParsedRecord, default_id: str, image_root: Path, prompt_suffix: str, allow_text_only: bool
+    record: _ParsedRecord, default_id: str, media_root: Path, prompt_suffix: str, allow_text_only: bool
 ) -> Sample:
-    if record.image is None and not allow_text_only:
+    if record.media is None and not allow_text_only:
         raise _BadRecord(
-            "no image; text-only records need 'allow_text_only: true' at the task in the stream YAML"
+            "no image or video; text-only records need 'allow_text_only: true' at the task in the stream YAML"
         )
     _check_placeholders(record)
     texts = [text for _, text in record.messages]
@@ -359,54 +433,46 @@ def _to_sample(
         Turn(question=clean_question(question, prompt_suffix), answer=answer.strip())
         for question, answer in zip(texts[::2], texts[1::2], strict=True)
     )
-    image = None if record.image is None else _locate_image(record.image, image_root)
-    return Sample(id=default_id if record.id is None else str(record.id), image=image, turns=turns)
+    name = default_id if record.id is None else str(record.id)
+    if record.media is None or record.name is None:
+        return Sample(id=name, image=None, turns=turns)
+    path = _locate(record.name, media_root, record.media)
+    if record.media == "video":
+        return Sample(id=name, image=None, turns=turns, video=path)
+    return Sample(id=name, image=path, turns=turns)
 
 
 def _check_placeholders(record: _ParsedRecord) -> None:
-    counts = [text.count(IMAGE_PLACEHOLDER) for _, text in record.messages]
-    if sum(counts) > 1:
-        raise _BadRecord(
-            f"{sum(counts)} times {IMAGE_PLACEHOLDER} in its text; expected one image, in the first question"
-        )
-    if sum(counts[1:]):
-        raise _BadRecord(f"{IMAGE_PLACEHOLDER} in a later message; expected it in the first question")
-    if sum(counts) and record.image is None:
-        raise _BadRecord(f"no image although the question has {IMAGE_PLACEHOLDER}")
+    for media, placeholder in PLACEHOLDERS.items():
+        counts = [text.count(placeholder) for _, text in record.messages]
+        if sum(counts) > 1:
+            raise _BadRecord(
+                f"{sum(counts)} times {placeholder} in its text; expected one {media}, in the first question"
+            )
+        if sum(counts[1:]):
+            raise _BadRecord(f"{placeholder} in a later message; expected it in the first question")
+        if sum(counts) and record.media != media:
+            raise _BadRecord(f"no {media} although the question has {placeholder}")
 
 
-def _locate_image(name: str, image_root: Path) -> Path:
-    path = image_root / name
+def _locate(name: str, media_root: Path, media: Media) -> Path:
+    path = _find_file(name, media_root, media)
     # realpath on both: a data root that is itself a link is fine, a link that leads out of it is not.
-    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(image_root)):
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(media_root)):
         raise _BadRecord(
-            f"image {name!r} lies outside the image root {image_root} (links resolved); move the file into "
-            "it, or set the task's 'image_root' in the stream YAML to a folder that holds it"
+            f"{media} {name!r} lies outside the media root {media_root} (links resolved); move the file into "
+            "it, or set the task's 'media_root' in the stream YAML to a folder that holds it"
         )
     return path
 
 
-def _find_image_problems(paths: set[Path], label: str) -> dict[Path | None, str]:
-    """Decodes every image, in threads; returns the reason for each that fails. Reads all images once."""
-    ordered = sorted(paths)
-    with refuse_truncated_images(), ThreadPoolExecutor(_DECODE_THREADS) as pool:
-        reasons = tqdm(
-            pool.map(_find_image_problem, ordered),
-            total=len(ordered),
-            desc=f"checking images of {label}",
-            unit="image",
-            disable=None,  # no bar where the output is not a terminal,
-            delay=2.0,  # nor for data that are checked in less than two seconds
-        )
-        return {path: reason for path, reason in zip(ordered, reasons, strict=True) if reason is not None}
-
-
-def _find_image_problem(path: Path) -> str | None:
-    try:
-        decode_image(path)
-    except ImageError as error:
-        return str(error)
-    return None
+def _find_file(name: str, media_root: Path, media: Media) -> Path:
+    """The file of that name; a clip may be named without its suffix."""
+    path = media_root / name
+    if media == "image" or path.is_file():
+        return path
+    completed = (media_root / f"{name}{suffix}" for suffix in VIDEO_SUFFIXES)
+    return next((candidate for candidate in completed if candidate.is_file()), path)
 
 
 def _describe(path: Path, bad: Sequence[SkippedRecord], total: int) -> str:

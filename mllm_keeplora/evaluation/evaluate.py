@@ -5,11 +5,13 @@ include the templates of eval/tasks, so the same questions can be asked again fr
 line.
 """
 
+import functools
 import json
 import math
 import random
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,8 +25,10 @@ from PIL import ImageFile
 from tqdm import tqdm
 
 from mllm_keeplora.artifacts import atomic_path, read_json, write_json
-from mllm_keeplora.data.records import load_records
+from mllm_keeplora.data.records import Sample, load_records
+from mllm_keeplora.data.video import VideoReader
 from mllm_keeplora.evaluation import MODEL_ID, EvaluationError
+from mllm_keeplora.processes import from_main
 from mllm_keeplora.streams import GeneralSpec, Stream, TaskSpec
 
 TEMPLATES = Path(__file__).resolve().parents[2] / "eval" / "tasks"
@@ -67,6 +71,9 @@ def scored_tasks(stream: Stream) -> list[ScoredTask]:
     """The stream's tasks, then its general benchmarks, with their names in lmms-eval.
 
     Own files are prefixed: where two tasks share a name, lmms-eval takes its stock one without a word.
+
+    Raises:
+        EvaluationError: for a metric that eval/tasks does not have.
     """
     entries: list[ScoredTask] = []
     for spec in _specs(stream):
@@ -76,7 +83,8 @@ def scored_tasks(stream: Stream) -> list[ScoredTask]:
             entries.append(ScoredTask(spec.name, kind, spec.lmms_eval_task, str(spec.score), native_max))
         else:
             lmms_task = f"{MODEL_ID}_{stream.name}_{spec.name}"
-            entries.append(ScoredTask(spec.name, kind, lmms_task, str(spec.metric), 1.0))
+            native_max = float(_metric_needs(spec).get("native_max", 1.0))
+            entries.append(ScoredTask(spec.name, kind, lmms_task, str(spec.metric), native_max))
     return entries
 
 
@@ -88,8 +96,9 @@ def write_task_files(stream: Stream, directory: Path) -> list[str]:
     """Writes one lmms-eval task YAML per own test file, and tasks.json, which says what is read from the
     results.
 
-    Test files in LLaVA's test form are used where they are. Other forms (conversations, `messages` lines) are
-    copied to the directory in that form, one question per turn, each asked on its own.
+    Test files in LLaVA's test form are used where they are. Other forms (conversations, `messages` lines,
+    CL-VISTA's questions and answers) are copied to the directory in that form, one question per turn, each
+    asked on its own. So are test files with reference captions, which every question then carries.
 
     Args:
         stream: stock lmms-eval tasks among its general benchmarks need no file.
@@ -99,14 +108,17 @@ def write_task_files(stream: Stream, directory: Path) -> list[str]:
         lmms-eval's names of the stream's tasks, then of its general benchmarks.
 
     Raises:
-        EvaluationError: for a metric that eval/tasks does not have.
+        EvaluationError: for a metric that eval/tasks does not have, or that finds less here than it needs:
+            Java, reference captions, a key of the test records.
         RecordError: for a test record that cannot be used.
     """
     directory.mkdir(parents=True, exist_ok=True)
     entries = scored_tasks(stream)
+    _check_java(stream)
     for spec, entry in zip(_specs(stream), entries, strict=True):
-        if spec.test is not None:
-            task = _task_yaml(stream, spec, entry, directory.resolve())
+        test = stream.test_file(spec)
+        if test is not None:
+            task = _task_yaml(stream, spec, entry, test.resolve(), directory.resolve())
             _write_text(directory / f"{entry.lmms_task}.yaml", yaml.safe_dump(task, sort_keys=False))
     index = {"stream": stream.name, "tasks": [asdict(entry) for entry in entries]}
     write_json(directory / INDEX_FILE, index)
@@ -126,6 +138,7 @@ def evaluate_row(
     task_directory: Path,
     output: Path,
     *,
+    reader: VideoReader | None = None,
     names: Sequence[str] | None = None,
     batch_size: int,
     limit: int | None,
@@ -142,6 +155,7 @@ def evaluate_row(
         stream: what to evaluate.
         task_directory: where `write_task_files` wrote this stream's tasks.
         output: folder that gets one <task>.jsonl with every question's reply and score.
+        reader: decodes clips; None where no task shows any.
         names: a subset of task and benchmark names; None evaluates all.
         batch_size: questions generated together.
         limit: questions per task, None for all.
@@ -158,14 +172,22 @@ def evaluate_row(
         raise EvaluationError(f"stream {stream.name!r} has no task {', '.join(sorted(unknown))}")
     entries = [entry for entry in entries if names is None or entry.name in names]
     stock = any(spec.lmms_eval_task for spec in stream.general if names is None or spec.name in names)
-    results = _run_lmms_eval(model, processor, entries, task_directory, stock, batch_size, limit)
+    wrapper = functools.partial(_wrap, model, processor, reader, batch_size)
+    results = _run_lmms_eval(wrapper, entries, task_directory, stock, batch_size, limit)
+    return from_main(lambda: _read_row(results, entries, output))
+
+
+def _read_row(
+    results: Mapping[str, Any] | None, entries: Sequence[ScoredTask], output: Path
+) -> dict[str, Score]:
+    """The scores of all entries, and their files; on the main process, where lmms-eval gathers."""
+    assert results is not None
+    output.mkdir(parents=True, exist_ok=True)
     scores: dict[str, Score] = {}
-    if results is not None:  # lmms-eval gathers on the main process
-        output.mkdir(parents=True, exist_ok=True)
-        for entry in entries:
-            scores[entry.name] = read_score(results, entry)
-            _write_text(output / f"{entry.name}.jsonl", _sample_lines(results, entry))
-    return _share(scores)
+    for entry in entries:
+        scores[entry.name] = read_score(results, entry)
+        _write_text(output / f"{entry.name}.jsonl", _sample_lines(results, entry))
+    return scores
 
 
 def read_score(results: Mapping[str, Any], entry: ScoredTask) -> Score:
@@ -208,25 +230,161 @@ def read_score(results: Mapping[str, Any], entry: ScoredTask) -> Score:
 
 
 def _task_yaml(
-    stream: Stream, spec: TaskSpec | GeneralSpec, entry: ScoredTask, directory: Path
+    stream: Stream, spec: TaskSpec | GeneralSpec, entry: ScoredTask, test: Path, directory: Path
 ) -> dict[str, Any]:
-    template = TEMPLATES / f"{spec.metric}.yaml"
-    if not template.is_file():
-        known = sorted(path.stem for path in TEMPLATES.glob("[!_]*.yaml"))
-        raise EvaluationError(f"{entry.name}: no metric {spec.metric!r} in {TEMPLATES}, found {known}")
-    image_root = stream.image_root(spec).resolve()
-    test = (stream.data_root / str(spec.test)).resolve()
-    if not _is_test_form(test):
-        test = _copy_as_test_form(test, image_root, spec, directory / f"{entry.lmms_task}.json")
+    needs = _metric_needs(spec)
+    media_root = stream.test_media_root(spec).resolve()
+    answers = stream.answers_file(spec)
+    if answers is not None or not _is_test_form(test):
+        samples, _ = load_records(
+            test, media_root, answers=answers, allow_text_only=spec.allow_text_only, checker=None
+        )
+        test = _write_test_form(samples, directory / f"{entry.lmms_task}.json")
+    references = _references_file(stream, spec, needs.get("references"))
+    if references is not None:
+        write = _write_with_answers if needs["references"] == "answers" else _write_with_references
+        test = write(spec, test, references, directory / f"{entry.lmms_task}.json")
+    _check_record_keys(spec, test, needs.get("record_keys", []))
     return {
-        "include": str(template),
+        "include": str(TEMPLATES / f"{spec.metric}.yaml"),
         "task": entry.lmms_task,
         "dataset_kwargs": {"data_files": {"test": str(test)}},
         "generation_kwargs": {"max_new_tokens": spec.max_new_tokens, "do_sample": False, "until": []},
         "lmms_eval_specific_kwargs": {
-            "default": {"image_root": str(image_root), "prompt_suffix": spec.prompt_suffix}
+            "default": {
+                "media_root": str(media_root),
+                "prompt_suffix": spec.prompt_suffix,
+                "test_prompt_suffix": _test_prompt_suffix(spec),
+            }
         },
     }
+
+
+def _test_prompt_suffix(spec: TaskSpec | GeneralSpec) -> str | dict[str, str]:
+    suffix = spec.test_prompt_suffix if isinstance(spec, TaskSpec) else ""
+    return suffix if isinstance(suffix, str) else dict(suffix)
+
+
+class _TemplateLoader(yaml.SafeLoader):
+    """Reads a template as lmms-eval does, but leaves its functions alone."""
+
+
+_TemplateLoader.add_constructor("!function", lambda loader, node: None)
+
+
+def _metric_needs(spec: TaskSpec | GeneralSpec) -> dict[str, Any]:
+    """The template's `metadata`: native_max, and references, record_keys and java where the metric needs
+    them."""
+    template = TEMPLATES / f"{spec.metric}.yaml"
+    if not template.is_file():
+        # Those of one benchmark, which carry its name, last.
+        known = sorted(
+            (path.stem for path in TEMPLATES.glob("[!_]*.yaml")), key=lambda name: ("_" in name, name)
+        )
+        raise EvaluationError(f"{spec.name}: no metric {spec.metric!r} in {TEMPLATES}, found {known}")
+    document = yaml.load(template.read_text(encoding="utf-8"), Loader=_TemplateLoader)
+    return dict(document.get("metadata", {}))
+
+
+def _check_java(stream: Stream) -> None:
+    """Refuses to begin where captions could not be scored at the end of the first stage."""
+    own = [spec for spec in _specs(stream) if spec.metric is not None]
+    names = [spec.name for spec in own if _metric_needs(spec).get("java")]
+    if not names:
+        return
+    try:
+        # macOS has a `java` that only says where to get one.
+        works = subprocess.run(["java", "-version"], capture_output=True).returncode == 0
+    except OSError:
+        works = False
+    if not works:
+        raise EvaluationError(
+            f"{', '.join(names)}: METEOR and the tokenizer of captions' scores are Java programs, but "
+            "`java -version` does not run here; install Java 8 or newer (Debian: apt-get install "
+            "default-jre-headless)"
+        )
+
+
+def _check_record_keys(spec: TaskSpec | GeneralSpec, test: Path, keys: Sequence[str]) -> None:
+    if not keys:
+        return
+    for row, record in enumerate(json.loads(test.read_text(encoding="utf-8")), start=1):
+        missing = [key for key in keys if record.get(key) is None]
+        if missing:
+            raise EvaluationError(
+                f"{spec.name}: metric {spec.metric!r} reads {', '.join(keys)} from every test record, but "
+                f"row {row} of {test} has no {', '.join(missing)}; add it (in records of LLaVA's test form)"
+            )
+
+
+def _references_file(stream: Stream, spec: TaskSpec | GeneralSpec, kind: object) -> Path | None:
+    """The reference captions of a task whose metric needs them (kind True); or the file of accepted answers
+    that it may name in place of `answers` in the records (kind "answers")."""
+    references = stream.references_file(spec)
+    if kind is True and references is None:
+        raise EvaluationError(
+            f"{spec.name}: metric {spec.metric!r} compares with reference captions, but the stream names "
+            "none; give their COCO file as 'references' of this entry"
+        )
+    if references is not None and not kind:
+        raise EvaluationError(
+            f"{spec.name}: metric {spec.metric!r} reads no reference captions; leave 'references' out"
+        )
+    return references
+
+
+def _write_with_references(spec: TaskSpec | GeneralSpec, test: Path, references: Path, path: Path) -> Path:
+    """The test file, every record with its captions: lmms-eval hands a scoring function the record alone."""
+    records = json.loads(test.read_text(encoding="utf-8"))
+    captions = _read_captions(spec, references)
+    numbers = list(range(1, len(records) + 1))
+    if sorted(captions) != numbers:
+        raise EvaluationError(
+            f"{spec.name}: {test} has {len(records)} records, so {references} has to caption the images "
+            f"1..{len(records)}; found captions of {len(captions)} images, not of "
+            f"{sorted(set(numbers) - set(captions))[:5]}, but of {sorted(set(captions) - set(numbers))[:5]}"
+        )
+    write_json(
+        path, [{**record, "references": captions[n]} for n, record in zip(numbers, records, strict=True)]
+    )
+    return path
+
+
+def _write_with_answers(spec: TaskSpec | GeneralSpec, test: Path, references: Path, path: Path) -> Path:
+    """The test file, every record with the accepted `answers` that TextVQA's annotations have under its
+    question_id."""
+    records = json.loads(test.read_text(encoding="utf-8"))
+    try:
+        entries = json.loads(references.read_text(encoding="utf-8"))["data"]
+        answers = {str(entry["question_id"]): entry["answers"] for entry in entries}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EvaluationError(
+            f"{spec.name}: {references} is no TextVQA annotation file ({type(error).__name__}: {error}); "
+            'expected {"data": [{"question_id": 1, "answers": ["...", ...]}, ...]}'
+        ) from error
+    missing = [str(record.get("question_id")) for record in records]
+    missing = [name for name in missing if name not in answers]
+    if missing:
+        raise EvaluationError(
+            f"{spec.name}: {references} has no answers to {len(missing)} of the {len(records)} questions of "
+            f"{test}, the first with question_id {missing[0]}; it belongs to another split"
+        )
+    write_json(path, [{**record, "answers": answers[str(record["question_id"])]} for record in records])
+    return path
+
+
+def _read_captions(spec: TaskSpec | GeneralSpec, references: Path) -> dict[int, list[str]]:
+    """Image number -> its captions, from a COCO captions file."""
+    captions: dict[int, list[str]] = {}
+    try:
+        for annotation in json.loads(references.read_text(encoding="utf-8"))["annotations"]:
+            captions.setdefault(int(annotation["image_id"]), []).append(str(annotation["caption"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EvaluationError(
+            f"{spec.name}: {references} is no COCO captions file ({type(error).__name__}: {error}); expected "
+            '{"annotations": [{"image_id": 1, "caption": "..."}, ...]}'
+        ) from error
+    return captions
 
 
 def _is_test_form(path: Path) -> bool:
@@ -236,26 +394,32 @@ def _is_test_form(path: Path) -> bool:
     return all("text" in record and not {"conversations", "messages"} & record.keys() for record in records)
 
 
-def _copy_as_test_form(path: Path, image_root: Path, spec: TaskSpec | GeneralSpec, copy: Path) -> Path:
-    # The suffix is added by the task itself, as for files in test form.
-    samples, _ = load_records(path, image_root, allow_text_only=spec.allow_text_only)
+def _write_test_form(samples: Sequence[Sample], path: Path) -> Path:
+    """One row a question. The prompt suffix is added by the task itself, as for files in test form."""
     rows = [
         {
             "question_id": sample.id if len(sample.turns) == 1 else f"{sample.id}-{number}",
             "image": None if sample.image is None else str(sample.image),
+            "video": None if sample.video is None else str(sample.video),
             "text": turn.question,
             "answer": turn.answer,
         }
         for sample in samples
         for number, turn in enumerate(sample.turns)
     ]
-    write_json(copy, rows)
-    return copy
+    write_json(path, rows)
+    return path
+
+
+def _wrap(model: torch.nn.Module, processor: Any, reader: VideoReader | None, batch_size: int) -> Any:
+    """The model as lmms-eval takes it. Imported late: lmms-eval takes seconds."""
+    from mllm_keeplora.evaluation.lmms_model import KeepLoRAModel
+
+    return KeepLoRAModel(model, processor, batch_size, reader)
 
 
 def _run_lmms_eval(
-    model: torch.nn.Module,
-    processor: Any,
+    wrapper: Callable[[], Any],
     entries: Sequence[ScoredTask],
     task_directory: Path,
     stock: bool,
@@ -266,8 +430,6 @@ def _run_lmms_eval(
     with _undisturbed():
         from lmms_eval.evaluator import simple_evaluate
         from lmms_eval.tasks import TaskManager
-
-        from mllm_keeplora.evaluation.lmms_model import KeepLoRAModel
 
         # As lmms-eval sets it on first import; stock tasks may count on it, our own never accept truncated
         # images.
@@ -283,7 +445,7 @@ def _run_lmms_eval(
         try:
             with _quiet():
                 return simple_evaluate(
-                    model=KeepLoRAModel(model, processor, batch_size),
+                    model=wrapper(),
                     tasks=[entry.lmms_task for entry in entries],
                     task_manager=manager,
                     batch_size=batch_size,
@@ -291,6 +453,9 @@ def _run_lmms_eval(
                     # Bootstraps only what is no mean; read_score computes the standard errors of means.
                     bootstrap_iters=0,
                     process_docs_parallel=1,
+                    # Use the run's own process group. The other choice makes an Accelerator, which would fix
+                    # accelerate's global state before the training that follows has configured it.
+                    distributed_executor_backend="torchrun",
                 )
         except EvaluationError:
             raise
@@ -386,15 +551,6 @@ def _sample_lines(results: Mapping[str, Any], entry: ScoredTask) -> str:
             }
             lines.append(json.dumps(line, ensure_ascii=False, default=str) + "\n")
     return "".join(lines)
-
-
-def _share(scores: dict[str, Score]) -> dict[str, Score]:
-    """The main process's scores, on every process."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return scores
-    payload = [scores]
-    torch.distributed.broadcast_object_list(payload, src=0)
-    return payload[0]
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -6,10 +6,10 @@ and a PEFT adapter, it answers in batches, and a failed generation stops the eva
 log the error and return an empty answer, so that an out-of-memory reads as forgetting.
 """
 
-import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
 
 import torch
@@ -19,19 +19,22 @@ from lmms_eval.utils import simple_parse_args_string
 from PIL import Image
 from tqdm import tqdm
 
-from mllm_keeplora.data.collator import render_prompt
+from mllm_keeplora.config import VideoConfig
+from mllm_keeplora.data.collator import prepare_questions
+from mllm_keeplora.data.video import Clip, VideoReader
 from mllm_keeplora.evaluation import EvaluationError
+from mllm_keeplora.sharding import fillers, is_sharded
 
 # lmms-eval's own LLaVA wrapper generates this many tokens where a task names no limit.
 DEFAULT_MAX_NEW_TOKENS = 1024
+_VIDEO_PREFIX = "video_"
 # Sampling settings that stock tasks carry; a greedy decoder allows only the values that mean greedy.
 GREEDY_SETTINGS: Mapping[str, tuple[Any, ...]] = {
     "do_sample": (False, None),
     "temperature": (0, None),
     "num_beams": (1, None),
 }
-# Without meaning for greedy decoding of one processor-prepared image (top_p), or for other wrappers' own
-# image code.
+# Without meaning for greedy decoding (top_p), or for other wrappers' own image code.
 IGNORED_SETTINGS = frozenset({"top_p", "top_k", "image_aspect_ratio"})
 
 
@@ -43,10 +46,10 @@ class _Decoding(NamedTuple):
 
 
 class _Question(NamedTuple):
-    """One request made ready: the question text and its image, None for a text-only question."""
+    """One request made ready: the question text and what it is about, None for a text-only question."""
 
     text: str
-    image: Image.Image | None
+    media: Image.Image | Clip | None
 
 
 @contextmanager
@@ -96,13 +99,16 @@ class KeepLoRAModel(lmms):
 
     is_simple = False  # requests carry chat messages, see `doc_to_messages` in eval/tasks/utils.py
 
-    def __init__(self, model: Any, processor: Any, batch_size: int | str = 1) -> None:
+    def __init__(
+        self, model: Any, processor: Any, batch_size: int | str = 1, reader: VideoReader | None = None
+    ) -> None:
         """Wraps a live model.
 
         Args:
             model: a transformers image-text-to-text model, or a PeftModel around one; left as found.
             processor: its processor, with a chat template.
             batch_size: questions answered together; they are padded on the left.
+            reader: decodes the clips of video tasks.
 
         Raises:
             ValueError: if batch_size is not a positive whole number.
@@ -113,14 +119,7 @@ class KeepLoRAModel(lmms):
         self.model = model
         self.processor = processor
         self.batch_size = int(batch_size)
-        # lmms-eval makes an Accelerator where the attribute is missing. One process needs none, and making
-        # one would fix accelerate's global state before the training that follows has configured it.
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            from accelerate.accelerator import Accelerator
-
-            self.accelerator: Any = Accelerator()
-        else:
-            self.accelerator = None
+        self.reader = reader
 
     @classmethod
     def create_from_arg_string(
@@ -130,8 +129,9 @@ class KeepLoRAModel(lmms):
 
         Args:
             arg_string: `--model_args`,
-                "base_model=...,adapter=...,quantization=nf4,compute_dtype=float32,...": `adapter` (a PEFT
-                adapter directory, optional) and the settings of `ModelConfig`.
+                "base_model=...,adapter=...,quantization=nf4,compute_dtype=float32,video_frames=8,...":
+                `adapter` (a PEFT adapter directory, optional), the settings of `ModelConfig`, and those of
+                `VideoConfig` with `video_` before their names.
             additional_config: batch_size, max_batch_size and device from the command line, None where not
                 given.
 
@@ -145,8 +145,10 @@ class KeepLoRAModel(lmms):
             "max_batch_size", None
         )  # of automatic batch sizes, which lmms-eval's parser always sends
         batch_size = settings.pop("batch_size", 1)
+        video = {key: settings.pop(key) for key in list(settings) if key.startswith(_VIDEO_PREFIX)}
+        reader = VideoReader(_read_video_settings(video), cache_dir=None)
         model, processor = load_for_evaluation(settings)
-        return cls(model, processor, batch_size)
+        return cls(model, processor, batch_size, reader)
 
     @property
     def device(self) -> torch.device:
@@ -164,7 +166,8 @@ class KeepLoRAModel(lmms):
         """
         answers: dict[int, str] = {}
         with inference_state(self.model), self._progress(len(requests)) as progress:
-            for batch in self._batches(requests):
+            batches = list(self._batches(requests))
+            for batch in [*batches, *fillers(self.model, batches, batches[-1])]:
                 replies = self._answer([requests[index] for index in batch])
                 answers.update(zip(batch, replies, strict=True))
                 progress.update(len(batch))
@@ -199,17 +202,14 @@ class KeepLoRAModel(lmms):
         for request in batch:
             _, doc_to_messages, _, doc_id, task, split = request.args
             with _named(task, [doc_id]):
-                questions.append(_read_messages(doc_to_messages(self.task_dict[task][split][doc_id])))
+                messages = doc_to_messages(self.task_dict[task][split][doc_id])
+                questions.append(_read_messages(messages, self.reader))
         with _named(batch[0].task_name, [request.doc_id for request in batch]):
             return self._generate(questions, _read_decoding(batch[0].args[2]))
 
     def _generate(self, questions: list[_Question], decoding: _Decoding) -> list[str]:
         tokenizer = self.processor.tokenizer
-        prompts = [render_prompt(self.processor, text, image is not None) for text, image in questions]
-        images = [image for _, image in questions if image is not None]
-        inputs = self.processor(
-            text=prompts, images=images or None, padding=True, padding_side="left", return_tensors="pt"
-        ).to(self.device)
+        inputs = prepare_questions(self.processor, questions, self.device)
         eos = self.model.generation_config.eos_token_id
         sequences = self.model.generate(
             **inputs,
@@ -222,6 +222,7 @@ class KeepLoRAModel(lmms):
             top_p=None,
             top_k=None,
             use_cache=True,
+            synced_gpus=is_sharded(self.model),
             eos_token_id=tokenizer.eos_token_id if eos is None else eos,
             pad_token_id=tokenizer.pad_token_id,
         )
@@ -253,16 +254,25 @@ def load_for_evaluation(settings: Mapping[str, Any]) -> tuple[Any, Any]:
         for key, value in settings.items()
     }
     adapter = values.pop("adapter", None)
-    _check_model_settings(values, known)
+    _check_settings(values, known)
+    if "base_model" not in values:
+        raise EvaluationError(f"--model_args: base_model is missing; known are adapter, {', '.join(known)}")
     model, processor = load_base(ModelConfig(**values))
     return (model if adapter is None else PeftModel.from_pretrained(model, adapter).eval()), processor
 
 
-def _check_model_settings(values: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+def _read_video_settings(settings: Mapping[str, Any]) -> VideoConfig:
+    values = {key.removeprefix(_VIDEO_PREFIX): value for key, value in settings.items()}
+    _check_settings(values, get_type_hints(VideoConfig))
+    return VideoConfig(**values)
+
+
+def _check_settings(values: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     unknown = sorted(set(values) - set(known))
-    if unknown or "base_model" not in values:
-        problem = f"unknown argument {', '.join(unknown)}" if unknown else "base_model is missing"
-        raise EvaluationError(f"--model_args: {problem}; known are adapter, {', '.join(known)}")
+    if unknown:
+        raise EvaluationError(
+            f"--model_args: unknown argument {', '.join(unknown)}; known are adapter, {', '.join(known)}"
+        )
     for key, value in values.items():
         choices = get_args(known[key]) if get_origin(known[key]) is Literal else (value,)
         if value not in choices:
@@ -286,24 +296,32 @@ def _read_decoding(settings: Mapping[str, Any]) -> _Decoding:
     return _Decoding(int(settings.get("max_new_tokens") or DEFAULT_MAX_NEW_TOKENS), until)
 
 
-def _read_messages(messages: Sequence[Mapping[str, Any]]) -> _Question:
-    """Reads one user turn of lmms-eval's chat messages: one text and at most one image (PIL image or path).
+def _read_messages(messages: Sequence[Mapping[str, Any]], reader: VideoReader | None) -> _Question:
+    """Reads one user turn of lmms-eval's chat messages: one text and at most one image (PIL image or path) or
+    clip (path).
 
     Raises:
         ValueError: for several turns, a system turn, several images, or other media.
+        VideoError: for a clip that does not decode.
     """
     roles = [message["role"] for message in messages]
     if roles != ["user"]:
         raise ValueError(f"expected one user message, found roles {roles}")
     parts = messages[0]["content"]
     kinds = [part["type"] for part in parts]
-    if sorted(kinds) not in (["text"], ["image", "text"]):
-        raise ValueError(f"expected one text and at most one image, found {kinds}")
+    if sorted(kinds) not in (["text"], ["image", "text"], ["text", "video"]):
+        raise ValueError(f"expected one text and at most one image or video, found {kinds}")
     text = next(part["text"] for part in parts if part["type"] == "text")
-    image = next((part["url"] for part in parts if part["type"] == "image"), None)
-    if isinstance(image, str):
-        image = Image.open(image)
-    return _Question(text, None if image is None else image.convert("RGB"))
+    shown = next((part for part in parts if part["type"] != "text"), None)
+    if shown is None:
+        return _Question(text, None)
+    source = shown["url"]
+    if shown["type"] == "video":
+        if reader is None:
+            raise ValueError(f"{source}: a video, but this evaluation was given no reader for clips")
+        return _Question(text, reader.read(Path(source)))
+    image = Image.open(source) if isinstance(source, str) else source
+    return _Question(text, image.convert("RGB"))
 
 
 def _cut(reply: str, until: tuple[str, ...]) -> str:

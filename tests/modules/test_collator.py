@@ -17,11 +17,12 @@ from mllm_keeplora.data.collator import (
     IGNORED_LABEL,
     ChatCollator,
     ProcessorError,
+    SampleDataset,
     SampleTooLongError,
-    VqaDataset,
     render_prompt,
 )
-from mllm_keeplora.data.records import ImageError, Sample, Turn
+from mllm_keeplora.data.media import ImageError
+from mllm_keeplora.data.records import Sample, Turn
 
 # isort: split
 from transformers import (
@@ -173,7 +174,7 @@ def test_exactly_answers_and_end_tokens_are_supervised(
 def test_the_training_prompt_is_the_evaluation_prompt(kind: str, with_image: bool, image: Path) -> None:
     processor = make_processor(kind)
     batch = ChatCollator(processor)([Sample("s", image if with_image else None, ONE)])
-    prompt = render_prompt(processor, ONE[0].question, with_image)
+    prompt = render_prompt(processor, ONE[0].question, "image" if with_image else None)
     asked = processor(text=[prompt], images=[Image.open(image).convert("RGB")] if with_image else None)[
         "input_ids"
     ][0]
@@ -312,7 +313,7 @@ def test_llava_next_gets_as_many_tokens_as_each_image_needs(tmp_path: Path) -> N
     collator = ChatCollator(processor)
     batch = collator(samples)
     images = [Image.open(sample.image).convert("RGB") for sample in samples if sample.image]
-    prompts = [render_prompt(processor, ONE[0].question, True)] * 2
+    prompts = [render_prompt(processor, ONE[0].question, "image")] * 2
     asked = processor(text=prompts, images=images)["input_ids"]
     counts = (batch["input_ids"] == processor.image_token_id).sum(dim=1).tolist()
     assert counts == [ids.count(processor.image_token_id) for ids in asked]
@@ -331,7 +332,7 @@ def test_the_embedded_model_answers_in_the_same_form(image: Path) -> None:
         processor.tokenizer.decode(run) == vocabulary[1] + processor.tokenizer.eos_token
     )
     asked = processor(
-        text=[render_prompt(processor, vocabulary[0], True)], images=[Image.open(image).convert("RGB")]
+        text=[render_prompt(processor, vocabulary[0], "image")], images=[Image.open(image).convert("RGB")]
     )
     assert batch["input_ids"][0].tolist() == list(asked["input_ids"][0]) + run
     config = json.loads((EMBEDDED_MODEL / "config.json").read_text())
@@ -341,7 +342,7 @@ def test_the_embedded_model_answers_in_the_same_form(image: Path) -> None:
 
 def test_a_data_loader_serves_the_dataset(image: Path) -> None:
     samples = [Sample(str(index), image, ONE) for index in range(5)]
-    dataset = VqaDataset(samples)
+    dataset = SampleDataset(samples)
     assert (len(dataset), dataset[3]) == (5, samples[3])
     loader = DataLoader(dataset, batch_size=2, collate_fn=ChatCollator(make_processor()), num_workers=1)
     assert [len(batch["input_ids"]) for batch in loader] == [2, 2, 1]

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,7 +34,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mllm_keeplora.config import ModelConfig
+from mllm_keeplora.config import ModelConfig, VideoConfig
 from mllm_keeplora.evaluation import EvaluationError
 from mllm_keeplora.evaluation.evaluate import TEMPLATES, evaluate_row, read_index, write_task_files
 from mllm_keeplora.evaluation.lmms_model import KeepLoRAModel, inference_state
@@ -157,7 +158,7 @@ def make_stream(root: Path) -> Stream:
         write_data(root / name, count)
 
     def files(name: str) -> dict[str, Any]:
-        return {"test": f"{name}/test.json", "image_root": name, "max_new_tokens": 4}
+        return {"test": f"{name}/test.json", "media_root": name, "max_new_tokens": 4}
 
     birds = TaskSpec("birds", train="birds/test.json", metric="exact", **files("birds"))
     tools = TaskSpec("tools", train="tools/test.json", metric="contains", **files("tools"))
@@ -393,10 +394,11 @@ TEXT = {"type": "text", "text": "a"}
     "messages",
     [
         [{"role": "user", "content": [TEXT, {"type": "image", "url": "x"}, {"type": "image", "url": "x"}]}],
-        [{"role": "user", "content": [TEXT, {"type": "video", "url": "x"}]}],
+        [{"role": "user", "content": [TEXT, {"type": "audio", "url": "x"}]}],
+        [{"role": "user", "content": [TEXT, {"type": "image", "url": "x"}, {"type": "video", "url": "x"}]}],
         [{"role": "system", "content": []}, {"role": "user", "content": [TEXT]}],
     ],
-    ids=["two images", "video", "system"],
+    ids=["two images", "audio", "image and video", "system"],
 )
 def test_messages_that_cannot_be_shown_are_refused(live: tuple[Any, Any], messages: Any) -> None:
     with pytest.raises(EvaluationError, match="document 0: .*expected one"):
@@ -509,7 +511,11 @@ def make_run(base: Path, stream: Stream, directory: Path) -> Path:
         adapted, processor, stream, directory / "eval_tasks", directory / "out", batch_size=3, limit=None
     )
     settings = ModelConfig(base_model=str(base), device="cpu").__dict__
-    config = {"model": settings, "evaluation": {"batch_size": 3, "limit": None}}
+    config = {
+        "model": settings,
+        "video": asdict(VideoConfig()),
+        "evaluation": {"batch_size": 3, "limit": None},
+    }
     retention = {
         "method": "keeplora",
         "tasks": ["birds", "tools"],
@@ -561,6 +567,7 @@ def write_run(directory: Path, **changes: Any) -> Path:
     score = {"value": 0.5, "native": 0.5, "native_max": 1.0, "stderr": 0.1, "n": 4}
     config = {
         "model": ModelConfig(base_model="base").__dict__,
+        "video": asdict(VideoConfig()),
         "evaluation": {"batch_size": 3, "limit": None},
     }
     config["evaluation"]["limit"] = changes.get("limit")

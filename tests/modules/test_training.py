@@ -60,6 +60,7 @@ def train(model: PeftModel, directory: Path, **settings: Any) -> dict[str, Any]:
         seed=1,
         directory=directory / "checkpoints",
         log_dir=directory / "logs",
+        mixed=False,
         report_to=[],
         device=CPU,
     )

@@ -1,4 +1,4 @@
-"""A two-task stream cut from the embedded one, and the recipe run on it as its user runs it: as a command."""
+"""Two-task streams cut from the embedded ones, and the recipes run on them as commands, as a user does."""
 
 import json
 import os
@@ -8,13 +8,14 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = ("digits", "charts", "clocks")
+VIDEO_TASKS = ("drift", "lamps")
 TRAIN, TEST = 64, 20
 
 
@@ -39,14 +40,38 @@ def data_root(built_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return root
 
 
+@pytest.fixture(scope="session")
+def video_data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded video stream's data by its own script, few clips of each task."""
+    root = tmp_path_factory.mktemp("short") / "embedded_video"
+    build = (
+        "import build_video_data as b; "
+        f"b.TRAIN_CLIPS, b.TEST_QUESTIONS, b.GENERAL_QUESTIONS = {TRAIN}, {TEST}, {TEST}; b.main()"
+    )
+    command = [sys.executable, "-c", build, "--out", str(root)]
+    subprocess.run(command, cwd=ROOT / "recipes" / "embedded", check=True)
+    return root
+
+
 @dataclass
 class Recipe:
     """recipes/vqa.py on a stream of its own, with settings small enough for a test."""
+
+    script: ClassVar[str] = "recipes/vqa.py"
+    general: ClassVar[str] = "scenes"
 
     directory: Path
     data_root: Path
     tasks: tuple[str, ...] = TASKS[:2]
     seconds: float = 0.0  # how long the uninterrupted run took
+
+    def files(self, task: str) -> dict[str, str]:
+        """Where a task's test data lie, as the stream YAML names them."""
+        return {"test": f"{task}/test.json", "media_root": task}
+
+    def train_file(self, task: str) -> str:
+        """Where its training records lie."""
+        return f"{task}/train.json"
 
     @property
     def run_dir(self) -> Path:
@@ -56,11 +81,8 @@ class Recipe:
     def command(self, *arguments: str) -> list[str]:
         """The command line, after writing the stream file it names."""
         entry = {"metric": "exact", "max_new_tokens": 4}
-        tasks = [
-            {"name": t, "train": f"{t}/train.json", "test": f"{t}/test.json", "image_root": t, **entry}
-            for t in self.tasks
-        ]
-        general = [{"name": "scenes", "test": "scenes/test.json", "image_root": "scenes", **entry}]
+        tasks = [{"name": t, "train": self.train_file(t), **self.files(t), **entry} for t in self.tasks]
+        general = [{"name": self.general, **self.files(self.general), **entry}]
         stream = {"name": "short", "data_root": str(self.data_root), "tasks": tasks, "general": general}
         path = self.directory / "stream.yaml"
         path.write_text(yaml.safe_dump(stream))
@@ -77,7 +99,7 @@ class Recipe:
             "vision.rank": 4,
         }
         options = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-        return [sys.executable, "recipes/vqa.py", *options, *arguments]
+        return [sys.executable, self.script, *options, *arguments]
 
     def environment(self) -> dict[str, str]:
         """One thread, offline."""
@@ -111,6 +133,30 @@ class Recipe:
     def result(self) -> tuple[dict[str, Any], bytes]:
         """What two equal runs have in common: the matrix with its metrics, and the adapter."""
         return self.retention(), (self.run_dir / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@dataclass
+class VideoRecipe(Recipe):
+    """recipes/video.py, likewise."""
+
+    script: ClassVar[str] = "recipes/video.py"
+    general: ClassVar[str] = "motions"
+
+    tasks: tuple[str, ...] = VIDEO_TASKS
+
+    def files(self, task: str) -> dict[str, str]:
+        """In CL-VISTA's layout."""
+        rows = f"{task}/json_row"
+        answers = f"{rows}/test_answers.json"
+        return {
+            "test": f"{rows}/test_questions.json",
+            "test_answers": answers,
+            "media_root": f"{task}/videos",
+        }
+
+    def train_file(self, task: str) -> str:
+        """Likewise."""
+        return f"{task}/json_row/train_data.json"
 
 
 @pytest.fixture(scope="session")

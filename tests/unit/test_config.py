@@ -102,10 +102,10 @@ def test_identity_of_one_task_is_untouched_by_the_overrides_of_another() -> None
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "streams").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_shipped_stream_is_read_by_the_real_loader(path: Path, tmp_path: Path) -> None:
-    for name in re.findall(r"(?:train|test): ([\w/.-]+)", path.read_text()):
+    for name in re.findall(r"(?:train|test|test_answers|references): ([\w/.-]+)", path.read_text()):
         file = tmp_path / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("[]")
-    for name in re.findall(r"image_root: ([\w/.-]+)", path.read_text()):
+    for name in re.findall(r"media_root: ([\w/.-]+)", path.read_text()):
         (tmp_path / name).mkdir(parents=True, exist_ok=True)
     assert load_stream(path, tmp_path).tasks

@@ -10,9 +10,9 @@ PACKAGE = ROOT / "mllm_keeplora"
 
 LAYERS = {
     0: "errors platform_guards subspace sketch lora_init layer_scaling folding retention",
-    1: "targets linears gradients adapters console",
+    1: "targets linears processes sharding gradients adapters console",
     2: "config streams artifacts models protected data evaluation",
-    3: "training stage stream_runner finished chat export",
+    3: "training stage stream_runner recipe finished chat export check_stream fetch_stream",
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -7,22 +7,21 @@ from typing import Any
 import pytest
 from PIL import Image, ImageFile
 
+from mllm_keeplora.data.media import decode_image, refuse_truncated_images
 from mllm_keeplora.data.records import (
     RecordError,
     Sample,
     Turn,
     clean_question,
-    decode_image,
     load_records,
-    named_images,
-    refuse_truncated_images,
+    named_media,
     select_evenly,
 )
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """An image root with one good image, images/a.png, inside a folder that holds other things."""
+    """A media root with one good image, images/a.png, inside a folder that holds other things."""
     root = tmp_path / "data"
     (root / "images").mkdir(parents=True)
     Image.new("L", (40, 30), 90).save(root / "images/a.png")
@@ -109,7 +108,7 @@ def test_several_turns_keep_their_order_and_each_get_the_suffix(root: Path) -> N
 def test_text_only_records_only_where_allowed(root: Path) -> None:
     record = question_record()
     del record["image"]
-    assert "no image; text-only records need 'allow_text_only: true'" in refusal(root, record)
+    assert "no image or video; text-only records need 'allow_text_only: true'" in refusal(root, record)
     samples, _ = load_records(write(root, record, question_record(image=None)), root, allow_text_only=True)
     assert [sample.image for sample in samples] == [None, None]
 
@@ -138,7 +137,10 @@ def test_text_only_records_only_where_allowed(root: Path) -> None:
         ),
         (train_record(conversations=[{"from": "system", "value": "Be brief."}]), "expected 'human'"),
         (train_record(conversations=["What?"]), "conversations[0] is a JSON string"),
-        (message_record([{"type": "video"}]), "has a part {'type': 'video'}"),
+        (message_record([{"type": "audio"}]), "has a part {'type': 'audio'}"),
+        (train_record(video="a.mp4"), "an image and a video; expected at most one of them"),
+        (train_record(image=None, video=3), "the video is a JSON number; expected the path of a file"),
+        (question_record(text="<video>\nWhat?"), "no video although the question has <video>"),
         (question_record(text="<image> and <image>?"), "2 times <image> in its text"),
         (question_record(answer="<image> is it"), "<image> in a later message"),
         ("a string", "the record is a JSON string; expected an object"),
@@ -198,13 +200,13 @@ def test_missing_empty_and_foreign_files_are_refused_as_images(root: Path) -> No
     assert "on_bad_record" not in message  # nothing would be left
 
 
-def test_image_paths_stay_in_the_image_root(root: Path) -> None:
+def test_image_paths_stay_in_the_media_root(root: Path) -> None:
     outside = root.parent / "secret.png"
     Image.new("RGB", (4, 4)).save(outside)
     (root / "images/link.png").symlink_to(outside)
     for name in ("../secret.png", "images/../../secret.png", str(outside), "images/link.png", "/etc/passwd"):
         message = refusal(root, question_record(image=name))
-        assert f"image {name!r} lies outside the image root {root}" in message
+        assert f"image {name!r} lies outside the media root {root}" in message
     assert "expected the path of a file" in refusal(root, question_record(image="images/a\0.png"))
     # A path that leads back in is fine, and so is a root that is itself a link.
     linked = root.parent / "linked"
@@ -269,11 +271,11 @@ def test_a_missing_file_is_refused(root: Path) -> None:
         load_records(root / "none.json", root)
 
 
-def test_named_images_lists_what_the_records_name(root: Path) -> None:
+def test_named_media_lists_what_the_records_name(root: Path) -> None:
     path = write(
         root, question_record(), train_record(image="b.png"), train_record(), {"image": "bad record"}
     )
-    assert named_images(path) == {"images/a.png", "b.png"}
+    assert named_media(path, root) == {root / "images/a.png", root / "b.png"}
 
 
 def test_images_come_as_rgb_whatever_the_file_holds(root: Path) -> None:

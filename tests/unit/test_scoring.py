@@ -55,7 +55,7 @@ def test_contains_refuses_an_empty_answer() -> None:
 
 def test_question_loses_the_placeholder_and_gains_the_suffix() -> None:
     doc = {"text": "<image>\nWhat is it?", "image": None}
-    settings = {"image_root": "", "prompt_suffix": " One word."}
+    settings = {"media_root": "", "prompt_suffix": " One word."}
     assert utils.doc_to_messages(doc, settings) == [
         {"role": "user", "content": [{"type": "text", "text": "What is it? One word."}]}
     ]
@@ -63,11 +63,18 @@ def test_question_loses_the_placeholder_and_gains_the_suffix() -> None:
 
 def test_every_metric_has_its_function_and_reports_its_own_name() -> None:
     for path in TEMPLATES.glob("[!_]*.yaml"):
-        text = path.read_text()
-        assert f"process_results: !function utils.{path.stem}\n" in text
-        metrics = yaml.safe_load(text.replace("!function", ""))["metric_list"]
-        assert [metric["metric"] for metric in metrics] == [path.stem]
-        assert getattr(utils, path.stem)({"answer": "x"}, ["x"]) == {path.stem: 1.0}
+        template = yaml.safe_load(path.read_text().replace("!function", ""))
+        assert [metric["metric"] for metric in template["metric_list"]] == [path.stem]
+        module, function = template["process_results"].split(".")
+        assert function == path.stem
+        doc = {"answer": "A", "image": "AI2D_1.png", "references": ["A"], "answers": ["A"] * 10}
+        doc |= {"answer_type": "Doc-oriented VQA", "answer_bbox": "[0,0,1,1]"}
+        reply = "[0.0,0.0,1.0,1.00]" if path.stem == "coin_grounding" else "A"
+        # GQA's truths are in lower case.
+        doc["answer"] = "a" if path.stem in ("coin_gqa", "dcl_fin") else "A"
+        score = getattr(load_module(TEMPLATES / f"{module}.py"), function)(doc, [reply])
+        captioned = {path.stem: {"caption": "A", "references": ["A"]}}
+        assert score == (captioned if module == "captions" else {path.stem: 1.0})
 
 
 def results(per_sample: list[Any], **scores: Any) -> dict[str, Any]:

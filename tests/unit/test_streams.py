@@ -41,12 +41,12 @@ def document(data: Path) -> dict[str, Any]:
             "name": name,
             "train": f"{name}/train.json",
             "test": f"{name}/test.json",
-            "image_root": name,
+            "media_root": name,
             "metric": "exact",
         }
         for name in ("birds", "tools")
     ]
-    general = [{"name": "scenes", "test": "scenes/test.json", "image_root": "scenes", "metric": "exact"}]
+    general = [{"name": "scenes", "test": "scenes/test.json", "media_root": "scenes", "metric": "exact"}]
     return {"name": "mine", "data_root": str(data), "tasks": tasks, "general": general}
 
 
@@ -79,10 +79,11 @@ def test_a_stream_keeps_order_and_fills_in_defaults(load: Callable[..., Stream],
     )
     birds, tools = stream.tasks
     assert (stream.name, stream.data_root, birds.name, tools.name) == ("mine", data, "birds", "tools")
-    assert birds == TaskSpec("birds", "birds/train.json", "birds/test.json", "exact", "birds", "", 128, False)
+    files = ("birds/train.json", "birds/test.json")
+    assert birds == TaskSpec("birds", *files, "exact", None, "birds", "", 128, False)
     assert (tools.prompt_suffix, tools.max_new_tokens, tools.allow_text_only) == (" One word.", 4, True)
-    assert stream.general == (GeneralSpec("scenes", "scenes/test.json", "exact", "scenes"),)
-    samples, _ = load_records(stream.train_file(birds), stream.image_root(birds))
+    assert stream.general == (GeneralSpec("scenes", "scenes/test.json", "exact", media_root="scenes"),)
+    samples, _ = load_records(stream.train_file(birds), stream.media_root(birds))
     assert samples[0].image == data / "birds/images/a.png"
     assert stream.test_file(stream.general[0]) == data / "scenes/test.json"
 
@@ -151,7 +152,7 @@ def test_a_stock_benchmark_needs_no_file(load: Callable[..., Stream]) -> None:
             lambda d: d["tasks"][0].update(train="../birds.json"),
             "'../birds.json', which leaves the data root",
         ),
-        (lambda d: d["tasks"][0].update(image_root="/etc"), "'/etc', which leaves the data root"),
+        (lambda d: d["tasks"][0].update(media_root="/etc"), "'/etc', which leaves the data root"),
         (lambda d: d.update(tasks=[]), "the stream has no tasks"),
         (lambda d: d.update(tasks={"birds": 1}), "'tasks' is {'birds': 1}; expected a list"),
         (lambda d: d.update(tasks=["birds"]), "tasks[0] is 'birds'; expected 'key: value' lines"),

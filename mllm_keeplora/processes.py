@@ -1,0 +1,107 @@
+"""The processes of a run under `torchrun` or `accelerate launch`; a lone process never waits here.
+
+The main process alone decides, computes decompositions and writes files; the others wait and read. So a
+phase is skipped on all processes or on none, and A and M are one process's numbers everywhere. A process
+that fails ends with its message; the launcher then ends the others, which wait in a collective.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import broadcast_object_list, gather_object, reduce
+from torch import Tensor
+
+from mllm_keeplora.errors import KeepLoRAError
+
+T = TypeVar("T")
+
+# The others wait while the main process decomposes and writes; the launcher, not this limit, ends a dead run.
+TIMEOUT = timedelta(hours=12)
+_ACCELERATES_FLAG, SHARD_FLAG = "ACCELERATE_USE_FSDP", "KEEPLORA_SHARD_BASE"
+LOST = ("Connection closed by peer", "Connection reset by peer")
+
+
+class LostProcessError(KeepLoRAError, RuntimeError):
+    """Another process of the run ended while this one waited for it."""
+
+
+def start_processes(cpu: bool) -> int:
+    """Joins the processes that the launcher started; returns their number.
+
+    Args:
+        cpu: talk over gloo, also where there is a GPU.
+    """
+    # accelerate's own FSDP would wrap the trained factors too, in the middle of a stage: see sharding.py.
+    if _ACCELERATES_FLAG in os.environ:
+        os.environ[SHARD_FLAG] = os.environ.pop(_ACCELERATES_FLAG)
+    return PartialState(cpu=cpu, timeout=TIMEOUT).num_processes
+
+
+def end_processes() -> None:
+    """Leaves the group at the end of a run that went well, so that no backend complains of a leak."""
+    state = PartialState()
+    if state.num_processes > 1:
+        state.wait_for_everyone()
+        state.destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@contextmanager
+def lost_processes_explained() -> Iterator[None]:
+    """Keeps a process's own message from drowning in the tracebacks of those that waited for it (gloo).
+
+    Raises:
+        LostProcessError: in place of the backend's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if num_processes() == 1 or not any(text in str(error) for text in LOST):
+            raise
+        raise LostProcessError("another process of the run has ended; its own message says why") from error
+
+
+def num_processes() -> int:
+    """How many processes the run has."""
+    return PartialState().num_processes
+
+
+def is_main() -> bool:
+    """Whether this process writes the run's files."""
+    return PartialState().is_main_process
+
+
+def hide_bar() -> bool | None:
+    """tqdm's `disable`: one bar a run, on a terminal only."""
+    return None if is_main() else True
+
+
+def from_main(compute: Callable[[], T]) -> T:
+    """Runs `compute` on the main process alone; its result on every process, which all have waited for it."""
+    result = [compute() if is_main() else None]
+    return broadcast_object_list(result)[0]
+
+
+def wait_for_everyone() -> None:
+    """Returns once every process is here."""
+    PartialState().wait_for_everyone()
+
+
+def own_share(items: Sequence[T]) -> list[T]:
+    """This process's items: every one belongs to exactly one process; a process may get none."""
+    state = PartialState()
+    return list(items[state.process_index :: state.num_processes])
+
+
+def gather(value: T) -> list[T]:
+    """The values of all processes, in their order."""
+    return gather_object([value])
+
+
+def sum_of_all(tensor: Tensor) -> Tensor:
+    """The sum over all processes; its device is the model's."""
+    return reduce(tensor, "sum")

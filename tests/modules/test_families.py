@@ -1,0 +1,225 @@
+"""Every family of the table on NF4, both towers, images and clips: the table's facts, and a whole stage."""
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from PIL import Image
+from torch import nn
+
+from mllm_keeplora.config import ModelConfig, ProbeConfig, RunConfig, TowerConfig, TrainConfig, VideoConfig
+from mllm_keeplora.data.collator import ChatCollator, ProcessorError, prepare_questions
+from mllm_keeplora.data.media import decode_image
+from mllm_keeplora.data.records import Sample, Turn
+from mllm_keeplora.data.video import VideoReader
+from mllm_keeplora.finished import load_run
+from mllm_keeplora.gradients import gaussian_probe, sketch_gradients
+from mllm_keeplora.models import load_base, read_adapter
+from mllm_keeplora.stream_runner import run_stream
+from mllm_keeplora.targets import FAMILIES, Media, family_of, find_targets
+from tests.clips import write_clip
+from tests.modules.conftest import BOTH_TOWERS, model_config
+from tests.modules.tiny_families import BUILDERS, save_tiny
+
+COLUMNS = 8
+CASES = [(family, media) for family in FAMILIES for media in FAMILIES[family].vision_layers]
+MAIN_MEDIA: dict[str, Media] = {
+    name: "video" if "video" in family.vision_layers else "image" for name, family in FAMILIES.items()
+}
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Directory of a family's tiny model, made on first use."""
+    root = tmp_path_factory.mktemp("families")
+
+    def directory(family: str) -> Path:
+        if not (root / family).exists():
+            save_tiny(family, root / family)
+        return root / family
+
+    return directory
+
+
+@pytest.fixture(scope="session")
+def media_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four images and four clips of noise, of two sizes."""
+    root = tmp_path_factory.mktemp("media")
+    rng = np.random.default_rng(0)
+    for number in range(4):
+        shape = (64, 64, 3) if number % 2 else (48, 80, 3)
+        Image.fromarray(rng.integers(0, 255, shape, dtype=np.uint8)).save(root / f"{number}.png")
+        write_clip(root / f"{number}.mp4", list(rng.integers(0, 255, (12, *shape), dtype=np.uint8)))
+    return root
+
+
+def samples(root: Path, media: Media) -> list[Sample]:
+    turns = (Turn("what is this ?", "red"), Turn("is this red ?", "yes no yes"))
+    return [
+        Sample(id=str(n), image=root / f"{n}.png", turns=turns[: 1 + n % 2])
+        if media == "image"
+        else Sample(id=str(n), image=None, turns=turns[: 1 + n % 2], video=root / f"{n}.mp4")
+        for n in range(4)
+    ]
+
+
+def reader() -> VideoReader:
+    return VideoReader(VideoConfig(frames=8), None)
+
+
+def linears_with_gradient(dense: nn.Module) -> dict[str, torch.Tensor]:
+    """Gradients of every linear layer that has one, by name."""
+    return {
+        name: module.weight.grad
+        for name, module in dense.named_modules()
+        if isinstance(module, nn.Linear) and module.weight.grad is not None and module.weight.grad.any()
+    }
+
+
+def test_the_table_and_the_tiny_models_are_the_same_families() -> None:
+    assert set(FAMILIES) == set(BUILDERS)
+    assert {media for family in FAMILIES.values() for media in family.vision_layers} == set(get_args(Media))
+
+
+@pytest.mark.parametrize("family, media", CASES)
+def test_targets_are_what_gets_a_gradient_and_probes_measure_it(
+    family: str, media: Media, tiny: Any, media_root: Path
+) -> None:
+    """The table names exactly the layers that the data reach; on each the probe is autograd's gradient."""
+    model, processor = load_base(model_config(tiny(family), "nf4"))
+    collator = ChatCollator(processor, None, reader())
+    batches = [collator(samples(media_root, media)[:3]), collator(samples(media_root, media)[3:])]
+    targets = find_targets(model, BOTH_TOWERS, media=[media])
+
+    sketches = sketch_gradients(model, targets, {t.name: COLUMNS for t in targets}, lambda: batches, seed=3)
+    dense = copy.deepcopy(model)
+    dense.dequantize()
+    dense.requires_grad_(True)
+    tokens = sum(int((b["labels"] != -100).sum()) for b in batches)
+    for inputs in batches:
+        (dense(**inputs, num_items_in_batch=1).loss / tokens).backward()
+    exact = linears_with_gradient(dense)
+
+    apart = (*family_of(model.config).projectors, "lm_head")
+    assert {t.name for t in targets} == {name for name in exact if not name.startswith(apart)}
+    for target in targets:
+        expected = gaussian_probe(target, COLUMNS, 3).T @ exact[target.name]
+        error = (sketches[target.name] - expected).norm() / expected.norm()
+        assert error < 1e-5, (target.name, float(error))
+
+
+@pytest.mark.parametrize("family, media", CASES)
+def test_training_and_evaluation_give_the_model_the_same(
+    family: str, media: Media, tiny: Any, media_root: Path
+) -> None:
+    _, processor = load_base(model_config(tiny(family), "nf4"))
+    [sample] = samples(media_root, media)[:1]
+    collator = ChatCollator(processor, None, reader())
+    batch, again = collator([sample]), collator([sample])
+    assert batch.keys() == again.keys()
+    assert all(torch.equal(batch[key], again[key]) for key in batch)
+
+    shown = decode_image(sample.image) if sample.image else reader().read(sample.video)  # type: ignore[arg-type]
+    asked = prepare_questions(processor, [(sample.turns[0].question, shown)], torch.device("cpu"))
+    length = asked["input_ids"].shape[1]
+    assert torch.equal(batch["input_ids"][:, :length], asked["input_ids"])
+    for key in asked.keys() - {"input_ids", "attention_mask", "mm_token_type_ids"}:
+        assert torch.equal(torch.as_tensor(batch[key]), torch.as_tensor(asked[key])), key
+    supervised = batch["input_ids"][0][batch["labels"][0] != -100]
+    assert processor.tokenizer.convert_ids_to_tokens(supervised.tolist()) == ["red", "</s>"]
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if "video" not in FAMILIES[f].vision_layers])
+def test_an_image_family_refuses_clips(family: str, tiny: Any, media_root: Path) -> None:
+    _, processor = load_base(model_config(tiny(family), "nf4"))
+    with pytest.raises(ProcessorError, match="takes no video"):
+        ChatCollator(processor, None, reader())(samples(media_root, "video"))
+
+
+def write_stream(root: Path, data: Path, media: Media) -> Path:
+    """A stream of one task, as files."""
+    suffix = "png" if media == "image" else "mp4"
+    train = [
+        {
+            "id": n,
+            media: f"{n}.{suffix}",
+            "conversations": [
+                {"from": "human", "value": f"<{media}>\nwhat is this ?"},
+                {"from": "gpt", "value": ("red", "blue")[n % 2]},
+            ],
+        }
+        for n in range(4)
+    ]
+    (root / "train.json").write_text(json.dumps(train))
+    if media == "image":
+        test = [
+            {"question_id": n, "image": f"{n}.png", "text": "what is this ?", "answer": "red"} for n in (0, 1)
+        ]
+        entry = {"test": "test.json"}
+    else:
+        test = [{"question_id": n, "video_name": str(n), "question": "what is this ?"} for n in (0, 1)]
+        (root / "answers.json").write_text(json.dumps([{"answer": "red"}, {"answer": "blue"}]))
+        entry = {"test": "test.json", "test_answers": "answers.json"}
+    (root / "test.json").write_text(json.dumps(test))
+    (root / "media").symlink_to(data)
+    task = {
+        "name": "colours",
+        "train": "train.json",
+        "media_root": "media",
+        "metric": "exact",
+        "max_new_tokens": 2,
+    }
+    stream = {"name": "tiny", "data_root": str(root), "tasks": [{**task, **entry}]}
+    (root / "stream.yaml").write_text(yaml.safe_dump(stream))
+    return root / "stream.yaml"
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Loading a model may set torch's threads."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_whole_stage(family: str, tiny: Any, media_root: Path, tmp_path: Path, one_thread: None) -> None:
+    media = MAIN_MEDIA[family]
+    tower = TowerConfig(rank=2)
+    config = RunConfig(
+        run_dir=str(tmp_path / "run"),
+        stream=str(write_stream(tmp_path, media_root, media)),
+        model=ModelConfig(base_model=str(tiny(family)), device="cpu"),
+        language=tower,
+        vision=tower,
+        probe=ProbeConfig(fraction=1.0, columns_per_rank=4, batch_size=3),
+        train=TrainConfig(max_steps=3, per_device_train_batch_size=2, learning_rate=1e-2),
+        cache_dir=str(tmp_path / "cache"),
+        report_to=[],
+    )
+    retention = run_stream(config)  # refuses a function changed at the start, and leakage, itself
+    assert [row["scores"]["colours"]["n"] for row in retention["rows"]] == [2, 2]
+
+    manifest = json.loads((tmp_path / "run/stages/01-colours/manifest.json").read_text())
+    modules = {m["name"]: m for m in manifest["modules"]}
+    base, processor = load_base(config.model)
+    assert set(modules) == {t.name for t in find_targets(base, BOTH_TOWERS, media=[media])}
+    assert max(m["leakage"] for m in modules.values()) <= 1e-6
+    assert max(m["orthonormality_error"] for m in modules.values()) <= 1e-5
+    factors = read_adapter(tmp_path / "run/adapter")
+    assert any(b.abs().max() > 0 for _, b in factors.values())
+
+    batch = ChatCollator(processor, None, reader())(samples(media_root, media)[:2])
+    with torch.no_grad():
+        untouched = base(**batch).logits
+        expected = load_run(tmp_path / "run")[0](**batch).logits
+        found = PeftModel.from_pretrained(base, str(tmp_path / "run/adapter")).eval()(**batch).logits
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, untouched)

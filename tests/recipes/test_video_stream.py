@@ -1,0 +1,157 @@
+"""The video recipe from its command line: the same report as the image recipe's, from real clips."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.recipes.conftest import ROOT, TEST, VIDEO_TASKS, VideoRecipe
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, video_data_root: Path) -> VideoRecipe:
+    """An uninterrupted run. Tests read it and leave it as it is."""
+    recipe = VideoRecipe(tmp_path_factory.mktemp("finished_video"), video_data_root)
+    done = recipe.run()
+    assert done.returncode == 0, done.stderr
+    return recipe
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, video_data_root: Path) -> VideoRecipe:
+    """A run that has not started."""
+    return VideoRecipe(tmp_path, video_data_root)
+
+
+def manifest(recipe: VideoRecipe, stage: int) -> dict[str, Any]:
+    name = f"{stage:02d}-{('base', *recipe.tasks)[stage]}"
+    return dict(json.loads((recipe.run_dir / "stages" / name / "manifest.json").read_text()))
+
+
+def test_the_report_holds_every_task_and_the_general_suite_after_every_stage(finished: VideoRecipe) -> None:
+    retention = finished.retention()
+    assert (tuple(retention["tasks"]), retention["general"]) == (VIDEO_TASKS, ["motions"])
+    assert len(retention["rows"]) == 3
+    for row in retention["rows"]:
+        assert {name: score["n"] for name, score in row["scores"].items()} == dict.fromkeys(
+            (*VIDEO_TASKS, "motions"), TEST
+        )
+    for name in ("report.html", "accuracy_matrix.png", "accuracy_matrix.csv", "adapter/adapter_config.json"):
+        assert (finished.run_dir / name).stat().st_size > 100, name
+
+
+def test_both_towers_learn_in_the_residual_subspace(finished: VideoRecipe) -> None:
+    for stage in (1, 2):
+        modules = manifest(finished, stage)["modules"]
+        assert {m["tower"] for m in modules} == {"vision", "language"}
+        assert max(m["leakage"] for m in modules) <= 1e-6
+        assert min(m["rank"] for m in modules) == 4
+
+
+def test_frames_are_cached_and_clips_checked_once(finished: VideoRecipe) -> None:
+    cache = finished.directory.parent / "weight_cache"
+    assert list((cache / "frames").rglob("*.safetensors"))
+    assert list((cache / "checked_media").glob("*.json"))
+
+
+def test_a_killed_run_continues_to_the_same_result(finished: VideoRecipe, fresh: VideoRecipe) -> None:
+    process = fresh.start()
+    moment = fresh.run_dir / "stages/01-drift/checkpoints/checkpoint-3/complete"
+    deadline = time.monotonic() + 300
+    while not moment.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert process.poll() is None, "the run ended before it could be killed"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = fresh.run()
+    assert done.returncode == 0, done.stderr
+    assert fresh.result() == finished.result()
+
+
+def test_the_leaderboard_repeats_the_run_in_a_fresh_process(finished: VideoRecipe, tmp_path: Path) -> None:
+    command = [sys.executable, "eval/leaderboard.py", str(finished.run_dir), "--table", str(tmp_path)]
+    environment = finished.environment()
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "All 3 scores equal" in done.stdout
+    [row] = json.loads((tmp_path / "leaderboard.json").read_text())["rows"]
+    assert row["equal_to_run"]
+
+
+def test_chat_gives_the_evaluated_reply(finished: VideoRecipe) -> None:
+    rows = finished.data_root / "drift/json_row/test_questions.json"
+    question = json.loads(rows.read_text())[0]
+    replies = (finished.run_dir / "stages/02-lamps/evaluation/drift.jsonl").read_text().splitlines()
+    clip = finished.data_root / "drift/videos" / f"{question['video_name']}.mp4"
+    command = [sys.executable, "-m", "mllm_keeplora.chat", str(finished.run_dir), "--video", str(clip)]
+    done = subprocess.run(
+        [*command, "--max-new-tokens", "4", question["question"]],
+        cwd=ROOT,
+        env=finished.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == json.loads(replies[0])["reply"], done.stderr
+
+
+def test_the_export_answers_like_the_run(finished: VideoRecipe, tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+    command = [sys.executable, "-m", "mllm_keeplora.export", str(finished.run_dir), "--out", str(out)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=finished.environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    difference = json.loads((out / "export.json").read_text())
+    assert difference["questions"] == TEST
+    assert difference["relative_logits"] < 0.05
+
+
+def spoil(recipe: VideoRecipe, root: Path) -> VideoRecipe:
+    """The same data with one training clip cut short."""
+    subprocess.run(["cp", "-a", str(recipe.data_root), str(root)], check=True)
+    clip = root / "lamps/videos/train/00003.mp4"
+    clip.write_bytes(clip.read_bytes()[:-400])
+    return replace(recipe, data_root=root)
+
+
+def test_a_damaged_clip_is_refused_with_its_row_before_anything_runs(
+    fresh: VideoRecipe, tmp_path: Path
+) -> None:
+    broken = spoil(fresh, tmp_path / "spoilt")
+    done = broken.run()
+    assert done.returncode == 2, done.stderr
+    message = done.stderr[done.stderr.index("error: ") :]
+    assert "lamps/json_row/train_data.json: 1 of 64 records cannot be used" in message
+    assert "row 4: " in message
+    assert "lamps/videos/train/00003.mp4" in message
+    assert not (broken.run_dir / "stages").exists()
+
+
+def test_a_damaged_clip_is_left_out_and_counted_where_that_is_asked_for(
+    fresh: VideoRecipe, tmp_path: Path
+) -> None:
+    broken = replace(spoil(fresh, tmp_path / "spoilt"), tasks=VIDEO_TASKS[1:])
+    done = broken.run("--on_bad_record", "skip", "--evaluation.limit", "2", "--train.max_steps", "2")
+    assert done.returncode == 0, done.stderr
+    counts = manifest(broken, 1)["counts"]
+    assert counts["train_samples"] == 63
+    assert [record["row"] for record in counts["skipped_records"]] == [4]
+
+
+def test_accelerate_launch_runs_the_recipe_with_loader_workers(fresh: VideoRecipe) -> None:
+    short = replace(fresh, tasks=VIDEO_TASKS[:1])
+    arguments = ("--train.max_steps", "2", "--evaluation.limit", "2", "--train.dataloader_num_workers", "2")
+    command = short.command(*arguments, "--video.cache_gb", "0")
+    launched = [command[0], "-m", "accelerate.commands.launch", *command[1:]]
+    done = subprocess.run(
+        launched, cwd=ROOT, env=short.environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert [row["task"] for row in short.retention()["rows"]] == [None, "drift"]

@@ -1,0 +1,634 @@
+"""Video decoding: the right frames, the same from every backend; bad files are errors and never a hang."""
+
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import wave
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+from torch.utils.data import DataLoader, Dataset
+
+from mllm_keeplora.config import VideoConfig
+from mllm_keeplora.data import decoder_process, video
+from mllm_keeplora.data.video import Clip, VideoError, VideoReader, sample_indices
+from tests import clips
+
+ROOT = Path(__file__).resolve().parents[2]
+CLOSED = {"crf": "4", "x264-params": "keyint=10:min-keyint=10:bframes=3:scenecut=0"}
+OPEN = {"crf": "4", "x264-params": "open-gop=1:keyint=10:min-keyint=10:bframes=3:scenecut=0"}
+
+decord = pytest.importorskip("decord", reason="decord has no wheel for this machine")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("clips")
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> Path:
+    return clips.write_clip(folder / "plain.mp4", clips.moving_frames(40), options=CLOSED)
+
+
+@pytest.fixture(scope="module")
+def readers() -> Iterator[dict[str, VideoReader]]:
+    made = {name: VideoReader(_config(backend=name), None) for name in ("pyav", "decord")}
+    yield made
+    for reader in made.values():
+        reader.close()
+
+
+def _config(**settings: object) -> VideoConfig:
+    return VideoConfig(**{"frames": 8, "timeout": 30.0, "cache_gb": 0.0, **settings})  # type: ignore[arg-type]
+
+
+def _expected(path: Path, frames: int = 8) -> np.ndarray:
+    every = clips.decode_all(path)
+    return np.stack([every[index] for index in np.linspace(0, len(every) - 1, frames).astype(int)])
+
+
+# --- Which frames ---
+
+
+def test_frames_are_spread_from_the_first_to_the_last() -> None:
+    for total in range(1, 120):
+        for frames in range(1, total + 1):
+            indices = sample_indices(total, 25.0, _config(frames=frames))
+            assert len(indices) == frames
+            assert indices[0] == 0 and (frames == 1 or indices[-1] == total - 1)
+            assert all(a < b for a, b in zip(indices, indices[1:], strict=False))
+            assert list(indices) == np.linspace(0, total - 1, frames).astype(int).tolist()
+
+
+def test_a_rate_takes_frames_by_the_clips_length_up_to_the_cap() -> None:
+    config = _config(frames=16, fps=2.0)
+    assert len(sample_indices(150, 30.0, config)) == 10  # five seconds
+    assert len(sample_indices(3000, 30.0, config)) == 16
+    assert sample_indices(3000, 30.0, config)[-1] == 2999
+    assert sample_indices(3, 30.0, config) == (0,)
+    assert sample_indices(4, 1.0, _config(frames=16, fps=8.0)) == (0, 1, 2, 3)  # no frame twice
+
+
+def test_a_clip_that_is_too_short_names_the_setting_to_change() -> None:
+    with pytest.raises(VideoError, match="has 5 frames, fewer than video.frames: 8.*lower video.frames to"):
+        sample_indices(5, 25.0, _config())
+
+
+# --- The same frames from every backend ---
+
+Make = Callable[[Path, Path], Path]  # (ordinary clip, target)
+
+FAITHFUL: dict[str, Make] = {
+    "as it is": lambda plain, target: Path(shutil.copy(plain, target)),
+    "index first": clips.index_first,
+    "one group of pictures": lambda _, target: clips.write_clip(target, clips.moving_frames(30)),
+    "odd width": lambda _, target: clips.write_clip(target, clips.moving_frames(12, 46, 86)),
+    "BT.709": lambda _, target: clips.write_clip(target, clips.moving_frames(12), colorspace=clips.BT709),
+    "full range": lambda _, target: clips.write_clip(
+        target, clips.moving_frames(12), colorspace=clips.BT709, color_range=clips.FULL_RANGE
+    ),
+    "10 bit": lambda _, target: clips.write_clip(
+        target, clips.moving_frames(12), pix_fmt="yuv420p10le", color_range=clips.FULL_RANGE
+    ),
+    "4:4:4": lambda _, target: clips.write_clip(target, clips.moving_frames(12), pix_fmt="yuv444p"),
+    "turned by 90": lambda plain, target: clips.set_display_matrix(plain, target, (0, 1, -1, 0)),
+    "turned by 180": lambda plain, target: clips.set_display_matrix(plain, target, (-1, 0, 0, -1)),
+    "turned by 270": lambda plain, target: clips.set_display_matrix(plain, target, (0, -1, 1, 0)),
+}
+
+
+@pytest.mark.parametrize("name", FAITHFUL)
+def test_backends_agree_bit_for_bit(
+    name: str, plain: Path, tmp_path: Path, readers: dict[str, VideoReader]
+) -> None:
+    path = FAITHFUL[name](plain, tmp_path / "clip.mp4")
+    read = {backend: reader.read(path) for backend, reader in readers.items()}
+    np.testing.assert_array_equal(read["decord"].frames, read["pyav"].frames)
+    assert read["decord"].indices == read["pyav"].indices
+    assert (read["decord"].fps, read["decord"].total_frames) == (8.0, read["pyav"].total_frames)
+    # And with decord as others use it.
+    alone = decord.VideoReader(str(path), num_threads=1).get_batch(list(read["pyav"].indices)).asnumpy()
+    np.testing.assert_array_equal(read["pyav"].frames, alone)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5, 17, 40])
+def test_frames_left_out_while_decoding_change_no_frame_that_is_taken(
+    frames: int, plain: Path, folder: Path
+) -> None:
+    for path in (plain, clips.write_clip(folder / "open.mp4", clips.moving_frames(40), options=OPEN)):
+        clip = VideoReader(_config(frames=frames, backend="pyav"), None).read(path)
+        np.testing.assert_array_equal(clip.frames, _expected(path, frames))
+
+
+@pytest.mark.parametrize("name", ["as it is", "no times", "open groups of pictures", "edit list"])
+def test_a_file_too_large_to_keep_its_packets_is_read_twice(
+    name: str, plain: Path, tmp_path: Path, readers: dict[str, VideoReader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suffix, make = UNFAITHFUL.get(name, ("clip.mp4", FAITHFUL["as it is"]))
+    path = make(plain, tmp_path / suffix)
+    monkeypatch.setattr(decoder_process, "KEEP_PACKETS_BYTES", 0)
+    header, frames = decoder_process.decode({"path": str(path), "frames": 8, "fps": None}, "pyav")
+    expected = readers["pyav"].read(path)
+    np.testing.assert_array_equal(frames, expected.frames)
+    assert header["total_frames"] == expected.total_frames
+
+
+def test_a_clip_states_its_length(plain: Path, readers: dict[str, VideoReader]) -> None:
+    clip = readers["pyav"].read(plain)
+    assert clip.total_frames == 40 and clip.fps == 8.0 and clip.duration == 5.0
+    assert clip.frames.dtype == np.uint8 and clip.frames.shape == (8, 64, 96, 3)
+    np.testing.assert_array_equal(clip.frames, readers["pyav"].read(plain).frames)
+
+
+def test_colours_are_those_that_were_encoded(tmp_path: Path, readers: dict[str, VideoReader]) -> None:
+    """BT.709 frames read with BT.601's matrix are off by up to 20 levels."""
+    import av
+
+    red = np.zeros((32, 32, 3), np.uint8) + np.array([200, 30, 40], np.uint8)
+    path = tmp_path / "red.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.width = stream.height = 32
+        stream.pix_fmt, stream.options = "yuv420p", {"crf": "0"}
+        stream.codec_context.colorspace = clips.BT709
+        for _ in range(8):
+            frame = av.VideoFrame.from_ndarray(red, format="rgb24").reformat(
+                format="yuv420p", src_colorspace=5, dst_colorspace=clips.BT709
+            )
+            frame.colorspace = clips.BT709
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    for reader in readers.values():
+        assert np.abs(reader.read(path).frames.astype(int) - red).max() <= 4  # rounding, twice
+
+
+@pytest.mark.parametrize(("matrix", "turns"), [((0, 1, -1, 0), 3), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1)])
+def test_turned_clips_are_seen_as_a_player_shows_them(
+    matrix: tuple[float, float, float, float],
+    turns: int,
+    plain: Path,
+    tmp_path: Path,
+    readers: dict[str, VideoReader],
+) -> None:
+    path = clips.set_display_matrix(plain, tmp_path / "turned.mp4", matrix)
+    upright = readers["pyav"].read(plain).frames
+    np.testing.assert_array_equal(readers["pyav"].read(path).frames, np.rot90(upright, turns, axes=(1, 2)))
+
+
+# What decord gets wrong in silence: PyAV decodes it.
+UNFAITHFUL: dict[str, tuple[str, Make]] = {
+    "open groups of pictures": (
+        "clip.mp4",
+        lambda _, target: clips.write_clip(target, clips.moving_frames(40), options=OPEN),
+    ),
+    "edit list": ("clip.mp4", lambda plain, target: clips.copy_packets(plain, target, later=-0.7)),
+    "second stream header": ("clip.mp4", clips.add_sample_entry),
+    # Of rows that are padded to a multiple of their width decord takes the padding for a fourth channel.
+    "48 pixels wide": (
+        "clip.mp4",
+        lambda _, target: clips.write_clip(target, clips.moving_frames(12, 64, 48)),
+    ),
+    "mkv": ("clip.mkv", clips.copy_packets),
+    "ts": ("clip.ts", lambda _, target: clips.write_clip(target, clips.moving_frames(30))),
+    "vp9": (
+        "clip.webm",
+        lambda _, target: clips.write_clip(target, clips.moving_frames(20), codec="libvpx-vp9"),
+    ),
+    "mpeg4": ("clip.avi", lambda _, target: clips.write_clip(target, clips.moving_frames(30), codec="mpeg4")),
+    "no times": ("clip.h264", lambda _, target: clips.write_clip(target, clips.moving_frames(30))),
+}
+
+
+@pytest.mark.parametrize("name", UNFAITHFUL)
+def test_files_that_decord_is_not_known_to_read_rightly_are_refused_under_it(
+    name: str, plain: Path, tmp_path: Path, readers: dict[str, VideoReader]
+) -> None:
+    suffix, make = UNFAITHFUL[name]
+    path = make(plain, tmp_path / suffix)
+    np.testing.assert_array_equal(readers["pyav"].read(path).frames, _expected(path))
+    with pytest.raises(VideoError, match="not decoded by decord.*set video.backend: pyav"):
+        readers["decord"].read(path)
+
+
+@pytest.mark.parametrize("name", ["open groups of pictures", "edit list"])
+def test_decord_still_returns_wrong_frames_in_silence(name: str, plain: Path, tmp_path: Path) -> None:
+    """The reason for not trusting it there. If this fails, decord was repaired."""
+    suffix, make = UNFAITHFUL[name]
+    path = make(plain, tmp_path / suffix)
+    every = clips.decode_all(path)
+    alone = decord.VideoReader(str(path), num_threads=1)
+    indices = list(range(2, len(every), 3))
+    taken = alone.get_batch(indices).asnumpy()
+    assert any(not np.array_equal(frame, every[i]) for frame, i in zip(taken, indices, strict=True))
+
+
+# --- Bad files ---
+
+
+def _picture(kind: str) -> Make:
+    def make(_: Path, target: Path) -> Path:
+        Image.fromarray(clips.moving_frames(1)[0]).save(target, format=kind)
+        return target
+
+    return make
+
+
+def _wav(_: Path, target: Path) -> Path:
+    with wave.open(str(target), "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(2)
+        sound.setframerate(8000)
+        sound.writeframes(bytes(16000))
+    return target
+
+
+def _damaged(plain: Path, target: Path) -> Path:
+    data = bytearray(clips.index_first(plain, target).read_bytes())
+    start, count = len(data) // 2, len(data) // 4
+    data[start : start + count] = np.random.default_rng(0).integers(0, 256, count, dtype=np.uint8).tobytes()
+    target.write_bytes(data)
+    return target
+
+
+def _two_sizes(suffix: str) -> Make:
+    def make(_: Path, target: Path) -> Path:
+        parts = [target.with_name(f"{size}{suffix}") for size in (64, 32)]
+        for part, size in zip(parts, (64, 32), strict=True):
+            clips.write_clip(part, clips.moving_frames(20, size, size))
+        target.write_bytes(b"".join(part.read_bytes() for part in parts))
+        return target
+
+    return make
+
+
+def _cut(share: float, then: Make | None = None) -> Make:
+    def make(plain: Path, target: Path) -> Path:
+        whole = target.with_name(f"whole{target.suffix}")
+        return clips.cut((then or clips.index_first)(plain, whole), target, share)
+
+    return make
+
+
+BAD: dict[str, tuple[str, Make, str]] = {
+    "missing": ("a.mp4", lambda _, target: target, "does not exist"),
+    "folder": ("a.mp4", lambda _, target: target.mkdir() or target, "is a folder"),
+    "empty": ("a.mp4", lambda _, target: target.touch() or target, "is empty"),
+    "text": ("a.mp4", lambda _, target: target.write_text("no video\n" * 99) and target, "cannot be opened"),
+    "no index": ("a.mp4", lambda plain, target: clips.cut(plain, target, 0.5), "is truncated"),
+    "a third": ("a.mp4", _cut(0.4), "is truncated"),
+    "all but one percent": ("a.mp4", _cut(0.99), "is truncated"),
+    "cut mkv": ("a.mkv", _cut(0.6, clips.copy_packets), "is truncated"),
+    "cut webm": ("a.webm", _cut(0.6, UNFAITHFUL["vp9"][1]), "is truncated"),
+    "cut avi": ("a.avi", _cut(0.6, UNFAITHFUL["mpeg4"][1]), "is truncated"),
+    "damaged inside": ("a.mp4", _damaged, "is damaged|damaged picture"),
+    "sound": ("a.mp4", lambda _, target: clips.write_sound(target), "has no video stream"),
+    "wav": ("a.mp4", _wav, "has no video stream"),
+    "png": ("a.mp4", _picture("PNG"), "is an image"),
+    "jpeg": ("a.mp4", _picture("JPEG"), "is an image"),
+    "gif": ("a.mp4", _picture("GIF"), "is an image"),
+    "webp": ("a.mp4", _picture("WEBP"), "is an image"),
+    "too short": (
+        "a.mp4",
+        lambda _, target: clips.write_clip(target, clips.moving_frames(7)),
+        "has 7 frames, fewer than video.frames: 8",
+    ),
+    # The second part also starts its packet counters anew.
+    "two sizes, ts": ("a.ts", _two_sizes(".ts"), "changes its size midway|is damaged"),
+    "two sizes, raw": ("a.h264", _two_sizes(".h264"), "changes its size midway, from 64x64 to 32x32"),
+    "turned by 45": (
+        "a.mp4",
+        lambda plain, target: clips.set_display_matrix(plain, target, (0.7071, 0.7071, -0.7071, 0.7071)),
+        "turned or mirrored",
+    ),
+    "mirrored": (
+        "a.mp4",
+        lambda plain, target: clips.set_display_matrix(plain, target, (-1, 0, 0, 1)),
+        "turned or mirrored",
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", ["pyav", "decord"])
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_file_is_an_error_that_names_it(
+    name: str, backend: str, plain: Path, tmp_path: Path, readers: dict[str, VideoReader]
+) -> None:
+    file, make, message = BAD[name]
+    path = make(plain, tmp_path / file)
+    # decord's own words differ where it is the one that stumbles.
+    with pytest.raises(VideoError, match=message if backend == "pyav" else f"{message}|by decord") as caught:
+        readers[backend].read(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_image_is_refused_even_where_one_frame_is_asked_for(tmp_path: Path) -> None:
+    reader = VideoReader(_config(frames=1), None)
+    for kind in ("PNG", "JPEG", "GIF"):
+        with pytest.raises(VideoError, match="is an image"):
+            reader.read(_picture(kind)(tmp_path, tmp_path / "a.mp4"))
+
+
+def test_a_backend_that_is_not_installed_says_so(plain: Path, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "torchcodec.py").write_text("raise ImportError('no such library')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    reader = VideoReader(_config(backend="torchcodec"), None)
+    with pytest.raises(VideoError, match="torchcodec cannot be imported.*pip install torchcodec"):
+        reader.read(plain)
+
+
+def test_without_decord_pyav_decodes(plain: Path, tmp_path: Path, monkeypatch) -> None:
+    expected = VideoReader(_config(), None).read(plain)
+    (tmp_path / "decord.py").write_text("raise ImportError('no wheel')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    np.testing.assert_array_equal(VideoReader(_config(), None).read(plain).frames, expected.frames)
+    with pytest.raises(VideoError, match="decord cannot be imported"):
+        VideoReader(_config(backend="decord"), None).read(plain)
+
+
+# --- The decoder's process ---
+
+
+@pytest.fixture
+def treacherous(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A decoder that hangs, crashes or dies where a clip's name says so."""
+    script = tmp_path / "treacherous.py"
+    script.write_text(
+        f"import os, signal, sys, time\nsys.path.insert(0, {str(video.DECODER.parent)!r})\n"
+        "import decoder_process as decoder\n"
+        "decoder.ALARM_GRACE_SECONDS = 0.5\n"
+        "decode = decoder.decode\n"
+        "def treacherous(request, backend):\n"
+        "    if 'hang' in os.path.basename(request['path']): time.sleep(60)\n"
+        "    if 'crash' in os.path.basename(request['path']): os.kill(os.getpid(), signal.SIGSEGV)\n"
+        "    if 'raise' in os.path.basename(request['path']): raise KeyError('unforeseen')\n"
+        "    if 'noise' in os.path.basename(request['path']): print('x' * 99, 'y' * 200_000)\n"
+        "    return decode(request, backend)\n"
+        "decoder.decode = treacherous\n"
+        "decoder.main()\n"
+    )
+    monkeypatch.setattr(video, "DECODER", script)
+    return script
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("hang", "was not decoded within video.timeout: 2 s"),
+        ("crash", "crashed its decoder .signal SIGSEGV"),
+        ("raise", "crashed its decoder .exit status 1: KeyError: 'unforeseen'"),
+    ],
+)
+def test_a_decoder_that_hangs_or_dies_costs_one_clip(
+    name: str, message: str, plain: Path, tmp_path: Path, treacherous: Path
+) -> None:
+    bad = Path(shutil.copy(plain, tmp_path / f"{name}.mp4"))
+    reader = VideoReader(_config(timeout=2.0), None)
+    first = reader.read(plain)
+    started = time.monotonic()
+    with pytest.raises(VideoError, match=message) as caught:
+        reader.read(bad)
+    assert str(bad) in str(caught.value)
+    assert time.monotonic() - started < 5.0
+    np.testing.assert_array_equal(reader.read(plain).frames, first.frames)
+
+
+def test_what_libraries_print_is_not_taken_for_frames(plain: Path, tmp_path: Path, treacherous: Path) -> None:
+    noisy = Path(shutil.copy(plain, tmp_path / "noise.mp4"))
+    reader = VideoReader(_config(), None)
+    np.testing.assert_array_equal(reader.read(noisy).frames, reader.read(plain).frames)
+
+
+def _pids(reader: VideoReader) -> list[int]:
+    return [decoder._process.pid for decoder in reader._pool._decoders]
+
+
+def test_a_decoder_that_was_killed_while_idle_is_replaced(plain: Path) -> None:
+    reader = VideoReader(_config(), None)
+    first = reader.read(plain)
+    os.kill(_pids(reader)[0], signal.SIGKILL)
+    time.sleep(0.2)
+    np.testing.assert_array_equal(reader.read(plain).frames, first.frames)
+    reader.close()
+    assert _pids(reader) == []
+
+
+def _gone(pid: int, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except FileNotFoundError:
+            return True
+        if state == "Z":  # ended; nobody in this container may be there to reap it
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks processes up in /proc")
+@pytest.mark.parametrize("hanging", [False, True])
+def test_no_decoder_outlives_its_parent(
+    hanging: bool, plain: Path, tmp_path: Path, treacherous: Path
+) -> None:
+    """A parent that is killed outright closes nothing itself; a decoder that hangs does not see it go."""
+    bad = Path(shutil.copy(plain, tmp_path / "hang.mp4"))
+    program = (
+        "import os, signal, sys, threading, time\n"
+        "from pathlib import Path\n"
+        "from mllm_keeplora.config import VideoConfig\n"
+        "from mllm_keeplora.data import video\n"
+        f"video.DECODER = Path({str(treacherous)!r})\n"
+        "reader = video.VideoReader(VideoConfig(frames=2, timeout=1.5), None)\n"
+        f"reader.read(Path({str(plain)!r}))\n"
+        "print(reader._pool._decoders[0]._process.pid, flush=True)\n"
+        f"if {hanging}:\n"
+        f"    threading.Thread(target=reader.read, args=(Path({str(bad)!r}),), daemon=True).start()\n"
+        "    time.sleep(0.3)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert _gone(int(done.stdout), seconds=4.0)
+
+
+class _Clips(Dataset):  # type: ignore[type-arg]
+    def __init__(self, reader: VideoReader, paths: list[Path]) -> None:
+        self.reader, self.paths = reader, paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        frames = self.reader.read(self.paths[index]).frames
+        return frames, os.getpid()
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_dataloader_workers_read_with_decoders_of_their_own(
+    cached: bool, plain: Path, folder: Path, tmp_path: Path
+) -> None:
+    other = clips.write_clip(folder / "other.mp4", clips.moving_frames(20, seed=1))
+    paths = [plain, other] * 4
+    reader = VideoReader(_config(cache_gb=1.0 if cached else 0.0), tmp_path)
+    expected = {path: VideoReader(_config(), None).read(path).frames for path in (plain, other)}
+    reader.read(plain)  # the parent has a decoder before the fork, and uses it after
+    loader = DataLoader(_Clips(reader, paths), batch_size=None, num_workers=2)
+    for _ in range(2):
+        rows = list(loader)
+        for path, (frames, _pid) in zip(paths, rows, strict=True):
+            np.testing.assert_array_equal(frames, expected[path])
+        assert len({pid for _, pid in rows} - {os.getpid()}) == 2
+        np.testing.assert_array_equal(reader.read(other).frames, expected[other])
+
+
+def test_threads_may_read_at_once(plain: Path) -> None:
+    reader = VideoReader(_config(), None)
+    expected = reader.read(plain).frames
+    found: list[Clip] = []
+    threads = [
+        threading.Thread(target=lambda: found.extend(reader.read(plain) for _ in range(5))) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 20 and all(np.array_equal(clip.frames, expected) for clip in found)
+    assert len(_pids(reader)) <= 4
+    reader.close()
+
+
+def test_a_reader_can_be_pickled(plain: Path, tmp_path: Path) -> None:
+    reader = VideoReader(_config(), tmp_path)
+    expected = reader.read(plain)
+    copy = pickle.loads(pickle.dumps(reader))
+    assert _pids(copy) == []
+    np.testing.assert_array_equal(copy.read(plain).frames, expected.frames)
+
+
+# --- The cache ---
+
+
+def _entries(cache_dir: Path) -> list[Path]:
+    return sorted((cache_dir / "frames").glob("*.safetensors"))
+
+
+def _no_decoder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(video, "DECODER", tmp_path / "no_such_decoder.py")
+
+
+def test_a_cached_clip_is_the_decoded_one_and_needs_no_decoder(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cold = VideoReader(_config(cache_gb=1.0), tmp_path).read(plain)
+    _no_decoder(monkeypatch, tmp_path)
+    elsewhere = Path(shutil.copy(plain, tmp_path / "another name.mp4"))  # the key is the content
+    for path in (plain, elsewhere):
+        for backend in ("pyav", "decord"):
+            warm = VideoReader(_config(cache_gb=1.0, backend=backend), tmp_path).read(path)
+            np.testing.assert_array_equal(warm.frames, cold.frames)
+            assert (warm.indices, warm.fps, warm.total_frames) == (cold.indices, cold.fps, cold.total_frames)
+            warm.frames[:] = 0  # the reader's own copy: neither file nor other readers see it
+    (entry,) = _entries(tmp_path)
+    np.testing.assert_array_equal(load_file(entry)["frames"], cold.frames)
+    with pytest.raises(VideoError, match="did not start"):
+        VideoReader(_config(cache_gb=1.0, frames=7), tmp_path).read(plain)  # other settings, another entry
+
+
+def test_no_cache_is_written_where_none_is_wanted(plain: Path, tmp_path: Path) -> None:
+    VideoReader(_config(cache_gb=0.0), tmp_path).read(plain)
+    assert not (tmp_path / "frames").exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "header", "other"])
+def test_a_damaged_entry_is_decoded_again_and_replaced(damage: str, plain: Path, tmp_path: Path) -> None:
+    reader = VideoReader(_config(cache_gb=1.0), tmp_path)
+    cold = reader.read(plain)
+    (entry,) = _entries(tmp_path)
+    whole = entry.read_bytes()
+    broken = {
+        "cut": whole[:-1000],
+        "flip": whole[:-500] + bytes([whole[-500] ^ 1]) + whole[-499:],
+        "empty": b"",
+        "header": bytes([255]) * len(whole),
+        "other": (2).to_bytes(8, "little") + b"[]",
+    }[damage]
+    entry.write_bytes(broken)
+    np.testing.assert_array_equal(reader.read(plain).frames, cold.frames)
+    assert entry.read_bytes() == whole
+
+
+def test_the_cache_stays_within_its_bound(tmp_path: Path, folder: Path) -> None:
+    paths = [
+        clips.write_clip(folder / f"{seed}.mp4", clips.moving_frames(8, 32, 32, seed)) for seed in range(12)
+    ]
+    limit = 4.5 * 8 * 32 * 32 * 3
+    readers = [VideoReader(_config(cache_gb=limit / 1e9), tmp_path) for _ in range(2)]
+    decoded = {path: readers[0].read(path).frames.copy() for path in paths}
+    sizes = []
+    for _ in range(3):
+        for index, path in enumerate(paths):  # a cyclic pass, by two readers that write in turn
+            np.testing.assert_array_equal(readers[index % 2].read(path).frames, decoded[path])
+            sizes.append(sum(entry.stat().st_size for entry in _entries(tmp_path)))
+    entry_size = _entries(tmp_path)[0].stat().st_size
+    assert max(sizes) <= limit + 2 * entry_size
+    assert min(sizes) > 0
+    assert {path.name[0] for path in (tmp_path / "frames").iterdir()} != {"."}
+    for reader in readers:
+        reader.close()
+
+
+def test_one_reader_alone_never_exceeds_the_bound(tmp_path: Path, folder: Path) -> None:
+    frames = [clips.moving_frames(8, 32, 32, seed) for seed in range(20, 30)]
+    paths = [clips.write_clip(folder / f"b{i}.mp4", each) for i, each in enumerate(frames)]
+    limit = 3 * 8 * 32 * 32 * 3
+    reader = VideoReader(_config(cache_gb=limit / 1e9), tmp_path)
+    for path in [*paths, *paths]:
+        reader.read(path)
+        assert sum(entry.stat().st_size for entry in _entries(tmp_path)) <= limit
+    tiny = VideoReader(_config(cache_gb=1e-9), tmp_path / "tiny")
+    tiny.read(paths[0])
+    assert _entries(tmp_path / "tiny") == []
+
+
+def test_entries_that_others_remove_are_no_error(tmp_path: Path, plain: Path, folder: Path) -> None:
+    paths = [plain, clips.write_clip(folder / "c.mp4", clips.moving_frames(8, seed=7))]
+    reader = VideoReader(_config(cache_gb=1.2 * 8 * 64 * 96 * 3 / 1e9), tmp_path)
+    for path in [*paths, *paths]:
+        reader.read(path)
+        for entry in _entries(tmp_path):
+            entry.unlink()
+    shutil.rmtree(tmp_path / "frames")
+    reader.read(plain)
+    assert len(_entries(tmp_path)) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_reported_and_left_alone(
+    plain: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "frames").touch()  # a file where the folder should be
+    reader = VideoReader(_config(cache_gb=1.0), tmp_path)
+    assert reader.read(plain).frames.shape == reader.read(plain).frames.shape
+    assert caplog.text.count("not cached further") == 1
+
+
+def test_what_a_killed_process_left_is_removed(plain: Path, tmp_path: Path) -> None:
+    (tmp_path / "frames").mkdir()
+    old, recent = (tmp_path / "frames" / f".{name}.safetensors.1.1.tmp" for name in ("old", "recent"))
+    for leftover in (old, recent):
+        leftover.touch()
+    os.utime(old, (0, 0))
+    VideoReader(_config(cache_gb=1.0), tmp_path).read(plain)
+    assert recent.exists() and not old.exists()
