@@ -1,8 +1,10 @@
 """Loading the base model: 4-bit in both towers, guarded, frozen; and a PEFT adapter to start from."""
 
 import importlib.util
+import logging
 import os
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,8 @@ from mllm_keeplora.platform_guards import guard_linear4bit
 from mllm_keeplora.sharding import sharding_asked
 from mllm_keeplora.targets import family_of
 
+logger = logging.getLogger(__name__)
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # What of a repository is read: safetensors weights only, so that no pickle is ever opened.
 MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
@@ -53,21 +57,35 @@ def resolve_device(config: ModelConfig) -> torch.device:
         )
     if not available or config.device == "cpu":
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    # Counted as accelerate does: a launcher may show each process its own device alone.
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def check_revision(config: ModelConfig) -> None:
+    """Raises ConfigError for a revision of a local directory, which has none."""
+    if config.revision is not None and Path(config.base_model).is_dir():
+        raise ConfigError(
+            f"model.revision is {config.revision!r}, but model.base_model {config.base_model} is a directory "
+            "here: remove model.revision, or name the hub model"
+        )
 
 
 def resolve_model_directory(config: ModelConfig) -> Path:
     """The local directory of a base model, fetched from the hub where it is a hub id.
 
+    Config, weights and processor are one commit's; remote code is fetched only where it may run.
+
     Raises:
-        ConfigError: neither a directory nor a reachable hub id; a directory without config, weights or
-            processor.
+        ConfigError: neither a directory nor a reachable hub id; a revision for a directory; a directory
+            without config, weights or processor.
     """
+    check_revision(config)
     directory = Path(config.base_model)
     if not directory.is_dir():
+        patterns = [*MODEL_FILES, *([REMOTE_CODE] if config.trust_remote_code else [])]
         try:
             directory = Path(
-                snapshot_download(config.base_model, revision=config.revision, allow_patterns=MODEL_FILES)
+                snapshot_download(config.base_model, revision=config.revision, allow_patterns=patterns)
             )
         except (
             HfHubHTTPError,
@@ -80,6 +98,8 @@ def resolve_model_directory(config: ModelConfig) -> Path:
                 f"model.base_model {config.base_model!r} is neither a directory here nor a hub "
                 f"model that can be fetched: {error}"
             ) from error
+        if config.revision is None:
+            _say_commit(config.base_model, directory.name)
     for what, names in (
         ("config", ["config.json"]),
         ("processor", ["processor_config.json", "preprocessor_config.json"]),
@@ -95,6 +115,14 @@ def resolve_model_directory(config: ModelConfig) -> Path:
             "weights are not read"
         )
     return directory
+
+
+@lru_cache
+def _say_commit(base_model: str, commit: str) -> None:
+    """Once a process: a run that goes on after the repository has moved is refused by its base's hash."""
+    logger.warning(
+        f"{base_model} is taken at its newest commit; 'revision: {commit}' beside base_model keeps it there"
+    )
 
 
 def quantization_config(config: ModelConfig, not_quantised: tuple[str, ...]) -> BitsAndBytesConfig | None:
@@ -198,6 +226,11 @@ def read_initial_adapter(model: PreTrainedModel, directory: Path) -> Factors:
     if not (directory / "adapter_config.json").is_file():
         raise ConfigError(
             f"initial_adapter {directory} has no adapter_config.json: name the directory of a PEFT adapter"
+        )
+    if not (directory / "adapter_model.safetensors").is_file():
+        raise ConfigError(
+            f"initial_adapter {directory} has no adapter_model.safetensors; convert it first, pickled "
+            "weights are not read"
         )
     config: Any = PeftConfig.from_pretrained(str(directory))
     unsupported = [

@@ -29,8 +29,8 @@ class LostProcessError(KeepLoRAError, RuntimeError):
     """Another process of the run ended while this one waited for it."""
 
 
-def start_processes(cpu: bool) -> int:
-    """Joins the processes that the launcher started; returns their number.
+def start_processes(cpu: bool) -> None:
+    """Joins the processes that the launcher started, unless that has been done.
 
     Args:
         cpu: talk over gloo, also where there is a GPU.
@@ -38,7 +38,7 @@ def start_processes(cpu: bool) -> int:
     # accelerate's own FSDP would wrap the trained factors too, in the middle of a stage: see sharding.py.
     if _ACCELERATES_FLAG in os.environ:
         os.environ[SHARD_FLAG] = os.environ.pop(_ACCELERATES_FLAG)
-    return PartialState(cpu=cpu, timeout=TIMEOUT).num_processes
+    PartialState(cpu=cpu, timeout=TIMEOUT)
 
 
 def end_processes() -> None:

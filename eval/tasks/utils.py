@@ -52,25 +52,31 @@ def doc_to_messages(doc: Doc, lmms_eval_specific_kwargs: Settings) -> list[dict[
 
 
 def doc_to_target(doc: Doc) -> str:
-    """The reference answer."""
-    return str(doc.get("answer", doc.get("answer_bbox")))  # the latter in CoIN's Grounding
+    """The reference answer, or all that are accepted."""
+    return " | ".join(accepted_answers(doc))
+
+
+def accepted_answers(doc: Doc) -> list[str]:
+    """The record's answer, or its answers where it lists several (MLLM-ACL's OCR)."""
+    answer = doc.get("answer", doc.get("answer_bbox"))  # the latter in CoIN's Grounding
+    return [str(text) for text in answer] if isinstance(answer, list) else [str(answer)]
 
 
 def exact(doc: Doc, replies: list[str]) -> dict[str, float]:
-    """1 if the reply is the reference answer, ignoring case and surrounding white space, else 0."""
-    return {"exact": float(_normalise(replies[0]) == _normalise(doc_to_target(doc)))}
+    """1 if the reply is a reference answer, ignoring case and surrounding white space, else 0."""
+    return {"exact": float(_normalise(replies[0]) in map(_normalise, accepted_answers(doc)))}
 
 
 def contains(doc: Doc, replies: list[str]) -> dict[str, float]:
-    """1 if the reference answer is part of the reply, ignoring case, else 0.
+    """1 if a reference answer is part of the reply, ignoring case, else 0.
 
     Raises:
         ValueError: for an empty reference answer, which every reply would contain.
     """
-    answer = _normalise(doc_to_target(doc))
-    if not answer:
+    answers = [_normalise(answer) for answer in accepted_answers(doc)]
+    if not all(answers):
         raise ValueError(f"question_id {doc.get('question_id')!r}: any reply contains an empty answer")
-    return {"contains": float(answer in _normalise(replies[0]))}
+    return {"contains": float(any(answer in _normalise(replies[0]) for answer in answers))}
 
 
 def _normalise(text: str) -> str:

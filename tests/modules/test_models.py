@@ -1,5 +1,6 @@
 """Loading: both towers 4-bit, guarded, frozen; bad directories named."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,13 @@ import torch
 
 from mllm_keeplora.config import ConfigError, ModelConfig
 from mllm_keeplora.linears import computed_weight
-from mllm_keeplora.models import base_model_hash, load_base, read_initial_adapter
+from mllm_keeplora.models import (
+    base_model_hash,
+    known_base_hash,
+    load_base,
+    read_initial_adapter,
+    resolve_model_directory,
+)
 from tests.modules.conftest import all_targets, batch, model_config
 
 
@@ -90,6 +97,64 @@ def test_the_hash_follows_the_content_not_the_place(tiny_llava: Path, tmp_path: 
     assert base_model_hash(moved, tmp_path / "cache") == first
     (moved / "config.json").write_text((moved / "config.json").read_text() + " ")
     assert base_model_hash(moved, tmp_path / "cache") != first
+
+
+def test_a_known_hash_is_remembered_and_none_is_computed(tiny_llava: Path, tmp_path: Path) -> None:
+    assert known_base_hash(tiny_llava, tmp_path / "cache") is None
+    assert not (tmp_path / "cache").exists()
+    found = base_model_hash(tiny_llava, tmp_path / "cache")
+    assert known_base_hash(tiny_llava, tmp_path / "cache") == found
+
+
+@pytest.mark.parametrize("remote_code", [False, True])
+def test_a_hub_model_is_one_commits_safetensors_and_code_only_where_asked_for(
+    tiny_llava: Path,
+    remote_code: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    def fetch(repository: str, **settings: Any) -> str:
+        asked.append((repository, settings))
+        return str(tiny_llava)
+
+    monkeypatch.setattr("mllm_keeplora.models.snapshot_download", fetch)
+    config = ModelConfig(base_model="somebody/model", revision="c0ffee", trust_remote_code=remote_code)
+    assert resolve_model_directory(config) == tiny_llava
+    [(repository, settings)] = asked
+    assert (repository, settings["revision"]) == ("somebody/model", "c0ffee")
+    assert "*.safetensors" in settings["allow_patterns"]
+    assert ("*.py" in settings["allow_patterns"]) is remote_code
+    assert not any("bin" in pattern or "pt" in pattern for pattern in settings["allow_patterns"])
+    assert caplog.text == ""
+
+    newest = ModelConfig(base_model=f"somebody/unpinned{remote_code}")
+    resolve_model_directory(newest)
+    assert asked[-1][1]["revision"] is None
+    assert f"'revision: {tiny_llava.name}'" in caplog.text
+
+
+def test_remote_code_is_not_run_unasked(tiny_llava: Path, tmp_path: Path) -> None:
+    directory = shutil.copytree(tiny_llava, tmp_path / "base")
+    values = json.loads((directory / "config.json").read_text())
+    values |= {"model_type": "own_kind", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    (directory / "config.json").write_text(json.dumps(values))
+    (directory / "own.py").write_text("raise SystemExit('it ran')\n")
+    with pytest.raises(ConfigError, match="trust_remote_code"):
+        load_base(model_config(directory, "nf4"))
+
+
+def test_a_directory_has_no_revision(tiny_llava: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.revision is 'main'.*directory"):
+        load_base(ModelConfig(base_model=str(tiny_llava), revision="main"))
+
+
+def test_a_pickled_initial_adapter_is_not_read(nf4_model: Any, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (tmp_path / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(ConfigError, match="adapter_model.safetensors.*pickled"):
+        read_initial_adapter(nf4_model, tmp_path)
 
 
 def test_an_initial_adapter_must_be_a_peft_adapter(nf4_model: Any, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.ensemble import ExtraTreesClassifier
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import RidgeClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -221,21 +221,14 @@ def colored(frames: NDArray[np.uint8], color: tuple[int, int, int]) -> NDArray[n
     return np.abs(frames.astype(int) - color).max(-1) < 60
 
 
-def show_drift(frames: NDArray[np.uint8], text: str, answer: str, colors: Any) -> Shown:
+def show_all(frames: NDArray[np.uint8], text: str, answer: str, colors: Any) -> Shown:
     return coarse(frames), answer
 
 
-def show_lamps(frames: NDArray[np.uint8], text: str, answer: str, colors: Any) -> Shown:
-    """How much of each colour shines, and which colour is asked about."""
-    shining = np.stack([colored(frames, rgb).sum((1, 2)) / 400 for rgb in colors.values()], 1)
-    asked = np.array([[color in text for color in colors]] * len(frames))
-    return np.concatenate([shining, asked], 1), answer
-
-
 def show_beacons(frames: NDArray[np.uint8], text: str, answer: str, colors: Any) -> Shown:
-    """The half with the tower that is asked about."""
-    tower = colored(frames[:1], next(rgb for color, rgb in colors.items() if color in text))[0]
-    left = tower[:, :32].sum() > tower[:, 32:].sum()
+    """The half with the light that is asked about."""
+    light = colored(frames, next(rgb for color, rgb in colors.items() if color in text)).any(0)
+    left = light[:, :32].sum() > light[:, 32:].sum()
     return coarse(frames[:, :, :32] if left else frames[:, :, 32:], columns=4), answer
 
 
@@ -249,11 +242,11 @@ def products(one: NDArray[np.floating], other: NDArray[np.floating]) -> NDArray[
 
 
 def best_score(features: NDArray[np.floating], classes: NDArray[np.str_]) -> float:
-    """The better of trees and logistic regression, trained on two thirds, tested on the rest."""
+    """The better of trees and a linear classifier, trained on two thirds, tested on the rest."""
     split = len(classes) * 2 // 3
     learners = (
-        ExtraTreesClassifier(100, random_state=0),
-        make_pipeline(StandardScaler(), LogisticRegression(C=1e-3, max_iter=200)),
+        ExtraTreesClassifier(60, random_state=0),
+        make_pipeline(StandardScaler(), RidgeClassifier(alpha=1e4)),
     )
     return max(
         learner.fit(features[:split], classes[:split]).score(features[split:], classes[split:])
@@ -264,9 +257,9 @@ def best_score(features: NDArray[np.floating], classes: NDArray[np.str_]) -> flo
 @pytest.mark.parametrize(
     ("task", "kind", "show", "chance"),
     [
-        ("drift", "way", show_drift, 1 / 4),
-        ("lamps", "after", show_lamps, 1 / 3),
-        ("beacons", "count", show_beacons, 1 / 3),
+        ("drift", "way", show_all, 1 / 4),
+        ("lamps", "first", show_all, 1 / 4),
+        ("beacons", "left", show_beacons, 1 / 3),
         ("race", "faster", show_race, 1 / 2),
     ],
 )
@@ -288,8 +281,8 @@ def test_no_single_frame_answers_the_main_question(
     single = max(
         best_score(np.concatenate([x[:, t], products(x[:, t], x[:, t])], 1), y) for t in range(x.shape[1])
     )
-    steps = sum(products(x[:, t], x[:, t + 1]) for t in range(x.shape[1] - 1))
-    whole = best_score(np.concatenate([np.abs(np.diff(x, axis=1)).mean(1), steps], 1), y)
+    steps = [products(x[:, t], x[:, t + 1]) for t in range(x.shape[1] - 1)]
+    whole = best_score(np.concatenate([np.abs(np.diff(x, axis=1)).mean(1), sum(steps[:3]), sum(steps)], 1), y)
     # 300 tests and 16 tries: chance alone reaches 3 standard errors, 0.09.
     assert single <= chance + 0.1, f"one frame reaches {single:.2f}"
     assert whole >= chance + 0.35, f"all frames reach only {whole:.2f}"

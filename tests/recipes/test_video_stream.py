@@ -155,3 +155,25 @@ def test_accelerate_launch_runs_the_recipe_with_loader_workers(fresh: VideoRecip
     )
     assert done.returncode == 0, done.stderr
     assert [row["task"] for row in short.retention()["rows"]] == [None, "drift"]
+
+
+def test_two_processes_end_in_one_processs_matrix(finished: VideoRecipe, fresh: VideoRecipe) -> None:
+    """Each with half of the batch, over gloo; clips are decoded by both and asked about once."""
+    command = fresh.command("--train.per_device_train_batch_size", "4")
+    launcher = [command[0], "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launcher, *command[1:]],
+        cwd=ROOT,
+        env=fresh.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert manifest(fresh, 2)["num_processes"] == 2
+    for row, expected in zip(fresh.retention()["rows"], finished.retention()["rows"], strict=True):
+        for name, score in row["scores"].items():
+            other = expected["scores"][name]
+            assert score["n"] == TEST
+            error = (score["stderr"] ** 2 + other["stderr"] ** 2) ** 0.5
+            assert abs(score["value"] - other["value"]) <= 2 * error

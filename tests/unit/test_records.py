@@ -15,7 +15,9 @@ from mllm_keeplora.data.records import (
     clean_question,
     load_records,
     named_media,
+    read_records,
     select_evenly,
+    suffix_for,
 )
 
 
@@ -103,6 +105,30 @@ def test_several_turns_keep_their_order_and_each_get_the_suffix(root: Path) -> N
     )
     [sample], _ = load_records(write(root, record), root, prompt_suffix=" Go.")
     assert sample.turns == (Turn("What is it? Go.", "a bird"), Turn("Why? Go.", "wings"))
+
+
+def test_the_first_of_several_accepted_answers_stands_for_them(root: Path) -> None:
+    records = [question_record(answer=["open", "OPEN"]), question_record(answer_bbox="[0, 0, 1, 1]")]
+    del records[1]["answer"]
+    samples, _ = load_records(write(root, *records), root)
+    assert [sample.turns[0].answer for sample in samples] == ["open", "[0, 0, 1, 1]"]
+    assert "no answer" in refusal(root, question_record(answer=[]))
+
+
+def test_a_suffix_may_depend_on_the_reference_answer() -> None:
+    rule = {"Yes": " Yes or no?", "*": " Which letter?"}
+    assert [suffix_for(rule, answer) for answer in ("Yes", "yes", "A", None)] == [
+        " Yes or no?",
+        *[" Which letter?"] * 3,
+    ]
+    assert suffix_for(" One word.", "Yes") == " One word."
+
+
+def test_records_are_read_with_their_rows_and_without_opening_media(root: Path) -> None:
+    records = [question_record(answer=""), question_record(image="images/none.png")]
+    samples, bad = read_records(write(root, *records), root)
+    assert [*samples] == [2]
+    assert bad == {1: "no answer: it is empty"}
 
 
 def test_text_only_records_only_where_allowed(root: Path) -> None:

@@ -48,6 +48,16 @@ def test_contains_looks_for_the_answer_in_the_reply(reply: str, answer: str, sco
     assert utils.contains({"answer": answer}, [reply]) == {"contains": score}
 
 
+def test_a_list_of_answers_accepts_each() -> None:
+    doc = {"answer": ["Open", "closed"]}
+    assert utils.exact(doc, ["CLOSED"]) == {"exact": 1} and utils.exact(doc, ["shut"]) == {"exact": 0}
+    assert utils.contains(doc, ["is open"]) == {"contains": 1} and utils.contains(doc, ["o"]) == {
+        "contains": 0
+    }
+    assert utils.doc_to_target(doc) == "Open | closed"
+    assert utils.doc_to_target({"answer_bbox": "[0,0,1,1]"}) == "[0,0,1,1]"
+
+
 def test_contains_refuses_an_empty_answer() -> None:
     with pytest.raises(ValueError, match="question_id 7"):
         utils.contains({"question_id": 7, "answer": " "}, ["anything"])

@@ -15,12 +15,14 @@ from PIL import Image
 from mllm_keeplora.data.records import RecordError, load_records
 from mllm_keeplora.streams import (
     GeneralSpec,
+    Hub,
     Stream,
     StreamError,
     TaskSpec,
     data_hash,
     load_stream,
     load_training_records,
+    named_paths,
 )
 
 REPOSITORY = Path(__file__).parents[2]
@@ -99,6 +101,39 @@ def test_the_data_root_may_come_from_elsewhere(
         load(lambda d: d.pop("data_root"))
 
 
+def test_training_and_test_media_may_lie_apart(load: Callable[..., Stream], data: Path) -> None:
+    (data / "birds").rename(data / "old")
+    (data / "birds").mkdir()
+    for name in ("train.json", "test.json"):
+        (data / "old" / name).rename(data / "birds" / name)
+    (data / "old").rename(data / "birds_test")
+    stream = load(lambda d: d["tasks"][0].update(media_root="birds_test", test_media_root="birds_test"))
+    birds = stream.tasks[0]
+    assert stream.media_root(birds) == stream.test_media_root(birds) == data / "birds_test"
+    load_training_records(stream)
+    before = data_hash(stream, birds)
+    stream = load(lambda d: d["tasks"][0].update(media_root="birds_test", test_media_root="birds"))
+    with pytest.raises(RecordError, match=r"birds/test\.json"):
+        load_training_records(stream)
+    assert data_hash(stream, stream.tasks[0]) != before
+    assert stream.test_media_root(stream.tasks[1]) == stream.media_root(stream.tasks[1])
+
+
+def test_where_the_data_are_published_is_optional(load: Callable[..., Stream]) -> None:
+    assert load().hub is None
+    hub = load(lambda d: d.update(hub={"repo_id": "a/b", "files": ["x*"], "elsewhere": {"x": "there"}})).hub
+    assert hub == Hub("a/b", "main", ("x*",), {"x": "there"})
+    assert hub is not None
+    assert hub.url == "https://huggingface.co/datasets/a/b"
+
+
+def test_files_may_be_missing_where_they_are_to_be_fetched(
+    load: Callable[..., Stream], tmp_path: Path
+) -> None:
+    stream = load(data_root=tmp_path / "nowhere", check_files=False)
+    assert named_paths(stream, stream.tasks[0])[0] == tmp_path / "nowhere/birds/train.json"
+
+
 def test_a_missing_data_root_is_named(load: Callable[..., Stream], tmp_path: Path) -> None:
     with pytest.raises(StreamError, match=r"mine\.yaml: the data root .*nowhere .* does not exist"):
         load(data_root=tmp_path / "nowhere")
@@ -164,6 +199,18 @@ def test_a_stock_benchmark_needs_no_file(load: Callable[..., Stream]) -> None:
         ),
         (lambda d: d["general"][0].update(native_max=2.0), "'scenes': found native_max; expected"),
         (lambda d: d["general"].append({**STOCK, "native_max": 0}), "native_max is 0; expected a number > 0"),
+        (lambda d: d["tasks"][0].update(test_media_root="../x"), "'../x', which leaves the data root"),
+        (lambda d: d["tasks"][0].update(test_prompt_suffix=3), "test_prompt_suffix is 3; expected str or"),
+        (
+            lambda d: d["tasks"][0].update(test_prompt_suffix={True: "a", "*": "b"}),
+            "all in quotes (YAML reads Yes and No as true and false)",
+        ),
+        (lambda d: d["tasks"][0].update(test_prompt_suffix={"Yes": "a"}), 'with "*" for the other answers'),
+        (lambda d: d.update(hub="a/b"), "hub is 'a/b'; expected 'key: value' lines"),
+        (lambda d: d.update(hub={"repo": "a/b"}), "hub: unknown key 'repo'; did you mean 'repo_id'?"),
+        (lambda d: d.update(hub={"revision": "main"}), "hub: missing key 'repo_id'"),
+        (lambda d: d.update(hub={"repo_id": "a/b", "revision": 1234}), "as text (in quotes where it is all"),
+        (lambda d: d.update(hub={"repo_id": "a/b", "files": "*"}), "hub: expected files as a list"),
     ],
 )
 def test_bad_streams_are_refused(load: Callable[..., Stream], change: Change, reason: str) -> None:

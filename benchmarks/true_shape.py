@@ -1,0 +1,383 @@
+"""One KeepLoRA++ stage on a LLaVA-1.5 of its true shape: seconds and memory per phase, beside the plan's.
+
+    python benchmarks/true_shape.py           LLaVA-1.5-7B on a GPU, samples of 640 tokens, batches of 1 and 8
+    python benchmarks/true_shape.py --depth 0.1 --length 96 --image_size 112 --vocab 2048     a CPU, minutes
+
+Nothing is downloaded: the weights are random, made and quantised to NF4 one layer at a time, so that neither
+the host nor the device ever holds a dense model. Widths are the true ones (language 4096/11008, vision
+1024/4096); --depth scales the numbers of layers. The stage is the repository's own (`run_stage`) on generated
+images and texts whose samples all have --length tokens. Random weights have a flat spectrum: their bases are
+larger, and the decompositions slower, than those of trained ones.
+
+Each batch size has a process of its own. Measured is the peak during a phase less what the process held
+before the model was made: torch's allocations on a GPU, the resident set on a CPU (Linux), where every tensor
+above 1 MB is made to return to the system when it is freed.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import mllm_keeplora  # noqa: E402, F401  # its guards come before the libraries they guard
+
+# isort: split
+import lmms_eval.evaluator  # noqa: E402, F401  # imported now, so that the baseline holds it
+import torch  # noqa: E402
+import transformers  # noqa: E402
+import yaml  # noqa: E402
+from bitsandbytes.nn.modules import Linear4bit, Params4bit  # noqa: E402
+from PIL import Image  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
+from torch import nn  # noqa: E402
+from transformers.quantizers.auto import AutoHfQuantizer  # noqa: E402
+
+from mllm_keeplora import stage  # noqa: E402
+from mllm_keeplora.config import (  # noqa: E402
+    EvaluationConfig,
+    ModelConfig,
+    ProbeConfig,
+    RunConfig,
+    TowerConfig,
+    TrainConfig,
+)
+from mllm_keeplora.data.collator import ChatCollator  # noqa: E402
+from mllm_keeplora.data.records import Sample, Turn  # noqa: E402
+from mllm_keeplora.data.video import VideoReader  # noqa: E402
+from mllm_keeplora.evaluation.evaluate import write_task_files  # noqa: E402
+from mllm_keeplora.models import DTYPES, quantization_config, resolve_device  # noqa: E402
+from mllm_keeplora.plan import GB, make_plan, skeleton_of  # noqa: E402
+from mllm_keeplora.platform_guards import guard_linear4bit  # noqa: E402
+from mllm_keeplora.processes import start_processes  # noqa: E402
+from mllm_keeplora.protected import weight_basis_files  # noqa: E402
+from mllm_keeplora.streams import load_stream, load_training_records  # noqa: E402
+from mllm_keeplora.targets import family_of, find_targets  # noqa: E402
+
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "USER:", "ASSISTANT:"]
+TEMPLATE = (
+    "{% for m in messages %}{{ 'USER: ' if m['role'] == 'user' else 'ASSISTANT: ' }}"
+    "{% for c in m['content'] %}{{ '<image>\n' if c['type'] == 'image' else c['text'] }}{% endfor %}"
+    "{{ '</s>' if m['role'] == 'assistant' else ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
+)
+# glibc keeps freed blocks of up to 32 MB to itself, which the resident set then shows as held.
+RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
+ANSWER = " ".join(f"w{n}" for n in range(15))
+# Which of the plan's phases a measured one is compared with.
+PLANNED = {"weight bases": "weight bases", "probe": "probe", "train": "train", "feature_basis": "probe"}
+PLANNED |= {"evaluation": "evaluation"}
+
+
+def true_config(options: argparse.Namespace) -> transformers.LlavaConfig:
+    """LLaVA-1.5-7B's config, the numbers of layers scaled."""
+    return transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(
+            hidden_size=1024,
+            intermediate_size=4096,
+            projection_dim=768,
+            num_hidden_layers=max(2, round(24 * options.depth)),
+            num_attention_heads=16,
+            image_size=options.image_size,
+            patch_size=14,
+        ),
+        text_config=transformers.LlamaConfig(
+            hidden_size=4096,
+            intermediate_size=11008,
+            num_hidden_layers=max(1, round(32 * options.depth)),
+            num_attention_heads=32,
+            num_key_value_heads=32,
+            vocab_size=options.vocab,
+            max_position_embeddings=4096,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
+        image_token_index=SPECIAL.index("<image>"),
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+
+
+def make_processor(image_size: int) -> transformers.LlavaProcessor:
+    """LLaVA-1.5's image processing, and a tokenizer of a few words."""
+    words = [*SPECIAL, *(f"w{n}" for n in range(100))]
+    vocabulary = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
+    vocabulary.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=vocabulary,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+    )
+    crop = {"height": image_size, "width": image_size}
+    return transformers.LlavaProcessor(
+        image_processor=transformers.CLIPImageProcessor(size={"shortest_edge": image_size}, crop_size=crop),
+        tokenizer=tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+        image_token="<image>",
+    )
+
+
+def random_model(config: Any, settings: ModelConfig, device: torch.device) -> transformers.PreTrainedModel:
+    """The model as `load_base` leaves it, of random weights; one dense layer exists at a time."""
+    model = skeleton_of(config, settings)
+    wanted = quantization_config(settings, family_of(config).not_quantised)
+    quantizer = AutoHfQuantizer.from_config(wanted)
+    quantizer.preprocess_model(model, device_map={"": device})
+    model.hf_quantizer = quantizer
+    generator = torch.Generator(device).manual_seed(0)
+    dtype = DTYPES[settings.compute_dtype]
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if isinstance(module, Linear4bit) and name == "weight":
+                dense = _random((module.out_features, module.in_features), dtype, generator)
+                packed = Params4bit(dense.cpu(), requires_grad=False, quant_type="nf4", module=module)
+                module.weight = packed.to(device)
+            elif parameter.ndim < 2:
+                ones = name == "weight" and type(module).__name__.endswith("Norm")
+                dense = torch.full(parameter.shape, float(ones), dtype=dtype, device=device)
+                setattr(module, name, nn.Parameter(dense, requires_grad=False))
+            else:
+                dense = _random(tuple(parameter.shape), dtype, generator)
+                setattr(module, name, nn.Parameter(dense, requires_grad=False))
+    model.to(device)  # the buffers
+    quantizer.postprocess_model(model)
+    guard_linear4bit(model)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def _random(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """A matrix that keeps a vector's length on average; norms get ones, biases zeros."""
+    dense = torch.empty(shape, dtype=dtype, device=generator.device)
+    return dense.normal_(std=dense[0].numel() ** -0.5, generator=generator)
+
+
+def write_files(root: Path, options: argparse.Namespace) -> None:
+    """A directory with config and processor, and a stream of one task whose samples have --length tokens."""
+    processor = make_processor(options.image_size)
+    processor.save_pretrained(root / "base")
+    true_config(options).save_pretrained(root / "base")
+    generator = np.random.default_rng(0)
+    for number in range(options.samples):
+        pixels = generator.integers(0, 256, (options.image_size, options.image_size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / f"{number}.png")
+    question = _question(processor, root / "0.png", options.length)
+    train = [
+        {
+            "id": n,
+            "image": f"{n}.png",
+            "conversations": [
+                {"from": "human", "value": f"<image>\n{question}"},
+                {"from": "gpt", "value": ANSWER},
+            ],
+        }
+        for n in range(options.samples)
+    ]
+    test = [
+        {"question_id": n, "image": f"{n}.png", "text": question, "answer": "w0"}
+        for n in range(min(options.questions, options.samples))
+    ]
+    task = {"name": "noise", "train": "train.json", "test": "test.json", "metric": "exact"}
+    stream = {"name": "shape", "data_root": str(root), "tasks": [{**task, "max_new_tokens": 8}]}
+    for name, content in (("train.json", train), ("test.json", test)):
+        (root / name).write_text(json.dumps(content))
+    (root / "stream.yaml").write_text(yaml.safe_dump(stream))
+
+
+def _question(processor: Any, image: Path, length: int) -> str:
+    """As many words as fill a sample up to `length` tokens."""
+
+    def tokens(words: int) -> int:
+        turn = Turn(" ".join(f"w{n % 100}" for n in range(words)), ANSWER)
+        return int(ChatCollator(processor)([Sample("0", image, (turn,))])["input_ids"].shape[1])
+
+    words = 1 + length - tokens(1)
+    if words < 1 or tokens(words) != length:
+        raise SystemExit(
+            f"--length {length} is too short: image, answer and template take {tokens(1)} tokens"
+        )
+    return " ".join(f"w{n % 100}" for n in range(words))
+
+
+class Peaks:
+    """Seconds and peak memory of phases."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.found: dict[str, dict[str, float]] = {}
+        self.baseline = self._peak()
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measures the block."""
+        self._reset()
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        seconds = time.perf_counter() - start
+        self.found[name] = {"seconds": seconds, "bytes": self._peak() - self.baseline}
+
+    def _reset(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # the kernel begins a new peak of the resident set
+
+    def _peak(self) -> int:
+        if self.device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self.device))
+        status = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
+
+
+def run_config(root: Path, options: argparse.Namespace, batch: int) -> RunConfig:
+    """Settings of the stage."""
+    device = resolve_device(ModelConfig())
+    tower = TowerConfig(rank=options.rank)
+    return RunConfig(
+        run_dir=str(root / f"run{batch}"),
+        stream=str(root / "stream.yaml"),
+        model=ModelConfig(
+            base_model=str(root / "base"), compute_dtype="bfloat16" if device.type == "cuda" else "float32"
+        ),
+        language=tower,
+        vision=tower,
+        probe=ProbeConfig(fraction=1.0, max_samples=2 * batch, batch_size=batch),
+        train=TrainConfig(
+            max_steps=options.steps,
+            per_device_train_batch_size=batch,
+            activation_checkpointing=options.activation_checkpointing,
+            logging_steps=1,
+        ),
+        evaluation=EvaluationConfig(batch_size=batch),
+        cache_dir=str(root / "cache"),
+        report_to=[],
+    )
+
+
+def measure(root: Path, options: argparse.Namespace, batch: int) -> dict[str, Any]:
+    """One stage, in this process; phase -> seconds, measured and planned bytes."""
+    config = run_config(root, options, batch)
+    plan = make_plan(config)
+    device = resolve_device(config.model)
+    start_processes(cpu=device.type == "cpu")
+    stream = load_stream(Path(config.stream))
+    records = load_training_records(stream)
+    processor = transformers.AutoProcessor.from_pretrained(config.model.base_model)
+    run_dir = Path(config.run_dir)
+    write_task_files(stream, run_dir / "eval_tasks")
+    peaks = Peaks(device)
+    with peaks.phase("building the model"):
+        model = random_model(plan.memory.model.config, config.model, device)
+    if config.train.activation_checkpointing:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    targets = find_targets(model, {name: tower.targets for name, tower in config.towers().items()})
+    cached = Path(config.cache_dir).exists()  # by the batch size before
+    with peaks.phase("weight bases, cached" if cached else "weight bases"):
+        eps_w = {name: tower.eps_w for name, tower in config.towers().items()}
+        files = weight_basis_files(model, targets, eps_w, Path(config.cache_dir))
+    reader = VideoReader(config.video, None)
+    work = stage.Workplace(config, stream, records, model, processor, reader, targets, files, run_dir, device)
+
+    class MeasuredClock(stage.Clock):
+        @contextlib.contextmanager
+        def phase(self, name: str) -> Iterator[None]:
+            with super().phase(name), peaks.phase(name):
+                yield
+
+    stage.Clock = MeasuredClock  # type: ignore[misc]  # the stage's own phases, measured from here
+    stage.run_stage(stage.Stage(work, 1, stream.tasks[0], {}, []), {"data": {}})
+    planned = {name: sum(items.values()) for name, items in plan.memory.phases().items()}
+    for name, found in peaks.found.items():
+        found["planned"] = planned[PLANNED[name]] if name in PLANNED else 0
+    return {
+        "batch": batch,
+        "tokens": plan.memory.shape.tokens,
+        "device": _name(device),
+        "phases": peaks.found,
+    }
+
+
+def _name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"CPU, {torch.get_num_threads()} thread(s)"
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """One table a batch size."""
+    print(f"\nbatch {result['batch']}, samples of {result['tokens']} tokens, {result['device']}")
+    print(f"{'phase':20s}{'seconds':>9s}{'measured GB':>13s}{'planned GB':>12s}{'planned / measured':>20s}")
+    for name, found in result["phases"].items():
+        line = f"{name:20s}{found['seconds']:9.1f}{found['bytes'] / GB:13.3f}"
+        if found["planned"]:
+            line += f"{found['planned'] / GB:12.3f}{found['planned'] / found['bytes']:20.2f}"
+        print(line)
+    peak = max(found["bytes"] for found in result["phases"].values())
+    planned = max(found["planned"] for found in result["phases"].values())
+    print(f"{'peak':29s}{peak / GB:13.3f}{planned / GB:12.3f}{planned / peak:20.2f}", flush=True)
+
+
+def parse_options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--depth", type=float, default=1.0, help="share of the layers")
+    parser.add_argument("--length", type=int, default=640, help="tokens of a sample, image tokens included")
+    parser.add_argument("--image_size", type=int, default=336, help="pixels a side, a multiple of 14")
+    parser.add_argument("--vocab", type=int, default=32064)
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=3, help="optimizer steps")
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--questions", type=int, default=4)
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--activation_checkpointing", action="store_true")
+    parser.add_argument("--json", type=Path, help="write the results there, too")
+    parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)  # set for the process of one batch size
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Starts a process for each batch size."""
+    options = parse_options()
+    if options.root is not None:
+        result = measure(options.root, options, *options.batch_sizes)
+        options.json.write_text(json.dumps(result))
+        return
+    results = []
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        write_files(root, options)
+        for batch in options.batch_sizes:
+            file = root / f"{batch}.json"
+            arguments = ["--root", temporary, "--batch_sizes", str(batch), "--json", str(file)]
+            command = [sys.executable, __file__, *sys.argv[1:], *arguments]
+            if subprocess.run(command, env={**os.environ, **RETURN_FREED}, check=False).returncode != 0:
+                sys.exit(f"the stage at batch {batch} failed; its own message says why")
+            results.append(json.loads(file.read_text()))
+            print_result(results[-1])
+    if options.json is not None:
+        options.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,370 @@
+"""The plan before a run: what it counts is what a run then has, and nothing is loaded or written for it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import numpy as np
+import pytest
+import torch
+import yaml
+from huggingface_hub.errors import OfflineModeIsEnabled
+from PIL import Image
+from torch import nn
+
+from mllm_keeplora import plan as plan_module
+from mllm_keeplora.adapters import PROBE, attach
+from mllm_keeplora.adapters import activate as activate_adapters
+from mllm_keeplora.config import ConfigError, ModelConfig, ProbeConfig, RunConfig, TowerConfig, TrainConfig
+from mllm_keeplora.data.collator import ChatCollator
+from mllm_keeplora.memory import PHASES, MemoryModel, base_bytes, most_columns, optimizer_state
+from mllm_keeplora.models import load_base
+from mllm_keeplora.plan import (
+    GB,
+    PlanError,
+    assumed_shape,
+    build_skeleton,
+    check_fits,
+    find_fitting,
+    format_plan,
+    left_out,
+    make_plan,
+    needed,
+    optimizer_steps,
+    sample_shape,
+    targets_of,
+)
+from mllm_keeplora.recipe import parse_flags
+from mllm_keeplora.stream_runner import run_stream
+from mllm_keeplora.targets import FAMILIES, Media
+from tests.clips import write_clip
+from tests.modules.test_families import MAIN_MEDIA, reader, samples, write_stream
+from tests.modules.tiny_families import save_tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+# The formula against the bytes that autograd really keeps. On models this small what it rounds up
+# (embeddings, a vision layer behind the features) weighs more than at true widths.
+LEAST, MOST = 0.95, 1.6
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Directory of a family's tiny model, made on first use."""
+    root = tmp_path_factory.mktemp("planned")
+
+    def directory(family: str) -> Path:
+        if not (root / family).exists():
+            save_tiny(family, root / family)
+        return root / family
+
+    return directory
+
+
+@pytest.fixture(scope="module")
+def media_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("planned_media")
+    rng = np.random.default_rng(0)
+    for number in range(4):
+        Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(root / f"{number}.png")
+        write_clip(root / f"{number}.mp4", list(rng.integers(0, 255, (12, 64, 64, 3), dtype=np.uint8)))
+    return root
+
+
+def config_of(base: Path, **settings: Any) -> RunConfig:
+    tower = TowerConfig(rank=8)
+    model = ModelConfig(base_model=str(base), device="cpu")
+    return replace(RunConfig(model=model, language=tower, vision=tower, report_to=[]), **settings)
+
+
+def memory_of(config: RunConfig, batch: dict[str, Any], media: Media) -> MemoryModel:
+    skeleton = build_skeleton(config.model)
+    shape = sample_shape(batch, skeleton.config, media, "")
+    return MemoryModel(skeleton, targets_of(skeleton, config, {media}), config, shape, 1, 4, on_cpu=True)
+
+
+def kept_for_backward(model: nn.Module, batch: dict[str, Any]) -> int:
+    """Bytes of the distinct tensors that autograd keeps, parameters and buffers left out."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(**batch)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_skeleton_has_the_bytes_and_the_targets_of_the_loaded_model(family: str, bases: Any) -> None:
+    config = config_of(bases(family))
+    model, _ = load_base(config.model)
+    packed = 0
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            state = module.weight.quant_state
+            stored = (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
+            packed += module.weight.nbytes + sum(tensor.nbytes for tensor in stored)
+    rest = sum(p.nbytes for p in model.parameters() if not isinstance(p, bnb.nn.Params4bit))
+    skeleton = build_skeleton(config.model)
+    assert base_bytes(skeleton, config.model) == (packed, rest + sum(b.nbytes for b in model.buffers()))
+
+    media: set[Media] = {MAIN_MEDIA[family]}
+    targets = targets_of(skeleton, config, media)
+    assert targets == targets_of(model, config, media)
+    linears = sum(isinstance(module, nn.Linear) for module in model.modules())
+    assert len(targets) + sum(left_out(skeleton, targets, config).values()) == linears
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activations_are_what_autograd_keeps(family: str, dtype: str, bases: Any, media_files: Path) -> None:
+    media = MAIN_MEDIA[family]
+    config = config_of(bases(family))
+    config = replace(config, model=replace(config.model, compute_dtype=dtype))
+    model, processor = load_base(config.model)
+    batch = ChatCollator(processor, None, reader())(samples(media_files, media)[:1])
+    memory = memory_of(config, batch, media)
+    pixels = sum(batch[key].nbytes for key in ("pixel_values", "pixel_values_videos") if key in batch)
+    for trained, rank in (("A", 32), ("B", 8)):
+        factors = {
+            t.name: (torch.ones(rank, t.in_features), torch.zeros(t.out_features, rank))
+            for t in memory.targets
+        }
+        adapted = attach(model, PROBE, factors, dict.fromkeys(factors, 1.0))
+        activate_adapters(adapted, [PROBE], PROBE, "A" if trained == "A" else "B")
+        adapted.train()
+        measured = kept_for_backward(adapted, batch) + pixels
+        planned, _ = memory.activations(1, train_a=trained == "A")
+        assert LEAST < planned / measured < MOST, (trained, planned, measured)
+        adapted.unload()
+
+
+def test_what_lowers_memory_lowers_the_plan(bases: Any, media_files: Path) -> None:
+    config = config_of(bases("llava"), train=TrainConfig(per_device_train_batch_size=8))
+    _, processor = load_base(config.model)
+    memory = memory_of(config, ChatCollator(processor)(samples(media_files, "image")[:1]), "image")
+
+    def sums(**settings: Any) -> dict[str, int]:
+        changed = replace(memory, config=replace(config, **settings))
+        changed = replace(changed, targets=targets_of(memory.model, changed.config, {"image"}))
+        return {phase: sum(items.values()) for phase, items in changed.phases().items()}
+
+    full, train = sums(), config.train
+    assert list(full) == list(PHASES)
+    assert sums(train=replace(train, activation_checkpointing=True))["train"] < full["train"]
+    assert sums(train=replace(train, per_device_train_batch_size=4))["train"] < full["train"]
+    assert sums(train=replace(train, optim="adamw_8bit"))["train"] < full["train"]
+    assert sums(vision=TowerConfig(adapt=False))["train"] < full["train"]
+    assert sums(probe=ProbeConfig(batch_size=4))["probe"] < full["probe"]
+    assert sums(language=TowerConfig(rank=4))["probe"] < full["probe"]
+    unpacked = replace(memory, config=replace(config, model=replace(config.model, quantization="none")))
+    assert sum(unpacked.phases()["evaluation"].values()) > full["evaluation"]
+    assert sum(replace(memory, stages=5).phases()["evaluation"].values()) > full["evaluation"]
+
+
+def test_optimizer_states_have_their_size() -> None:
+    parameter = nn.Parameter(torch.ones(1000))
+    parameter.grad = torch.ones(1000)
+    optimizer = torch.optim.AdamW([parameter])
+    optimizer.step()
+    state = sum(t.nbytes for t in optimizer.state[parameter].values() if t.numel() > 1)
+    assert optimizer_state("adamw_torch") * 1000 == state
+    assert optimizer_state("adamw_torch_fused") == 8
+    assert optimizer_state("paged_adamw_8bit") == 2
+    assert optimizer_state("sgd") == 0
+
+
+@pytest.mark.parametrize(
+    "samples_, batch, accumulation, epochs", [(10, 4, 1, 1.0), (10, 4, 2, 3.0), (7, 2, 3, 0.5)]
+)
+def test_steps_are_the_trainers(
+    samples_: int, batch: int, accumulation: int, epochs: float, tmp_path: Path
+) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    class Line(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"loss": (self.weight - x).square().mean()}
+
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=epochs,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    data = [{"x": torch.ones(1)} for _ in range(samples_)]
+    trainer = Trainer(model=Line(), args=arguments, train_dataset=data)  # type: ignore[arg-type]
+    trainer.train()
+    train = TrainConfig(
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=epochs,
+    )
+    assert optimizer_steps(train, samples_) == trainer.state.global_step
+
+
+def tree(root: Path) -> dict[str, int]:
+    return {str(p.relative_to(root)): p.stat().st_mtime_ns for p in sorted(root.rglob("*"))}
+
+
+def test_a_plan_before_and_after_a_run(bases: Any, media_files: Path, tmp_path: Path) -> None:
+    """Before: bounds, and nothing measured. After: the cached bases' own sizes, the run's own seconds."""
+    threads = torch.get_num_threads()
+    config = config_of(
+        bases("llava"),
+        run_dir=str(tmp_path / "runs" / "one"),
+        stream=str(write_stream(tmp_path, media_files, "image")),
+        language=TowerConfig(rank=2),
+        vision=TowerConfig(rank=2),
+        probe=ProbeConfig(fraction=1.0, columns_per_rank=4, batch_size=3),
+        train=TrainConfig(per_device_train_batch_size=2),
+        cache_dir=str(tmp_path / "cache"),
+    )
+    before = tree(tmp_path)
+    plan = make_plan(config)
+    text = format_plan(plan)
+    assert tree(tmp_path) == before
+    assert "no measured rate" in text and "0 of 26 cached" in text and "colours, record" in text
+    [work] = plan.work
+    assert (work.samples, work.probe_samples, work.questions) == (4, 4, 2)
+
+    run_stream(config)
+    torch.set_num_threads(threads)
+    after = tree(tmp_path)
+    manifest = json.loads((tmp_path / "runs/one/stages/01-colours/manifest.json").read_text())
+    again = make_plan(config)
+    assert tree(tmp_path) == after
+    assert again.cached_bases == {m["name"]: m["k_w"] for m in manifest["modules"]}
+    assert all(
+        m["k_w"] <= most_columns(t, config)
+        for m, t in zip(manifest["modules"], again.memory.targets, strict=True)
+    )
+    assert work.steps == manifest["counts"]["steps"]
+    assert again.rates is not None
+    assert again.rates.step == pytest.approx(manifest["timings"]["train"] / manifest["counts"]["steps"])
+    assert "(exact;" in format_plan(again) and "minutes" in format_plan(again)
+    other = replace(config, train=replace(config.train, per_device_train_batch_size=4))
+    assert make_plan(other).rates is None
+
+
+def test_without_weights_and_data_the_plan_says_what_it_assumed(bases: Any, tmp_path: Path) -> None:
+    base = shutil.copytree(bases("llava_next_video"), tmp_path / "base")
+    (base / "model.safetensors").unlink()
+    task = {"name": "later", "train": "train.json", "test": "test.json", "metric": "exact"}
+    stream = {"name": "absent", "data_root": str(tmp_path / "nowhere"), "tasks": [task]}
+    (tmp_path / "stream.yaml").write_text(yaml.safe_dump(stream))
+    plan = make_plan(config_of(base, stream=str(tmp_path / "stream.yaml")))
+    text = format_plan(plan)
+    assert "by the config" in plan.weights and "no *.safetensors" in plan.weights
+    assert "assumed: a clip of 8 frames" in text and "the data are not there" in text
+    assert (plan.work[0].samples, plan.work[0].steps) == (None, None)
+
+
+def test_the_headers_of_another_model_are_noticed(bases: Any, tmp_path: Path) -> None:
+    config = config_of(bases("llava"))
+    own = plan_module.describe_weights(config.model, build_skeleton(config.model))
+    assert "safetensors" in own and "belong" not in own
+    base = shutil.copytree(bases("llava"), tmp_path / "base")
+    shutil.copy(bases("qwen3_vl") / "model.safetensors", base / "model.safetensors")
+    mixed = config_of(base)
+    assert "do not belong" in plan_module.describe_weights(mixed.model, build_skeleton(mixed.model))
+
+
+def test_a_hub_model_whose_headers_cannot_be_read_is_counted_by_its_config(
+    bases: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(*_: Any, **__: Any) -> Any:
+        raise OfflineModeIsEnabled("offline mode is enabled")
+
+    monkeypatch.setattr(plan_module, "get_safetensors_metadata", offline)
+    skeleton = build_skeleton(config_of(bases("llava")).model)
+    text = plan_module.describe_weights(ModelConfig(base_model="somebody/model"), skeleton)
+    assert "by the config" in text and "offline mode is enabled" in text
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_assumed_samples_pass_every_processor(family: str, bases: Any) -> None:
+    config = config_of(bases(family))
+    _, processor = load_base(config.model)
+    shape = assumed_shape(processor, build_skeleton(config.model), config)
+    assert shape.media == MAIN_MEDIA[family]
+    assert shape.vision_tokens > 0 and shape.tokens > plan_module.ASSUMED_TEXT_TOKENS
+
+
+def test_what_does_not_fit_is_refused_with_settings_that_do(bases: Any, tmp_path: Path) -> None:
+    task = {"name": "later", "train": "train.json", "test": "test.json", "metric": "exact"}
+    stream = {"name": "absent", "data_root": str(tmp_path), "tasks": [task]}
+    (tmp_path / "stream.yaml").write_text(yaml.safe_dump(stream))
+    train = TrainConfig(per_device_train_batch_size=16, gradient_accumulation_steps=2)
+    config = config_of(bases("llava"), stream=str(tmp_path / "stream.yaml"), train=train)
+    plan = make_plan(config, memory_gb=0.04)
+    assert needed(plan.memory) > plan.available
+    fitting = find_fitting(plan.memory, plan.available)
+    assert fitting is not None and needed(fitting) <= 0.04 * GB
+    assert fitting.config.train.activation_checkpointing
+    smaller = fitting.config.train
+    assert smaller.per_device_train_batch_size * smaller.gradient_accumulation_steps == 32
+    with pytest.raises(PlanError, match=r"It fits, .*train.activation_checkpointing: true") as caught:
+        check_fits(plan)
+    for name in ("train.per_device_train_batch_size", "evaluation.batch_size"):
+        group, setting = name.split(".")
+        changed = getattr(getattr(fitting.config, group), setting)
+        if changed != getattr(getattr(config, group), setting):
+            assert f"{name}: {changed}" in str(caught.value)
+
+    with pytest.raises(PlanError, match="larger device"):
+        check_fits(make_plan(config, memory_gb=1e-4))
+
+
+def test_a_hub_model_that_cannot_be_fetched_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match=r"nobody/nothing.*config\.json.*--model\.base_model DIRECTORY"):
+        build_skeleton(ModelConfig(base_model="nobody/nothing"))
+
+
+def test_the_flags_are_no_settings() -> None:
+    assert not {"plan", "memory_gb"} & {field.name for field in fields(RunConfig)}
+    flags, rest = parse_flags(["--plan", "--seed", "3", "--memory_gb", "24"])
+    assert (flags.plan, flags.memory_gb, rest) == (True, 24.0, ["--seed", "3"])
+    assert parse_flags(["--seed", "3"])[1] == ["--seed", "3"]
+    for wrong in (["--memory_gb", "24"], ["--plan", "--memory_gb", "much"], ["--plan", "--memory_gb", "0"]):
+        with pytest.raises(ConfigError, match="memory_gb"):
+            parse_flags(wrong)
+
+
+def test_the_command_writes_nothing_and_ends_with_2_where_it_does_not_fit(tmp_path: Path) -> None:
+    command = [sys.executable, "recipes/vqa.py", "--plan", "--data_root", str(tmp_path / "none")]
+    command += ["--run_dir", str(tmp_path / "run"), "--cache_dir", str(tmp_path / "cache")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
+
+    planned = run()
+    assert planned.returncode == 0, planned.stderr
+    assert "memory, GB" in planned.stdout and "52 cached" in planned.stdout
+    refused = run("--memory_gb", "0.05")
+    assert refused.returncode == 2
+    assert "does NOT fit" in refused.stdout and "Traceback" not in refused.stderr
+    (tmp_path / "run.yaml").write_text("plan: true\n")
+    assert "plan" in run("--config", str(tmp_path / "run.yaml")).stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run.yaml"]
