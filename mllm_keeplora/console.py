@@ -15,10 +15,18 @@ from mllm_keeplora.errors import KeepLoRAError
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
+def _without_rank(record: logging.LogRecord) -> bool:
+    """accelerate's logger puts the process before every line; the main one alone writes any."""
+    record.msg = str(record.msg).removeprefix("[RANK 0] ")
+    return True
+
+
 @contextmanager
 def command() -> Iterator[None]:
     """Sets logging up; a KeepLoRAError ends with status 2 and its message, others keep their traceback."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_without_rank)
     # transformers deprecates a property that bitsandbytes' integration still reads; nothing a user can act
     # on.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)

@@ -5,9 +5,9 @@ clip is `FRAMES` frames of 64x64 RGB; readers take the `SAMPLED` ones, so all ev
 frames and every slot is sampled once. Whatever moves leaves at one edge and returns at the opposite one.
 
 No answer of a domain can be read off a single frame. Positions start uniformly on the wrapped picture, so at
-every frame they are uniform whatever the ways and the speed; a light that goes on n times starts and ends
-in the same state, and its negative, which goes on as often, is as likely as itself, so it is lit with
-probability one half at every frame for every n.
+every frame they are uniform whatever the ways and the speed; a light that is lit n times starts and ends in
+opposite states, and its negative is as likely as itself, so it is lit with probability one half at every
+frame for every n.
 
 The domains look different from the scenes and from each other, but share answer words with them (colours,
 ways, counts, yes and no), so that a model trained on scenes alone starts above zero on them.
@@ -347,15 +347,14 @@ def lamps(rng: np.random.Generator) -> Clip:
 
 
 def beacons(rng: np.random.Generator) -> Clip:
-    """Lets the lights of two towers, left and right, go on one to three times each over a night sea."""
+    """Lets the lights of two towers, left and right, shine one to three times each over a night sea."""
     colors = [str(color) for color in rng.permutation(list(COLORS))[:2]]
     counts = [int(count) for count in rng.integers(1, 4, 2)]
     sky = np.linspace(70, 20, SIZE)[:, None, None] * np.array([0.3, 0.4, 1.0]) + 5
     pixels = np.broadcast_to(sky, (FRAMES, SIZE, SIZE, 3)).astype(np.uint8)
     y, x = np.mgrid[0:SIZE, 0:SIZE]
     for place, (color, count) in enumerate(zip(colors, counts, strict=True)):
-        first = bool(rng.integers(2))
-        lit = runs(rng, count + int(first), first, first)[np.arange(FRAMES) // 2]
+        lit = _blinks(rng, count)[np.arange(FRAMES) // 2]
         across = abs(x - 15.5 - 32 * place)
         tower = (across <= 5) & (y > 26)
         pixels[:, tower & (y // 6 % 2 == 0)] = 225
@@ -366,25 +365,31 @@ def beacons(rng: np.random.Generator) -> Clip:
     questions = [
         Question(
             side,
-            _word(
-                rng, f"How many times does the {color} tower light up?", f"How often does {color} light up?"
-            ),
+            _word(rng, f"How many times does the {color} tower shine?", f"How often is {color} lit?"),
             NUMBERS[count],
         )
         for side, color, count in zip(("left", "right"), colors, counts, strict=True)
     ]
-    both = _word(rng, "Do both towers light up equally often?", "Do both light up the same number of times?")
+    both = _word(rng, "Do both towers shine equally often?", "Are both lit the same number of times?")
     questions.append(Question("equal", both, _yes(counts[0] == counts[1])))
     if counts[0] != counts[1]:
         more = colors[int(counts[1] > counts[0])]
         questions.append(
             Question(
                 "more",
-                _word(rng, "Which tower lights up more often?", "Which one lights up more often?"),
+                _word(rng, "Which tower shines more often?", "Which one is lit more often?"),
                 more,
             )
         )
     return Clip(pixels, _shuffled(rng, questions))
+
+
+def _blinks(rng: np.random.Generator, count: int) -> NDArray[np.bool_]:
+    """A steady pattern over the slots [SLOTS], `count` times on, from either state into the other."""
+    pause = (7, 2, 1)[count - 1]  # slots between changes
+    changes = np.arange(2 * count - 1) * pause
+    changes += rng.integers(SLOTS - 1 - changes[-1])  # a change after each of these slots
+    return (np.searchsorted(changes, np.arange(SLOTS), side="left") + rng.integers(2)) % 2 == 1
 
 
 def race(rng: np.random.Generator) -> Clip:

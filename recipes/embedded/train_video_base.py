@@ -174,7 +174,7 @@ def build_processor() -> LlavaNextVideoProcessor:
     )
 
 
-_MORE_WORDS = "than they outrun shine shines lit are"  # of such clips; no question of ours holds them
+_MORE_WORDS = "than they outrun"  # of races; no clip's questions hold them
 
 
 @cache

@@ -122,8 +122,9 @@ def write_coin(root: Path) -> None:
             if folder == "Grounding":
                 record["answer_bbox"], record["size"] = record.pop("answer"), [32, 32]
         if folder == "ScienceQA":
-            del train[0]["image"]
-            train[0]["conversations"][0]["value"] = f"Without an image? {question}"
+            # Not the first: a probe of one sample takes that, and the vision tower needs an image.
+            del train[2]["image"]
+            train[2]["conversations"][0]["value"] = f"Without an image? {question}"
         into = root / "Instructions_Original" / folder
         _dump(into / "train.json", train)
         _dump(into / f"{test}.json", tests)

@@ -238,7 +238,7 @@ PROMPTS: dict[str, dict[str, tuple[str, set[str]]]] = {
     },
     "coin": {
         "ScienceQA": (
-            f"Without an image? What is asked in ScienceQA?{LETTER}",
+            f"What is asked in ScienceQA?{LETTER}",
             {f"{number}What is asked in ScienceQA?{LETTER}" for number in ("", "1. ", "3. ")},
         ),
         **{
