@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import init_empty_weights
+from accelerate.big_modeling import init_empty_weights
 from accelerate.utils import get_max_memory
 from huggingface_hub import get_safetensors_metadata, snapshot_download
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: its client's, without network

@@ -300,11 +300,11 @@ def _scoring() -> Any:
 @pytest.mark.parametrize(
     "name",
     [
-        "mllm_dcl",
         "mllm_acl",
+        "cl_vista",
+        pytest.param("mllm_dcl", marks=pytest.mark.slow),
         pytest.param("ucit", marks=[needs_java, pytest.mark.slow]),
         pytest.param("coin", marks=pytest.mark.slow),
-        pytest.param("cl_vista", marks=pytest.mark.slow),
     ],
 )
 def test_the_recipe_runs_the_stream_to_its_report(name: str, roots: dict[str, Path], tmp_path: Path) -> None:
