@@ -152,9 +152,9 @@ def _mean_gradients(model: PeftModel, names: Sequence[str], measure: str, tokens
     for name, parameter, processes in zip(names, parameters, reached, strict=True):
         if processes == 0:
             raise GradientError(
-                f"{name} received no gradient: it takes no part in the forward result for this data. "
-                "Exclude it in "
-                "mllm_keeplora/targets.py (used_vision_layers) or in the run's targets"
+                f"{name} received no gradient: no sample of the probe passes through it. Raise probe.fraction "
+                "or probe.max_samples until some do (images or clips among text), or leave the module out of "
+                "the tower's targets"
             )
         gradient = sum_of_all(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
         if not torch.isfinite(gradient).all():
