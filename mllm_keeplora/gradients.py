@@ -152,8 +152,8 @@ def _mean_gradients(model: PeftModel, names: Sequence[str], measure: str, tokens
     for name, parameter, processes in zip(names, parameters, reached, strict=True):
         if processes == 0:
             raise GradientError(
-                f"{name} received no gradient: no sample of the probe passes through it. Raise probe.fraction "
-                "or probe.max_samples until some do (images or clips among text), or leave the module out of "
+                f"{name} received no gradient: no sample of the probe passes through it. Raise "
+                "probe.fraction or probe.max_samples until some do (images or clips among text), or leave the module out of "
                 "the tower's targets"
             )
         gradient = sum_of_all(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
