@@ -153,8 +153,8 @@ def _mean_gradients(model: PeftModel, names: Sequence[str], measure: str, tokens
         if processes == 0:
             raise GradientError(
                 f"{name} received no gradient: no sample of the probe passes through it. Raise "
-                "probe.fraction or probe.max_samples until some do (images or clips among text), or leave the module out of "
-                "the tower's targets"
+                "probe.fraction or probe.max_samples until some do (images or clips among text), or leave "
+                "the module out of the tower's targets"
             )
         gradient = sum_of_all(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
         if not torch.isfinite(gradient).all():
