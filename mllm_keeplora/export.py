@@ -76,7 +76,7 @@ def _test_batches(run_dir: Path, processor: Any, questions: int) -> list[dict[st
     task = stream.tasks[-1]
     samples, _ = load_records(
         stream.data_root / task.test,
-        stream.media_root(task),
+        stream.test_media_root(task),
         answers=stream.answers_file(task),
         prompt_suffix=task.prompt_suffix,
         allow_text_only=task.allow_text_only,

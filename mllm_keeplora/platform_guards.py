@@ -10,6 +10,8 @@ import warnings
 
 import torch
 
+from mllm_keeplora.startup import declare_torchvision_operators
+
 
 def allow_torchvision_without_cuda() -> None:
     """Lets PyPI's CUDA-linked torchvision import beside a CPU-only torch.
@@ -23,13 +25,7 @@ def allow_torchvision_without_cuda() -> None:
     """
     if importlib.util.find_spec("torchvision") is None or torch.version.cuda is not None:
         return
-    for schema in (
-        "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-        "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    ):
-        name = schema.split("(", 1)[0]
-        if not _operator_exists("torchvision", name):
-            torch.library.define(f"torchvision::{name}", schema[len(name) :])
+    declare_torchvision_operators()
     with warnings.catch_warnings():
         # torchvision warns that its image extension did not load; nothing here decodes through it.
         warnings.simplefilter("ignore")
@@ -41,10 +37,6 @@ def silence_missing_cpu_kernels() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
         lambda record: "gemm_4bit_forward" not in record.getMessage()
     )
-
-
-def _operator_exists(namespace: str, name: str) -> bool:
-    return f"{namespace}::{name}" in torch._C._dispatch_get_all_op_names()
 
 
 def guard_linear4bit(model: torch.nn.Module) -> int:

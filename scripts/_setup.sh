@@ -11,7 +11,7 @@ setup_environment() {
     fi
     PYTHON=$PWD/.venv/bin/python
     local stamp=.venv/installed wanted
-    wanted=$(cat pyproject.toml constraints.txt | cksum)
+    wanted=$(cat pyproject.toml constraints.txt scripts/_setup.sh | cksum)
     if [ -x "$PYTHON" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
         return
     fi
@@ -19,8 +19,25 @@ setup_environment() {
     echo "setting up .venv (once; some minutes)" >&2
     python3 -m venv .venv &&
         "$PYTHON" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' &&
+        _prepare_startup &&
         echo "$wanted" >"$stamp" ||
         { echo "error: the installation failed; run the same command again to continue it" >&2; return 1; }
+}
+
+# Beside a CPU-only torch, PyPI's torchvision does not import by itself, and with it `accelerate launch`.
+_prepare_startup() {
+    "$PYTHON" - "$PWD/mllm_keeplora/startup.py" <<'END'
+import pathlib, sys, sysconfig
+
+lines = (
+    "import importlib.util as u",
+    f"s = u.spec_from_file_location('keeplora_startup', {sys.argv[1]!r})",
+    "m = u.module_from_spec(s)",
+    "s.loader.exec_module(m)",
+    "m.install()",
+)
+pathlib.Path(sysconfig.get_path("purelib"), "keeplora_startup.pth").write_text("; ".join(lines) + "\n")
+END
 }
 
 _check_python() {

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "mllm_keeplora"
 
 LAYERS = {
-    0: "errors platform_guards subspace sketch lora_init layer_scaling folding retention",
+    0: "errors startup platform_guards subspace sketch lora_init layer_scaling folding retention",
     1: "targets linears processes sharding gradients adapters console",
     2: "config streams artifacts models memory protected data evaluation",
     3: "training stage stream_runner recipe plan finished chat export judge check_stream fetch_stream",
