@@ -34,7 +34,7 @@ from safetensors.numpy import save_file
 
 from mllm_keeplora.artifacts import sha256_file
 from mllm_keeplora.config import VideoConfig
-from mllm_keeplora.data.decoder_process import Frames, Refused, spread_indices
+from mllm_keeplora.data.decoder_process import Frames
 from mllm_keeplora.errors import KeepLoRAError
 
 logger = logging.getLogger(__name__)
@@ -77,30 +77,6 @@ class Clip:
     def duration(self) -> float:
         """Length of the file in seconds; NaN where it states no frame rate."""
         return self.total_frames / self.fps if self.fps > 0 else math.nan
-
-
-def sample_indices(total_frames: int, fps: float, config: VideoConfig) -> tuple[int, ...]:
-    """Which frames of a clip are taken, evenly spaced from its first to its last.
-
-    Without `config.fps`, `config.frames` of them: linspace(0, total - 1, frames) rounded down, as the
-    published video models take them. With it, as many as the clip's duration asks for at that rate, at least
-    one and at most `config.frames`, spread the same way.
-
-    Args:
-        total_frames: of the file.
-        fps: frames per second of the file; read only with `config.fps`.
-        config: the settings.
-
-    Returns:
-        Strictly increasing indices in [0, total_frames).
-
-    Raises:
-        VideoError: the clip has fewer frames than have to be taken, or its frame rate is needed and unknown.
-    """
-    try:
-        return spread_indices(total_frames, fps, config.frames, config.fps)
-    except Refused as error:
-        raise VideoError(f"the clip {error}; {error.remedy or _REMEDY}") from error
 
 
 class VideoReader:

@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from mllm_keeplora.config import VideoConfig
 from mllm_keeplora.data import decoder_process, video
-from mllm_keeplora.data.video import Clip, VideoError, VideoReader, sample_indices
+from mllm_keeplora.data.decoder_process import spread_indices
+from mllm_keeplora.data.video import Clip, VideoError, VideoReader
 from tests import clips
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,7 +64,7 @@ def _expected(path: Path, frames: int = 8) -> np.ndarray:
 def test_frames_are_spread_from_the_first_to_the_last() -> None:
     for total in range(1, 120):
         for frames in range(1, total + 1):
-            indices = sample_indices(total, 25.0, _config(frames=frames))
+            indices = spread_indices(total, 25.0, frames, None)
             assert len(indices) == frames
             assert indices[0] == 0 and (frames == 1 or indices[-1] == total - 1)
             assert all(a < b for a, b in zip(indices, indices[1:], strict=False))
@@ -71,17 +72,17 @@ def test_frames_are_spread_from_the_first_to_the_last() -> None:
 
 
 def test_a_rate_takes_frames_by_the_clips_length_up_to_the_cap() -> None:
-    config = _config(frames=16, fps=2.0)
-    assert len(sample_indices(150, 30.0, config)) == 10  # five seconds
-    assert len(sample_indices(3000, 30.0, config)) == 16
-    assert sample_indices(3000, 30.0, config)[-1] == 2999
-    assert sample_indices(3, 30.0, config) == (0,)
-    assert sample_indices(4, 1.0, _config(frames=16, fps=8.0)) == (0, 1, 2, 3)  # no frame twice
+    assert len(spread_indices(150, 30.0, 16, 2.0)) == 10  # five seconds
+    assert len(spread_indices(3000, 30.0, 16, 2.0)) == 16
+    assert spread_indices(3000, 30.0, 16, 2.0)[-1] == 2999
+    assert spread_indices(3, 30.0, 16, 2.0) == (0,)
+    assert spread_indices(4, 1.0, 16, 8.0) == (0, 1, 2, 3)  # no frame twice
 
 
-def test_a_clip_that_is_too_short_names_the_setting_to_change() -> None:
+def test_a_clip_that_is_too_short_names_the_setting_to_change(tmp_path: Path) -> None:
+    path = clips.write_clip(tmp_path / "short.mp4", clips.moving_frames(5))
     with pytest.raises(VideoError, match="has 5 frames, fewer than video.frames: 8.*lower video.frames to"):
-        sample_indices(5, 25.0, _config())
+        VideoReader(_config(), None).read(path)
 
 
 # --- The same frames from every backend ---
