@@ -222,7 +222,9 @@ class RunConfig:
         run_dir: Where everything of the run is written; the same command on the same directory continues it.
         stream: YAML file with the ordered tasks and the general benchmarks.
         data_root: Folder of the stream's data; None takes the stream file's own.
-        method: keeplora (KeepLoRA++; gamma 1 gives KeepLoRA) or lora (sequential LoRA, nothing protected).
+        method: A file of mllm_keeplora/methods: keeplora (KeepLoRA++; gamma 1 gives KeepLoRA), lora
+            (sequential LoRA, nothing protected), or a rival (docs/methods.md).
+        method_options: Settings that the method alone has, e.g. {features_from: activations} for keeplora.
         alpha: LoRA alpha; an update is lambda_l * alpha / r * B A.
         projector: frozen, or protected (adapted like a layer of the vision tower).
         model: The base model.
@@ -245,7 +247,8 @@ class RunConfig:
     run_dir: str = "runs/vqa_embedded"
     stream: str = "recipes/streams/embedded.yaml"
     data_root: str | None = None
-    method: Literal["keeplora", "lora"] = "keeplora"
+    method: str = "keeplora"
+    method_options: dict[str, Any] = field(default_factory=dict)
     alpha: float = 32.0
     projector: Literal["frozen", "protected"] = "frozen"
     model: ModelConfig = field(default_factory=ModelConfig)

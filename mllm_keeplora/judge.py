@@ -49,7 +49,7 @@ from mllm_keeplora.evaluation.report import format_table
 from mllm_keeplora.models import DTYPES, MODEL_FILES, base_model_hash
 from mllm_keeplora.platform_guards import guard_linear4bit
 from mllm_keeplora.retention import summarize
-from mllm_keeplora.stage import stage_directory
+from mllm_keeplora.workplace import stage_directory
 
 logger = logging.getLogger(__name__)
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from mllm_keeplora.config import ModelConfig, RunConfig, TrainConfig
 from mllm_keeplora.linears import is_linear
+from mllm_keeplora.methods.base import Method, load_method
 from mllm_keeplora.models import DTYPES
 from mllm_keeplora.targets import LANGUAGE_LAYERS, Media, Target, Tower, family_of
 
@@ -77,6 +78,11 @@ class MemoryModel:
     new_tokens: int
     on_cpu: bool
 
+    @cached_property
+    def method(self) -> Method:
+        """What `config.method` names."""
+        return load_method(self.config)
+
     @property
     def itemsize(self) -> int:
         """Bytes of a number in the compute dtype."""
@@ -120,7 +126,7 @@ class MemoryModel:
     def _decomposition(self) -> int:
         """E1 on the layer that needs most: the dequantised weight in fp32, its eigenproblem, the basis."""
         largest = 0
-        for t in self.targets if self.config.method == "keeplora" else ():
+        for t in self.targets if self.method.protects_weights else ():
             weight, n = t.in_features * t.out_features, min(t.in_features, t.out_features)
             k = most_columns(t, self.config)
             # Mapped back to a larger input side: in fp64, the matrix, Q, and their fp32 copies.
@@ -129,7 +135,7 @@ class MemoryModel:
         return largest
 
     def _probe(self) -> dict[str, int]:
-        if self.config.method == "lora":
+        if self.method.gradient_passes == 0:
             return {}
         sketch = 4 * sum(self.columns(t) * t.in_features for t in self.targets)
         omega = 4 * sum(self.columns(t) * t.out_features for t in self.targets)
@@ -150,8 +156,8 @@ class MemoryModel:
         )
 
     def _train(self) -> dict[str, int]:
-        both = self.config.method == "lora"
-        trained = self.factors("both" if both else "B")
+        both = self.method.trains == "both"
+        trained = self.factors(self.method.trains)
         work = []
         for train in self.train_settings():
             kept, working = self.activations(train.per_device_train_batch_size, train_a=both)
@@ -287,7 +293,7 @@ class _Tower:
 
     @property
     def _probing(self) -> bool:
-        return self.train_a and self.memory.config.method != "lora"
+        return self.train_a and self.memory.method.gradient_passes > 0
 
     @cached_property
     def _adapted(self) -> dict[str, nn.Linear]:

@@ -36,6 +36,7 @@ from mllm_keeplora.data.video import Clip, VideoReader
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.linears import is_linear
 from mllm_keeplora.memory import PHASES, MemoryModel, SampleShape, most_columns, optimizer_state
+from mllm_keeplora.methods.base import load_method
 from mllm_keeplora.models import DTYPES, check_revision, known_base_hash, resolve_device
 from mllm_keeplora.sketch import HELD_OUT_SHARE
 from mllm_keeplora.streams import GeneralSpec, Stream, TaskSpec, load_stream
@@ -251,7 +252,7 @@ class Work:
 
 def work_of(stream: Stream, config: RunConfig, records: Mapping[str, list[Sample]]) -> list[Work]:
     """What every stage goes through."""
-    passes = 0 if config.method == "lora" else 3 if config.probe.refine else 2
+    passes = load_method(config).probe_passes(config)
     found = []
     for task in stream.tasks:
         samples = len(records[task.name]) if task.name in records else None
@@ -470,7 +471,7 @@ def _device(config: ModelConfig, memory_gb: float | None) -> tuple[str, int, boo
 
 def cached_bases(config: RunConfig, targets: Sequence[Target], base_hash: str | None) -> dict[str, int]:
     """Module name -> k of the weight bases that an earlier run on the same base has left in the cache."""
-    if base_hash is None or config.method != "keeplora":
+    if base_hash is None or not load_method(config).protects_weights:
         return {}
     loaded = f"{config.model.quantization}-{config.model.compute_dtype}"
     directory = Path(config.cache_dir) / "weight_bases" / f"{base_hash[:16]}-{loaded}"
@@ -631,13 +632,10 @@ def _disk_lines(plan: Plan) -> Iterator[str]:
     memory, towers, stages = plan.memory, plan.config.towers(), len(plan.stream.tasks)
     yield "disk, GB"
     bases = features = 0
-    if plan.config.method == "keeplora":
+    if memory.method.protects_weights:
         bases = sum(
             4 * t.in_features * plan.cached_bases.get(t.name, most_columns(t, plan.config))
             for t in memory.targets
-        )
-        features = sum(
-            4 * t.in_features * math.ceil((1 - HELD_OUT_SHARE) * memory.columns(t)) for t in memory.targets
         )
         cached = len(plan.cached_bases)
         how = (
@@ -645,6 +643,10 @@ def _disk_lines(plan: Plan) -> Iterator[str]:
         )
         shares = ", ".join(f"k <= {t.eps_w:g} min(in, out) for {n}" for n, t in towers.items())
         yield f"  weight bases     {bases / GB:9.3f}  ({how}; {shares})"
+    if memory.method.protects_features:
+        features = sum(
+            4 * t.in_features * math.ceil((1 - HELD_OUT_SHARE) * memory.columns(t)) for t in memory.targets
+        )
         yield f"  feature bases    {stages * features / GB:9.3f}  (at most, {stages} stages)"
     one = 4 * memory.factors()
     adapters = one * stages * (stages + 1) // 2 + one * stages
@@ -654,7 +656,7 @@ def _disk_lines(plan: Plan) -> Iterator[str]:
     checkpoints = 0
     if any(train.save_steps for train in memory.train_settings()):
         state = max(4 + optimizer_state(train.optim) for train in memory.train_settings())
-        checkpoints = 3 * state * memory.factors("both" if plan.config.method == "lora" else "B")
+        checkpoints = 3 * state * memory.factors(memory.method.trains)
         yield f"  checkpoints      {checkpoints / GB:9.3f}  (two and the one being written, during a stage)"
     frames = plan.config.video.cache_gb if memory.shape.media == "video" else 0.0
     if frames:

@@ -70,6 +70,11 @@ def num_processes() -> int:
     return PartialState().num_processes
 
 
+def process_index() -> int:
+    """This process's number, from 0."""
+    return PartialState().process_index
+
+
 def is_main() -> bool:
     """Whether this process writes the run's files."""
     return PartialState().is_main_process

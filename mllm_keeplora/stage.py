@@ -1,24 +1,20 @@
-"""One stage of KeepLoRA++: learn a task in the residual subspace, fold it, protect it, measure everything."""
+"""One stage of KeepLoRA++: learn a task in the residual subspace, fold it, protect it, measure everything.
+
+Where methods differ, the stage asks `Workplace.method`; the order of the steps is the same for all.
+"""
 
 import hashlib
-import math
 import resource
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
-from peft import PeftModel
 from torch import Tensor
-from torch.utils.data import DataLoader
-from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from mllm_keeplora.adapters import ACCUMULATED, STAGE, Factors, activate, attach, read_factors
 from mllm_keeplora.artifacts import (
@@ -30,69 +26,38 @@ from mllm_keeplora.artifacts import (
     write_json,
     write_manifest,
 )
-from mllm_keeplora.config import RunConfig, TrainConfig
-from mllm_keeplora.data.collator import IGNORED_LABEL, ChatCollator, SampleDataset
-from mllm_keeplora.data.records import Sample, SkippedRecord, select_evenly
-from mllm_keeplora.data.video import VideoReader
+from mllm_keeplora.data.collator import SampleDataset
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.evaluation.evaluate import evaluate_row
 from mllm_keeplora.folding import fold_factors
-from mllm_keeplora.gradients import back_project_gradients, module_generator, sketch_gradients
-from mllm_keeplora.layer_scaling import layer_scales
-from mllm_keeplora.lora_init import lora_a_from_gradient
 from mllm_keeplora.models import save_adapter
-from mllm_keeplora.processes import from_main, gather, hide_bar, is_main, own_share
+from mllm_keeplora.processes import from_main, gather
 from mllm_keeplora.protected import ProtectedBases
-from mllm_keeplora.sharding import fillers
-from mllm_keeplora.sketch import extend_basis_from_sketch, refined_directions
-from mllm_keeplora.streams import Stream, TaskSpec
 from mllm_keeplora.subspace import orthonormality_error
-from mllm_keeplora.targets import Target
 from mllm_keeplora.training import train_stage
+from mllm_keeplora.workplace import (
+    FEATURES,
+    MEMORY,
+    Model,
+    Stage,
+    Workplace,
+    active_adapters,
+    attach_accumulated,
+    detach,
+)
 
-logger = get_logger(__name__)
-
-Model = PreTrainedModel | PeftModel
 Table = dict[str, dict[str, Any]]  # module name -> its row in the manifest
 
 # ||dW M||_F / ||dW||_F that fp32 factors from an fp64 re-projection stay below by an order of magnitude.
 LEAKAGE_TOLERANCE = 1e-6
 
 
+# Relative change of logits when a continued adapter's scale is taken out of B and put back: fp32 rounding.
+CONTINUED_TOLERANCE = 1e-4
+
+
 class StageError(KeepLoRAError, RuntimeError):
     """A stage that cannot be carried out, or whose result breaks the method's guarantee."""
-
-
-@dataclass
-class Workplace:
-    """What all stages of a run share.
-
-    Attributes:
-        config, stream: what was asked for.
-        records: task name -> (its training samples, the records left out).
-        model: the base model, without adapters between stages.
-        processor: of the base model.
-        reader: decodes clips, for probes, training and evaluation alike.
-        targets: the modules that some task of the stream adapts.
-        weight_files: module name -> file with its weight basis; empty where nothing is protected.
-        run_dir: where the run writes.
-        device: where the model lies.
-    """
-
-    config: RunConfig
-    stream: Stream
-    records: Mapping[str, tuple[list[Sample], list[SkippedRecord]]]
-    model: PreTrainedModel
-    processor: Any
-    reader: VideoReader
-    targets: list[Target]
-    weight_files: Mapping[str, Path]
-    run_dir: Path
-    device: torch.device
-
-    def to_device(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A batch on the model's device."""
-        return {key: value.to(self.device) for key, value in batch.items()}
 
 
 @dataclass
@@ -111,104 +76,6 @@ class Clock:
     def total(self) -> dict[str, float]:
         """The phases and their sum."""
         return {**self.seconds, "total": sum(self.seconds.values())}
-
-
-@dataclass
-class Stage:
-    """One stage's own facts.
-
-    Attributes:
-        work: shared by all stages.
-        number: 1-based.
-        task: what is learnt.
-        accumulated: factors of all earlier stages, scales absorbed in B; empty before the first.
-        feature_files: their feature bases, oldest first.
-    """
-
-    work: Workplace
-    number: int
-    task: TaskSpec
-    accumulated: Factors
-    feature_files: Sequence[Path]
-
-    @property
-    def directory(self) -> Path:
-        """Where the stage writes."""
-        return stage_directory(self.work.run_dir, self.number, self.task.name)
-
-    @property
-    def seed(self) -> int:
-        """Seed of everything random in the stage."""
-        return self.work.config.seed + self.number
-
-    @property
-    def train(self) -> TrainConfig:
-        """Training settings, the task's overrides applied."""
-        return self.work.config.train_for(self.task.name)
-
-    @property
-    def samples(self) -> list[Sample]:
-        """Training samples."""
-        return self.work.records[self.task.name][0]
-
-    @cached_property
-    def collator(self) -> ChatCollator:
-        """Samples to model inputs; shared by probes and training because it remembers tokens."""
-        return ChatCollator(self.work.processor, self.train.max_length, self.work.reader)
-
-    @cached_property
-    def targets(self) -> list[Target]:
-        """The modules that the task's samples reach; of Video-LLaVA's two vision towers, say, the one for
-        clips."""
-        media = {sample.media for sample in self.samples if sample.media is not None}
-        return [target for target in self.work.targets if target.is_reached_by(media)]
-
-    @cached_property
-    def probe_indices(self) -> list[int]:
-        """The samples from which task gradients are measured."""
-        probe = self.work.config.probe
-        return select_evenly(len(self.samples), probe.fraction, probe.max_samples)
-
-    @property
-    def bases(self) -> ProtectedBases:
-        """M, under which the stage trains."""
-        return ProtectedBases(self.work.weight_files, self.feature_files, self.work.device)
-
-    @property
-    def scales(self) -> dict[str, float]:
-        """s_l = lambda_l * alpha / r with the nominal r, per module (E5)."""
-        config, towers = self.work.config, self.work.config.towers()
-        return {t.name: layer_lambda(config, t) * config.alpha / towers[t.tower].rank for t in self.targets}
-
-    def rank(self, target: Target) -> int:
-        """The nominal r of a module."""
-        return self.work.config.towers()[target.tower].rank
-
-    def probe_batches(self) -> Iterator[dict[str, Tensor]]:
-        """The probe sample as model inputs with labels, in order; of several processes each takes its share.
-
-        Batches are shared out whole: one process's batches are those of a run with one, padding included.
-        """
-        samples = SampleDataset([self.samples[i] for i in self.probe_indices])
-        size = self.work.config.probe.batch_size
-        rows = [list(range(len(samples)))[start : start + size] for start in range(0, len(samples), size)]
-        own = own_share(rows)
-        own_and_fillers = [*own, *fillers(self.work.model, own, rows[0])]
-        loader = DataLoader(samples, batch_sampler=own_and_fillers, collate_fn=self.collator)
-        progress = tqdm(loader, desc="task gradients", unit="batch", disable=hide_bar(), leave=False)
-        for number, batch in enumerate(progress):
-            if number >= len(own):
-                batch["labels"].fill_(IGNORED_LABEL)
-            yield self.work.to_device(batch)
-
-    def sketch(self, model: Model, pass_number: int) -> dict[str, Tensor]:
-        """Omega^T G of every module, q = columns_per_rank * r; each pass of the run draws its own Omega."""
-        per_rank = self.work.config.probe.columns_per_rank
-        columns = {t.name: per_rank * self.rank(t) for t in self.targets}
-        seed = 2 * self.seed + pass_number
-        return sketch_gradients(
-            model, self.targets, columns, self.probe_batches, seed, keep=active_adapters(model)
-        )
 
 
 @dataclass
@@ -232,19 +99,24 @@ def run_stage(stage: Stage, header: Mapping[str, Any]) -> StageResult:
     work, directory, clock = stage.work, stage.directory, Clock()
 
     model = attach_accumulated(work.model, stage.accumulated)
-    with clock.phase("probe"):
-        lora_a = load_or_compute(directory / "lora_a.safetensors", lambda: initial_a(stage, model))
-    with clock.phase("train"):
-        factors, account = learn(stage, model, lora_a)
+    if work.method.learns(stage.number):
+        with clock.phase("probe"):
+            a_file = directory / "lora_a.safetensors"
+            lora_a = load_or_compute(a_file, lambda: work.method.initial_a(stage, model))
+        with clock.phase("train"):
+            factors, account = learn(stage, model, lora_a)
+    else:
+        factors, account = no_update(stage)
     detach(model)
 
     with clock.phase("fold"):
         table = from_main(lambda: module_table(stage, factors))
-        folded = fold(stage.accumulated, factors, stage.scales)
+        kept = {n: f for n, f in stage.accumulated.items() if not (work.method.continues and n in factors)}
+        folded = fold(kept, factors, stage.folded_scales)
         model = attach(work.model, ACCUMULATED, folded, dict.fromkeys(folded, 1.0))
         from_main(lambda: save_adapter(directory / "adapter", model, work.config.model))
     with clock.phase("feature_basis"):
-        protect(stage, model, table)
+        protect(stage, model, table, factors)
     with clock.phase("evaluation"):
         scores = evaluate_stage(work, model, directory, header["data"])
     detach(model)
@@ -263,60 +135,8 @@ def run_stage(stage: Stage, header: Mapping[str, Any]) -> StageResult:
     return StageResult(from_main(lambda: write_manifest(directory, manifest)), folded)
 
 
-def initial_a(stage: Stage, model: Model) -> dict[str, Tensor]:
-    """A_t of every module: from the residual gradient (E2-E4), or PEFT's default init for sequential LoRA.
-
-    The main process alone decomposes: rounding differs between machines, and A must not.
-
-    Returns:
-        Module name -> A; empty on the other processes.
-    """
-    targets, bases = stage.targets, stage.bases
-    if stage.work.config.method == "lora":
-        return {t.name: _kaiming_a(t, stage.rank(t), stage.seed) for t in targets}
-    gradients = stage.sketch(model, 0)
-    if stage.work.config.probe.refine:
-        gradients = _refine(stage, model, gradients)
-    if not is_main():
-        return {}
-    return {
-        t.name: lora_a_from_gradient(gradients[t.name].to(bases.device), bases.load(t), stage.rank(t)).cpu()
-        for t in tqdm(targets, desc="residual subspaces", unit="module", disable=None, leave=False)
-    }
-
-
-def _kaiming_a(target: Target, rank: int, seed: int) -> Tensor:
-    a = torch.empty(rank, target.in_features)
-    torch.nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=module_generator(seed, target.name))
-    return a
-
-
-def _refine(stage: Stage, model: Model, sketches: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The optional second pass: the projected sketch, ordered by what G really holds along it."""
-    rows = from_main(lambda: _projected_rows(stage, sketches))
-    if not rows:
-        return dict(sketches)
-    out_features = {t.name: t.out_features for t in stage.targets}
-    images = back_project_gradients(
-        model, rows, out_features, stage.probe_batches, keep=active_adapters(model)
-    )
-    refined = {name: refined_directions(rows[name], images[name]) for name in rows}
-    return {**sketches, **refined}
-
-
-def _projected_rows(stage: Stage, sketches: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Orthonormal rows that span a module's projected sketch; modules without any are left out."""
-    bases, rows = stage.bases, {}
-    for t in stage.targets:
-        sketch = sketches[t.name].to(bases.device)
-        span = lora_a_from_gradient(sketch, bases.load(t), len(sketch)).cpu()
-        if len(span) > 0:
-            rows[t.name] = span
-    return rows
-
-
 def learn(stage: Stage, model: Model, lora_a: Mapping[str, Tensor]) -> tuple[Factors, dict[str, Any]]:
-    """Trains B from zero with A frozen (E6; sequential LoRA trains both).
+    """Trains the method's factors: B from zero with A frozen for KeepLoRA++ (E6).
 
     Returns:
         Module name -> (A, B) of the modules that had room for at least one direction, and `train_stage`'s
@@ -356,21 +176,20 @@ def _check_agreement(stage: Stage, tensors: Mapping[str, Tensor]) -> None:
 
 def _train(stage: Stage, model: Model, lora_a: Mapping[str, Tensor]) -> tuple[Factors, dict[str, Any]]:
     work = stage.work
-    start = {
-        t.name: (lora_a[t.name], torch.zeros(t.out_features, len(lora_a[t.name])))
-        for t in stage.targets
-        if len(lora_a[t.name]) > 0
-    }
+    method, start = work.method, _start(stage, lora_a)
     if not start:
         raise StageError(
             f"stage {stage.number} ({stage.task.name}): no adapted module has residual space left; "
             "lower eps_w or eps_f"
         )
-    before, past = _first_logits(stage, model), active_adapters(model)
+    before = _first_logits(stage, model)
+    past = [] if method.continues else active_adapters(model)
     adapted = attach(model, STAGE, start, stage.scales, dropout=stage.train.lora_dropout)
-    activate(adapted, [*past, STAGE], STAGE, "both" if work.config.method == "lora" else "B")
-    if not torch.equal(before, _first_logits(stage, adapted)):
-        raise StageError(f"stage {stage.number}: attaching the new adapter changed the output although B = 0")
+    activate(adapted, [*past, STAGE], STAGE, method.trains)
+    # B = 0 changes no bit; a continued adapter's B has been divided by its scale and multiplied again.
+    rtol = CONTINUED_TOLERANCE if method.continues else 0.0
+    if not torch.allclose(_first_logits(stage, adapted), before, rtol=rtol, atol=rtol):
+        raise StageError(f"stage {stage.number}: attaching the new adapter changed the model's output")
     training = train_stage(
         adapted,
         SampleDataset(stage.samples),
@@ -382,10 +201,35 @@ def _train(stage: Stage, model: Model, lora_a: Mapping[str, Tensor]) -> tuple[Fa
         mixed=len({sample.media for sample in stage.samples}) > 1,
         report_to=work.config.report_to,
         device=work.device,
+        hooks=method.hooks(stage, adapted),
     )
     factors = read_factors(adapted, STAGE, list(start))
     detach(adapted)
     return factors, training
+
+
+def _start(stage: Stage, lora_a: Mapping[str, Tensor]) -> Factors:
+    """B = 0 beside the given A; what a continuing method has learnt so far, where there is any."""
+    start = {
+        t.name: (lora_a[t.name], torch.zeros(t.out_features, len(lora_a[t.name])))
+        for t in stage.targets
+        if len(lora_a[t.name]) > 0
+    }
+    if stage.work.method.continues:
+        past = {name: stage.accumulated[name] for name in start if name in stage.accumulated}
+        start |= {name: (a, b / stage.scales[name]) for name, (a, b) in past.items()}
+    return start
+
+
+def no_update(stage: Stage) -> tuple[Factors, dict[str, Any]]:
+    """What a stage without learning hands on; the first one's factors are zeros, since an adapter needs
+    some."""
+    account: dict[str, Any] = {"steps": 0, "repeated_samples": 0, "loss": []}
+    if stage.accumulated:
+        return {}, account
+    return {
+        t.name: (torch.zeros(1, t.in_features), torch.zeros(t.out_features, 1)) for t in stage.targets
+    }, account
 
 
 @torch.no_grad()
@@ -424,7 +268,8 @@ def module_table(stage: Stage, factors: Factors) -> Table:
     Raises:
         StageError: an update that reaches what is protected.
     """
-    table, bases, scales = {}, stage.bases, stage.scales
+    table, bases, scales = {}, stage.bases, stage.folded_scales
+    layer_scale = stage.work.method.folded_layer_scale
     for t in stage.targets:
         basis, k_w = bases.load(t), bases.weight_basis(t).shape[1]
         a, b = factors.get(t.name, (torch.zeros(0, t.in_features), torch.zeros(t.out_features, 0)))
@@ -444,7 +289,7 @@ def module_table(stage: Stage, factors: Factors) -> Table:
             "k_w": k_w,
             "k_f": basis.shape[1] - k_w,
             "rank": len(a),
-            "lambda": layer_lambda(stage.work.config, t),
+            "lambda": layer_scale(stage.work.config, t),
             "scale": scales[t.name],
             "leakage": leak,
             "orthonormality_error": orthonormality_error(basis),
@@ -452,53 +297,24 @@ def module_table(stage: Stage, factors: Factors) -> Table:
     return table
 
 
-def protect(stage: Stage, model: Model, table: Table) -> None:
-    """Adds the feature directions of the task just learnt (E8); completes the rows of `table`."""
-    path, account = stage.directory / "feature_basis.safetensors", stage.directory / "feature_basis.json"
-    if not from_main(lambda: path.exists() and account.exists()):
-        directions, facts = _feature_directions(stage, model)
-        from_main(lambda: save_tensors(path, directions))
-        from_main(lambda: write_json(account, facts))
+def protect(stage: Stage, model: Model, table: Table, factors: Factors) -> None:
+    """Keeps what later stages need of the task just learnt, feature directions (E8) above all; completes the
+    rows of `table`."""
+    method, account = stage.work.method, stage.directory / "feature_basis.json"
+    if not from_main(account.exists):
+        features, memory = method.features(stage, model), method.remember(stage, model, factors)
+        from_main(lambda: save_tensors(stage.directory / MEMORY, memory) if memory else None)
+        from_main(lambda: save_tensors(stage.directory / FEATURES, features.directions))
+        from_main(lambda: write_json(account, features.facts))
     for name, facts in read_json(account).items():
         table[name].update(facts)
 
 
-def _feature_directions(stage: Stage, model: Model) -> tuple[dict[str, Tensor], Table]:
-    """The added directions and what is said of them; both empty on all processes but the main one."""
-    directions: dict[str, Tensor] = {}
-    facts: Table = {}
-    if stage.work.config.method == "lora":
-        for t in stage.targets:
-            directions[t.name] = torch.zeros(t.in_features, 0)
-            facts[t.name] = {"k_f_added": 0, "captured": None, "saturated": False}
-        return directions, facts
-    sketches, bases, towers = stage.sketch(model, 1), stage.bases, stage.work.config.towers()
-    if not is_main():
-        return {}, {}
-    for t in stage.targets:
-        basis = bases.load(t)
-        extended = extend_basis_from_sketch(basis, sketches[t.name].to(bases.device), towers[t.tower].eps_f)
-        directions[t.name] = extended.basis[:, basis.shape[1] :].cpu()
-        facts[t.name] = {
-            "k_f_added": directions[t.name].shape[1],
-            "captured": extended.captured,
-            "saturated": extended.saturated,
-        }
-    saturated = [name for name, fact in facts.items() if fact["saturated"]]
-    if saturated:
-        logger.warning(
-            f"{len(saturated)} of {len(facts)} modules need more directions than their sketch has to reach "
-            f"eps_f, {saturated[0]} first ({facts[saturated[0]]['captured']:.3f} held); raise "
-            "probe.columns_per_rank to protect more of this task"
-        )
-    return directions, facts
-
-
 def counts(stage: Stage, factors: Factors, account: Mapping[str, Any]) -> dict[str, Any]:
     """Numbers of what went into a stage, and which records did not."""
-    both = stage.work.config.method == "lora"
+    both = stage.work.method.trains == "both"
     return {
-        "train_samples": len(stage.samples),
+        "train_samples": len(stage.samples) if account["steps"] else 0,
         "steps": account["steps"],
         "repeated_samples": account["repeated_samples"],
         "trainable_parameters": sum(b.numel() + both * a.numel() for a, b in factors.values()),
@@ -520,34 +336,6 @@ def check_ranks(work: Workplace) -> None:
                 f"{t.name}: rank {rank} exceeds its residual space of {t.in_features} - {k} = "
                 f"{t.in_features - k} directions; lower {t.tower}.rank or {t.tower}.eps_w"
             )
-
-
-def stage_directory(run_dir: Path, number: int, task: str | None) -> Path:
-    """`stages/00-base`, `stages/01-<task>`, .."""
-    return run_dir / "stages" / f"{number:02d}-{task or 'base'}"
-
-
-def attach_accumulated(model: PreTrainedModel, accumulated: Factors) -> Model:
-    """The current model: the base, or the base with the folded past."""
-    return attach(model, ACCUMULATED, accumulated, dict.fromkeys(accumulated, 1.0)) if accumulated else model
-
-
-def detach(model: Model) -> None:
-    """Takes every adapter off again."""
-    if isinstance(model, PeftModel):
-        model.unload()
-
-
-def active_adapters(model: Model) -> list[str]:
-    """The adapters that belong to the current model; none on the bare base."""
-    return list(model.active_adapters) if isinstance(model, PeftModel) else []
-
-
-def layer_lambda(config: RunConfig, target: Target) -> float:
-    """lambda_l of a module's layer, within its tower; 1 for sequential LoRA."""
-    if config.method == "lora":
-        return 1.0
-    return layer_scales(target.num_layers, config.towers()[target.tower].gamma)[target.depth]
 
 
 def evaluate_stage(work: Workplace, model: Model, directory: Path, data: Mapping[str, str]) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from mllm_keeplora.data.media import MediaChecker
 from mllm_keeplora.data.video import VideoReader
 from mllm_keeplora.evaluation.evaluate import evaluate_row, write_task_files
 from mllm_keeplora.evaluation.report import format_table, write_report
+from mllm_keeplora.methods.base import Method, load_method
 from mllm_keeplora.models import (
     base_model_hash,
     load_base,
@@ -56,24 +57,19 @@ from mllm_keeplora.retention import retention_ratios, summarize
 from mllm_keeplora.sharding import shard_base, sharding_asked
 from mllm_keeplora.stage import (
     Clock,
-    Stage,
-    Workplace,
-    attach_accumulated,
     check_ranks,
-    detach,
     evaluate_stage,
     peak_memory,
     run_stage,
-    stage_directory,
 )
 from mllm_keeplora.streams import GeneralSpec, Stream, TaskSpec, data_hash, load_stream, load_training_records
 from mllm_keeplora.targets import find_targets
 from mllm_keeplora.training import check_settings
+from mllm_keeplora.workplace import Stage, Workplace, attach_accumulated, detach, stage_directory
 
 logger = get_logger(__name__)
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "lmms_eval", "mllm-keeplora")
-FEATURES = "feature_basis.safetensors"
 BACKFILL = "backfill.json"
 
 
@@ -91,6 +87,7 @@ def run_stream(config: RunConfig) -> dict[str, Any]:
             kept.
     """
     start_processes(cpu=resolve_device(config.model).type == "cpu")
+    method = load_method(config)
     stream = load_stream(Path(config.stream), Path(config.data_root) if config.data_root else None)
     run_dir = Path(config.run_dir)
     _check_train_settings(config, stream)
@@ -99,7 +96,7 @@ def run_stream(config: RunConfig) -> dict[str, Any]:
         from_main(lambda: _write_inputs(history))
         cells = from_main(history.missing_cells) if config.backfill else {}
         if history.missing_stages or cells:
-            work = _open_workplace(history)
+            work = _open_workplace(history, method)
             _run_missing(work, history)
             if config.backfill:
                 _backfill(work, history)
@@ -305,7 +302,7 @@ def _locked(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def _open_workplace(history: _History) -> Workplace:
+def _open_workplace(history: _History, method: Method) -> Workplace:
     config, stream = history.config, history.stream
     cache = Path(config.cache_dir)
     reader = VideoReader(config.video, cache)
@@ -324,10 +321,10 @@ def _open_workplace(history: _History) -> Workplace:
     eps_w = {name: tower.eps_w for name, tower in config.towers().items()}
     loaded = f"{config.model.quantization}-{config.model.compute_dtype}"
     bases = cache / "weight_bases" / f"{history.base_hash[:16]}-{loaded}"
-    files = weight_basis_files(model, targets, eps_w, bases) if config.method == "keeplora" else {}
+    files = weight_basis_files(model, targets, eps_w, bases) if method.protects_weights else {}
     device = resolve_device(config.model)
     work = Workplace(
-        config, stream, records, model, processor, reader, targets, files, history.run_dir, device
+        config, method, stream, records, model, processor, reader, targets, files, history.run_dir, device
     )
     from_main(lambda: check_ranks(work))
     if sharding_asked():
@@ -346,8 +343,8 @@ def _run_missing(work: Workplace, history: _History) -> None:
             history.manifests.append(_base_stage(work, header, directory, past))
         else:
             logger.info(f"stage {number} of {len(work.stream.tasks)}: {header['task']}")
-            features = [history.directory(n) / FEATURES for n in range(1, number)]
-            stage = Stage(work, number, work.stream.tasks[number - 1], past, features)
+            earlier = [history.directory(n) for n in range(1, number)]
+            stage = Stage(work, number, work.stream.tasks[number - 1], past, earlier)
             result = run_stage(stage, header)
             history.manifests.append(result.manifest)
             past = result.accumulated

@@ -17,9 +17,9 @@ the number is logged and recorded.
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.logging import get_logger
@@ -55,12 +55,30 @@ class TrainingError(KeepLoRAError, RuntimeError):
     """Training that must not go on."""
 
 
+class Hooks(NamedTuple):
+    """What a method adds to each optimizer step."""
+
+    penalty: Callable[[], Tensor] | None = None  # scalar added to the loss, once a step
+    after_step: Callable[[], None] | None = None  # called when the optimizer has moved the factors
+
+
 class StageTrainer(Trainer):
     """HF Trainer that checkpoints exactly the trainable parameters.
 
     Stock resuming loads only the first active adapter (here the frozen past), makes its factors trainable and
     then fails on the optimizer's group size; hence saving and loading the stage's own parameters.
     """
+
+    def __init__(self, *args: Any, penalty: Callable[[], Tensor] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._penalty = penalty
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's loss and the method's penalty, which the forwards of one step share."""
+        loss: Any = super().compute_loss(*args, **kwargs)
+        if self._penalty is None:
+            return loss
+        return loss + self._penalty() / self.current_gradient_accumulation_steps
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One forward and backward.
@@ -158,6 +176,17 @@ class FiniteGradients(TrainerCallback):
             )
 
 
+class AfterStep(TrainerCallback):
+    """Calls the method's hook when the optimizer has moved the factors."""
+
+    def __init__(self, after_step: Callable[[], None]) -> None:
+        self._after_step = after_step
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """After every optimizer step."""
+        self._after_step()
+
+
 def train_stage(
     model: PeftModel,
     samples: Dataset[Any],
@@ -170,6 +199,7 @@ def train_stage(
     mixed: bool,
     report_to: Sequence[str],
     device: torch.device,
+    hooks: Hooks = Hooks(),  # noqa: B008 (immutable)
 ) -> dict[str, Any]:
     """Trains the model's trainable parameters on one task.
 
@@ -186,6 +216,7 @@ def train_stage(
             the vision tower out, on some processes or on all.
         report_to: the Trainer's loggers.
         device: where the model lies.
+        hooks: what the method adds to each step.
 
     Returns:
         {"steps", "repeated_samples": how many an epoch shows twice, "loss": [[step, mean loss since the last
@@ -207,7 +238,8 @@ def train_stage(
         args=_arguments(config, seed, directory, report_to, device, mixed),
         train_dataset=samples,
         data_collator=collator,
-        callbacks=[FiniteGradients()],
+        callbacks=[FiniteGradients(), *([AfterStep(hooks.after_step)] if hooks.after_step else [])],
+        penalty=hooks.penalty,
     )
     # Its lines would only repeat what TensorBoard and the report show.
     trainer.remove_callback(PrinterCallback)

@@ -1,0 +1,194 @@
+"""What a method decides about a stage, and how `method: NAME` finds it.
+
+A new method is one file in this folder: a frozen dataclass derived from `Method`. Its fields are the settings
+that `method_options` may hold, and `method: NAME` is the file's name. What it does not override is sequential
+LoRA: a fresh adapter for each task, A and B trained, folded into the past, nothing protected.
+"""
+
+import difflib
+import importlib
+import math
+import pkgutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from accelerate.logging import get_logger
+from peft import PeftModel
+from torch import Tensor
+from tqdm import tqdm
+
+import mllm_keeplora.methods
+from mllm_keeplora.adapters import Factors, Trainable
+from mllm_keeplora.config import ConfigError, RunConfig, TrainConfig
+from mllm_keeplora.data.records import Sample
+from mllm_keeplora.gradients import module_generator
+from mllm_keeplora.processes import is_main
+from mllm_keeplora.sketch import extend_basis_from_sketch
+from mllm_keeplora.targets import Target
+from mllm_keeplora.training import Hooks
+from mllm_keeplora.workplace import Model, Stage
+
+logger = get_logger(__name__)
+
+
+class Features(NamedTuple):
+    """What a stage adds to the protected bases; both empty on all processes but the main one."""
+
+    directions: dict[str, Tensor]  # module name -> [in, added] fp32, orthonormal to what was protected
+    facts: dict[str, dict[str, Any]]  # module name -> entries of its row in the manifest
+
+
+@dataclass(frozen=True)
+class Method:
+    """Sequential LoRA, and the places where other methods differ from it.
+
+    Attributes:
+        trains: which factors move.
+        protects_weights: the principal subspaces of the pre-trained weights are protected from the start
+            (E1).
+        protects_features: a stage adds feature directions to what is protected.
+        continues: one adapter is trained on throughout: a stage starts from the past's factors and replaces
+            them, where other methods add a fresh adapter to them.
+        gradient_passes: passes over the probe sample with gradients, per stage.
+        input_passes: forward passes over it, per stage.
+    """
+
+    trains: ClassVar[Trainable] = "both"
+    protects_weights: ClassVar[bool] = False
+    protects_features: ClassVar[bool] = False
+    continues: ClassVar[bool] = False
+    gradient_passes: ClassVar[int] = 0
+    input_passes: ClassVar[int] = 0
+
+    def probe_passes(self, config: RunConfig) -> int:
+        """Passes over the probe sample in a stage, of either kind."""
+        return self.gradient_passes + self.input_passes
+
+    def learns(self, number: int) -> bool:
+        """Whether stage `number` (1-based) trains at all; one that does not leaves the model as it is."""
+        return True
+
+    def samples(self, stage: Stage) -> list[Sample]:
+        """What the stage trains on: the task's own samples."""
+        return stage.task_samples(stage.task.name)
+
+    def train_config(self, stage: Stage, config: TrainConfig) -> TrainConfig:
+        """The stage's training settings, from those of its task."""
+        return config
+
+    def layer_scale(self, config: RunConfig, target: Target) -> float:
+        """lambda_l in training, a fraction (E5)."""
+        return 1.0
+
+    def folded_layer_scale(self, config: RunConfig, target: Target) -> float:
+        """lambda_l once the stage is folded."""
+        return self.layer_scale(config, target)
+
+    def initial_a(self, stage: Stage, model: Model) -> dict[str, Tensor]:
+        """A of every module before training, [r, in] fp32; the main process's counts. PEFT's default here."""
+        return {t.name: kaiming_a(t, stage.rank(t), stage.seed) for t in stage.targets}
+
+    def hooks(self, stage: Stage, model: PeftModel) -> Hooks:
+        """What happens at each training step beside the loss and the optimizer's step."""
+        return Hooks()
+
+    def features(self, stage: Stage, model: Model) -> Features:
+        """What the stage adds to the protected bases, measured at the model that has learnt the task."""
+        nothing = {"k_f_added": 0, "captured": None, "saturated": False}
+        empty = {t.name: torch.zeros(t.in_features, 0) for t in stage.targets}
+        return Features(empty, {t.name: dict(nothing) for t in stage.targets})
+
+    def remember(self, stage: Stage, model: Model, factors: Factors) -> dict[str, Tensor]:
+        """Anything else that later stages need (`Stage.memory` gives it to them); fp32 on the CPU."""
+        return {}
+
+
+def kaiming_a(target: Target, rank: int, seed: int) -> Tensor:
+    """PEFT's default A, [rank, in] fp32, from a generator of the module's own."""
+    a = torch.empty(rank, target.in_features)
+    torch.nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=module_generator(seed, target.name))
+    return a
+
+
+def per_module(stage: Stage, decompose: Callable[[Target], Tensor]) -> dict[str, Tensor]:
+    """`decompose` of every module, on the main process alone: rounding differs between machines, A must not.
+
+    Returns:
+        Module name -> result on the CPU; empty on the other processes.
+    """
+    targets: Iterable[Target] = stage.targets if is_main() else ()
+    bar = tqdm(targets, desc="residual subspaces", unit="module", disable=None, leave=False)
+    return {t.name: decompose(t).cpu() for t in bar}
+
+
+def extended_features(stage: Stage, sketches: Mapping[str, Tensor]) -> Features:
+    """E8 on every module: the directions that bring what is protected to eps_f of a sketch's energy.
+
+    Args:
+        stage: just learnt.
+        sketches: module name -> Y [q, in], of gradients or of input activations.
+    """
+    directions: dict[str, Tensor] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    bases, towers = stage.bases, stage.work.config.towers()
+    for t in stage.targets if is_main() else ():
+        basis = bases.load(t)
+        extended = extend_basis_from_sketch(basis, sketches[t.name].to(bases.device), towers[t.tower].eps_f)
+        directions[t.name] = extended.basis[:, basis.shape[1] :].cpu()
+        facts[t.name] = {
+            "k_f_added": directions[t.name].shape[1],
+            "captured": extended.captured,
+            "saturated": extended.saturated,
+        }
+    saturated = [name for name, fact in facts.items() if fact["saturated"]]
+    if saturated:
+        logger.warning(
+            f"{len(saturated)} of {len(facts)} modules need more directions than their sketch has to reach "
+            f"eps_f, {saturated[0]} first ({facts[saturated[0]]['captured']:.3f} held); raise "
+            "probe.columns_per_rank to protect more of this task"
+        )
+    return Features(directions, facts)
+
+
+def method_names() -> list[str]:
+    """The values of `method:`."""
+    found = pkgutil.iter_modules(mllm_keeplora.methods.__path__)
+    return sorted(module.name for module in found if module.name != "base")
+
+
+def load_method(config: RunConfig) -> Method:
+    """The method that a run's settings ask for.
+
+    Raises:
+        ConfigError: no method of that name, an option that it does not have, or a value that it refuses.
+    """
+    names = method_names()
+    if config.method not in names:
+        raise ConfigError(
+            f"method {config.method!r} is none of {', '.join(names)}{_did_you_mean(config.method, names)}"
+        )
+    module = importlib.import_module(f"{mllm_keeplora.methods.__name__}.{config.method}")
+    chosen = next(
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__
+    )
+    known = [field.name for field in fields(chosen)]
+    for key in config.method_options:
+        if key not in known:
+            raise ConfigError(
+                f"method_options.{key}: method {config.method} takes {', '.join(known) or 'no options'}"
+                f"{_did_you_mean(key, known)}"
+            )
+    try:
+        method: Method = chosen(**config.method_options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"method_options of {config.method}: {error}") from error
+    return method
+
+
+def _did_you_mean(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

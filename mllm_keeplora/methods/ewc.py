@@ -1,0 +1,103 @@
+"""Elastic weight consolidation (arXiv 1612.00796) on the parameters of one LoRA adapter."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from mllm_keeplora.adapters import ACCUMULATED, STAGE, Factors, activate, factor_parameters, without_dropout
+from mllm_keeplora.data.collator import IGNORED_LABEL
+from mllm_keeplora.methods.base import Method
+from mllm_keeplora.processes import sum_of_all
+from mllm_keeplora.training import Hooks
+from mllm_keeplora.workplace import Model, Stage
+
+
+@dataclass(frozen=True)
+class Ewc(Method):
+    """One adapter trained on throughout; loss + strength / 2 * sum_i F_i (theta_i - theta*_i)^2 (its eq. 3).
+
+    theta are the entries of A and B, theta* their values after the last task, F the sum over past tasks of
+    the Fisher information's diagonal, each measured where its task ended: the one-anchor form of Huszar
+    (arXiv 1712.03847). F is the empirical one, from the true answers: the squared gradient of a sample's
+    summed token losses, averaged over the probe sample. The base has no parameter that moves, so what it knew
+    is not protected: there is no F of its pre-training data.
+
+    Args:
+        strength: lambda, at least 0.
+    """
+
+    continues: ClassVar[bool] = True
+    gradient_passes: ClassVar[int] = 1
+
+    strength: float = 100.0
+
+    def __post_init__(self) -> None:
+        if not self.strength >= 0.0:
+            raise ValueError(f"strength must be at least 0, got {self.strength!r}")
+
+    def hooks(self, stage: Stage, model: PeftModel) -> Hooks:
+        """The penalty at each step; none before there is a past."""
+        memories = stage.memories()
+        if not memories:
+            return Hooks()
+        device = stage.work.device
+        fisher = {name: value.to(device) for name, value in memories[-1].items()}
+        anchor = {n: p.detach().clone() for n, p in _named_factors(model, STAGE, stage).items()}
+        parameters = _named_factors(model, STAGE, stage)
+        return Hooks(penalty=lambda: self.strength / 2 * weighted_distance(parameters, anchor, fisher))
+
+    def remember(self, stage: Stage, model: Model, factors: Factors) -> dict[str, Tensor]:
+        """F of all tasks so far, for each factor as training sees it."""
+        own = fisher_diagonal(stage, cast(PeftModel, model))
+        for t in stage.targets:  # the accumulated B is s times the trained one: dL/dB = s dL/d(sB)
+            own[f"{t.name}.B"] *= stage.scales[t.name] ** 2
+        past = stage.memories()[-1] if stage.memories() else {}
+        return {name: value + past.get(name, 0.0) for name, value in own.items()} | {
+            name: value for name, value in past.items() if name not in own
+        }
+
+
+def _named_factors(model: PeftModel, adapter: str, stage: Stage) -> dict[str, Tensor]:
+    named: dict[str, Tensor] = {}
+    for t in stage.targets:
+        named[f"{t.name}.A"], named[f"{t.name}.B"] = factor_parameters(model, adapter, t.name)
+    return named
+
+
+def weighted_distance(
+    parameters: Mapping[str, Tensor], anchor: Mapping[str, Tensor], fisher: Mapping[str, Tensor]
+) -> Tensor:
+    """sum F (theta - theta*)^2 over all factors that have an F; differentiable scalar."""
+    names = [name for name in parameters if name in fisher]
+    return torch.stack([(fisher[n] * (parameters[n] - anchor[n]).square()).sum() for n in names]).sum()
+
+
+def fisher_diagonal(stage: Stage, model: PeftModel) -> dict[str, Tensor]:
+    """Mean over the probe sample of the squared gradient of a sample's summed token losses.
+
+    Returns:
+        `<module>.A` [r, in] and `<module>.B` [out, r] of the accumulated adapter -> fp32 on the CPU, the same
+        on all processes. The model is left in eval() with everything frozen.
+    """
+    activate(model, [ACCUMULATED], ACCUMULATED, "both")
+    parameters = _named_factors(model, ACCUMULATED, stage)
+    sums = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    samples = 0
+    model.train()
+    with without_dropout(model):
+        for batch in stage.probe_batches(batch_size=1):
+            model.zero_grad()
+            model(**batch, num_items_in_batch=1).loss.backward()
+            for name, parameter in parameters.items():
+                if parameter.grad is not None:
+                    sums[name] += parameter.grad.square()
+            samples += int((batch["labels"] != IGNORED_LABEL).any())
+    model.zero_grad()
+    model.eval()
+    activate(model, [ACCUMULATED])
+    total = int(sum_of_all(torch.tensor(samples, device=stage.work.device)))
+    return {name: (sum_of_all(value) / total).cpu() for name, value in sums.items()}

@@ -1,0 +1,51 @@
+"""Gradient projection memory (GPM, arXiv 2103.09762) on a LoRA update."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from mllm_keeplora.adapters import STAGE, factor_parameters
+from mllm_keeplora.methods.base import Features, Method, extended_features
+from mllm_keeplora.subspace import project_to_residual
+from mllm_keeplora.training import Hooks
+from mllm_keeplora.workplace import Model, Stage
+
+
+@dataclass(frozen=True)
+class Gpm(Method):
+    """Sequential LoRA whose A is projected, A <- A (I - M M^T), at first and after every step (its eq. 7).
+
+    M holds the input directions of past tasks; the pre-trained weight is not protected. GPM projects each
+    step's gradient. AdamW scales entries one by one, which would turn a projected gradient back out of the
+    subspace, so the factor itself is projected: dW M = 0 either way. All of M lies on the device in training.
+    """
+
+    protects_features: ClassVar[bool] = True
+    input_passes: ClassVar[int] = 1
+
+    def initial_a(self, stage: Stage, model: Model) -> dict[str, Tensor]:
+        """PEFT's default, projected."""
+        start, bases = super().initial_a(stage, model), stage.bases
+        return {t.name: project_to_residual(start[t.name], bases.load(t).cpu()) for t in stage.targets}
+
+    def hooks(self, stage: Stage, model: PeftModel) -> Hooks:
+        """Projects every A after each step."""
+        bases = {t.name: stage.bases.load(t) for t in stage.targets}
+        return Hooks(after_step=lambda: project_factors(model, bases))
+
+    def features(self, stage: Stage, model: Model) -> Features:
+        """Input directions of the task at the model that has learnt it."""
+        return extended_features(stage, stage.sketch_inputs(model, 1))
+
+
+@torch.no_grad()
+def project_factors(model: PeftModel, bases: Mapping[str, Tensor]) -> None:
+    """A <- A (I - M M^T) in place, for every module's stage adapter."""
+    for name, basis in bases.items():
+        if basis.shape[1] > 0:
+            a, _ = factor_parameters(model, STAGE, name)
+            a.copy_(project_to_residual(a, basis))

@@ -1,0 +1,33 @@
+"""Experience replay: a share of every earlier task's samples is trained on again."""
+
+from dataclasses import dataclass
+
+from mllm_keeplora.data.records import Sample, select_evenly
+from mllm_keeplora.methods.base import Method
+from mllm_keeplora.workplace import Stage
+
+
+@dataclass(frozen=True)
+class Replay(Method):
+    """Sequential LoRA on D_t and a kept share of D_1 .. D_{t-1} (Chaudhry et al., arXiv 1902.10486).
+
+    Uses data that the other methods must not see again. The kept samples are evenly spaced over a task, and a
+    step draws from own and kept samples alike.
+
+    Args:
+        share: kept samples of an earlier task over all of them, in (0, 1].
+    """
+
+    share: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.share <= 1.0:
+            raise ValueError(f"share must lie in (0, 1], got {self.share!r}")
+
+    def samples(self, stage: Stage) -> list[Sample]:
+        """The task's own, then those kept of the earlier tasks."""
+        found = list(super().samples(stage))
+        for task in stage.work.stream.tasks[: stage.number - 1]:
+            past = stage.task_samples(task.name)
+            found += [past[i] for i in select_evenly(len(past), self.share, len(past))]
+        return found
