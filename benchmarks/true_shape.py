@@ -56,6 +56,7 @@ from mllm_keeplora.data.collator import ChatCollator  # noqa: E402
 from mllm_keeplora.data.records import Sample, Turn  # noqa: E402
 from mllm_keeplora.data.video import VideoReader  # noqa: E402
 from mllm_keeplora.evaluation.evaluate import write_task_files  # noqa: E402
+from mllm_keeplora.methods.base import load_method  # noqa: E402
 from mllm_keeplora.models import DTYPES, quantization_config, resolve_device  # noqa: E402
 from mllm_keeplora.plan import GB, make_plan, skeleton_of  # noqa: E402
 from mllm_keeplora.platform_guards import guard_linear4bit  # noqa: E402
@@ -63,6 +64,7 @@ from mllm_keeplora.processes import start_processes  # noqa: E402
 from mllm_keeplora.protected import weight_basis_files  # noqa: E402
 from mllm_keeplora.streams import load_stream, load_training_records  # noqa: E402
 from mllm_keeplora.targets import family_of, find_targets  # noqa: E402
+from mllm_keeplora.workplace import Stage, Workplace  # noqa: E402
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "USER:", "ASSISTANT:"]
 TEMPLATE = (
@@ -295,7 +297,19 @@ def measure(root: Path, options: argparse.Namespace, batch: int) -> dict[str, An
         eps_w = {name: tower.eps_w for name, tower in config.towers().items()}
         files = weight_basis_files(model, targets, eps_w, Path(config.cache_dir))
     reader = VideoReader(config.video, None)
-    work = stage.Workplace(config, stream, records, model, processor, reader, targets, files, run_dir, device)
+    work = Workplace(
+        config,
+        load_method(config),
+        stream,
+        records,
+        model,
+        processor,
+        reader,
+        targets,
+        files,
+        run_dir,
+        device,
+    )
 
     class MeasuredClock(stage.Clock):
         @contextlib.contextmanager
@@ -304,7 +318,7 @@ def measure(root: Path, options: argparse.Namespace, batch: int) -> dict[str, An
                 yield
 
     stage.Clock = MeasuredClock  # type: ignore[misc]  # the stage's own phases, measured from here
-    stage.run_stage(stage.Stage(work, 1, stream.tasks[0], {}, []), {"data": {}})
+    stage.run_stage(Stage(work, 1, stream.tasks[0], {}, []), {"data": {}})
     planned = {name: sum(items.values()) for name, items in plan.memory.phases().items()}
     for name, found in peaks.found.items():
         found["planned"] = planned[PLANNED[name]] if name in PLANNED else 0

@@ -18,11 +18,13 @@ from mllm_keeplora.artifacts import load_or_compute, save_tensors
 from mllm_keeplora.config import RunConfig, parse_config
 from mllm_keeplora.console import command
 from mllm_keeplora.evaluation.evaluate import evaluate_row, write_task_files
+from mllm_keeplora.methods.base import load_method
 from mllm_keeplora.processes import from_main, start_processes, wait_for_everyone
-from mllm_keeplora.stage import Stage, StageError, _train, initial_a
+from mllm_keeplora.stage import StageError, _train
 from mllm_keeplora.stream_runner import _History, _open_workplace
 from mllm_keeplora.streams import load_stream
 from mllm_keeplora.training import FiniteGradients
+from mllm_keeplora.workplace import Stage
 
 RANK = int(os.environ.get("RANK", "0"))
 # Batches of 8: one process reads them all; of two, the second has images, text alone, or nothing.
@@ -34,7 +36,7 @@ def open_stages(config: RunConfig) -> list[Stage]:
     """The stream's stages as the stream runner opens them, each on the bare base."""
     stream = load_stream(Path(config.stream))
     history = from_main(lambda: _History.read(config, stream, Path(config.run_dir)))
-    work = _open_workplace(history)
+    work = _open_workplace(history, load_method(config))
     return [Stage(work, number, task, {}, []) for number, task in enumerate(stream.tasks, 1)]
 
 
@@ -79,12 +81,15 @@ def compare(config: RunConfig, out: Path) -> None:
     """Everything that must agree between one process and several."""
     stage, uneven = open_stages(config)
     found = sketches(stage)
-    own = load_or_compute(stage.directory / "lora_a.safetensors", lambda: initial_a(stage, stage.work.model))
+    work = stage.work
+    own = load_or_compute(
+        stage.directory / "lora_a.safetensors", lambda: work.method.initial_a(stage, work.model)
+    )
     shared = load_or_compute(out.parent / "lora_a.safetensors", lambda: own)
     trained, seen = train(stage, shared)
     found |= trained | {f"own_A/{name}": a for name, a in own.items()}
     _, seen["uneven"] = train(uneven, shared)
-    work, tasks = stage.work, Path(config.run_dir) / "eval_tasks"
+    tasks = Path(config.run_dir) / "eval_tasks"
     from_main(lambda: write_task_files(work.stream, tasks))
     for limit in LIMITS:
         folder = Path(config.run_dir) / f"limit_{limit}"

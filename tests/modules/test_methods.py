@@ -1,0 +1,472 @@
+"""Methods: each one's property beside a reference, and all of them through two stages on NF4, both towers."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+import yaml
+from peft import PeftModel
+from PIL import Image
+
+from mllm_keeplora.activations import sketch_inputs
+from mllm_keeplora.adapters import ACCUMULATED, STAGE, activate, attach, factor_parameters, read_factors
+from mllm_keeplora.artifacts import load_tensors
+from mllm_keeplora.config import ConfigError, ModelConfig, ProbeConfig, RunConfig, TowerConfig, TrainConfig
+from mllm_keeplora.data.collator import SampleDataset
+from mllm_keeplora.gradients import GradientError
+from mllm_keeplora.lora_init import lora_a_from_gradient
+from mllm_keeplora.methods.base import load_method, method_names
+from mllm_keeplora.methods.ewc import fisher_diagonal, weighted_distance
+from mllm_keeplora.methods.gpm import project_factors
+from mllm_keeplora.methods.lines import Lines
+from mllm_keeplora.methods.loda import energy_ratio_rows
+from mllm_keeplora.methods.olora import overlap
+from mllm_keeplora.models import read_adapter
+from mllm_keeplora.processes import start_processes
+from mllm_keeplora.stage import _start, learn
+from mllm_keeplora.stream_runner import _History, _open_workplace, run_stream
+from mllm_keeplora.streams import load_stream
+from mllm_keeplora.subspace import orthonormality_error
+from mllm_keeplora.training import Hooks, train_stage
+from mllm_keeplora.workplace import FEATURES, MEMORY, Stage, attach_accumulated
+from tests.modules.conftest import WORDS, all_targets, batch
+
+RANK = 2
+TASKS = ("first", "second")
+COVERED = {
+    "ewc",
+    "gpm",
+    "inflora",
+    "joint",
+    "keeplora",
+    "lines",
+    "loda",
+    "lora",
+    "lora_throughout",
+    "olora",
+    "replay",
+    "zero_shot",
+}
+
+
+@pytest.fixture(scope="module")
+def stream_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two tasks of six noise images each; answers differ between them."""
+    root = tmp_path_factory.mktemp("stream")
+    rng = np.random.default_rng(0)
+    tasks = []
+    for task, answers in zip(TASKS, (("red", "blue"), ("yes", "no")), strict=True):
+        records = []
+        for number in range(6):
+            name = f"{task}{number}.png"
+            Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(root / name)
+            turns = [
+                {"from": "human", "value": "<image>\nwhat is this ?"},
+                {"from": "gpt", "value": answers[number % 2]},
+            ]
+            records.append({"id": number, "image": name, "conversations": turns})
+        (root / f"{task}.json").write_text(json.dumps(records))
+        asked = {"question_id": 0, "image": f"{task}0.png", "text": "what is this ?", "answer": answers[0]}
+        (root / f"{task}_test.json").write_text(json.dumps([asked]))
+        entry = {"train": f"{task}.json", "test": f"{task}_test.json", "metric": "exact", "max_new_tokens": 2}
+        tasks.append({"name": task, **entry})
+    path = root / "stream.yaml"
+    path.write_text(yaml.safe_dump({"name": "tiny", "data_root": str(root), "tasks": tasks}))
+    return path
+
+
+def config(tiny_llava: Path, stream_file: Path, directory: Path, method: str, **options: Any) -> RunConfig:
+    tower = TowerConfig(rank=RANK)
+    return RunConfig(
+        run_dir=str(directory / "run"),
+        stream=str(stream_file),
+        method=method,
+        method_options=options,
+        alpha=2.0,
+        model=ModelConfig(base_model=str(tiny_llava), device="cpu"),
+        language=tower,
+        vision=tower,
+        probe=ProbeConfig(fraction=1.0, columns_per_rank=8, batch_size=3),
+        train=TrainConfig(max_steps=3, per_device_train_batch_size=2, learning_rate=1e-2),
+        cache_dir=str(directory.parent / "cache"),
+        report_to=[],
+    )
+
+
+def open_stage(settings: RunConfig, number: int = 1) -> Stage:
+    """A stage of the run as the stream runner opens it; without a past."""
+    start_processes(cpu=True)
+    stream = load_stream(Path(settings.stream))
+    history = _History.read(settings, stream, Path(settings.run_dir))
+    work = _open_workplace(history, load_method(settings))
+    return Stage(work, number, stream.tasks[number - 1], {}, [])
+
+
+def stage_adapter(model: Any, rank: int = RANK) -> PeftModel:
+    """A random stage adapter on every layer, both factors trainable."""
+    generator = torch.Generator().manual_seed(1)
+    factors = {
+        t.name: (
+            torch.randn(rank, t.in_features, generator=generator),
+            torch.randn(t.out_features, rank, generator=generator) / 100,
+        )
+        for t in all_targets(model)
+    }
+    adapted = attach(model, STAGE, factors, dict.fromkeys(factors, 1.0))
+    activate(adapted, [STAGE], STAGE, "both")
+    return adapted
+
+
+# Finding a method
+
+
+def test_every_method_is_covered_here() -> None:
+    assert set(method_names()) == COVERED
+
+
+@pytest.mark.parametrize(
+    "method, options, message",
+    [
+        ("keeplor", {}, "did you mean 'keeplora'"),
+        ("replay", {"shar": 0.1}, "did you mean 'share'"),
+        ("lora", {"share": 0.1}, "takes no options"),
+        ("replay", {"share": 0.0}, "share must lie in"),
+        ("replay", {"share": "much"}, "method_options of replay"),
+        ("ewc", {"strength": -1.0}, "strength must be at least 0"),
+        ("olora", {"strength": -1.0}, "strength must be at least 0"),
+        ("loda", {"ridge": 0.0}, "ridge must be above 0"),
+        ("keeplora", {"features_from": "weights"}, "gradients or activations"),
+    ],
+)
+def test_an_unknown_method_or_option_is_refused(method: str, options: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_method(RunConfig(method=method, method_options=options))
+
+
+# Whole runs
+
+
+@pytest.mark.parametrize("method", sorted(COVERED))
+def test_two_stages(method: str, tiny_llava: Path, stream_file: Path, tmp_path: Path) -> None:
+    """The run itself refuses a function changed at the start and an update that reaches what is protected."""
+    retention = run_stream(config(tiny_llava, stream_file, tmp_path, method))
+    assert [set(row["scores"]) for row in retention["rows"]] == [set(TASKS)] * 3
+    stages = tmp_path / "run/stages"
+    first, second = (read_adapter(stages / d / "adapter") for d in ("01-first", "02-second"))
+    chosen = load_method(RunConfig(method=method))
+
+    for name, (a, b) in first.items():
+        later_a, later_b = second[name]
+        if not chosen.learns(2):  # the past is all there is
+            assert torch.equal(later_a, a) and torch.equal(later_b, b)
+        elif chosen.continues:  # it was trained on, in place
+            assert later_a.shape == a.shape
+            assert not torch.equal(later_b, b)
+        else:  # it is kept bit for bit beside the new factors
+            assert torch.equal(later_a[: len(a)], a) and torch.equal(later_b[:, : b.shape[1]], b)
+            assert len(later_a) == len(a) + RANK
+    assert any(b.abs().max() > 0 for _, b in second.values()) == (method != "zero_shot")
+
+    manifest = json.loads((stages / "02-second/manifest.json").read_text())
+    assert manifest["counts"]["steps"] == (3 if chosen.learns(2) else 0)
+    protected = sum(m["k_w"] + m["k_f"] for m in manifest["modules"])
+    assert (protected > 0) == (chosen.protects_weights or chosen.protects_features)
+
+
+def test_a_killed_stage_that_remembers_continues(tiny_llava: Path, stream_file: Path, tmp_path: Path) -> None:
+    """What EWC keeps between stages is read back, not measured again or lost."""
+    settings = config(tiny_llava, stream_file, tmp_path, "ewc")
+    run_stream(settings)
+    expected = read_adapter(tmp_path / "run/adapter")
+    second = tmp_path / "run/stages/02-second"
+    for name in ("manifest.json", "factors.safetensors", "training.json", "feature_basis.json"):
+        (second / name).unlink()
+    (tmp_path / "run/retention.json").unlink()
+    run_stream(settings)
+    found = read_adapter(tmp_path / "run/adapter")
+    assert all(torch.equal(x, y) for n in expected for x, y in zip(expected[n], found[n], strict=True))
+
+
+# Input activations
+
+
+def exact_inputs(model: Any, targets: Any, inputs: Any) -> dict[str, torch.Tensor]:
+    """X of every target by a plain hook on a model without adapters, padding included."""
+    found: dict[str, torch.Tensor] = {}
+    handles = [
+        model.get_submodule(t.name).register_forward_pre_hook(
+            lambda _, x, name=t.name: found.update({name: x[0].reshape(-1, x[0].shape[-1])})
+        )
+        for t in targets
+    ]
+    with torch.no_grad():
+        model(**{k: v for k, v in inputs.items() if k != "labels"})
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def test_a_sketch_of_inputs_spans_the_inputs(nf4_model: Any) -> None:
+    targets, inputs = all_targets(nf4_model), batch(2)
+    exact = exact_inputs(nf4_model, targets, inputs)
+    columns = {t.name: 64 for t in targets}
+    sketches = sketch_inputs(nf4_model, targets, columns, lambda: [inputs], seed=0)
+    for t in targets:
+        x, y = exact[t.name], sketches[t.name]
+        assert y.shape == (64, t.in_features)
+        outside = y - y @ torch.linalg.pinv(x) @ x
+        assert outside.norm() < 1e-3 * y.norm(), t.name
+        # E||Y||^2 = q ||X||^2 / tokens; a draw of 64 columns stays within a third of it.
+        energy = float(x.square().sum()) / len(x)
+        assert float(y.square().sum()) / 64 == pytest.approx(energy, rel=0.35), t.name
+
+
+def test_padding_does_not_count(nf4_model: Any) -> None:
+    targets, inputs = [t for t in all_targets(nf4_model) if t.tower == "language"], batch(2)
+    width = inputs["input_ids"].shape[1]
+
+    def sketch(pad_word: int) -> dict[str, torch.Tensor]:
+        padded = dict(inputs)
+        for key, value in (("input_ids", pad_word), ("attention_mask", 0), ("labels", -100)):
+            padded[key] = torch.cat([inputs[key], torch.full((2, 3), value)], dim=1)
+        assert padded["input_ids"].shape[1] == width + 3
+        columns = {t.name: 16 for t in targets}
+        return sketch_inputs(nf4_model, targets, columns, lambda: [padded], seed=0)
+
+    one, other = sketch(WORDS.index("<pad>")), sketch(WORDS.index("red"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_module_without_inputs_is_named(nf4_model: Any) -> None:
+    targets = all_targets(nf4_model)
+    text = {k: v[:, -7:] for k, v in batch(2).items() if k != "pixel_values"}
+    with pytest.raises(GradientError, match="vision_tower.*received no input"):
+        sketch_inputs(nf4_model, targets, {t.name: 4 for t in targets}, lambda: [text], seed=0)
+
+
+# Single methods
+
+
+def test_olora_penalises_exactly_the_overlap(nf4_model: Any) -> None:
+    name = all_targets(nf4_model)[0].name
+    model = stage_adapter(nf4_model)
+    a = factor_parameters(model, STAGE, name)[0]
+    past = torch.randn(3, a.shape[1], generator=torch.Generator().manual_seed(2))
+    expected = sum(float(p @ row) ** 2 for p in past for row in a.detach())
+    value = overlap(model, {name: past})
+    assert float(value.detach()) == pytest.approx(expected, rel=1e-5)
+    value.backward()
+    assert a.grad is not None
+    assert torch.allclose(a.grad, 2 * a.detach() @ past.T @ past, rtol=1e-4)
+    orthogonal = torch.linalg.qr(a.detach().T, mode="complete").Q[:, RANK : RANK + 3].T
+    assert float(overlap(model, {name: orthogonal}).detach()) < 1e-8 * float(value.detach())
+
+
+def test_the_penalty_is_added_once_a_step_whatever_the_accumulation(
+    tiny_llava: Path, stream_file: Path, tmp_path: Path
+) -> None:
+    """With a penalty alone (no loss moves an A while B = 0) accumulated and whole batches give one A."""
+    found = []
+    for number, (size, accumulation) in enumerate(((4, 1), (2, 2))):
+        settings = config(tiny_llava, stream_file, tmp_path / str(number), "lora")
+        stage = open_stage(settings)
+        targets = stage.targets
+        adapted = attach(
+            stage.work.model,
+            STAGE,
+            {t.name: (torch.ones(RANK, t.in_features), torch.zeros(t.out_features, RANK)) for t in targets},
+            {t.name: 1.0 for t in targets},
+        )
+        activate(adapted, [STAGE], STAGE, "A")
+        first = factor_parameters(adapted, STAGE, targets[0].name)[0]
+        train_stage(
+            adapted,
+            SampleDataset(stage.samples),
+            stage.collator,
+            replace(
+                settings.train,
+                max_steps=1,
+                per_device_train_batch_size=size,
+                gradient_accumulation_steps=accumulation,
+                optim="sgd",
+                lr_scheduler_type="constant",
+                warmup_ratio=0.0,
+                max_grad_norm=1e6,
+            ),
+            seed=0,
+            directory=tmp_path / f"train{number}",
+            log_dir=tmp_path / f"log{number}",
+            mixed=False,
+            report_to=[],
+            device=torch.device("cpu"),
+            hooks=Hooks(penalty=lambda first=first: 3.0 * first.sum()),  # type: ignore[misc]
+        )
+        found.append(first.detach().clone())
+        assert torch.allclose(found[-1], 1.0 - 3.0 * settings.train.learning_rate * torch.ones_like(first))
+    assert torch.allclose(*found)
+
+
+def test_gpm_keeps_a_trained_update_out_of_the_protected_space(
+    tiny_llava: Path, stream_file: Path, tmp_path: Path
+) -> None:
+    """AdamW moves A everywhere; the projection after each step takes it back."""
+    settings = config(tiny_llava, stream_file, tmp_path, "gpm")
+    run_stream(settings)
+    first = tmp_path / "run/stages/01-first"
+    directions = load_tensors(first / FEATURES)
+    second = load_tensors(tmp_path / "run/stages/02-second/factors.safetensors")
+    untouched = load_tensors(tmp_path / "run/stages/02-second/lora_a.safetensors")
+    assert sum(m.shape[1] for m in directions.values()) > 0
+    for name, m in directions.items():
+        update = second[f"{name}.B"] @ second[f"{name}.A"]
+        assert (update @ m).norm() <= 1e-6 * update.norm()
+        assert not torch.equal(second[f"{name}.A"], untouched[name])
+
+
+def test_gpm_projects_exactly_onto_the_complement(nf4_model: Any) -> None:
+    t = all_targets(nf4_model)[0]
+    model = stage_adapter(nf4_model)
+    a = factor_parameters(model, STAGE, t.name)[0]
+    before = a.detach().clone()
+    m = torch.linalg.qr(torch.randn(t.in_features, 5, generator=torch.Generator().manual_seed(3))).Q
+    project_factors(model, {t.name: m})
+    assert torch.allclose(a, before - before @ m @ m.T, atol=1e-5)
+    assert (a @ m).norm() < 1e-6 * a.norm()
+
+
+def test_inflora_learns_where_the_inputs_are_and_the_past_is_not(
+    tiny_llava: Path, stream_file: Path, tmp_path: Path
+) -> None:
+    settings = config(tiny_llava, stream_file, tmp_path, "inflora")
+    run_stream(settings)
+    past = load_tensors(tmp_path / "run/stages/01-first" / FEATURES)
+    a = load_tensors(tmp_path / "run/stages/02-second/lora_a.safetensors")
+    stage = open_stage(replace(settings, run_dir=str(tmp_path / "other")), 2)
+    model = attach_accumulated(stage.work.model, read_adapter(tmp_path / "run/stages/01-first/adapter"))
+    inputs = stage.sketch_inputs(model, 0)
+    for name, rows in a.items():
+        assert (rows @ past[name]).norm() < 1e-6 * max(1.0, float(rows.norm()))
+        expected = lora_a_from_gradient(inputs[name], past[name], RANK)
+        assert torch.allclose(rows, expected, atol=1e-5)
+
+
+def test_loda_solves_the_generalised_eigenproblem() -> None:
+    generator = torch.Generator().manual_seed(0)
+    new, old = torch.randn(12, 10, generator=generator), torch.randn(12, 10, generator=generator)
+    old[:, :6] *= 30.0  # the first six directions belong to the past
+    rows = energy_ratio_rows(new, [old], 0.01, 3)
+    assert orthonormality_error(rows.T) < 1e-6
+    y, z = new.double() / 12**0.5, old.double() / 12**0.5
+    bottom = z.T @ z + 0.01 * y.square().sum() / 10 * torch.eye(10)
+    _, vectors = scipy.linalg.eigh((y.T @ y).numpy(), bottom.numpy())
+    leading = torch.from_numpy(np.linalg.qr(vectors[:, -3:])[0])
+    cosines = torch.linalg.svdvals(rows.double() @ leading)
+    assert torch.allclose(cosines, torch.ones(3, dtype=torch.double), atol=1e-6)
+    assert rows[:, :6].norm() < 0.2 * rows.norm()
+
+
+def test_loda_without_a_past_takes_the_leading_inputs() -> None:
+    new = torch.randn(12, 10, generator=torch.Generator().manual_seed(0))
+    rows, expected = energy_ratio_rows(new, [], 0.01, 3), torch.linalg.svd(new).Vh[:3]
+    assert torch.allclose(torch.linalg.svdvals(rows @ expected.T), torch.ones(3), atol=1e-5)
+
+
+def test_fisher_is_the_mean_squared_gradient_of_single_samples(
+    tiny_llava: Path, stream_file: Path, tmp_path: Path
+) -> None:
+    stage = open_stage(config(tiny_llava, stream_file, tmp_path, "ewc"))
+    start = stage_adapter(stage.work.model)
+    factors = read_factors(start, STAGE, [t.name for t in stage.targets])
+    start.unload()
+    model = attach(stage.work.model, ACCUMULATED, factors, dict.fromkeys(factors, 1.0))
+    found = fisher_diagonal(stage, model)
+    assert not any(p.requires_grad for p in model.parameters())
+
+    activate(model, [ACCUMULATED], ACCUMULATED, "both")
+    name = stage.targets[-1].name
+    a, b = factor_parameters(model, ACCUMULATED, name)
+    expected_a, expected_b = torch.zeros_like(a), torch.zeros_like(b)
+    for sample in stage.samples:
+        loss = model(**stage.collator([sample]), num_items_in_batch=1).loss
+        for total, gradient in zip((expected_a, expected_b), torch.autograd.grad(loss, (a, b)), strict=True):
+            total += gradient.square() / len(stage.samples)
+    assert torch.allclose(found[f"{name}.A"], expected_a, rtol=1e-3, atol=1e-9)
+    assert torch.allclose(found[f"{name}.B"], expected_b, rtol=1e-3, atol=1e-9)
+
+
+def test_ewc_pulls_back_to_the_past_in_proportion_to_its_fisher_information() -> None:
+    theta = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+    anchor, fisher = torch.tensor([1.0, 1.0, 1.0]), torch.tensor([5.0, 7.0, 0.0])
+    value = weighted_distance({"x": theta}, {"x": anchor}, {"x": fisher})
+    [gradient] = torch.autograd.grad(value, theta)
+    assert float(value.detach()) == 7.0
+    assert torch.equal(gradient, torch.tensor([0.0, 14.0, 0.0]))
+
+
+def test_ewc_adds_up_the_information_of_past_tasks(
+    tiny_llava: Path, stream_file: Path, tmp_path: Path
+) -> None:
+    run_stream(config(tiny_llava, stream_file, tmp_path, "ewc"))
+    first, second = (load_tensors(tmp_path / "run/stages" / d / MEMORY) for d in ("01-first", "02-second"))
+    assert first.keys() == second.keys()
+    assert all((second[name] >= first[name]).all() for name in first)
+    assert any((second[name] > first[name]).any() for name in first)
+
+
+def test_a_continuing_method_starts_where_the_past_ended(
+    tiny_llava: Path, stream_file: Path, tmp_path: Path
+) -> None:
+    """The scale that folding put into B is taken out again: start * scale is the past."""
+    stage = open_stage(config(tiny_llava, stream_file, tmp_path, "lora_throughout"), 2)
+    model = stage_adapter(stage.work.model)
+    stage.accumulated = read_factors(model, STAGE, [t.name for t in stage.targets])
+    model.unload()
+    start = _start(stage, load_method(stage.work.config).initial_a(stage, stage.work.model))
+    for name, (a, b) in stage.accumulated.items():
+        assert torch.equal(start[name][0], a)
+        assert torch.allclose(start[name][1] * stage.scales[name], b)
+
+
+def test_lines_scales_what_was_learnt_not_how(tiny_llava: Path, stream_file: Path, tmp_path: Path) -> None:
+    """The same seed trains the same factors as sequential LoRA; folding scales them by depth."""
+    learnt = {}
+    for method in ("lora", "lines"):
+        stage = open_stage(config(tiny_llava, stream_file, tmp_path / method, method))
+        start = stage.work.method.initial_a(stage, stage.work.model)
+        learnt[method], _ = learn(stage, stage.work.model, start)
+    assert all(torch.equal(learnt["lora"][n][1], learnt["lines"][n][1]) for n in learnt["lora"])
+    assert isinstance(stage.work.method, Lines)
+    for t in stage.targets:
+        deepest, gamma = t.depth == t.num_layers - 1, 0.2
+        share = stage.folded_scales[t.name] / stage.scales[t.name]
+        assert share == pytest.approx(1.0 if deepest else gamma if t.depth == 0 else share)
+        assert gamma <= share <= 1.0
+
+
+def test_replay_adds_a_share_of_every_earlier_task(
+    tiny_llava: Path, stream_file: Path, tmp_path: Path
+) -> None:
+    settings = config(tiny_llava, stream_file, tmp_path, "replay", share=0.5)
+    first, second = open_stage(settings, 1), open_stage(settings, 2)
+    own = [s.id for s in second.task_samples("second")]
+    assert [s.id for s in first.samples] == [s.id for s in first.task_samples("first")]
+    assert [s.id for s in second.samples[:6]] == own
+    kept = second.samples[6:]
+    assert len(kept) == 3
+    assert {s.image for s in kept} < {s.image for s in second.task_samples("first")}
+
+
+def test_joint_training_sees_all_tasks_for_the_steps_of_all(
+    tiny_llava: Path, stream_file: Path, tmp_path: Path
+) -> None:
+    stage = open_stage(config(tiny_llava, stream_file, tmp_path, "joint"))
+    assert {s.image for s in stage.samples} == {s.image for task in TASKS for s in stage.task_samples(task)}
+    assert stage.train.max_steps == 2 * 3
+    epochs = replace(stage.work.config.train, max_steps=-1)
+    assert stage.work.method.train_config(stage, epochs).max_steps == -1
+    assert [stage.work.method.learns(n) for n in (1, 2, 3)] == [True, False, False]

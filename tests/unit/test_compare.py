@@ -1,0 +1,234 @@
+"""The comparison study: which runs it makes, how it tunes, and its statistics beside references."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from scipy import stats
+
+from mllm_keeplora import compare
+from mllm_keeplora.compare import (
+    Job,
+    Study,
+    Tuning,
+    collect,
+    format_results,
+    held_out_stream,
+    holm,
+    jobs_of,
+    learning_rate,
+    load_study,
+    paired_test,
+    run_directory,
+    run_study,
+    standard_error,
+)
+from mllm_keeplora.config import ConfigError, RunConfig
+from mllm_keeplora.methods.base import load_method
+from mllm_keeplora.streams import load_stream
+
+ROOT = Path(__file__).resolve().parents[2]
+STUDIES = sorted((ROOT / "recipes/studies").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def in_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recipes are named from the repository's folder."""
+    monkeypatch.chdir(ROOT)
+
+
+def study(tmp_path: Path, tuned: bool = True) -> Study:
+    return Study(
+        recipe="recipes/configs/vqa/embedded.yaml",
+        runs=str(tmp_path / "runs"),
+        results=str(tmp_path / "results"),
+        reference="ours",
+        seeds=[0, 100, 200],
+        more_seeds=[0, 100],
+        methods={"plain": {"method": "lora"}, "ours": {"method": "keeplora"}},
+        more_methods={"again": {"method": "replay", "method_options": {"share": 0.2}}},
+        ablations={"rank 8": {"language.rank": 8}},
+        settings={"train.max_steps": 5, "report_to": []},
+        tuning=Tuning([1e-3, 2e-3, 4e-3], 2, 1, 9000, str(tmp_path / "held_out")) if tuned else None,
+    )
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.name)
+def test_every_shipped_study_names_runs_that_the_recipe_takes(path: Path) -> None:
+    loaded = load_study(path)
+    for job in jobs_of(loaded, everything=True):
+        config = compare._config(loaded, job.arm, job.seed, run_directory(loaded, job), 1e-3)
+        load_method(config)
+        assert (config.seed, config.train.learning_rate) == (job.seed, 1e-3)
+        assert config.train.max_steps == loaded.settings["train.max_steps"]
+    directories = {run_directory(loaded, job) for job in jobs_of(loaded, everything=True)}
+    assert len(directories) == len(jobs_of(loaded, everything=True))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"reference": "theirs"}, "reference 'theirs' is none of methods"),
+        ({"seeds": [1]}, "at least two different numbers"),
+        ({"seeds": [1, 1]}, "at least two different numbers"),
+        ({"sedes": [1, 2]}, "sedes"),
+        ({"more_methods": {"ours": {}}}, "two arms of the study have one name: ours"),
+    ],
+)
+def test_a_wrong_study_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump({**asdict(study(tmp_path, tuned=False)), **change}))
+    with pytest.raises(ConfigError, match=message):
+        load_study(path)
+
+
+def test_the_default_set_has_all_seeds_and_all_adds_the_rest(tmp_path: Path) -> None:
+    found = study(tmp_path)
+    assert set(jobs_of(found, False)) == {Job(a, s) for a in ("plain", "ours") for s in (0, 100, 200)}
+    added = set(jobs_of(found, True)) - set(jobs_of(found, False))
+    assert added == {Job(a, s) for a in ("again", "rank 8") for s in (0, 100)}
+    assert set(jobs_of(found, False, ["again"])) == {Job("again", 0), Job("again", 100)}
+    with pytest.raises(ConfigError, match="no arm 'agian'"):
+        jobs_of(found, False, ["agian"])
+
+
+def test_an_interrupted_study_has_every_arm_for_its_first_seeds(tmp_path: Path) -> None:
+    order = [job.seed for job in jobs_of(study(tmp_path), True)]
+    assert order == sorted(order)
+
+
+def fake_runs(monkeypatch: pytest.MonkeyPatch, last: Any) -> list[RunConfig]:
+    """Runs that cost nothing and have a given Last; the settings asked for."""
+    asked: list[RunConfig] = []
+
+    def run(config: RunConfig) -> dict[str, Any]:
+        asked.append(config)
+        final = {"digits": {"value": last(config)}, "scenes": {"value": 0.5}}
+        retention = {
+            "metrics": {"mft": 0.9, "last": last(config), "bwt": last(config) - 0.9},
+            "rows": [{"scores": final}],
+            "tasks": ["digits"],
+            "general": ["scenes"],
+        }
+        directory = Path(config.run_dir)
+        directory.mkdir(parents=True)
+        (directory / "retention.json").write_text(json.dumps(retention))
+        (directory / "config.json").write_text(json.dumps(asdict(config)))
+        return retention
+
+    monkeypatch.setattr(compare, "run_stream", run)
+    monkeypatch.setattr(compare, "held_out_stream", lambda *_: Path("held_out.yaml"))
+    return asked
+
+
+def test_each_method_gets_its_best_rate_and_an_ablation_the_references(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    best = {"lora": 1e-3, "keeplora": 4e-3}
+    asked = fake_runs(monkeypatch, lambda c: 0.8 - abs(c.train.learning_rate - best[c.method]))
+    found = study(tmp_path)
+    assert [learning_rate(found, arm) for arm in ("plain", "ours", "rank 8")] == [1e-3, 4e-3, 4e-3]
+    assert len(asked) == 6, "an ablation is not tuned, and a finished run is not repeated"
+    assert {c.seed for c in asked} == {9000}
+    assert {c.stream for c in asked} == {"held_out.yaml"}
+
+
+def test_equal_candidates_give_the_smaller_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_runs(monkeypatch, lambda _: 0.5)
+    assert learning_rate(study(tmp_path), "plain") == 1e-3
+
+
+def test_a_study_runs_what_is_missing_and_reports_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bonus = {"lora": 0.0, "keeplora": 0.2, "replay": 0.1}
+    asked = fake_runs(monkeypatch, lambda c: 0.5 + bonus[c.method] + c.seed * 1e-4 * (1 + bonus[c.method]))
+    found = study(tmp_path, tuned=False)
+    run_study(found, jobs_of(found, False))
+    assert len(asked) == 6
+    run_study(found, jobs_of(found, False, ["plain", "again"]))
+    assert len(asked) == 8
+
+    results = collect(found)
+    assert list(results["arms"]) == ["plain", "ours", "again"], "an arm without a run is left out"
+    plain = results["arms"]["plain"]
+    assert plain["summary"]["last"]["mean"] == pytest.approx(0.51)
+    assert plain["summary"]["last"]["standard_error"] == pytest.approx(0.01 / 3**0.5)
+    against = plain["against_reference"]["last"]
+    assert against["n"] == 3
+    assert against["difference"] == pytest.approx(0.202)
+    assert against["p"] < 0.001
+    assert against["p_holm"] == pytest.approx(2 * against["p"]), (
+        "of two comparisons the smaller p counts twice"
+    )
+    assert results["arms"]["again"]["against_reference"]["last"]["n"] == 2
+    table = format_results(results)
+    assert "| plain | 3 | 0.002 | 90.0 ± 0.0 | 51.0 ± 0.6 |" in table
+
+
+def test_a_run_under_other_settings_is_not_taken_for_the_study_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = fake_runs(monkeypatch, lambda _: 0.5)
+    found = study(tmp_path, tuned=False)
+    run_study(found, [Job("plain", 0)])
+    stored = run_directory(found, Job("plain", 0)) / "config.json"
+    stored.write_text(json.dumps({**json.loads(stored.read_text()), "alpha": 1.0}))
+    with pytest.raises(FileExistsError):  # the stand-in's refusal; run_stream names the settings
+        run_study(found, [Job("plain", 0)])
+    assert len(asked) == 2
+
+
+def test_the_split_asks_about_records_that_training_does_not_show(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    root.mkdir()
+    turns = [
+        {"from": f, "value": v}
+        for f, v in (("human", "<image>\nq"), ("gpt", "a"), ("human", "r"), ("gpt", "b"))
+    ]
+    records = [{"id": i, "image": f"{i}.png", "conversations": turns} for i in range(5)]
+    (root / "t.json").write_text(json.dumps(records))
+    task = {"name": "t", "train": "t.json", "test": "t.json", "metric": "exact"}
+    stream = tmp_path / "stream.yaml"
+    stream.write_text(yaml.safe_dump({"name": "s", "data_root": str(root), "tasks": [task]}))
+    out = tmp_path / "split"
+    path = held_out_stream(stream, Tuning([1e-3], 1, 2, 0, str(out)))
+    written = path.read_text()
+    assert held_out_stream(stream, Tuning([1e-3], 1, 2, 0, str(out))).read_text() == written
+    train = json.loads((out / "t/train.json").read_text())
+    test = json.loads((out / "t/test.json").read_text())
+    assert [r["image"] for r in train] == ["0.png", "1.png", "2.png"]
+    assert [(q["image"], q["text"], q["answer"]) for q in test] == [("3.png", "q", "a"), ("4.png", "r", "b")]
+    with pytest.raises(ConfigError, match="held_out is 5"):
+        held_out_stream(stream, Tuning([1e-3], 1, 5, 0, str(tmp_path / "none")))
+
+
+def test_the_paired_test_is_scipys() -> None:
+    first, second = [0.5, 0.6, 0.9], [0.4, 0.45, 0.6]
+    found = paired_test(list(zip(first, second, strict=True)))
+    assert found["p"] == pytest.approx(stats.ttest_1samp([0.1, 0.15, 0.3], 0.0).pvalue)
+    assert found["difference"] == pytest.approx(0.55 / 3)
+    assert paired_test([(0.5, 0.4)])["p"] is None
+    assert paired_test([(0.5, 0.25), (0.75, 0.5)])["p"] is None, "no spread, no test"
+    assert paired_test([]) == {"n": 0, "difference": None, "p": None}
+
+
+def test_holm_steps_down() -> None:
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
+    assert holm({"a": 0.6, "b": 0.5}) == pytest.approx({"a": 1.0, "b": 1.0})
+    assert holm({}) == {}
+
+
+def test_one_seed_has_no_standard_error() -> None:
+    assert standard_error([0.5]) is None
+    assert standard_error([0.4, 0.6]) == pytest.approx(0.1)
+
+
+def test_the_shipped_split_is_a_stream_of_the_first_tasks(tmp_path: Path) -> None:
+    tuning = load_study(ROOT / "recipes/studies/image.yaml").tuning
+    assert tuning is not None
+    stream = load_stream(ROOT / "recipes/streams/embedded.yaml")
+    assert 0 < tuning.tasks <= len(stream.tasks)
