@@ -42,7 +42,6 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
         ("vision: {gamma: 2}", r"vision: gamma must lie in \[0, 1\]"),
         ("vision: {rank: 0}", "vision.rank must be at least 1"),
         ("seed: many", "seed"),
-        ("method: keeplore", "keeplore"),
         ("train: {max_steps: 0}", "max_steps is 0"),
         ("train_overrides: {Med: {epochs: 3}}", "train_overrides.Med.epochs is not a setting"),
         ("train_overrides: {Med: {learning_rate: abc}}", "train_overrides.Med: a value of the wrong type"),
