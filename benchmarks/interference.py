@@ -2,13 +2,13 @@
 
     python benchmarks/interference.py runs/vqa_embedded
 
-For every stage t and every earlier task i, over all adapted layers of a tower, two shares in percent:
+For every stage t and every earlier task i, means over the adapted layers of a tower, in percent:
 
-    reached     ||dW_t X_i||^2 / ||dW_t X_t||^2    the answer to an earlier task's inputs, over that to its own
-    protected   ||M_t^T X_i||^2 / ||X_i||^2        energy of an earlier task's inputs inside what was protected
+    reached     ||dW_t X_i||^2 / ||dW_t X_t||^2    its answer to these inputs, over that to its own
+    protected   ||M_t^T X_i||^2 / ||X_i||^2        energy of these inputs inside what was protected
 
 X_i are a layer's inputs on task i at the model before stage t (sketched from the probe sample), dW_t what the
-stage added, M_t its protected basis. With 0 reached, the layer computes on task i's inputs what it did before.
+stage added, M_t its protected basis. With 0 reached a layer computes on task i's inputs what it did before.
 """
 
 import argparse

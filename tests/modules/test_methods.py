@@ -1,5 +1,6 @@
 """Methods: each one's property beside a reference, and all of them through two stages on NF4, both towers."""
 
+import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -326,6 +327,28 @@ def test_gpm_keeps_a_trained_update_out_of_the_protected_space(
         update = second[f"{name}.B"] @ second[f"{name}.A"]
         assert (update @ m).norm() <= 1e-6 * update.norm()
         assert not torch.equal(second[f"{name}.A"], untouched[name])
+
+
+def test_interference_is_measured_where_gpm_leaves_none(
+    tiny_llava: Path, stream_file: Path, tmp_path: Path
+) -> None:
+    """What GPM protects holds eps_f of the past inputs' energy, so its update hardly answers them."""
+    path = Path(__file__).resolve().parents[2] / "benchmarks/interference.py"
+    spec = importlib.util.spec_from_file_location("interference", path)
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    reached = {}
+    for method in ("gpm", "lora"):
+        settings = config(tiny_llava, stream_file, tmp_path / method, method)
+        # As many columns as the noise images have directions.
+        run_stream(replace(settings, probe=replace(settings.probe, columns_per_rank=64)))
+        first, second = script.stages_of(tmp_path / method / "run")
+        for tower, shares in script.measure(second, first).items():
+            reached[method, tower] = shares["reached"]
+            assert (shares["protected"] > 0.95) == (method == "gpm")
+    for tower in ("vision", "language"):
+        assert reached["gpm", tower] < 0.4 * reached["lora", tower]
 
 
 def test_gpm_projects_exactly_onto_the_complement(nf4_model: Any) -> None:
