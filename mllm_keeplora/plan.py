@@ -341,6 +341,7 @@ def _comparable(manifest: Mapping[str, Any], config: RunConfig, base_hash: str) 
     return (
         manifest["base_model"]["hash"] == base_hash
         and manifest["method"] == config.method
+        and manifest["counts"]["steps"] > 0
         and all(train[key] == getattr(config.train, key) for key in same_train)
         and all(model[key] == getattr(config.model, key) for key in same_model)
     )
@@ -350,7 +351,7 @@ def _stage_rates(manifest: Mapping[str, Any]) -> tuple[float, float, float]:
     timings, probed = manifest["timings"], 2 * len(manifest["probe_indices"])
     questions = sum(score["n"] for score in manifest["scores"].values())
     return (
-        timings["train"] / max(1, manifest["counts"]["steps"]),
+        timings["train"] / manifest["counts"]["steps"],
         (timings["probe"] + timings["feature_basis"]) / max(1, probed),
         timings["evaluation"] / max(1, questions),
     )

@@ -95,14 +95,11 @@ def run_stage(stage: Stage, header: Mapping[str, Any]) -> StageResult:
     work, directory, clock = stage.work, stage.directory, Clock()
 
     model = attach_accumulated(work.model, stage.accumulated)
-    if work.method.learns(stage.number):
-        with clock.phase("probe"):
-            a_file = directory / "lora_a.safetensors"
-            lora_a = load_or_compute(a_file, lambda: work.method.initial_a(stage, model))
-        with clock.phase("train"):
-            factors, account = learn(stage, model, lora_a)
-    else:
-        factors, account = no_update(stage)
+    learns, a_file = work.method.learns(stage.number), directory / "lora_a.safetensors"
+    with clock.phase("probe"):
+        lora_a = load_or_compute(a_file, lambda: work.method.initial_a(stage, model)) if learns else {}
+    with clock.phase("train"):
+        factors, account = learn(stage, model, lora_a) if learns else no_update(stage)
     detach(model)
 
     with clock.phase("fold"):
