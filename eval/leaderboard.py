@@ -56,12 +56,13 @@ def read_run(directory: Path) -> FinishedRun:
         ArtifactError: if one of its files is missing or damaged.
     """
     config, retention = read_json(directory / "config.json"), read_json(directory / "retention.json")
-    limit = config["evaluation"]["limit"]
-    if limit is not None:
-        raise EvaluationError(
-            f"{directory} was evaluated on the first {limit} questions of each task (evaluation.limit); the "
-            "leaderboard ranks full evaluations only. Run it again in another directory without the limit"
-        )
+    for name in ("limit", "general_limit"):
+        limit = config["evaluation"].get(name)
+        if limit is not None:
+            raise EvaluationError(
+                f"{directory} was evaluated on the first {limit} questions (evaluation.{name}); the "
+                "leaderboard ranks full evaluations only. Run it again in another directory without the limit"
+            )
     last = retention["rows"][-1]
     if last["stage"] != len(retention["tasks"]):
         raise EvaluationError(

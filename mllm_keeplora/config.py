@@ -33,6 +33,8 @@ class ModelConfig:
         revision: Commit, tag or branch of a hub model; pin a commit for reproducible runs.
         quantization: nf4 (4-bit, double quantised) in both towers, or none.
         compute_dtype: What the model computes in. float32 on CPUs, bfloat16 on GPUs.
+        chat_template: Jinja file in place of the processor's own template, such as
+            recipes/templates/vicuna_v1.jinja: LLaVA-1.5 as the published streams prompt it.
         attn_implementation: sdpa, eager or flash_attention_2 (needs the flash-attn extra).
         trust_remote_code: Run code that comes with the model. Off unless you have read that code.
         device: auto takes the first CUDA device if there is one.
@@ -44,6 +46,7 @@ class ModelConfig:
     revision: str | None = None
     quantization: Literal["nf4", "none"] = "nf4"
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    chat_template: str | None = None
     attn_implementation: str = "sdpa"
     trust_remote_code: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -201,17 +204,24 @@ class EvaluationConfig:
 
     Args:
         batch_size: Questions generated together.
-        limit: Questions per task, None = all. Recorded, and refused by the leaderboard.
+        limit: First questions asked of each task and general benchmark, None = all. Recorded, marked in the
+            report, and refused by the leaderboard.
+        general_limit: The same for the general benchmarks alone, which are large; None = limit.
     """
 
     batch_size: int = 32
     limit: int | None = None
+    general_limit: int | None = None
 
     def __post_init__(self) -> None:
         _require(self.batch_size >= 1, f"evaluation.batch_size must be at least 1, got {self.batch_size}")
-        _require(
-            self.limit is None or self.limit >= 1, f"evaluation.limit must be at least 1, got {self.limit}"
-        )
+        for name in ("limit", "general_limit"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"evaluation.{name} must be at least 1, got {value}")
+
+    def limits(self) -> dict[str, int | None]:
+        """Most questions asked per task of the stream ("task") and per general benchmark ("general")."""
+        return {"task": self.limit, "general": self.general_limit or self.limit}
 
 
 @dataclass(frozen=True)
@@ -332,7 +342,7 @@ def identity(config: RunConfig, task: str | None) -> dict[str, Any]:
     appended tasks leave finished stages valid.
     """
     values = {key: value for key, value in asdict(config).items() if key not in FREE_SETTINGS}
-    values["evaluation"] = {"limit": config.evaluation.limit}
+    values["evaluation"] = {k: values["evaluation"][k] for k in ("limit", "general_limit")}
     values["video"] = {"frames": config.video.frames, "fps": config.video.fps}
     if task is None:
         return {key: values[key] for key in ("model", "video", "evaluation", "initial_adapter")}

@@ -171,7 +171,7 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
             use_safetensors=True,
             device_map={"": device},
         )
-        processor = AutoProcessor.from_pretrained(directory, trust_remote_code=trust)
+        processor = load_processor(config, str(directory), trust_remote_code=trust)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         if isinstance(error, KeepLoRAError):
             raise
@@ -182,6 +182,29 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
     model.requires_grad_(False)
     model.eval()
     return model, processor
+
+
+def load_processor(config: ModelConfig, directory: str, **options: Any) -> Any:
+    """A base model's processor, with the chat template that the settings name.
+
+    Args:
+        config: of the base model.
+        directory: of the base model, or its hub id.
+        options: of transformers' `from_pretrained`.
+
+    Raises:
+        ConfigError: a chat template that cannot be read.
+    """
+    processor = AutoProcessor.from_pretrained(directory, **options)
+    if config.chat_template is not None:
+        try:
+            processor.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"model.chat_template {config.chat_template} cannot be read ({error.strerror}); name a Jinja "
+                "file, or null for the processor's own template"
+            ) from error
+    return processor
 
 
 def base_model_hash(directory: Path, cache: Path) -> str:

@@ -26,7 +26,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError:
 )
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from mllm_keeplora.artifacts import read_json
 from mllm_keeplora.config import ConfigError, ModelConfig, RunConfig, TrainConfig
@@ -37,7 +37,7 @@ from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.linears import is_linear
 from mllm_keeplora.memory import PHASES, MemoryModel, SampleShape, most_columns, optimizer_state
 from mllm_keeplora.methods.base import load_method
-from mllm_keeplora.models import DTYPES, check_revision, known_base_hash, resolve_device
+from mllm_keeplora.models import DTYPES, check_revision, known_base_hash, load_processor, resolve_device
 from mllm_keeplora.sketch import HELD_OUT_SHARE
 from mllm_keeplora.streams import GeneralSpec, Stream, TaskSpec, load_stream
 from mllm_keeplora.targets import LANGUAGE_LAYERS, Media, Target, family_of, find_targets
@@ -283,7 +283,8 @@ def _questions(stream: Stream, spec: TaskSpec | GeneralSpec, config: RunConfig) 
         test, stream.test_media_root(spec), answers=answers, allow_text_only=spec.allow_text_only
     )
     count = sum(len(sample.turns) for sample in samples.values())
-    return min(count, config.evaluation.limit or count)
+    limit = config.evaluation.limits()["task" if isinstance(spec, TaskSpec) else "general"]
+    return min(count, limit or count)
 
 
 def read_training(stream: Stream) -> dict[str, list[Sample]]:
@@ -451,7 +452,7 @@ def targets_of(model: PreTrainedModel, config: RunConfig, media: set[Media]) -> 
 
 def _load_processor(config: ModelConfig) -> Any:
     try:
-        return AutoProcessor.from_pretrained(config.base_model, **_fetched(config))
+        return load_processor(config, config.base_model, **_fetched(config))
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"--plan counts tokens with the processor of {config.base_model!r}, which cannot be loaded "

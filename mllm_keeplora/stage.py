@@ -349,6 +349,7 @@ def evaluate_stage(work: Workplace, model: Model, directory: Path, data: Mapping
             reader=work.reader,
             batch_size=work.config.evaluation.batch_size,
             limit=work.config.evaluation.limit,
+            general_limit=work.config.evaluation.general_limit,
         )
         from_main(lambda: write_json(path, {"data": measured, "scores": scores}))
     return dict(read_json(path)["scores"])

@@ -414,6 +414,7 @@ def _backfill(work: Workplace, history: _History) -> None:
             names=names,
             batch_size=work.config.evaluation.batch_size,
             limit=work.config.evaluation.limit,
+            general_limit=work.config.evaluation.general_limit,
         )
         detach(model)
         cells = {name: {"data": history.data[name], "score": score} for name, score in scores.items()}
@@ -491,6 +492,7 @@ def build_retention(history: _History) -> dict[str, Any]:
         "method": history.config.method,
         "tasks": tasks,
         "general": general,
+        "limits": history.config.evaluation.limits(),
         "rows": rows,
         "metrics": metrics,
     }

@@ -250,7 +250,7 @@ def load_stream(path: Path, data_root: Path | None = None, *, check_files: bool 
             used twice, the data root or files under it are missing, or a path leaves the data root.
     """
     try:
-        stream = _build_stream(_read_yaml(path), data_root)
+        stream = _build_stream(_with_suite(_read_yaml(path), path.parent), data_root)
         if check_files:
             _check_files(stream)
     except StreamError as error:
@@ -341,6 +341,18 @@ def _read_yaml(path: Path) -> object:
         raise StreamError(f"not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except yaml.YAMLError as error:
         raise StreamError(f"not valid YAML: {error}") from error
+
+
+def _with_suite(document: object, folder: Path) -> object:
+    """`general: FILE` stands for the entries of that YAML, which lies beside the stream's."""
+    suite = document.get("general") if isinstance(document, dict) else None
+    if not isinstance(suite, str):
+        return document
+    try:
+        entries = _read_yaml(folder / suite)
+    except StreamError as error:
+        raise StreamError(f"general: {folder / suite}: {error}") from error
+    return {**document, "general": entries}  # type: ignore[dict-item]
 
 
 def _build_stream(document: object, data_root: Path | None) -> Stream:

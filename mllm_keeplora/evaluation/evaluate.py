@@ -117,6 +117,9 @@ def write_task_files(stream: Stream, directory: Path) -> list[str]:
     _check_java(stream)
     for spec, entry in zip(_specs(stream), entries, strict=True):
         test = stream.test_file(spec)
+        own = TEMPLATES / "general" / f"{entry.lmms_task}.yaml"
+        if test is None and own.is_file():  # a variant of a stock task, not known to lmms-eval
+            _write_text(directory / own.name, yaml.safe_dump({"include": str(own), "task": own.stem}))
         if test is not None:
             task = _task_yaml(stream, spec, entry, test.resolve(), directory.resolve())
             _write_text(directory / f"{entry.lmms_task}.yaml", yaml.safe_dump(task, sort_keys=False))
@@ -142,6 +145,7 @@ def evaluate_row(
     names: Sequence[str] | None = None,
     batch_size: int,
     limit: int | None,
+    general_limit: int | None = None,
 ) -> dict[str, Score]:
     """Scores the live model on the stream's tasks and general benchmarks.
 
@@ -158,7 +162,8 @@ def evaluate_row(
         reader: decodes clips; None where no task shows any.
         names: a subset of task and benchmark names; None evaluates all.
         batch_size: questions generated together.
-        limit: questions per task, None for all.
+        limit: first questions asked of each task and benchmark, None for all.
+        general_limit: the same for general benchmarks alone; None is `limit`.
 
     Returns:
         One score per name, in the stream's order.
@@ -173,8 +178,22 @@ def evaluate_row(
     entries = [entry for entry in entries if names is None or entry.name in names]
     stock = any(spec.lmms_eval_task for spec in stream.general if names is None or spec.name in names)
     wrapper = functools.partial(_wrap, model, processor, reader, batch_size)
-    results = _run_lmms_eval(wrapper, entries, task_directory, stock, batch_size, limit)
-    return from_main(lambda: _read_row(results, entries, output))
+    row: dict[str, Score] = {}
+    for most, group in _by_limit(entries, limit, general_limit or limit):
+        results = _run_lmms_eval(wrapper, group, task_directory, stock, batch_size, most)
+        row |= from_main(functools.partial(_read_row, results, group, output))
+    return row
+
+
+def _by_limit(
+    entries: Sequence[ScoredTask], limit: int | None, general_limit: int | None
+) -> list[tuple[int | None, list[ScoredTask]]]:
+    """One evaluation where all have one limit; else tasks, then general benchmarks. Order is kept."""
+    if limit == general_limit:
+        return [(limit, list(entries))]
+    kinds = (("task", limit), ("general", general_limit))
+    groups = [(most, [entry for entry in entries if entry.kind == kind]) for kind, most in kinds]
+    return [(most, group) for most, group in groups if group]
 
 
 def _read_row(
@@ -196,6 +215,8 @@ def read_score(results: Mapping[str, Any], entry: ScoredTask) -> Score:
     The standard error is that of a mean. It is None for fewer than two samples, and where the score is not
     the mean of the samples' own scores (F1, or captions' corpus metrics).
 
+    A group without a number of its own (MVBench) scores the mean of its tasks.
+
     Raises:
         EvaluationError: if the task, the score or samples are missing, or the score is no finite number.
     """
@@ -204,14 +225,17 @@ def read_score(results: Mapping[str, Any], entry: ScoredTask) -> Score:
         raise EvaluationError(
             f"{entry.name}: lmms-eval has no results of {entry.lmms_task}, only {sorted(results['results'])}"
         )
-    keys = [key for key in found if entry.score in (key, key.split(",")[0])]
-    native = found[keys[0]] if len(keys) == 1 else None
+    native = _native(found, entry)
+    leaves = _leaves(results, entry.lmms_task)
+    if native is None and leaves != [entry.lmms_task]:  # a group that lmms-eval gives no number of its own
+        numbers = [_native(results["results"].get(leaf, {}), entry) for leaf in leaves]
+        native = statistics.fmean(numbers) if None not in numbers else None
     if not isinstance(native, int | float | np.number) or not math.isfinite(native):
         raise EvaluationError(
             f"{entry.name}: expected one finite number named {entry.score!r} in lmms-eval's results of "
             f"{entry.lmms_task}, found {found}"
         )
-    samples = [sample for leaf in _leaves(results, entry.lmms_task) for sample in results["samples"][leaf]]
+    samples = [sample for leaf in leaves for sample in results["samples"][leaf]]
     n = _count(results, entry)
     values = [_sample_score(sample, entry) for sample in samples]
     stderr = None
@@ -227,6 +251,11 @@ def read_score(results: Mapping[str, Any], entry: ScoredTask) -> Score:
         stderr=stderr,
         n=n,
     )
+
+
+def _native(found: Mapping[str, Any], entry: ScoredTask) -> Any:
+    keys = [key for key in found if entry.score in (key, key.split(",")[0])]
+    return found[keys[0]] if len(keys) == 1 else None
 
 
 def _task_yaml(

@@ -148,7 +148,17 @@ def format_table(retention: Mapping[str, Any]) -> str:
         for index, label in enumerate(["", *labels]):
             lines.append((f"{label:<{label_width}}" + "".join(column[index] for column in block)).rstrip())
     lines += ["", *legend, ""] if legend else [""]
+    if note := subset_note(retention):
+        lines += [note, ""]
     return "\n".join([*lines, *_text_metrics(retention)])
+
+
+def subset_note(retention: Mapping[str, Any]) -> str:
+    """What the scores leave out; empty where every question was asked. Older runs do not say."""
+    limits = retention.get("limits", {})
+    kinds = {"task": "each task", "general": "each general benchmark"}
+    parts = [f"{limits[kind]} of {name}" for kind, name in kinds.items() if limits.get(kind) is not None]
+    return f"A subset: scores are of the first questions alone, {' and '.join(parts)}." if parts else ""
 
 
 def _text_metrics(retention: Mapping[str, Any]) -> list[str]:
@@ -713,7 +723,8 @@ def _summary(retention: Mapping[str, Any]) -> list[str]:
     if metrics["last"] is not None and metrics["bwt"] is not None:
         sentences.append(f"At the end it scores {_percent(metrics['last'])} % over all tasks.")
         sentences.append(f"On the tasks learnt earlier, {_change(metrics['bwt'])}.")
-    return [*sentences, *_general_sentences(retention), *_error_sentences(rows)]
+    subset = [note] if (note := subset_note(retention)) else []
+    return [*sentences, *_general_sentences(retention), *_error_sentences(rows), *subset]
 
 
 def _general_sentences(retention: Mapping[str, Any]) -> list[str]:

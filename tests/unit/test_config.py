@@ -24,7 +24,7 @@ def test_every_shipped_config_is_read_by_the_real_parser(path: Path, monkeypatch
     monkeypatch.chdir(ROOT)
     config = parse_config("test", path, [])
     assert Path(config.stream).is_file()
-    assert path.read_text().startswith("# bash scripts/run_"), "a config opens with its command"
+    assert path.read_text().startswith(("# bash scripts/run_", "# accelerate launch ")), "its command first"
 
 
 def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:

@@ -1,0 +1,205 @@
+"""General benchmarks: suites that lmms-eval knows, rules in place of judges, subsets that say so."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import lmms_eval
+import pytest
+import yaml
+from lmms_eval.tasks import TaskManager
+from lmms_eval.utils import load_yaml_config
+
+from mllm_keeplora.config import ConfigError, EvaluationConfig, ModelConfig, RunConfig, TrainConfig
+from mllm_keeplora.evaluation import EvaluationError
+from mllm_keeplora.evaluation.evaluate import (
+    TEMPLATES,
+    ScoredTask,
+    _by_limit,
+    _TemplateLoader,
+    read_score,
+    write_task_files,
+)
+from mllm_keeplora.evaluation.report import format_table, subset_note
+from mllm_keeplora.stream_runner import run_stream
+from mllm_keeplora.streams import GeneralSpec, Stream, StreamError, TaskSpec, load_stream
+
+ROOT = Path(__file__).resolve().parents[2]
+STREAMS = ROOT / "recipes/streams"
+SUITES = {
+    name: yaml.safe_load((STREAMS / f"suites/{name}.yaml").read_text())
+    for name in ("general_image", "general_video")
+}
+ENTRIES = [(suite, entry["name"]) for suite, entries in SUITES.items() for entry in entries]
+
+
+def documents(task: str) -> list[dict[str, Any]]:
+    """A task's YAML, those it includes or groups, from lmms-eval's package or this project's own."""
+    own = TEMPLATES / "general" / f"{task}.yaml"
+    folder = Path(lmms_eval.__file__).parent / "tasks"
+    paths = [own] if own.is_file() else [p for p in folder.rglob("*.yaml") if p.stem == task]
+    assert len(paths) == 1, (task, paths)
+    document = yaml.load(paths[0].read_text(), Loader=_TemplateLoader)
+    found = [document]
+    if "include" in document:
+        found.append(yaml.load((paths[0].parent / document["include"]).read_text(), Loader=_TemplateLoader))
+    for leaf in document.get("task", []) if "group" in document else []:
+        found += documents(leaf)
+    return found
+
+
+@pytest.mark.parametrize("suite, name", ENTRIES)
+def test_a_suite_names_a_task_and_a_number_that_lmms_eval_has(suite: str, name: str) -> None:
+    [entry] = [entry for entry in SUITES[suite] if entry["name"] == name]
+    GeneralSpec(**entry)
+    found = documents(entry["lmms_eval_task"])
+    metrics = {m["metric"] for document in found for m in document.get("metric_list", [])}
+    assert entry["score"] in metrics
+    kinds = {document["output_type"] for document in found if "output_type" in document}
+    assert kinds <= {"generate_until"}
+
+
+@pytest.mark.parametrize("name", ["mllm_dcl", "mllm_acl", "ucit", "coin", "cl_vista"])
+def test_the_published_streams_watch_a_whole_suite(name: str) -> None:
+    suite = "general_video" if name == "cl_vista" else "general_image"
+    stream = load_stream(STREAMS / f"{name}.yaml", Path("none"), check_files=False)
+    assert stream.general == tuple(GeneralSpec(**entry) for entry in SUITES[suite])
+
+
+def test_a_suite_that_is_not_there_is_named(tmp_path: Path) -> None:
+    task = {"name": "t", "train": "t.json", "test": "t.json", "metric": "exact"}
+    path = tmp_path / "s.yaml"
+    path.write_text(yaml.safe_dump({"name": "s", "data_root": ".", "tasks": [task], "general": "none.yaml"}))
+    with pytest.raises(StreamError, match=r"general: .*none.yaml: the stream file cannot be read"):
+        load_stream(path, check_files=False)
+
+
+# Rules in place of a judge
+
+
+@pytest.fixture
+def rules() -> Any:
+    spec = importlib.util.spec_from_file_location("rules", TEMPLATES / "general/rules.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_mmvu_is_scored_without_asking_a_judge(rules: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def judge(*_: Any) -> None:
+        raise AssertionError("a judge was asked")
+
+    monkeypatch.setattr(rules.mmvu, "evaluate_with_llm_judge", judge)
+    monkeypatch.setattr(rules.mmvu, "_get_pipeline", judge)
+    choices = {"A": "1", "B": "2", "C": "3", "D": "4", "E": "5"}
+    asked = {"video_path": "x/Art/1.mp4", "choices": choices, "question": "?"}
+    letter = {**asked, "question_type": "multiple-choice", "answer": "B"}
+    opened = {**asked, "question_type": "open-ended", "answer": "binary search"}
+    replies = [
+        (letter, "Therefore, the final answer is: B", 1),
+        (letter, "Therefore, the final answer is: C", 0),
+        (opened, "Therefore, the final answer is: binary search", 1),
+        (opened, "A tree is walked.", 0),
+    ]
+    found = [rules.mmvu_process_results(doc, [reply])["accuracy"] for doc, reply, _ in replies]
+    assert [score["score"] for score in found] == [expected for *_, expected in replies]
+    assert rules.mmvu_aggregate(found) == 50.0
+
+
+def test_a_variant_of_ours_is_written_where_lmms_eval_looks(tmp_path: Path) -> None:
+    spec = GeneralSpec("mmvu", lmms_eval_task="mmvu_val_rules", score="accuracy", native_max=100.0)
+    (tmp_path / "t.json").write_text(json.dumps([{"question_id": 0, "text": "?", "answer": "yes"}]))
+    task = TaskSpec("t", train="t.json", test="t.json", metric="exact", allow_text_only=True)
+    write_task_files(Stream("s", tmp_path, (task,), (spec,)), tmp_path / "tasks")
+    manager = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
+    assert "mmvu_val_rules" in manager.all_tasks
+    loaded = load_yaml_config(str(tmp_path / "tasks/mmvu_val_rules.yaml"))
+    assert loaded["process_results"].__name__ == "mmvu_process_results"
+    assert loaded["dataset_path"] == "lmms-eval/MMVU"
+
+
+# Groups and subsets
+
+
+def test_a_group_without_a_number_scores_the_mean_of_its_tasks() -> None:
+    entry = ScoredTask("mvbench", "general", "mvbench", "mvbench_accuracy", 100.0)
+    samples = [{"doc_id": n, "mvbench_accuracy": {"correct": 1}} for n in range(2)]
+    results: dict[str, Any] = {
+        "results": {
+            "mvbench": {"alias": "mvbench"},
+            "a": {"mvbench_accuracy,none": 40.0},
+            "b": {"mvbench_accuracy,none": 60.0},
+        },
+        "group_subtasks": {"mvbench": ["a", "b"], "a": [], "b": []},
+        "samples": {"a": samples, "b": samples},
+        "n-samples": {"a": {"effective": 2}, "b": {"effective": 2}},
+    }
+    score = read_score(results, entry)
+    assert (score["value"], score["native"], score["n"], score["stderr"]) == (0.5, 50.0, 4, None)
+    del results["results"]["b"]["mvbench_accuracy,none"]
+    with pytest.raises(EvaluationError, match="expected one finite number"):
+        read_score(results, entry)
+
+
+def test_tasks_and_general_benchmarks_have_their_own_limits() -> None:
+    task, general = (ScoredTask(kind, kind, kind, "exact", 1.0) for kind in ("task", "general"))  # type: ignore[arg-type]
+    assert _by_limit([task, general], None, None) == [(None, [task, general])]
+    assert _by_limit([task, general], None, 5) == [(None, [task]), (5, [general])]
+    assert _by_limit([general], 3, 5) == [(5, [general])]
+    assert EvaluationConfig(limit=3).limits() == {"task": 3, "general": 3}
+    assert EvaluationConfig(limit=3, general_limit=5).limits() == {"task": 3, "general": 5}
+    with pytest.raises(ConfigError, match="evaluation.general_limit must be at least 1"):
+        EvaluationConfig(general_limit=0)
+
+
+def test_a_subset_says_so() -> None:
+    assert subset_note({"limits": {"task": None, "general": None}}) == ""
+    assert subset_note({}) == "", "runs from before limits were recorded"
+    note = subset_note({"limits": {"task": None, "general": 500}})
+    assert note == "A subset: scores are of the first questions alone, 500 of each general benchmark."
+    metrics = dict.fromkeys(("last", "mft", "maa", "bwt", "forgetting", "transfer", "average"))
+    retention = {
+        "tasks": ["t"],
+        "general": [],
+        "rows": [],
+        "method": "lora",
+        "limits": {"task": 2, "general": 2},
+    }
+    text = format_table({**retention, "metrics": {**metrics, "retention": {}}})
+    assert "A subset: scores are of the first questions alone, 2 of each task and 2 of each" in text
+
+
+def test_a_benchmark_that_cannot_be_loaded_stops_before_training(
+    tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The untouched base is measured on everything first: nothing is learnt that could not be judged."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    turns = [{"from": "human", "value": "what is this ?"}, {"from": "gpt", "value": "red"}]
+    (tmp_path / "train.json").write_text(json.dumps([{"id": 0, "conversations": turns}]))
+    asked = {"question_id": 0, "text": "what is this ?", "answer": "red"}
+    (tmp_path / "test.json").write_text(json.dumps([asked]))
+    task = {
+        "name": "t",
+        "train": "train.json",
+        "test": "test.json",
+        "metric": "exact",
+        "allow_text_only": True,
+    }
+    pope = {"name": "pope", "lmms_eval_task": "pope", "score": "pope_accuracy", "native_max": 1.0}
+    stream = {"name": "s", "data_root": str(tmp_path), "tasks": [task], "general": [pope]}
+    (tmp_path / "stream.yaml").write_text(yaml.safe_dump(stream))
+    config = RunConfig(
+        run_dir=str(tmp_path / "run"),
+        stream=str(tmp_path / "stream.yaml"),
+        model=ModelConfig(base_model=str(tiny_llava), device="cpu"),
+        train=TrainConfig(max_steps=1),
+        cache_dir=str(tmp_path / "cache"),
+        method="lora",
+        report_to=[],
+    )
+    with pytest.raises(EvaluationError, match="pope"):
+        run_stream(config)
+    assert not list((tmp_path / "run/stages").glob("01-*"))

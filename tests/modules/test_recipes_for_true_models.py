@@ -1,0 +1,164 @@
+"""The shipped recipes for 7B models: prompts as published, and headers that say what --plan says."""
+
+import argparse
+import importlib.util
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import ProcessorMixin
+
+from mllm_keeplora.config import ConfigError, ModelConfig, RunConfig, parse_config
+from mllm_keeplora.data.collator import ChatCollator, render_prompt
+from mllm_keeplora.data.records import Sample, Turn
+from mllm_keeplora.models import load_base, load_processor
+from mllm_keeplora.plan import GB, make_plan
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "recipes/configs"
+PATHS = [path for kind in ("vqa", "video") for path in sorted((CONFIGS / kind).glob("*.yaml"))]
+TRUE = [path for path in PATHS if path.stem != "embedded"]
+HARDWARE = sorted((CONFIGS / "hardware").glob("*.yaml"))
+VICUNA = "recipes/templates/vicuna_v1.jinja"
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+@pytest.fixture(autouse=True)
+def in_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recipes name files from the repository's folder."""
+    monkeypatch.chdir(ROOT)
+
+
+def settings(*configs: Path) -> RunConfig:
+    return parse_config("", configs[0], [part for path in configs for part in ("--config", str(path))])
+
+
+def global_batch(config: RunConfig, processes: int = 1) -> int:
+    train = config.train
+    return train.per_device_train_batch_size * train.gradient_accumulation_steps * processes
+
+
+@pytest.fixture(scope="module")
+def llava_7b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LLaVA-1.5-7B's config and processor, without weights."""
+    spec = importlib.util.spec_from_file_location("true_shape", ROOT / "benchmarks/true_shape.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    directory = tmp_path_factory.mktemp("llava_7b")
+    script.true_config(argparse.Namespace(depth=1.0, image_size=336, vocab=32064)).save_pretrained(directory)
+    script.make_processor(336).save_pretrained(directory)
+    return directory
+
+
+# Hardware
+
+
+@pytest.mark.parametrize("path", TRUE, ids=lambda p: p.stem)
+def test_a_recipe_opens_with_its_own_command_and_hardware(path: Path) -> None:
+    text = path.read_text()
+    first, *rest = text.splitlines()
+    script = "run_video_stream" if path.parent.name == "video" else "run_vqa_stream"
+    assert first.startswith(f"# bash scripts/{script}.sh --config {path.relative_to(ROOT)} --data_root ")
+    header = "\n".join(line for line in rest if line.startswith("#"))
+    assert "GPU of" in header and "ime: not measured" in header
+    assert (ROOT / settings(path).stream).is_file()
+
+
+@pytest.mark.parametrize("path", TRUE, ids=lambda p: p.stem)
+def test_hardware_changes_no_global_batch(path: Path) -> None:
+    kind = path.parent.name
+    plain = settings(path)
+    for file in HARDWARE:
+        if file.name.startswith(kind):
+            processes = 4 if "4x" in file.name else 1
+            changed = settings(path, file)
+            assert global_batch(changed, processes) == global_batch(plain) == (16 if kind == "video" else 64)
+            assert changed.train.learning_rate == plain.train.learning_rate
+            assert changed.language == plain.language
+
+
+@pytest.mark.parametrize("path", [p for p in TRUE if p.stem.startswith("llava15")], ids=lambda p: p.stem)
+def test_the_memory_in_a_header_is_the_plans(path: Path, llava_7b: Path) -> None:
+    named = re.search(r"One GPU of (\d+) GB: peak ([\d.]+) GB by --plan", path.read_text())
+    assert named is not None
+    size, peak = float(named[1]), float(named[2])
+    for file, memory in ((None, size), (CONFIGS / "hardware/vqa_1x80gb.yaml", 80.0)):
+        config = settings(path, *([file] if file else []))
+
+        config = replace(config, model=replace(config.model, base_model=str(llava_7b)))
+        plan = make_plan(config, memory)
+        assert plan.memory.peak() / GB * 1.12 < memory
+        if file is None:
+            assert plan.memory.peak() / GB == pytest.approx(peak, abs=0.06)
+
+
+# Prompts
+
+
+def published_vicuna(turns: list[tuple[str, str | None]]) -> str:
+    """LLaVA's `Conversation.get_prompt` for separator style TWO, by hand."""
+    text = SYSTEM + " "
+    for question, answer in turns:
+        text += f"USER: {question} ASSISTANT:"
+        if answer is not None:
+            text += f" {answer}</s>"
+    return text
+
+
+@pytest.fixture
+def vicuna(tiny_llava: Path) -> ProcessorMixin:
+    return load_processor(ModelConfig(chat_template=VICUNA), str(tiny_llava))
+
+
+def test_vicuna_v1_is_the_published_conversation(vicuna: ProcessorMixin) -> None:
+    def message(role: str, text: str, media: str | None = None) -> dict[str, Any]:
+        parts = [{"type": media}] if media else []
+        return {"role": role, "content": [*parts, {"type": "text", "text": text}]}
+
+    def rendered(*messages: dict[str, Any], prompt: bool = False) -> str:
+        return vicuna.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+
+    asked = message("user", "What is this?", "image")
+    assert rendered(asked, prompt=True) == published_vicuna([("<image>\nWhat is this?", None)])
+    both = [asked, message("assistant", "A cat."), message("user", "Sure?"), message("assistant", "Yes.")]
+    turns: list[tuple[str, str | None]] = [("<image>\nWhat is this?", "A cat."), ("Sure?", "Yes.")]
+    assert rendered(*both) == published_vicuna(turns)
+    assert rendered(message("user", "Why?", "video"), prompt=True) == published_vicuna(
+        [("<video>\nWhy?", None)]
+    )
+    assert rendered(message("user", "Why?"), prompt=True) == published_vicuna([("Why?", None)])
+
+
+def test_training_supervises_answers_and_end_tokens_alone(vicuna: ProcessorMixin, tmp_path: Path) -> None:
+    turns = (Turn("what is this ?", "red"), Turn("is this red ?", "yes no"))
+    batch = ChatCollator(vicuna)([Sample(id="0", image=None, turns=turns)])
+    ids, labels = batch["input_ids"][0], batch["labels"][0]
+    supervised = vicuna.tokenizer.convert_ids_to_tokens(ids[labels != -100].tolist())  # type: ignore[attr-defined]
+    assert supervised == ["red", "</s>", "yes", "no", "</s>"]
+    prompt = render_prompt(vicuna, "what is this ?", None)
+    asked = vicuna.tokenizer(prompt)["input_ids"]  # type: ignore[attr-defined]
+    assert torch.equal(ids[: len(asked)], torch.tensor(asked))
+
+
+@pytest.mark.parametrize("path", TRUE, ids=lambda p: p.stem)
+def test_the_published_template_is_used_where_the_benchmarks_used_it(path: Path) -> None:
+    """LLaVA-1.5 and Video-LLaVA; other families keep their processor's own."""
+    expected = VICUNA if path.stem.startswith(("llava15", "video_llava")) else None
+    assert settings(path).model.chat_template == expected
+
+
+def test_load_base_gives_the_template_to_all_who_ask(tiny_llava: Path) -> None:
+    model = ModelConfig(base_model=str(tiny_llava), device="cpu", chat_template=VICUNA)
+    assert load_base(model)[1].chat_template == Path(VICUNA).read_text()
+
+
+def test_a_missing_template_is_named(tiny_llava: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model.chat_template none.jinja cannot be read"):
+        load_processor(ModelConfig(chat_template="none.jinja"), str(tiny_llava))
