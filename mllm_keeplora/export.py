@@ -21,7 +21,7 @@ from mllm_keeplora.data.collator import ChatCollator
 from mllm_keeplora.data.records import load_records
 from mllm_keeplora.finished import load_run, run_model_config, run_reader
 from mllm_keeplora.models import DTYPES, load_base
-from mllm_keeplora.streams import load_stream
+from mllm_keeplora.streams import OTHER_ANSWERS, load_stream
 
 
 class OutputDifference(NamedTuple):
@@ -74,11 +74,13 @@ def _test_batches(run_dir: Path, processor: Any, questions: int) -> list[dict[st
     config = read_json(run_dir / "config.json")
     stream = load_stream(Path(config["stream"]), Path(config["data_root"]) if config["data_root"] else None)
     task = stream.tasks[-1]
+    asked = task.test_prompt_suffix
+    suffix = asked if isinstance(asked, str) else asked[OTHER_ANSWERS]
     samples, _ = load_records(
         stream.data_root / task.test,
         stream.test_media_root(task),
         answers=stream.answers_file(task),
-        prompt_suffix=task.prompt_suffix,
+        prompt_suffix=task.prompt_suffix + suffix,
         allow_text_only=task.allow_text_only,
         checker=None,
     )

@@ -296,6 +296,15 @@ def _scoring() -> Any:
     return module
 
 
+RECIPES = {
+    "mllm_dcl": "vqa/llava15_7b_dcl",
+    "mllm_acl": "vqa/llava15_7b_acl",
+    "ucit": "vqa/llava15_7b_ucit",
+    "coin": "vqa/llava15_7b_coin",
+    "cl_vista": "video/llava_next_video_7b_cl_vista",
+}
+
+
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     "name",
@@ -308,8 +317,8 @@ def _scoring() -> Any:
     ],
 )
 def test_the_recipe_runs_the_stream_to_its_report(name: str, roots: dict[str, Path], tmp_path: Path) -> None:
-    """The shipped YAML without its general benchmarks, whose data would have to be downloaded, and with short
-    replies: a small model goes on to the end of the published lengths."""
+    """The shipped recipe and stream on a small model; without the general benchmarks, whose data would have to
+    be downloaded, and with short replies: a small model goes on to the end of the published lengths."""
     stream = yaml.safe_load((ROOT / "recipes" / "streams" / f"{name}.yaml").read_text())
     del stream["general"]
     for task in stream["tasks"]:
@@ -321,13 +330,18 @@ def test_the_recipe_runs_the_stream_to_its_report(name: str, roots: dict[str, Pa
         model = str(tmp_path / "model")
         save_tiny("llava_next_video", tmp_path / "model")
     settings = {
+        "config": f"recipes/configs/{RECIPES[name]}.yaml",
         "run_dir": tmp_path / "run",
         "cache_dir": tmp_path / "cache",
         "stream": path,
         "data_root": roots[name],
         "model.base_model": model,
+        "model.compute_dtype": "float32",
         "train.max_steps": 1,
         "train.per_device_train_batch_size": 2,
+        "train.gradient_accumulation_steps": 1,
+        "train.dataloader_num_workers": 0,
+        "video.cache_gb": 1,
         "probe.max_samples": 2,
         "language.rank": 2,
         "vision.rank": 2,
