@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from mllm_keeplora.artifacts import ArtifactError, read_json, replaced_directory, write_json
 from mllm_keeplora.console import command
 from mllm_keeplora.data.collator import ChatCollator
-from mllm_keeplora.data.records import load_records
+from mllm_keeplora.data.records import OTHER_ANSWERS, load_records
 from mllm_keeplora.finished import load_run, run_model_config, run_reader
 from mllm_keeplora.models import DTYPES, load_base
-from mllm_keeplora.streams import OTHER_ANSWERS, load_stream
+from mllm_keeplora.streams import load_stream
 
 
 class OutputDifference(NamedTuple):

@@ -317,8 +317,8 @@ RECIPES = {
     ],
 )
 def test_the_recipe_runs_the_stream_to_its_report(name: str, roots: dict[str, Path], tmp_path: Path) -> None:
-    """The shipped recipe and stream on a small model; without the general benchmarks, whose data would have to
-    be downloaded, and with short replies: a small model goes on to the end of the published lengths."""
+    """The shipped recipe and stream on a small model; without the general benchmarks, whose data would need a
+    download, and with short replies: a small model goes on to the end of the published lengths."""
     stream = yaml.safe_load((ROOT / "recipes" / "streams" / f"{name}.yaml").read_text())
     del stream["general"]
     for task in stream["tasks"]:
