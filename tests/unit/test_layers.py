@@ -12,7 +12,8 @@ LAYERS = {
     0: "errors startup platform_guards subspace sketch lora_init layer_scaling folding retention",
     1: "targets linears processes sharding gradients adapters console",
     2: "config streams artifacts models memory protected data evaluation",
-    3: "training stage stream_runner recipe plan finished chat export judge check_stream fetch_stream",
+    3: "training stage stream_runner recipe plan finished chat export judge check_stream fetch_stream "
+    "analysis",
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}
 MODULES = sorted(PACKAGE.rglob("*.py"))
