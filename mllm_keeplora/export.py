@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from mllm_keeplora.artifacts import ArtifactError, read_json, replaced_directory, write_json
 from mllm_keeplora.console import command
 from mllm_keeplora.data.collator import ChatCollator
 from mllm_keeplora.data.records import OTHER_ANSWERS, load_records
-from mllm_keeplora.finished import load_run, run_model_config, run_reader
-from mllm_keeplora.models import DTYPES, load_base
+from mllm_keeplora.finished import load_dense, load_run, run_model_config, run_reader
+from mllm_keeplora.models import DTYPES
 from mllm_keeplora.streams import load_stream
 
 
@@ -62,11 +61,7 @@ def export(run_dir: Path, out: Path, dtype: str = "bfloat16", questions: int = 3
 
 def merge(run_dir: Path, dtype: torch.dtype) -> Any:
     """The base, dequantised to its compute dtype, with the adapter added and rounded to `dtype`."""
-    config = run_model_config(run_dir)
-    base: Any = load_base(config)[0]
-    if config.quantization == "nf4":
-        base.dequantize(DTYPES[config.compute_dtype])
-    merged: Any = PeftModel.from_pretrained(base, str(run_dir / "adapter")).merge_and_unload()
+    merged, _ = load_dense(run_model_config(run_dir), run_dir / "adapter")
     return merged.to(dtype)
 
 

@@ -8,7 +8,7 @@ from peft import PeftModel
 from mllm_keeplora.artifacts import ArtifactError, read_json
 from mllm_keeplora.config import ModelConfig, VideoConfig
 from mllm_keeplora.data.video import VideoReader
-from mllm_keeplora.models import load_base
+from mllm_keeplora.models import DTYPES, load_base
 
 
 def run_model_config(run_dir: Path) -> ModelConfig:
@@ -38,3 +38,24 @@ def load_run(run_dir: Path) -> tuple[PeftModel, Any]:
     adapted = PeftModel.from_pretrained(model, str(run_dir / "adapter"))
     adapted.eval()
     return adapted, processor
+
+
+def load_dense(config: ModelConfig, adapter: Path | None) -> tuple[Any, Any]:
+    """The model with plain linear layers, and its processor.
+
+    A 4-bit base is dequantised to its compute dtype: the weights that it computes with, no longer in 4 bits.
+
+    Args:
+        config: how the base is loaded.
+        adapter: directory of a PEFT adapter that is added to those weights; None leaves the base as it is.
+
+    Raises:
+        ConfigError: the base model cannot be loaded.
+    """
+    model: Any
+    model, processor = load_base(config)
+    if config.quantization == "nf4":
+        model.dequantize(DTYPES[config.compute_dtype])
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    return model, processor

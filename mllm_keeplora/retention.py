@@ -6,10 +6,18 @@ of the published formulas; it is accepted so that a caller can pass the matrix a
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean
+from statistics import fmean, stdev
+from typing import NamedTuple
 
 Cell = float | None
 Matrix = Sequence[Sequence[Cell]]
+
+
+class Estimate(NamedTuple):
+    """A number and its standard error, in one unit; None where undefined."""
+
+    value: Cell
+    stderr: Cell
 
 
 def summarize(matrix: Matrix) -> dict[str, float | None]:
@@ -58,6 +66,29 @@ def retention_ratios(base: Mapping[str, Cell], final: Mapping[str, Cell]) -> dic
         before, after = _known(value), _known(final.get(name))
         ratios[name] = None if before is None or after is None or before == 0.0 else after / before
     return ratios
+
+
+def mean_of_scores(scores: Sequence[Estimate]) -> Estimate:
+    """Mean of n scores measured on different questions, with the error sqrt(sum_i e_i^2) / n.
+
+    None where a score, or an error, is unknown.
+    """
+    mean = _mean([score.value for score in scores])
+    squares = _mean([None if score.stderr is None else score.stderr**2 for score in scores])
+    return Estimate(mean, None if mean is None or squares is None else math.sqrt(squares / len(scores)))
+
+
+def mean_over_seeds(runs: Sequence[Estimate]) -> Estimate:
+    """Mean of one quantity over repeated runs, with the error of their spread, stdev / sqrt(n).
+
+    One run keeps its own estimate: what its questions alone say. None where a run's value is unknown.
+    """
+    if len(runs) == 1:
+        return runs[0]
+    values = [run.value for run in runs if run.value is not None]
+    if not values or len(values) < len(runs):
+        return Estimate(None, None)
+    return Estimate(fmean(values), stdev(values) / math.sqrt(len(values)))
 
 
 def _stage_rows(matrix: Matrix) -> list[list[Cell]]:

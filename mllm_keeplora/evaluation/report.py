@@ -13,26 +13,37 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
 
-from mllm_keeplora.artifacts import SCHEMA_VERSION, atomic_path
+from mllm_keeplora.artifacts import SCHEMA_VERSION
 from mllm_keeplora.errors import KeepLoRAError
-
-Json = dict[str, Any]
-
-TEXT_WIDTH = 100  # columns of a terminal that format_table may use
+from mllm_keeplora.evaluation.page import (
+    TEXT_WIDTH,
+    Dot,
+    Json,
+    Line,
+    blocks,
+    chart,
+    index_ticks,
+    percent,
+    picture_style,
+    png,
+    points,
+    printable,
+    render,
+    shorten,
+    ticks,
+    write_atomically,
+)
 
 # key in retention.json, name, unit ("%" = score, "points" = difference of scores), meaning in one line
 METRICS = (
@@ -53,6 +64,7 @@ RETENTION_MEANING = "score after the last stage as a share of the untouched base
 
 TIMED_PHASES = ("weight_bases", "probe", "train", "feature_basis", "evaluation")
 PHASE_COLOURS = ("#7b6fae", "#c98b3c", "#2f7fa8", "#6a9e57", "#9aa7b1", "#dde3e8")
+RETENTION_KEYS = ("schema_version", "method", "tasks", "general", "rows", "metrics")
 COUNTS = ("train_samples", "steps", "trainable_parameters")
 MANIFEST_KEYS = ("stage", "task", "modules", "counts", "timings", "peak_memory_bytes", "loss", "packages")
 
@@ -66,7 +78,6 @@ EVEN_LUMINANCE = 0.197  # here white and DARK_TEXT contrast equally (WCAG: (1.05
 NOT_MEASURED_COLOUR = "#eeeeee"
 OWN_COLOUR = "#d9541e"  # outline of the task learnt in a stage
 GENERAL_GAP = 0.35  # between tasks and general benchmarks, in cells
-LINE_COLOUR = "#1b6f9c"
 MARKED_DEPTHS = 16  # deeper towers are drawn as lines without markers
 
 
@@ -88,15 +99,13 @@ def write_report(run_dir: Path) -> None:
         OSError: a file cannot be written (disk full, no permission); earlier versions stay as they were.
     """
     run_dir = Path(run_dir)
-    retention = _load_json(
-        run_dir / "retention.json", ("schema_version", "method", "tasks", "general", "rows", "metrics")
-    )
-    config = _load_json(run_dir / "config.json", ())
-    manifests = [_load_manifest(run_dir, row) for row in retention["rows"]]
+    retention = load_json(run_dir / "retention.json", RETENTION_KEYS)
+    config = load_json(run_dir / "config.json", ())
+    manifests = [load_manifest(run_dir, row) for row in retention["rows"]]
     name = run_dir.resolve().name
-    _write_atomically(run_dir / "accuracy_matrix.csv", matrix_csv(retention).encode())
-    _write_atomically(run_dir / "accuracy_matrix.png", _heat_map_png(retention, name))
-    _write_atomically(run_dir / "report.html", _render_html(name, retention, config, manifests).encode())
+    write_atomically(run_dir / "accuracy_matrix.csv", matrix_csv(retention).encode())
+    write_atomically(run_dir / "accuracy_matrix.png", _heat_map_png(retention, name))
+    write_atomically(run_dir / "report.html", _render_html(name, retention, config, manifests).encode())
 
 
 def matrix_csv(retention: Mapping[str, Any]) -> str:
@@ -127,23 +136,23 @@ def format_table(retention: Mapping[str, Any]) -> str:
     blocks if need be.
     """
     tasks, general, rows = retention["tasks"], retention["general"], retention["rows"]
-    labels = [_shorten(f"{row['stage']:>2} {row['task'] or 'base'}", 24) for row in rows]
+    labels = [shorten(f"{row['stage']:>2} {row['task'] or 'base'}", 24) for row in rows]
     label_width = max(map(len, labels), default=0)
-    names = [_printable(name) for name in (*tasks, *general)]
+    names = [printable(name) for name in (*tasks, *general)]
     headers, legend = names, []
     if label_width + sum(_column_width(name) for name in names) > TEXT_WIDTH - 2:
         headers = [*(f"T{i + 1}" for i in range(len(tasks))), *(f"G{i + 1}" for i in range(len(general)))]
         legend = [
-            f"  {short:<4} {_shorten(name, TEXT_WIDTH - 8)}"
+            f"  {short:<4} {shorten(name, TEXT_WIDTH - 8)}"
             for short, name in zip(headers, names, strict=True)
         ]
     columns = [
         _text_column(header, [_text_cell(row, name) for row in rows], bar=index == len(tasks))
         for index, (header, name) in enumerate(zip(headers, (*tasks, *general), strict=True))
     ]
-    method = _shorten(retention["method"], 20)
+    method = shorten(retention["method"], 20)
     lines = [f"Accuracy after each stage, in % (method {method}; * task learnt in that stage)"]
-    for block in _blocks(columns, TEXT_WIDTH - label_width):
+    for block in blocks(columns, TEXT_WIDTH - label_width):
         lines.append("")
         for index, label in enumerate(["", *labels]):
             lines.append((f"{label:<{label_width}}" + "".join(column[index] for column in block)).rstrip())
@@ -168,8 +177,8 @@ def _text_metrics(retention: Mapping[str, Any]) -> list[str]:
         number = _metric(metrics, key)
         lines.append(f"{name:<10} {number:>7} {unit:<6} {meaning}")
     for name in retention["general"]:
-        number = _percent(metrics["retention"].get(name))
-        meaning = f"{_shorten(name, 30)}: share of the base's score kept to the end"
+        number = percent(metrics["retention"].get(name))
+        meaning = f"{shorten(name, 30)}: share of the base's score kept to the end"
         lines.append(f"{'Retention':<10} {number:>7} {'%':<6} {meaning}")
     return lines
 
@@ -182,29 +191,23 @@ def _text_column(header: str, cells: Sequence[str], *, bar: bool) -> list[str]:
 
 
 def _text_cell(row: Mapping[str, Any], name: str) -> str:
-    return _percent(_value(row, name)) + ("*" if row["task"] == name else " ")
+    return percent(_value(row, name)) + ("*" if row["task"] == name else " ")
 
 
 def _column_width(header: str) -> int:
     return max(len(header) + 1, len("100.0*")) + 1
 
 
-def _blocks(columns: Sequence[list[str]], width: int) -> Iterable[list[list[str]]]:
-    """Columns in groups that fit side by side into `width` characters."""
-    block: list[list[str]] = []
-    for column in columns:
-        if block and sum(len(other[0]) for other in block) + len(column[0]) > width:
-            yield block
-            block = []
-        block.append(column)
-    yield block
-
-
 # --------------------------------------------------------------------------------------------------
 # reading and writing
 
 
-def _load_json(path: Path, keys: Sequence[str]) -> Json:
+def load_json(path: Path, keys: Sequence[str]) -> Json:
+    """A JSON object that has `keys`.
+
+    Raises:
+        ReportError: it is missing, is not JSON, lacks a key or has another schema version.
+    """
     if not path.is_file():
         raise ReportError(
             f"cannot write the report: {path} is missing; run the stream on this run directory first"
@@ -230,8 +233,12 @@ def _load_json(path: Path, keys: Sequence[str]) -> Json:
     return content
 
 
-def _load_manifest(run_dir: Path, row: Mapping[str, Any]) -> Json:
-    """The manifest of the stage that a row of the matrix was measured after."""
+def load_manifest(run_dir: Path, row: Mapping[str, Any], keys: Sequence[str] = MANIFEST_KEYS) -> Json:
+    """The manifest of the stage that a row of the matrix was measured after.
+
+    Raises:
+        ReportError: as `load_json`; none or several of that stage, or it is of another one.
+    """
     folder, stage = run_dir / "stages", row["stage"]
     found = sorted(folder.glob(f"{stage:02d}-*/manifest.json"))
     if len(found) > 1:
@@ -239,18 +246,13 @@ def _load_manifest(run_dir: Path, row: Mapping[str, Any]) -> Json:
             f"cannot write the report: stage {stage} has {len(found)} manifests: {', '.join(map(str, found))}"
         )
     path = found[0] if found else folder / f"{stage:02d}-{row['task'] or 'base'}" / "manifest.json"
-    manifest = _load_json(path, ("schema_version", *MANIFEST_KEYS))
+    manifest = load_json(path, ("schema_version", *keys))
     if (manifest["stage"], manifest["task"]) != (stage, row["task"]):
         raise ReportError(
             f"cannot write the report: {path} is of stage {manifest['stage']} ({manifest['task']}), but "
             f"retention.json expects stage {stage} ({row['task']}) there; run the stream again"
         )
     return manifest
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(content)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -272,31 +274,9 @@ def _value(row: Mapping[str, Any], name: str) -> float | None:
     return None if score is None else score["value"]
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{round(100 * value, 1) + 0.0:.1f}"  # + 0.0 turns -0.0 into 0.0
-
-
 def _metric(metrics: Mapping[str, Any], key: str) -> str:
     # BWT is a change and carries its sign; forgetting is a size.
-    return _points(metrics[key]) if key == "bwt" else _percent(metrics[key])
-
-
-def _points(value: float | None) -> str:
-    return "-" if value is None else f"{round(100 * value, 1) + 0.0:+.1f}".replace("+0.0", "0.0")
-
-
-def _printable(text: object) -> str:
-    """Names come from data: no control character may reach a terminal."""
-    return "".join(character if character.isprintable() else "?" for character in str(text))
-
-
-def _shorten(text: object, width: int) -> str:
-    """At most `width` characters; the middle goes, because names of one family differ at their ends."""
-    text = _printable(text)
-    if len(text) <= width:
-        return text
-    head = (width - 2) // 2
-    return f"{text[:head]}..{text[len(text) - (width - 2 - head) :]}"
+    return points(metrics[key]) if key == "bwt" else percent(metrics[key])
 
 
 def _seconds(value: float | None) -> str:
@@ -343,10 +323,8 @@ def _heat_map_png(retention: Mapping[str, Any], title: str) -> bytes:
     rows, names, count = retention["rows"], _names(retention), len(retention["tasks"])
     lefts = [index + (GENERAL_GAP if index >= count else 0.0) for index in range(len(names))]
     width, height = (lefts[-1] + 1 if lefts else 1.0), len(rows)
-    # Names are data: a dollar sign in one must not start a formula.
-    with matplotlib.rc_context({"text.parse_math": False, "font.family": "DejaVu Sans"}):
-        figure = Figure(figsize=(0.95 * width, 0.55 * height))  # inches; labels lie outside, see bbox_inches
-        FigureCanvasAgg(figure)
+    with picture_style():
+        figure = Figure(figsize=(0.95 * width, 0.55 * height))  # inches; labels lie outside
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set(xlim=(-0.03, width + 0.03), ylim=(height + 0.03, -0.03))
         axes.axis("off")
@@ -354,11 +332,7 @@ def _heat_map_png(retention: Mapping[str, Any], title: str) -> bytes:
             for left, name in zip(lefts, names, strict=True):
                 _draw_cell(axes, left, top, _value(row, name), is_own=row["task"] == name)
         _draw_labels(axes, retention, lefts, title)
-        buffer = io.BytesIO()
-        # No version of matplotlib in the file: equal inputs, equal bytes.
-        metadata: Json = {"Software": None}
-        figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight", pad_inches=0.2, metadata=metadata)
-    return buffer.getvalue()
+        return png(figure)
 
 
 def _draw_cell(axes: Axes, left: float, top: int, value: float | None, *, is_own: bool) -> None:
@@ -367,13 +341,13 @@ def _draw_cell(axes: Axes, left: float, top: int, value: float | None, *, is_own
     if is_own:  # above its neighbours' edges
         outline = Rectangle((left, top), 1, 1, fill=False, edgecolor=OWN_COLOUR, linewidth=2.6, zorder=3)
         axes.add_patch(outline)
-    axes.text(left + 0.5, top + 0.5, _percent(value), ha="center", va="center", fontsize=12, color=foreground)
+    axes.text(left + 0.5, top + 0.5, percent(value), ha="center", va="center", fontsize=12, color=foreground)
 
 
 def _draw_labels(axes: Axes, retention: Mapping[str, Any], lefts: Sequence[float], title: str) -> None:
-    rows, names = retention["rows"], [_shorten(name, 28) for name in _names(retention)]
+    rows, names = retention["rows"], [shorten(name, 28) for name in _names(retention)]
     for top, row in enumerate(rows):
-        label = "base" if row["task"] is None else f"{row['stage']}  {_shorten(row['task'], 28)}"
+        label = "base" if row["task"] is None else f"{row['stage']}  {shorten(row['task'], 28)}"
         axes.text(-0.12, top + 0.5, label, ha="right", va="center", fontsize=11)
     slanted: Json = {"rotation": 35, "rotation_mode": "anchor", "ha": "left", "va": "bottom", "fontsize": 11}
     for left, name in zip(lefts, names, strict=True):
@@ -381,7 +355,7 @@ def _draw_labels(axes: Axes, retention: Mapping[str, Any], lefts: Sequence[float
     # The longest slanted name decides how far up the title has to go.
     rise = 4.0 * max(map(len, names), default=0) + 25
     outside: Json = {"xycoords": "axes fraction", "textcoords": "offset points", "annotation_clip": False}
-    heading = f"{_shorten(title, 40)}: score in % after each stage"
+    heading = f"{shorten(title, 40)}: score in % after each stage"
     axes.annotate(heading, (0, 1), (0, rise), fontsize=13, fontweight="bold", **outside)
     note = "outlined: the task learnt in that stage"
     if retention["general"]:
@@ -391,107 +365,14 @@ def _draw_labels(axes: Axes, retention: Mapping[str, Any], lefts: Sequence[float
     axes.annotate(note, (0, 0), (0, -8), va="top", fontsize=9.5, **outside)
 
 
-# --------------------------------------------------------------------------------------------------
-# charts: coordinates here, SVG in the template
-
-
-@dataclass(frozen=True)
-class Dot:
-    """A point of a line in data coordinates; y None is a gap."""
-
-    x: float
-    y: float | None
-    title: str
-    is_hollow: bool = False
-
-
-@dataclass(frozen=True)
-class Line:
-    """A curve of a chart."""
-
-    dots: Sequence[Dot]
-    colour: str = LINE_COLOUR
-    has_markers: bool = True
-
-
-# Units of the SVG's view box (report.html.j2 repeats them); INSET keeps markers off the labels of the y axis.
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM, INSET = 300, 170, 44, 12, 10, 24, 7
-
-
-def _chart(
-    title: str,
-    lines: Sequence[Line],
-    *,
-    x_ticks: Sequence[tuple[float, str]],
-    y_ticks: Sequence[tuple[float, str]],
-    note: str = "",
-    mark_x: float | None = None,
-    mark_y: float | None = None,
-) -> Json:
-    """Coordinates of one chart; the first and last tick of each axis are the ends of that axis."""
-
-    def across(x: float) -> float:
-        low, high = x_ticks[0][0], x_ticks[-1][0]
-        share = (x - low) / (high - low) if high > low else 0.5
-        return round(LEFT + INSET + share * (WIDTH - LEFT - RIGHT - 2 * INSET), 1)
-
-    def down(y: float) -> float:
-        low, high = y_ticks[0][0], y_ticks[-1][0]
-        return round(TOP + (high - min(max(y, low), high)) / (high - low) * (HEIGHT - TOP - BOTTOM), 1)
-
-    return {
-        "title": title,
-        "note": note,
-        "x_ticks": [(across(x), label) for x, label in x_ticks if label],
-        "y_ticks": [(down(y), label) for y, label in y_ticks],
-        "mark_x": None if mark_x is None else across(mark_x),
-        "mark_y": None if mark_y is None else down(mark_y),
-        "lines": [_line(line, across, down) for line in lines],
-    }
-
-
-def _line(line: Line, across: Callable[[float], float], down: Callable[[float], float]) -> Json:
-    pieces: list[list[str]] = [[]]
-    dots = []
-    for dot in line.dots:
-        if dot.y is None:
-            pieces.append([])
-            continue
-        x, y = across(dot.x), down(dot.y)
-        pieces[-1].append(f"{x},{y}")
-        dots.append({"x": x, "y": y, "title": dot.title, "is_hollow": dot.is_hollow})
-    # A piece of one point has no extent and is seen by its marker alone.
-    return {
-        "colour": line.colour,
-        "pieces": [" ".join(piece) for piece in pieces if len(piece) > 1],
-        "dots": dots if line.has_markers or len(dots) == 1 else [],
-    }
-
-
-def _ticks(highest: float, *, integer: bool = False) -> list[tuple[float, str]]:
-    """Round values from 0 to at least `highest`."""
-    values = MaxNLocator(nbins=5, integer=integer, min_n_ticks=2).tick_values(
-        0.0, max(highest, 1.0 if integer else 1e-3)
-    )
-    return [(float(value), f"{value:g}") for value in values if value >= 0]
-
-
-def _index_ticks(labels: Sequence[str]) -> list[tuple[float, str]]:
-    """One tick for each index, labelled so that neighbours do not touch; both ends stay."""
-    step = math.ceil(len(labels) / 10)
-    last = len(labels) - 1
-    kept = [i == last or (i % step == 0 and last - i >= step / 2) for i in range(len(labels))]
-    return [(float(i), label if kept[i] else "") for i, label in enumerate(labels)]
-
-
 def _score_charts(retention: Mapping[str, Any]) -> list[Json]:
     """One curve over the stages for each task and each general benchmark."""
     rows = retention["rows"]
     values = [value for row in rows for name in _names(retention) if (value := _value(row, name)) is not None]
     y_ticks = [(0.0, "0"), (0.5, "50"), (1.0, "100")]
     if max(values, default=0.0) > 1.0:  # captions
-        y_ticks = [(value, f"{100 * value:g}") for value, _ in _ticks(max(values))]
-    x_ticks = _index_ticks(["base", *(str(row["stage"]) for row in rows[1:])])
+        y_ticks = [(value, f"{100 * value:g}") for value, _ in ticks(max(values))]
+    x_ticks = index_ticks(["base", *(str(row["stage"]) for row in rows[1:])])
     charts = []
     for name in _names(retention):
         own = next((i for i, row in enumerate(rows) if row["task"] == name), None)
@@ -507,7 +388,7 @@ def _score_charts(retention: Mapping[str, Any]) -> list[Json]:
             if own is None
             else f"learnt in stage {own}"
         )
-        charts.append(_chart(name, [Line(dots)], x_ticks=x_ticks, y_ticks=y_ticks, note=note, mark_x=own))
+        charts.append(chart(name, [Line(dots)], x_ticks=x_ticks, y_ticks=y_ticks, note=note, mark_x=own))
     return charts
 
 
@@ -517,7 +398,7 @@ def _loss_charts(manifests: Sequence[Json]) -> list[Json]:
         for manifest in manifests
     }
     # One scale for all stages, so that their heights compare.
-    y_ticks = _ticks(max((loss for points in curves.values() for _, loss in points), default=1.0))
+    y_ticks = ticks(max((loss for points in curves.values() for _, loss in points), default=1.0))
     charts = []
     for manifest in manifests:
         points = curves[manifest["stage"]]
@@ -525,9 +406,9 @@ def _loss_charts(manifests: Sequence[Json]) -> list[Json]:
             continue
         dots = [Dot(step, loss, f"step {step:g}: {loss:.4g}") for step, loss in _thin(points)]
         note = f"{points[0][1]:.3g} to {points[-1][1]:.3g}"
-        x_ticks = _ticks(points[-1][0], integer=True)
+        x_ticks = ticks(points[-1][0], integer=True)
         charts.append(
-            _chart(
+            chart(
                 f"{manifest['stage']} {manifest['task']}",
                 [Line(dots, has_markers=False)],
                 x_ticks=x_ticks,
@@ -571,11 +452,11 @@ def _highest(values: Sequence[float]) -> float | None:
 
 
 def _count_ticks(highest: float) -> list[tuple[float, str]]:
-    return _ticks(highest, integer=True)
+    return ticks(highest, integer=True)
 
 
 def _unit_ticks(highest: float) -> list[tuple[float, str]]:
-    return [(0.0, "0"), (0.5, "0.5"), (1.0, "1")] if highest < 1 + 1e-6 else _ticks(highest)
+    return [(0.0, "0"), (0.5, "0.5"), (1.0, "1")] if highest < 1 + 1e-6 else ticks(highest)
 
 
 def _log_ticks(highest: float) -> list[tuple[float, str]]:
@@ -635,10 +516,10 @@ def _layer_chart(panel: Panel, tower: str, manifests: Sequence[Json], colours: M
             y = math.log10(max(value, LEAKAGE_FLOOR)) if panel.is_log and value is not None else value
             dots.append(Dot(depth, y, f"stage {stage}, depth {depth}: {_number(value)}"))
         lines.append(Line(dots, colours[stage], has_markers=depths <= MARKED_DEPTHS))
-    return _chart(
+    return chart(
         panel.title,
         lines,
-        x_ticks=_index_ticks([str(depth) for depth in range(depths)]),
+        x_ticks=index_ticks([str(depth) for depth in range(depths)]),
         y_ticks=panel.ticks(max(values, default=0.0)),
         note=panel.note,
         mark_y=math.log10(LEAKAGE_BOUND) if panel.is_log else None,
@@ -659,21 +540,14 @@ def _over_depth(panel: Panel, tower: str, modules: Sequence[Json]) -> dict[int, 
 
 
 def _render_html(name: str, retention: Json, config: Json, manifests: Sequence[Json]) -> str:
-    """Fill report.html.j2. Autoescape is on for the whole page: names, configs and reasons come from data."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     trained = [manifest for manifest in manifests if manifest["modules"]]
     palette = matplotlib.colormaps["viridis_r"]
     colours = {
         manifest["stage"]: to_hex(palette(0.12 + 0.88 * (index + 1) / len(trained)))
         for index, manifest in enumerate(trained)
     }
-    return environment.get_template("report.html.j2").render(
+    return render(
+        "report.html.j2",
         run_name=name,
         method=retention["method"],
         base_model=manifests[0].get("base_model") if manifests else None,
@@ -694,10 +568,10 @@ def _render_html(name: str, retention: Json, config: Json, manifests: Sequence[J
         total_time=_seconds(sum(manifest["timings"].get("total") or 0.0 for manifest in manifests)),
         phases=list(zip((*TIMED_PHASES, "other"), PHASE_COLOURS, strict=True)),
         skipped=[_skipped(manifest) for manifest in manifests if manifest["counts"].get("skipped_records")],
-        config=_flatten(config),
+        config=flatten(config),
         packages=_packages(manifests),
         number=_number,
-        share=lambda module: _percent(_protected_share(module)),
+        share=lambda module: percent(_protected_share(module)),
     )
 
 
@@ -715,13 +589,13 @@ def _summary(retention: Mapping[str, Any]) -> list[str]:
     if metrics["mft"] is not None:
         base = [_value(row, name) for row in rows[:1] for name in tasks]
         known = [value for value in base if value is not None]
-        number = f"{_percent(metrics['mft'])} %" + (" on average" if learnt > 1 else "")
+        number = f"{percent(metrics['mft'])} %" + (" on average" if learnt > 1 else "")
         before = (
-            f", against {_percent(_mean(known))} % for the untouched base" if len(known) == len(base) else ""
+            f", against {percent(_mean(known))} % for the untouched base" if len(known) == len(base) else ""
         )
         sentences.append(f"Right after it is learnt a task scores {number}{before}.")
     if metrics["last"] is not None and metrics["bwt"] is not None:
-        sentences.append(f"At the end it scores {_percent(metrics['last'])} % over all tasks.")
+        sentences.append(f"At the end it scores {percent(metrics['last'])} % over all tasks.")
         sentences.append(f"On the tasks learnt earlier, {_change(metrics['bwt'])}.")
     subset = [note] if (note := subset_note(retention)) else []
     return [*sentences, *_general_sentences(retention), *_error_sentences(rows), *subset]
@@ -732,12 +606,12 @@ def _general_sentences(retention: Mapping[str, Any]) -> list[str]:
     kept = {name: ratios[name] for name in retention["general"] if ratios.get(name) is not None}
     if not kept:
         return []
-    mean = f"it keeps {_percent(_mean(list(kept.values())))} % of the untouched base's score"
+    mean = f"it keeps {percent(_mean(list(kept.values())))} % of the untouched base's score"
     if len(kept) == 1:
         return [f"On the general benchmark {next(iter(kept))} {mean}."]
     weakest = min(kept, key=lambda name: kept[name])
     return [
-        f"Over {len(kept)} general benchmarks {mean}; on the weakest, {weakest}, {_percent(kept[weakest])} %."
+        f"Over {len(kept)} general benchmarks {mean}; on the weakest, {weakest}, {percent(kept[weakest])} %."
     ]
 
 
@@ -747,14 +621,14 @@ def _error_sentences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if highest is None:
         return []
     return [
-        f"Standard errors of single scores reach {_percent(highest)} points; smaller differences say little."
+        f"Standard errors of single scores reach {percent(highest)} points; smaller differences say little."
     ]
 
 
 def _change(points: float) -> str:
     if abs(points) < 0.0005:
         return "nothing was lost since each was learnt"
-    return f"{_percent(abs(points))} points were {'lost' if points < 0 else 'gained'} since each was learnt"
+    return f"{percent(abs(points))} points were {'lost' if points < 0 else 'gained'} since each was learnt"
 
 
 def _tiles(retention: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -766,20 +640,20 @@ def _tiles(retention: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         return number if number == "-" else f"{number} {unit}"
 
     return [
-        ("Learnt", shown(_percent(metrics["mft"]), "%"), "mean score right after learning each task"),
+        ("Learnt", shown(percent(metrics["mft"]), "%"), "mean score right after learning each task"),
         (
             "Kept at the end",
-            shown(_percent(metrics["last"]), "%"),
+            shown(percent(metrics["last"]), "%"),
             "mean score over all tasks after the last stage",
         ),
         (
             "Forgotten",
-            shown(_percent(metrics["forgetting"]), "points"),
+            shown(percent(metrics["forgetting"]), "points"),
             "mean drop of earlier tasks from their best score",
         ),
         (
             "General ability",
-            shown(_percent(_mean(kept)), "%"),
+            shown(percent(_mean(kept)), "%"),
             "share of the untouched base's score that is kept",
         ),
     ]
@@ -790,9 +664,9 @@ def _describe(row: Mapping[str, Any], name: str) -> str:
     after = "untouched base" if row["task"] is None else f"after stage {row['stage']} ({row['task']})"
     if score is None or score["value"] is None:
         return f"{name}, {after}: not measured"
-    error = "standard error undefined" if score["stderr"] is None else f"± {_percent(score['stderr'])}"
+    error = "standard error undefined" if score["stderr"] is None else f"± {percent(score['stderr'])}"
     native = f"; native score {_number(score['native'])} of {_number(score['native_max'])}"
-    return f"{name}, {after}: {_percent(score['value'])} % {error}, n = {_number(score['n'])}{native}"
+    return f"{name}, {after}: {percent(score['value'])} % {error}, n = {_number(score['n'])}{native}"
 
 
 def _matrix_row(row: Mapping[str, Any], retention: Mapping[str, Any]) -> Json:
@@ -802,8 +676,8 @@ def _matrix_row(row: Mapping[str, Any], retention: Mapping[str, Any]) -> Json:
         background, foreground = _heat_colours(score.get("value"))
         cells.append(
             {
-                "text": _percent(score.get("value")),
-                "error": None if score.get("stderr") is None else _percent(score["stderr"]),
+                "text": percent(score.get("value")),
+                "error": None if score.get("stderr") is None else percent(score["stderr"]),
                 "title": _describe(row, name),
                 "background": background,
                 "foreground": foreground,
@@ -818,7 +692,7 @@ def _metric_rows(retention: Mapping[str, Any]) -> list[tuple[str, str, str, str]
     metrics = retention["metrics"]
     rows = [(name, _metric(metrics, key), unit, meaning) for key, name, unit, meaning in METRICS]
     for name in retention["general"]:
-        rows.append((f"Retention: {name}", _percent(metrics["retention"].get(name)), "%", RETENTION_MEANING))
+        rows.append((f"Retention: {name}", percent(metrics["retention"].get(name)), "%", RETENTION_MEANING))
     return rows
 
 
@@ -833,9 +707,9 @@ def _retention_rows(retention: Mapping[str, Any]) -> list[Json]:
         rows.append(
             {
                 "name": name,
-                "base": _percent(base),
-                "shares": list(map(_percent, shares)),
-                "change": _points(change),
+                "base": percent(base),
+                "shares": list(map(percent, shares)),
+                "change": points(change),
             }
         )
     return rows
@@ -905,16 +779,16 @@ def _packages(manifests: Sequence[Json]) -> list[tuple[str, str]]:
     return [(package, ", then ".join(found)) for package, found in sorted(versions.items())]
 
 
-def _flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+def flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
     """Nested settings as (dotted name, JSON text) pairs."""
     if isinstance(value, dict) and value:
         return [
             pair
             for key, item in value.items()
-            for pair in _flatten(item, f"{prefix}.{key}" if prefix else str(key))
+            for pair in flatten(item, f"{prefix}.{key}" if prefix else str(key))
         ]
     if isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
-        return [pair for index, item in enumerate(value) for pair in _flatten(item, f"{prefix}[{index}]")]
+        return [pair for index, item in enumerate(value) for pair in flatten(item, f"{prefix}[{index}]")]
     return (
         [(prefix, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))]
         if prefix

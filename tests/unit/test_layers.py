@@ -13,7 +13,7 @@ LAYERS = {
     1: "targets linears processes sharding gradients activations adapters console",
     2: "config streams artifacts models protected data evaluation",
     3: "training workplace methods memory stage stream_runner recipe plan finished chat export judge compare "
-    "check_stream fetch_stream",
+    "analysis check_stream fetch_stream",
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageColor
 
-from mllm_keeplora.evaluation import report
+from mllm_keeplora.evaluation import page, report
 from mllm_keeplora.evaluation.report import ReportError, format_table, matrix_csv, write_report
 
 TASKS = ["digits", "glyphs", "signs"]
@@ -105,7 +105,7 @@ def page_of(run_dir: Path, retention) -> str:
 class Page(HTMLParser):
     """Collects tags and the text outside <style>, and checks that tags nest."""
 
-    VOID = frozenset({"meta", "link", "wbr", "br"})
+    VOID = frozenset({"meta", "link", "wbr", "br", "img"})
 
     def __init__(self, text: str):
         super().__init__()
@@ -181,7 +181,7 @@ def test_table_fits_its_width_and_drops_no_column(count, general):
         for column, name in enumerate((*tasks, *retention["general"])):
             row["scores"][name] = make_score(column / 100 if index == count else 0.5)
     table = format_table(retention)
-    assert max(map(len, table.splitlines())) <= report.TEXT_WIDTH
+    assert max(map(len, table.splitlines())) <= page.TEXT_WIDTH
     last = [line[24:] for line in table.splitlines() if line.startswith(f"{count:>2} ")]
     cells = re.findall(r"\d+\.\d", " ".join(last))
     assert [float(cell) for cell in cells] == list(range(count + general))
@@ -330,9 +330,7 @@ def test_scores_above_one_stay_inside_their_chart(tmp_path):
     retention = make_retention()  # captions: CIDEr may exceed native_max
     retention["rows"][3]["scores"]["signs"] = make_score(1.37)
     for chart in report._score_charts(retention):
-        assert all(
-            report.TOP <= dot["y"] <= report.HEIGHT - report.BOTTOM for dot in chart["lines"][0]["dots"]
-        )
+        assert all(page.TOP <= dot["y"] <= page.HEIGHT - page.BOTTOM for dot in chart["lines"][0]["dots"])
     highest = [dot["y"] for dot in report._score_charts(retention)[2]["lines"][0]["dots"]]
     assert highest[3] < highest[2]
     assert "137.0" in page_of(tmp_path, retention)

@@ -4,7 +4,13 @@ import math
 
 import pytest
 
-from mllm_keeplora.retention import retention_ratios, summarize
+from mllm_keeplora.retention import (
+    Estimate,
+    mean_of_scores,
+    mean_over_seeds,
+    retention_ratios,
+    summarize,
+)
 
 NAN = float("nan")
 
@@ -95,3 +101,21 @@ def test_other_shapes_are_refused(shape: list[list[float]]) -> None:
 def test_retention_is_a_ratio_to_the_base() -> None:
     ratios = retention_ratios({"a": 0.8, "b": 0.0, "c": 0.5}, {"a": 0.6, "b": 0.3, "c": None})
     assert ratios == {"a": pytest.approx(0.75), "b": None, "c": None}
+
+
+def test_error_of_a_mean_of_scores_is_that_of_independent_sums() -> None:
+    errors = [0.03, 0.04, 0.12]
+    mean = mean_of_scores(
+        [Estimate(value, error) for value, error in zip([0.2, 0.4, 0.9], errors, strict=True)]
+    )
+    assert mean == pytest.approx((0.5, 0.13 / 3))  # 0.03^2 + 0.04^2 + 0.12^2 = 0.13^2
+    assert mean_of_scores([Estimate(0.2, None), Estimate(0.4, 0.1)]) == pytest.approx((0.3, None))
+    assert mean_of_scores([Estimate(None, 0.1), Estimate(0.4, 0.1)]) == Estimate(None, None)
+    assert mean_of_scores([]) == Estimate(None, None)
+
+
+def test_seeds_count_by_their_spread() -> None:
+    runs = [Estimate(value, 9.0) for value in (0.1, 0.2, 0.3, 0.4)]
+    assert mean_over_seeds(runs) == pytest.approx((0.25, math.sqrt(0.05 / 3) / 2))
+    assert mean_over_seeds(runs[:1]) == runs[0]
+    assert mean_over_seeds([*runs, Estimate(None, None)]) == Estimate(None, None)

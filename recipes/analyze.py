@@ -1,0 +1,35 @@
+"""Where a model's knowledge lies: accuracy with weights rebuilt from their principal or residual directions.
+
+    bash scripts/analyze.sh                                    the embedded base: CPU, about 2 minutes
+    bash scripts/analyze.sh --run runs/vqa_embedded            a finished run: base plus what it has learnt
+    bash scripts/analyze.sh --config recipes/configs/vqa/FILE.yaml --data_root /where/it/is   another base
+
+The same command again continues an interrupted analysis. docs/analysis.md says what is measured.
+"""
+
+import os
+from pathlib import Path
+
+from video import EMBEDDED as EMBEDDED_VIDEO
+from vqa import EMBEDDED
+
+from mllm_keeplora.analysis import PICTURE, RESULTS, analyze, format_analysis, parse_analysis
+from mllm_keeplora.console import command
+from mllm_keeplora.recipe import ROOT
+
+
+def main() -> None:
+    """The command line."""
+    os.chdir(ROOT)  # every relative path in the shipped files is relative to the repository
+    with command():
+        config = parse_analysis(__doc__, EMBEDDED.config)
+        for embedded in (EMBEDDED, EMBEDDED_VIDEO):
+            if Path(config.stream) == embedded.stream and config.data_root is None:
+                embedded.build()
+        results = analyze(config)
+        print(format_analysis(config, results))
+        print(f"\nresults: {Path(config.out) / RESULTS}\npicture: {Path(config.out) / PICTURE}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""Runs side by side: what is averaged, what is refused, and a page that is safe and complete."""
+
+import html
+import itertools
+import json
+import math
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import ImageColor
+
+from mllm_keeplora.evaluation import comparison, page
+from mllm_keeplora.evaluation.comparison import Run, compare_runs, format_comparison, grouped
+from mllm_keeplora.evaluation.report import ReportError
+from mllm_keeplora.retention import Estimate, retention_ratios, summarize
+from tests.unit.test_report import HOSTILE, METRIC_KEYS, TASKS, Page, make_retention, make_score, write_run
+
+GENERAL = ("scenes",)
+
+
+def retention_of(own: float, kept: float, *, method: str = "keeplora", tasks: Any = TASKS) -> dict[str, Any]:
+    """Each task scores `own` in its stage and `kept` afterwards; scenes loses 0.1 a stage."""
+    retention = make_retention(tasks, GENERAL, method)
+    for row in retention["rows"]:
+        for index, name in enumerate(tasks):
+            learnt = row["stage"] - 1
+            value = own if index == learnt else kept if index < learnt else 0.1
+            row["scores"][name] = make_score(value, stderr=0.03)
+        row["scores"]["scenes"] = make_score(0.9 - 0.1 * row["stage"], stderr=0.02)
+    values = [{name: score["value"] for name, score in row["scores"].items()} for row in retention["rows"]]
+    retention["metrics"] = summarize([[row[name] for name in tasks] for row in values])
+    retention["metrics"]["retention"] = retention_ratios(
+        {"scenes": values[0]["scenes"]}, {"scenes": values[-1]["scenes"]}
+    )
+    return retention
+
+
+def save_run(
+    run_dir: Path,
+    retention: dict[str, Any],
+    *,
+    seed: int = 0,
+    data: str = "abc",
+    **settings: Any,
+) -> Path:
+    """A run directory whose last manifest says what the stream runner's does."""
+    write_run(run_dir, retention)
+    path = max((run_dir / "stages").glob("*/manifest.json"))
+    manifest = json.loads(path.read_text())
+    names = [*retention["tasks"], *retention["general"]]
+    manifest |= {
+        "config": {
+            "run_dir": str(run_dir), "seed": seed, "method": retention["method"], "alpha": 32.0,
+            "language": {"rank": 16, "gamma": 0.2}, **settings,
+        },
+        "seeds": {"run": seed, "stage": seed + 3}, "data": dict.fromkeys(names, data),
+    }  # fmt: skip
+    path.write_text(json.dumps(manifest))
+    return run_dir
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    """KeepLoRA with two seeds, LoRA with one."""
+    return [
+        save_run(tmp_path / "a", retention_of(0.9, 0.8), seed=0),
+        save_run(tmp_path / "b", retention_of(0.94, 0.7), seed=1),
+        save_run(tmp_path / "c", retention_of(0.95, 0.2, method="lora"), seed=0),
+    ]
+
+
+def test_seeds_of_a_label_become_mean_and_standard_error() -> None:
+    finals = (0.8, 0.7, 0.75)
+    [group] = grouped([Run("keep", seed, retention_of(0.9, kept)) for seed, kept in enumerate(finals)])
+    assert group.seeds == (0, 1, 2)
+    lasts = [(2 * kept + 0.9) / 3 for kept in finals]
+    expected = statistics.fmean(lasts), statistics.stdev(lasts) / math.sqrt(3)
+    assert group.metrics["last"] == pytest.approx(expected)
+    assert group.metrics["bwt"] == pytest.approx((statistics.fmean(finals) - 0.9, 0.05 / math.sqrt(3)))
+    assert group.metrics["mft"] == pytest.approx((0.9, 0.0))
+    assert group.learnt[-1] == pytest.approx(expected)  # after the last stage all tasks are learnt
+    assert [e.value for e in group.general] == pytest.approx([0.9, 0.8, 0.7, 0.6])
+    assert group.retention["scenes"] == pytest.approx((0.6 / 0.9, 0.0))
+    assert len(group.learnt) == 3 and len(group.scores["digits"]) == 4
+
+
+def test_a_single_run_has_the_error_of_its_questions_where_there_is_one() -> None:
+    [group] = grouped([Run("keep", 5, retention_of(0.9, 0.8))])
+    assert group.metrics["mft"] == pytest.approx((0.9, 0.03 / math.sqrt(3)))
+    assert group.learnt[1] == pytest.approx((0.85, 0.03 / math.sqrt(2)))
+    assert group.general[0] == pytest.approx((0.9, 0.02))
+    for paired in (group.metrics["bwt"], group.metrics["forgetting"], group.retention["scenes"]):
+        assert paired.value is not None and paired.stderr is None
+
+
+def test_groups_come_in_the_order_of_their_labels_and_are_drawn_apart() -> None:
+    labels = [f"method {i}" for i in (3, 1, 2)]
+    groups = grouped([Run(label, 0, retention_of(0.9, 0.8)) for label in labels])
+    assert [group.label for group in groups] == labels
+    many = grouped([Run(f"method {i}", 0, retention_of(0.9, 0.8)) for i in range(14)])
+    looks = [(s["color"], s["linestyle"], s["marker"]) for s in comparison.styles(many)]
+    assert len({look[:2] for look in looks}) == len({look[2] for look in looks}) == 14
+
+
+def test_neighbouring_colours_differ_in_lightness() -> None:
+    lightness = [ImageColor.getcolor(colour, "L") for colour in comparison.COLOURS]
+    assert min(abs(a - b) for a, b in itertools.pairwise(lightness)) > 25
+
+
+def test_undefined_numbers_stay_undefined() -> None:
+    retention = make_retention()
+    retention["metrics"] |= dict.fromkeys(METRIC_KEYS) | {"retention": {"scenes": None}}
+    retention["rows"][0]["scores"]["signs"] = None
+    retention["rows"][1]["scores"]["scenes"]["stderr"] = None
+    groups = grouped([Run("keep", 0, retention), Run("keep", 1, retention), Run("lora", 0, retention)])
+    assert groups[0].metrics["bwt"] == Estimate(None, None)
+    assert comparison.draw_comparison(groups).startswith(b"\x89PNG")
+    text = format_comparison(groups)
+    assert "None" not in text and "nan" not in text.lower()
+
+
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [
+        ([], "no run was given"),
+        (
+            [Run("a", 0, retention_of(0.9, 0.8)), Run("b", 0, retention_of(0.9, 0.8, tasks=["x", "y"]))],
+            "b, seed 0 has tasks x, y, but a, seed 0 has digits, glyphs, signs",
+        ),
+        ([Run("a", 3, retention_of(0.9, 0.8))] * 2, "two runs are 'a' with seed 3"),
+    ],
+)
+def test_runs_that_do_not_compare_are_refused(runs: list[Run], message: str) -> None:
+    with pytest.raises(ReportError, match=message):
+        grouped(runs)
+
+
+def test_an_unfinished_run_is_refused(runs: list[Path]) -> None:
+    path = runs[1] / "retention.json"
+    retention = json.loads(path.read_text())
+    retention["rows"] = retention["rows"][:3]
+    path.write_text(json.dumps(retention))
+    manifest = runs[1] / "stages" / "02-glyphs" / "manifest.json"
+    last = json.loads((runs[1] / "stages" / "03-signs" / "manifest.json").read_text())
+    manifest.write_text(json.dumps({**last, "stage": 2, "task": "glyphs"}))
+    with pytest.raises(ReportError, match=rf"{runs[1]} is at stage 2 of 3; .* to finish it"):
+        compare_runs(runs, runs[0].parent / "out")
+    assert not (runs[0].parent / "out").exists()
+
+
+@pytest.mark.parametrize("missing", ["retention.json", "stages/03-signs/manifest.json"])
+def test_a_missing_file_is_named(runs: list[Path], missing: str) -> None:
+    (runs[2] / missing).unlink()
+    with pytest.raises(ReportError, match=rf"{runs[2] / missing} is missing"):
+        compare_runs(runs, runs[0].parent / "out")
+
+
+def test_other_data_are_refused(runs: list[Path], tmp_path: Path) -> None:
+    other = save_run(tmp_path / "d", retention_of(0.9, 0.8), seed=7, data="def")
+    with pytest.raises(
+        ReportError, match=rf"digits, glyphs, signs, scenes: {other} was trained or asked on oth"
+    ):
+        compare_runs([*runs, other], tmp_path / "out")
+
+
+def test_the_same_run_twice_is_refused(runs: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(ReportError, match="two runs are 'keeplora' with seed 0"):
+        compare_runs([runs[0], runs[0]], tmp_path / "out")
+
+
+def test_runs_of_one_method_with_other_settings_are_kept_apart(runs: list[Path], tmp_path: Path) -> None:
+    other = save_run(tmp_path / "d", retention_of(0.9, 0.8), language={"rank": 16, "gamma": 1.0})
+    groups = compare_runs([runs[0], other, runs[2]], tmp_path / "out")
+    labels = [group.label for group in groups]
+    assert labels == ["keeplora: language.gamma 0.2", "keeplora: language.gamma 1.0", "lora"]
+
+
+def test_the_page_shows_what_differs_and_only_that(runs: list[Path], tmp_path: Path) -> None:
+    other = save_run(tmp_path / "d", retention_of(0.9, 0.8, method="ewc"), alpha=8.0)
+    compare_runs([*runs, other], tmp_path / "out")
+    content = (tmp_path / "out" / "comparison.html").read_text()
+    settings = Page(content[content.index('<section id="settings">') : content.index('<section id="runs">')])
+    assert "methodkeeploraloraewc" in settings.text and "alpha32.032.08.0" in settings.text
+    assert not re.search("rank|seed|run_dir|torch", settings.text)
+    text = Page(content).text
+    for run in (*runs, other):
+        assert str(run) in text
+    assert "92.0 ± 2.0" in text  # MFT of 90 and 94
+    assert content.count("<svg") == len(TASKS) + 1
+
+
+def test_the_page_makes_no_requests_and_escapes_text(tmp_path: Path) -> None:
+    tasks = [HOSTILE, 'q" onmouseover="x', "$\\frac{$"]
+    runs = [
+        save_run(tmp_path / "a", retention_of(0.9, 0.8, tasks=tasks)),
+        save_run(tmp_path / "b", retention_of(0.9, 0.8, tasks=tasks, method="<img src=x>")),
+    ]
+    compare_runs(runs, tmp_path / "out")
+    content = (tmp_path / "out" / "comparison.html").read_text()
+    found = Page(content)
+    assert HOSTILE not in content and html.escape(HOSTILE) in content and "<img src=x>" not in content
+    assert not {"script", "iframe", "object", "embed", "form"} & set(found.tags)
+    assert found.addresses and all(address.startswith(("#", "data:")) for address in found.addresses)
+    assert not re.search(r'<[^>]* onmouseover="x', content)
+    assert "default-src 'none'" in content
+
+
+def test_the_same_runs_give_the_same_bytes(runs: list[Path], tmp_path: Path) -> None:
+    for out in ("one", "two"):
+        compare_runs(runs, tmp_path / out)
+    for name in (comparison.PAGE, comparison.PICTURE):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    assert (tmp_path / "one" / comparison.PICTURE).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("count", [1, 2, 14])
+def test_table_shows_every_group_within_its_width(count: int) -> None:
+    runs = [
+        Run(f"a-method-with-a-rather-long-name-of-number-{i}", seed, retention_of(0.9, 0.8 - seed / 20))
+        for i in range(count)
+        for seed in (0, 1)
+    ]
+    table = format_comparison(grouped(runs))
+    assert max(map(len, table.splitlines())) <= page.TEXT_WIDTH
+    assert len(re.findall(r"number-\d+ +2 +90\.0 ± 0\.0 +81\.7 ± 1\.7 +-12\.5 ± 2\.5", table)) == count
+    assert "66.7 ± 0.0" in table and "mean and standard error over their seeds" in table
