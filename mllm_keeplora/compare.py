@@ -21,6 +21,8 @@ from scipy import stats
 
 from mllm_keeplora.artifacts import SCHEMA_VERSION, read_json, replaced_directory, sha256_file, write_json
 from mllm_keeplora.config import ConfigError, RunConfig, parse_config
+from mllm_keeplora.evaluation.comparison import Run, draw_comparison, grouped
+from mllm_keeplora.evaluation.page import write_atomically
 from mllm_keeplora.stream_runner import PACKAGES, run_stream
 from mllm_keeplora.streams import TaskSpec, load_stream
 
@@ -168,7 +170,7 @@ def _config(
     study: Study, arm: str, seed: int, directory: Path, rate: float | None, **extra: Any
 ) -> RunConfig:
     settings = {**study.settings, **study.arm(arm), **extra, "run_dir": directory, "seed": seed}
-    if rate is not None:
+    if rate is not None and "train.learning_rate" not in study.arm(arm):
         settings["train.learning_rate"] = rate
     argv = [part for name, value in settings.items() for part in (f"--{name}", _argument(value))]
     return parse_config("", Path(study.recipe), ["--config", study.recipe, *argv])
@@ -193,7 +195,7 @@ def _run(config: RunConfig) -> dict[str, Any]:
 def learning_rate(study: Study, arm: str) -> float | None:
     """The candidate with the highest Last on held-out training records; ties go to the smaller one.
 
-    An ablation has the reference's, and what does not learn has the first.
+    An ablation has the reference's, and what does not learn has the first. An arm's own setting goes before.
     """
     if study.tuning is None:
         return None
@@ -423,11 +425,21 @@ def _p(value: float | None) -> str:
 
 
 def write_results(study: Study) -> str:
-    """Writes `results.json` and `table.md`; returns the table."""
+    """Writes `results.json`, `table.md` and `methods.png` (without the ablations); returns the table."""
     results = collect(study)
     folder = Path(study.results)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "results.json", results)
     table = format_results(results)
     (folder / "table.md").write_text(table)
+    if runs := _finished_runs(study, [*study.methods, *study.more_methods]):
+        write_atomically(folder / "methods.png", draw_comparison(grouped(runs)))
     return table
+
+
+def _finished_runs(study: Study, arms: Sequence[str]) -> list[Run]:
+    seeds = dict.fromkeys([*study.seeds, *study.more_seeds])
+    places = [
+        (arm, seed, run_directory(study, Job(arm, seed)) / "retention.json") for arm in arms for seed in seeds
+    ]
+    return [Run(arm, seed, read_json(path)) for arm, seed, path in places if path.exists()]

@@ -25,6 +25,7 @@ from mllm_keeplora.compare import (
     run_directory,
     run_study,
     standard_error,
+    write_results,
 )
 from mllm_keeplora.config import ConfigError, RunConfig
 from mllm_keeplora.methods.base import load_method
@@ -62,7 +63,8 @@ def test_every_shipped_study_names_runs_that_the_recipe_takes(path: Path) -> Non
     for job in jobs_of(loaded, everything=True):
         config = compare._config(loaded, job.arm, job.seed, run_directory(loaded, job), 1e-3)
         load_method(config)
-        assert (config.seed, config.train.learning_rate) == (job.seed, 1e-3)
+        own = loaded.arm(job.arm).get("train.learning_rate", 1e-3)
+        assert (config.seed, config.train.learning_rate) == (job.seed, own)
         assert config.train.max_steps == loaded.settings["train.max_steps"]
     directories = {run_directory(loaded, job) for job in jobs_of(loaded, everything=True)}
     assert len(directories) == len(jobs_of(loaded, everything=True))
@@ -106,10 +108,19 @@ def fake_runs(monkeypatch: pytest.MonkeyPatch, last: Any) -> list[RunConfig]:
 
     def run(config: RunConfig) -> dict[str, Any]:
         asked.append(config)
-        final = {"digits": {"value": last(config)}, "scenes": {"value": 0.5}}
+
+        def row(value: float) -> dict[str, Any]:
+            score = {"native_max": 1.0, "stderr": None, "n": 4}
+            return {"digits": {"value": value, **score}, "scenes": {"value": 0.5, **score}}
+
+        metrics = {"mft": 0.9, "last": last(config), "bwt": last(config) - 0.9, "forgetting": 0.0}
         retention = {
-            "metrics": {"mft": 0.9, "last": last(config), "bwt": last(config) - 0.9},
-            "rows": [{"scores": final}],
+            "method": config.method,
+            "metrics": {**metrics, "retention": {"scenes": 1.0}},
+            "rows": [
+                {"stage": 0, "task": None, "scores": row(0.1)},
+                {"stage": 1, "task": "digits", "scores": row(last(config))},
+            ],
             "tasks": ["digits"],
             "general": ["scenes"],
         }
@@ -165,7 +176,13 @@ def test_a_study_runs_what_is_missing_and_reports_what_is_there(
         "of two comparisons the smaller p counts twice"
     )
     assert results["arms"]["again"]["against_reference"]["last"]["n"] == 2
-    table = format_results(results)
+    table = write_results(found)
+    assert (Path(found.results) / "methods.png").read_bytes().startswith(b"\x89PNG")
+    assert (
+        json.loads((Path(found.results) / "results.json").read_text())["arms"].keys()
+        == results["arms"].keys()
+    )
+    assert table == format_results(results)
     assert "| plain | 3 | 0.002 | 90.0 ± 0.0 | 51.0 ± 0.6 |" in table
 
 
@@ -227,8 +244,8 @@ def test_one_seed_has_no_standard_error() -> None:
     assert standard_error([0.4, 0.6]) == pytest.approx(0.1)
 
 
-def test_the_shipped_split_is_a_stream_of_the_first_tasks(tmp_path: Path) -> None:
+def test_the_shipped_split_is_a_stream_of_the_first_tasks() -> None:
     tuning = load_study(ROOT / "recipes/studies/image.yaml").tuning
     assert tuning is not None
-    stream = load_stream(ROOT / "recipes/streams/embedded.yaml")
+    stream = load_stream(ROOT / "recipes/streams/embedded.yaml", check_files=False)
     assert 0 < tuning.tasks <= len(stream.tasks)
