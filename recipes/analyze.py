@@ -1,6 +1,6 @@
 """Where a model's knowledge lies: accuracy with weights rebuilt from their principal or residual directions.
 
-    bash scripts/analyze.sh                                    the embedded base: CPU, about 2 minutes
+    bash scripts/analyze.sh                                    the embedded base: CPU, about 1.5 minutes
     bash scripts/analyze.sh --run runs/vqa_embedded            a finished run: base plus what it has learnt
     bash scripts/analyze.sh --config recipes/configs/vqa/FILE.yaml --data_root /where/it/is   another base
 

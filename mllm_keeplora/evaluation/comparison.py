@@ -313,6 +313,7 @@ def plot_plasticity_retention(axes: Axes, groups: Sequence[Group]) -> None:
         ylim=(0, None),
     )
     axes.margins(x=0.15)
+    axes.locator_params(axis="x", nbins=6)
     _tidy(axes)
 
 

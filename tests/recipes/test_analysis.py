@@ -1,0 +1,67 @@
+"""The analysis and the comparison as commands, on a finished run."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.recipes.conftest import ROOT, TEST, Recipe
+
+
+def run(recipe: Recipe, *command: str) -> subprocess.CompletedProcess[str]:
+    """The command, in the repository's folder."""
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=recipe.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_unchanged_model_of_an_analysis_is_that_of_the_run(finished: Recipe, tmp_path: Path) -> None:
+    out = tmp_path / "analysis"
+    command = [
+        "recipes/analyze.py",
+        "--run",
+        str(finished.run_dir),
+        "--out",
+        str(out),
+        "--energies",
+        "[0.6, 1]",
+    ]
+    done = run(finished, *command)
+    assert done.returncode == 0, done.stderr
+    assert f"picture: {out / 'analysis.png'}" in done.stdout
+    cells = json.loads((out / "analysis.json").read_text())["cells"]
+    last = finished.retention()["rows"][-1]["scores"]
+    for name, score in cells["unchanged"]["scores"].items():  # dequantised weights round differently
+        assert score["n"] == TEST and abs(score["value"] - last[name]["value"]) <= 2 / TEST
+    assert cells["principal-1-both-all"]["scores"] == cells["unchanged"]["scores"]
+    assert cells["residual-0.6-both-all"]["scores"] != cells["unchanged"]["scores"]
+    written, start = (out / "analysis.json").stat().st_mtime_ns, time.monotonic()
+    assert run(finished, *command).returncode == 0
+    assert (out / "analysis.json").stat().st_mtime_ns == written and time.monotonic() - start < 120
+
+
+def test_an_analysis_refuses_bad_input_in_one_line(finished: Recipe) -> None:
+    for arguments, expected in (
+        (["--energies", "[2]"], "error: energies must lie in (0, 1], got 2.0"),
+        (["--run", "runs/nowhere"], "error: runs/nowhere holds no adapter/"),
+    ):
+        done = run(finished, "recipes/analyze.py", *arguments)
+        assert done.returncode == 2
+        assert done.stderr.startswith(expected) and done.stderr.count("\n") == 1
+
+
+def test_a_run_is_compared_by_the_command(copied: Recipe, tmp_path: Path) -> None:
+    out = tmp_path / "comparison"
+    command = ["-m", "mllm_keeplora.evaluation.comparison", str(copied.run_dir), "--out", str(out)]
+    done = run(copied, *command)
+    assert done.returncode == 0, done.stderr
+    assert "keeplora     1" in done.stdout
+    assert sorted(path.name for path in out.iterdir()) == ["comparison.html", "comparison.png"]
+    again = run(copied, *command[:2], str(copied.run_dir), *command[2:])
+    assert again.returncode == 2 and "two runs are 'keeplora' with seed 0" in again.stderr
