@@ -571,9 +571,8 @@ def write_run(directory: Path, **changes: Any) -> Path:
     config = {
         "model": ModelConfig(base_model="base").__dict__,
         "video": asdict(VideoConfig()),
-        "evaluation": {"batch_size": 3, "limit": None},
+        "evaluation": {"batch_size": 3} | {k: changes.get(k) for k in ("limit", "general_limit")},
     }
-    config["evaluation"]["limit"] = changes.get("limit")
     row = {"stage": changes.get("stage", 2), "scores": dict.fromkeys(["birds", "tools", "scenes"], score)}
     row["scores"] |= changes.get("scores", {})
     retention = {"method": "lora", "tasks": ["birds", "tools"], "general": ["scenes"], "rows": [row]}
@@ -586,6 +585,7 @@ def write_run(directory: Path, **changes: Any) -> Path:
     ("changes", "message"),
     [
         ({"limit": 2}, "first 2 questions"),
+        ({"general_limit": 500}, r"first 500 questions \(evaluation.general_limit\)"),
         ({"stage": 1}, "stage 1 of 2"),
         ({"scores": {"tools": None}}, "found .*birds.*scenes"),
     ],
