@@ -21,7 +21,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 import yaml  # noqa: E402
 from bitsandbytes.nn.modules import Linear4bit, Params4bit  # noqa: E402
+from measure import RETURN_FREED, Peaks, device_name  # noqa: E402
 from PIL import Image  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from torch import nn  # noqa: E402
@@ -73,8 +73,6 @@ TEMPLATE = (
     "{{ '</s>' if m['role'] == 'assistant' else ' ' }}{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
 )
-# glibc keeps freed blocks of up to 32 MB to itself, which the resident set then shows as held.
-RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
 ANSWER = " ".join(f"w{n}" for n in range(15))
 # Which of the plan's phases a measured one is compared with.
 PLANNED = {"weight bases": "weight bases", "probe": "probe", "train": "train", "feature_basis": "probe"}
@@ -218,38 +216,6 @@ def _question(processor: Any, image: Path, length: int) -> str:
     return " ".join(f"w{n % 100}" for n in range(words))
 
 
-class Peaks:
-    """Seconds and peak memory of phases."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.found: dict[str, dict[str, float]] = {}
-        self.baseline = self._peak()
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Measures the block."""
-        self._reset()
-        start = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        seconds = time.perf_counter() - start
-        self.found[name] = {"seconds": seconds, "bytes": self._peak() - self.baseline}
-
-    def _reset(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # the kernel begins a new peak of the resident set
-
-    def _peak(self) -> int:
-        if self.device.type == "cuda":
-            return int(torch.cuda.max_memory_allocated(self.device))
-        status = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
-
-
 def run_config(root: Path, options: argparse.Namespace, batch: int) -> RunConfig:
     """Settings of the stage."""
     device = resolve_device(ModelConfig())
@@ -325,15 +291,9 @@ def measure(root: Path, options: argparse.Namespace, batch: int) -> dict[str, An
     return {
         "batch": batch,
         "tokens": plan.memory.shape.tokens,
-        "device": _name(device),
+        "device": device_name(device),
         "phases": peaks.found,
     }
-
-
-def _name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return str(torch.cuda.get_device_name(device))
-    return f"CPU, {torch.get_num_threads()} thread(s)"
 
 
 def print_result(result: dict[str, Any]) -> None:
