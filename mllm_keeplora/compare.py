@@ -67,6 +67,7 @@ class Study:
         methods: the default set.
         settings: what all runs change in the recipe.
         tuning: learning rates; None keeps the recipe's.
+        candidates: arm -> settings that it chooses among as well, at its learning rate, on the same split.
         more_methods: further methods.
         ablations: changes of the reference, at its learning rate.
     """
@@ -80,6 +81,7 @@ class Study:
     methods: Arms
     settings: Settings = field(default_factory=dict)
     tuning: Tuning | None = None
+    candidates: dict[str, list[Settings]] = field(default_factory=dict)
     more_methods: Arms = field(default_factory=dict)
     ablations: Arms = field(default_factory=dict)
 
@@ -89,6 +91,11 @@ class Study:
         twice = [n for n in {**self.more_methods, **self.ablations} if n in self.methods]
         if twice or set(self.more_methods) & set(self.ablations):
             raise ConfigError(f"two arms of the study have one name: {', '.join(twice)}")
+        for name in self.candidates:
+            if name not in {**self.methods, **self.more_methods} or self.tuning is None:
+                raise ConfigError(
+                    f"candidates of {name!r}: no method of the study, or a study without tuning"
+                )
         for name in ("seeds", "more_seeds"):
             seeds = getattr(self, name)
             if len(set(seeds)) != len(seeds) or len(seeds) < 2:
@@ -153,7 +160,8 @@ def run_study(study: Study, jobs: Sequence[Job]) -> None:
     for number, job in enumerate(jobs, 1):
         logger.info(f"run {number} of {len(jobs)}: {job.arm}, seed {job.seed}")
         rate = learning_rate(study, job.arm)
-        _run(_config(study, job.arm, job.seed, run_directory(study, job), rate))
+        settings = best_candidate(study, job.arm, rate)
+        _run(_config(study, job.arm, job.seed, run_directory(study, job), rate, **settings))
 
 
 def run_directory(study: Study, job: Job) -> Path:
@@ -216,6 +224,29 @@ def tuning_scores(study: Study, arm: str) -> dict[float, float]:
         retention = _run(_config(study, arm, tuning.seed, directory, rate, stream=stream, data_root="."))
         scores[rate] = float(retention["metrics"]["last"])
     return scores
+
+
+def best_candidate(study: Study, arm: str, rate: float | None) -> Settings:
+    """The candidate settings with the highest Last on the split, at the arm's rate; empty for its own ones.
+
+    The arm's own settings, with which the rate was chosen, take part; ties go to them, then to the first.
+    """
+    tuning, candidates = study.tuning, study.candidates.get(arm, [])
+    if tuning is None or rate is None or not candidates:
+        return {}
+    stream = held_out_stream(Path(_config(study, arm, tuning.seed, Path(), None).stream), tuning)
+    chosen, best = {}, tuning_scores(study, arm)[rate]
+    for candidate in candidates:
+        extra = {"stream": stream, "data_root": ".", **candidate}
+        directory = _candidate_directory(study, arm, candidate)
+        score = float(_run(_config(study, arm, tuning.seed, directory, rate, **extra))["metrics"]["last"])
+        if score > best:
+            chosen, best = candidate, score
+    return chosen
+
+
+def _candidate_directory(study: Study, arm: str, candidate: Settings) -> Path:
+    return Path(study.runs) / _slug(arm) / f"tuning_{_slug(_argument(candidate))}"
 
 
 def held_out_stream(stream_file: Path, tuning: Tuning) -> Path:
@@ -318,7 +349,7 @@ def _metrics(retention: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _tuned(study: Study, arm: str) -> dict[str, float]:
-    """Candidate -> score of the tuning runs that are there."""
+    """Learning rate, or settings in YAML's flow style -> score of the tuning runs that are there."""
     if study.tuning is None or arm in study.ablations:
         return {}
     found = {}
@@ -326,6 +357,10 @@ def _tuned(study: Study, arm: str) -> dict[str, float]:
         path = Path(study.runs) / _slug(arm) / f"tuning_{rate:g}" / "retention.json"
         if path.exists():
             found[f"{rate:g}"] = read_json(path)["metrics"]["last"]
+    for candidate in study.candidates.get(arm, []):
+        path = _candidate_directory(study, arm, candidate) / "retention.json"
+        if path.exists():
+            found[_argument(candidate)] = read_json(path)["metrics"]["last"]
     return found
 
 

@@ -1,7 +1,7 @@
 """The comparison study: which runs it makes, how it tunes, and its statistics beside references."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from mllm_keeplora.compare import (
     Job,
     Study,
     Tuning,
+    best_candidate,
     collect,
     format_results,
     held_out_stream,
@@ -77,6 +78,7 @@ def test_every_shipped_study_names_runs_that_the_recipe_takes(path: Path) -> Non
         ({"seeds": [1]}, "at least two different numbers"),
         ({"seeds": [1, 1]}, "at least two different numbers"),
         ({"sedes": [1, 2]}, "sedes"),
+        ({"candidates": {"ours": [{"alpha": 1}]}}, "candidates of 'ours': no method of the study, or a study without tuning"),
         ({"more_methods": {"ours": {}}}, "two arms of the study have one name: ours"),
     ],
 )
@@ -145,6 +147,36 @@ def test_each_method_gets_its_best_rate_and_an_ablation_the_references(
     assert len(asked) == 6, "an ablation is not tuned, and a finished run is not repeated"
     assert {c.seed for c in asked} == {9000}
     assert {c.stream for c in asked} == {"held_out.yaml"}
+
+
+def test_a_method_chooses_among_its_candidates_at_its_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares = {0.1: 0.5, 0.2: 0.6, 0.4: 0.7}
+
+    def last(config: RunConfig) -> float:
+        return shares.get(config.method_options.get("share", 0.0), 0.4) - config.train.learning_rate
+
+    asked = fake_runs(monkeypatch, last)
+    candidates: dict[str, Any] = {
+        "again": [{"method_options": {"share": share}} for share in (0.1, 0.4)],
+        "ours": [],
+    }
+    found = replace(study(tmp_path), candidates=candidates)
+    assert best_candidate(found, "again", learning_rate(found, "again")) == {"method_options": {"share": 0.4}}
+    assert [(c.train.learning_rate, c.stream) for c in asked[3:]] == [(1e-3, "held_out.yaml")] * 2
+    assert best_candidate(found, "ours", 1e-3) == {}
+    run_study(found, [Job("again", 0)])
+    assert asked[-1].method_options == {"share": 0.4}
+    assert collect(found)["arms"]["again"]["tuning"]["{method_options: {share: 0.4}}"] == pytest.approx(0.699)
+
+
+def test_an_arms_own_settings_win_over_candidates_that_are_no_better(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_runs(monkeypatch, lambda _: 0.5)
+    found = replace(study(tmp_path), candidates={"again": [{"method_options": {"share": 0.1}}]})
+    assert best_candidate(found, "again", 1e-3) == {}
 
 
 def test_equal_candidates_give_the_smaller_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
