@@ -78,7 +78,7 @@ def test_every_shipped_study_names_runs_that_the_recipe_takes(path: Path) -> Non
         ({"seeds": [1]}, "at least two different numbers"),
         ({"seeds": [1, 1]}, "at least two different numbers"),
         ({"sedes": [1, 2]}, "sedes"),
-        ({"candidates": {"ours": [{"alpha": 1}]}}, "candidates of 'ours': no method of the study, or a study without tuning"),
+        ({"candidates": {"ours": [{"alpha": 1}]}}, "candidates of 'ours': .* a study without tuning"),
         ({"more_methods": {"ours": {}}}, "two arms of the study have one name: ours"),
     ],
 )
