@@ -19,10 +19,8 @@ from pathlib import Path
 
 from measure import PICTURES, ROOT, Row, table
 
-sys.path.insert(0, str(ROOT))
-
-from mllm_keeplora.artifacts import read_json, write_json  # noqa: E402
-from mllm_keeplora.compare import environment  # noqa: E402
+from mllm_keeplora.artifacts import read_json, write_json
+from mllm_keeplora.compare import environment
 
 SCRIPTS = ("bases", "gradient_pass", "training", "stage", "evaluation", "growth")
 

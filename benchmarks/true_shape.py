@@ -22,29 +22,24 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import mllm_keeplora  # noqa: E402, F401  # its guards come before the libraries they guard
+import mllm_keeplora  # noqa: F401  # its guards come before the libraries they guard
 
 # isort: split
-import lmms_eval.evaluator  # noqa: E402, F401  # imported now, so that the baseline holds it
-import torch  # noqa: E402
-import transformers  # noqa: E402
-import yaml  # noqa: E402
-from bitsandbytes.nn.modules import Linear4bit, Params4bit  # noqa: E402
-from measure import RETURN_FREED, Peaks, device_name  # noqa: E402
-from PIL import Image  # noqa: E402
-from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
-from torch import nn  # noqa: E402
-from transformers.quantizers.auto import AutoHfQuantizer  # noqa: E402
+import lmms_eval.evaluator  # noqa: F401  # imported now, so that the baseline holds it
+import numpy as np
+import transformers
+import yaml
+from measure import RETURN_FREED, Peaks, device_name
+from PIL import Image
+from shapes import SPECIAL, TRUE, Shape, llava_config, random_model
+from tokenizers import Tokenizer, models, pre_tokenizers
 
-from mllm_keeplora import stage  # noqa: E402
-from mllm_keeplora.config import (  # noqa: E402
+from mllm_keeplora import stage
+from mllm_keeplora.config import (
     EvaluationConfig,
     ModelConfig,
     ProbeConfig,
@@ -52,21 +47,19 @@ from mllm_keeplora.config import (  # noqa: E402
     TowerConfig,
     TrainConfig,
 )
-from mllm_keeplora.data.collator import ChatCollator  # noqa: E402
-from mllm_keeplora.data.records import Sample, Turn  # noqa: E402
-from mllm_keeplora.data.video import VideoReader  # noqa: E402
-from mllm_keeplora.evaluation.evaluate import write_task_files  # noqa: E402
-from mllm_keeplora.methods.base import load_method  # noqa: E402
-from mllm_keeplora.models import DTYPES, quantization_config, resolve_device  # noqa: E402
-from mllm_keeplora.plan import GB, make_plan, skeleton_of  # noqa: E402
-from mllm_keeplora.platform_guards import guard_linear4bit  # noqa: E402
-from mllm_keeplora.processes import start_processes  # noqa: E402
-from mllm_keeplora.protected import weight_basis_files  # noqa: E402
-from mllm_keeplora.streams import load_stream, load_training_records  # noqa: E402
-from mllm_keeplora.targets import family_of, find_targets  # noqa: E402
-from mllm_keeplora.workplace import Stage, Workplace  # noqa: E402
+from mllm_keeplora.data.collator import ChatCollator
+from mllm_keeplora.data.records import Sample, Turn
+from mllm_keeplora.data.video import VideoReader
+from mllm_keeplora.evaluation.evaluate import write_task_files
+from mllm_keeplora.methods.base import load_method
+from mllm_keeplora.models import resolve_device
+from mllm_keeplora.plan import GB, make_plan
+from mllm_keeplora.processes import start_processes
+from mllm_keeplora.protected import weight_basis_files
+from mllm_keeplora.streams import load_stream, load_training_records
+from mllm_keeplora.targets import find_targets
+from mllm_keeplora.workplace import Stage, Workplace
 
-SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "USER:", "ASSISTANT:"]
 TEMPLATE = (
     "{% for m in messages %}{{ 'USER: ' if m['role'] == 'user' else 'ASSISTANT: ' }}"
     "{% for c in m['content'] %}{{ '<image>\n' if c['type'] == 'image' else c['text'] }}{% endfor %}"
@@ -79,33 +72,14 @@ PLANNED = {"weight bases": "weight bases", "probe": "probe", "train": "train", "
 PLANNED |= {"evaluation": "evaluation"}
 
 
-def true_config(options: argparse.Namespace) -> transformers.LlavaConfig:
-    """LLaVA-1.5-7B's config, the numbers of layers scaled."""
-    return transformers.LlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(
-            hidden_size=1024,
-            intermediate_size=4096,
-            projection_dim=768,
-            num_hidden_layers=max(2, round(24 * options.depth)),
-            num_attention_heads=16,
-            image_size=options.image_size,
-            patch_size=14,
-        ),
-        text_config=transformers.LlamaConfig(
-            hidden_size=4096,
-            intermediate_size=11008,
-            num_hidden_layers=max(1, round(32 * options.depth)),
-            num_attention_heads=32,
-            num_key_value_heads=32,
-            vocab_size=options.vocab,
-            max_position_embeddings=4096,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-        ),
-        image_token_index=SPECIAL.index("<image>"),
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
+def true_shape(options: argparse.Namespace) -> Shape:
+    """LLaVA-1.5-7B's, the numbers of layers scaled."""
+    return replace(
+        TRUE,
+        layers=max(1, round(TRUE.layers * options.depth)),
+        vision_layers=max(2, round(TRUE.vision_layers * options.depth)),
+        image_size=options.image_size,
+        vocabulary=options.vocab,
     )
 
 
@@ -134,46 +108,11 @@ def make_processor(image_size: int) -> transformers.LlavaProcessor:
     )
 
 
-def random_model(config: Any, settings: ModelConfig, device: torch.device) -> transformers.PreTrainedModel:
-    """The model as `load_base` leaves it, of random weights; one dense layer exists at a time."""
-    model = skeleton_of(config, settings)
-    wanted = quantization_config(settings, family_of(config).not_quantised)
-    quantizer = AutoHfQuantizer.from_config(wanted)
-    quantizer.preprocess_model(model, device_map={"": device})
-    model.hf_quantizer = quantizer
-    generator = torch.Generator(device).manual_seed(0)
-    dtype = DTYPES[settings.compute_dtype]
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if isinstance(module, Linear4bit) and name == "weight":
-                dense = _random((module.out_features, module.in_features), dtype, generator)
-                packed = Params4bit(dense.cpu(), requires_grad=False, quant_type="nf4", module=module)
-                module.weight = packed.to(device)
-            elif parameter.ndim < 2:
-                ones = name == "weight" and type(module).__name__.endswith("Norm")
-                dense = torch.full(parameter.shape, float(ones), dtype=dtype, device=device)
-                setattr(module, name, nn.Parameter(dense, requires_grad=False))
-            else:
-                dense = _random(tuple(parameter.shape), dtype, generator)
-                setattr(module, name, nn.Parameter(dense, requires_grad=False))
-    model.to(device)  # the buffers
-    quantizer.postprocess_model(model)
-    guard_linear4bit(model)
-    model.requires_grad_(False)
-    return model.eval()
-
-
-def _random(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
-    """A matrix that keeps a vector's length on average; norms get ones, biases zeros."""
-    dense = torch.empty(shape, dtype=dtype, device=generator.device)
-    return dense.normal_(std=dense[0].numel() ** -0.5, generator=generator)
-
-
 def write_files(root: Path, options: argparse.Namespace) -> None:
     """A directory with config and processor, and a stream of one task whose samples have --length tokens."""
     processor = make_processor(options.image_size)
     processor.save_pretrained(root / "base")
-    true_config(options).save_pretrained(root / "base")
+    llava_config(true_shape(options)).save_pretrained(root / "base")
     generator = np.random.default_rng(0)
     for number in range(options.samples):
         pixels = generator.integers(0, 256, (options.image_size, options.image_size, 3), dtype=np.uint8)

@@ -31,6 +31,7 @@ from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.evaluation.evaluate import evaluate_row
 from mllm_keeplora.folding import fold_factors
 from mllm_keeplora.models import save_adapter
+from mllm_keeplora.past import past_in_base
 from mllm_keeplora.processes import from_main, gather
 from mllm_keeplora.protected import ProtectedBases
 from mllm_keeplora.subspace import orthonormality_error
@@ -182,19 +183,21 @@ def _train(stage: Stage, model: Model, lora_a: Mapping[str, Tensor]) -> tuple[Fa
     activate(adapted, [*past, STAGE], STAGE, method.trains)
     if not continued and not torch.equal(before, _first_logits(stage, adapted)):
         raise StageError(f"stage {stage.number}: attaching the new adapter changed the output although B = 0")
-    training = train_stage(
-        adapted,
-        SampleDataset(stage.samples),
-        stage.collator,
-        stage.train,
-        seed=stage.seed,
-        directory=stage.directory / "checkpoints",
-        log_dir=work.run_dir / "tensorboard" / stage.directory.name,
-        mixed=len({sample.media for sample in stage.samples}) > 1,
-        report_to=work.config.report_to,
-        device=work.device,
-        hooks=method.hooks(stage, adapted),
-    )
+    with past_in_base(adapted, past) as beside:
+        activate(adapted, [*beside, STAGE], STAGE, method.trains)
+        training = train_stage(
+            adapted,
+            SampleDataset(stage.samples),
+            stage.collator,
+            stage.train,
+            seed=stage.seed,
+            directory=stage.directory / "checkpoints",
+            log_dir=work.run_dir / "tensorboard" / stage.directory.name,
+            mixed=len({sample.media for sample in stage.samples}) > 1,
+            report_to=work.config.report_to,
+            device=work.device,
+            hooks=method.hooks(stage, adapted),
+        )
     factors = read_factors(adapted, STAGE, list(start))
     detach(adapted)
     return factors, training

@@ -10,7 +10,7 @@ PACKAGE = ROOT / "mllm_keeplora"
 
 LAYERS = {
     0: "errors startup platform_guards subspace sketch lora_init layer_scaling folding retention",
-    1: "targets linears processes sharding gradients activations adapters console",
+    1: "targets linears processes sharding gradients activations adapters past console",
     2: "config streams artifacts models protected data evaluation",
     3: "training workplace methods memory stage stream_runner recipe plan finished chat export judge compare "
     "analysis check_stream fetch_stream",

@@ -1,0 +1,145 @@
+"""Random LLaVA-1.5 models of chosen sizes, made without a download, and inputs for them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import mllm_keeplora  # noqa: F401  # its guards come before the libraries they guard
+
+# isort: split
+import torch
+import transformers
+from bitsandbytes.nn.modules import Linear4bit, Params4bit
+from torch import Tensor, nn
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from mllm_keeplora.config import ModelConfig
+from mllm_keeplora.models import DTYPES, quantization_config
+from mllm_keeplora.plan import skeleton_of
+from mllm_keeplora.platform_guards import guard_linear4bit
+from mllm_keeplora.targets import family_of
+
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "USER:", "ASSISTANT:"]
+PATCH = 14  # pixels a side
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a LLaVA-1.5.
+
+    Attributes:
+        hidden, intermediate, layers, heads: of the language tower.
+        vision_hidden, vision_intermediate, vision_layers, vision_heads: of the vision tower, whose last layer
+            takes no part in the result.
+        image_size: pixels a side, a multiple of 14.
+        vocabulary: words.
+    """
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    vision_hidden: int
+    vision_intermediate: int
+    vision_layers: int
+    vision_heads: int
+    image_size: int
+    vocabulary: int
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens that an image becomes."""
+        return (self.image_size // PATCH) ** 2
+
+
+TRUE = Shape(4096, 11008, 32, 32, 1024, 4096, 24, 16, 336, 32064)  # LLaVA-1.5-7B
+MIDDLE = Shape(1024, 2816, 4, 8, 512, 2048, 4, 8, 112, 2048)  # what a CPU takes in seconds
+TINY = Shape(128, 320, 2, 4, 64, 128, 3, 4, 56, 256)  # for --quick
+
+
+def llava_config(shape: Shape) -> transformers.LlavaConfig:
+    """The model's config."""
+    return transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(
+            hidden_size=shape.vision_hidden,
+            intermediate_size=shape.vision_intermediate,
+            projection_dim=768,
+            num_hidden_layers=shape.vision_layers,
+            num_attention_heads=shape.vision_heads,
+            image_size=shape.image_size,
+            patch_size=PATCH,
+        ),
+        text_config=transformers.LlamaConfig(
+            hidden_size=shape.hidden,
+            intermediate_size=shape.intermediate,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.heads,
+            vocab_size=shape.vocabulary,
+            max_position_embeddings=4096,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
+        image_token_index=SPECIAL.index("<image>"),
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+
+
+def settings_for(device: torch.device, quantization: str = "nf4") -> ModelConfig:
+    """bf16 compute on a GPU, fp32 on a CPU, as the recipes have it."""
+    dtype = "bfloat16" if device.type == "cuda" else "float32"
+    return ModelConfig(base_model="random", compute_dtype=dtype, quantization=quantization)  # type: ignore[arg-type]
+
+
+def random_model(config: Any, settings: ModelConfig, device: torch.device) -> transformers.PreTrainedModel:
+    """The model as `load_base` leaves it, of random weights; one dense layer exists at a time."""
+    model = skeleton_of(config, settings)
+    wanted = quantization_config(settings, family_of(config).not_quantised)
+    quantizer = AutoHfQuantizer.from_config(wanted) if wanted is not None else None
+    if quantizer is not None:
+        quantizer.preprocess_model(model, device_map={"": device})
+        model.hf_quantizer = quantizer
+    generator = torch.Generator(device).manual_seed(0)
+    dtype = DTYPES[settings.compute_dtype]
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if isinstance(module, Linear4bit) and name == "weight":
+                dense = _random((module.out_features, module.in_features), dtype, generator)
+                packed = Params4bit(dense.cpu(), requires_grad=False, quant_type="nf4", module=module)
+                module.weight = packed.to(device)
+            elif parameter.ndim < 2:
+                ones = name == "weight" and type(module).__name__.endswith("Norm")
+                dense = torch.full(parameter.shape, float(ones), dtype=dtype, device=device)
+                setattr(module, name, nn.Parameter(dense, requires_grad=False))
+            else:
+                dense = _random(tuple(parameter.shape), dtype, generator)
+                setattr(module, name, nn.Parameter(dense, requires_grad=False))
+    model.to(device)  # the buffers
+    if quantizer is not None:
+        quantizer.postprocess_model(model)
+    guard_linear4bit(model)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def _random(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """A matrix that keeps a vector's length on average; norms get ones, biases zeros."""
+    dense = torch.empty(shape, dtype=dtype, device=generator.device)
+    return dense.normal_(std=dense[0].numel() ** -0.5, generator=generator)
+
+
+def random_batch(shape: Shape, size: int, length: int, device: torch.device) -> dict[str, Tensor]:
+    """`size` samples of `length` tokens: an image, words, and at the end 16 supervised ones."""
+    generator = torch.Generator().manual_seed(1)
+    words = torch.randint(
+        len(SPECIAL), shape.vocabulary, (size, length - shape.image_tokens), generator=generator
+    )
+    image = torch.full((size, shape.image_tokens), SPECIAL.index("<image>"))
+    input_ids = torch.cat([image, words], dim=1)
+    labels = input_ids.clone()
+    labels[:, :-16] = -100
+    pixels = torch.randn(size, 3, shape.image_size, shape.image_size, generator=generator)
+    dtype = DTYPES[settings_for(device).compute_dtype]
+    batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}
+    return {name: t.to(device) for name, t in {**batch, "pixel_values": pixels.to(dtype)}.items()}

@@ -1,0 +1,256 @@
+"""A training step: A frozen beside both factors trained, and what a past of many stages costs it.
+
+    python benchmarks/training.py
+
+Step: forward, backward, AdamW, on a random NF4 LLaVA with adapters on every linear layer of both towers; of
+LLaVA-1.5-7B's sizes on a GPU, smaller on a CPU, where the rank is scaled down with the width. Loading and
+data are left out. A past of T stages has T r columns, random; its content does not change the time.
+
+Forms of the past, every one with the same function up to the rounding of its weights:
+
+    concatenation    an adapter of rank T r beside the layer, what the project does
+    summed           W + B A made anew from the 4-bit weight in every forward and backward
+    dense            W + B A kept in the compute dtype: no 4-bit weight any more
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import bitsandbytes as bnb
+import torch
+from measure import Options, Row, benchmark, in_turns, megabytes, milliseconds, ratio
+from shapes import MIDDLE, TINY, TRUE, Shape, llava_config, random_batch, random_model, settings_for
+from torch import Tensor, nn
+
+from mllm_keeplora.adapters import ACCUMULATED, STAGE, Factors, Trainable, activate, attach
+from mllm_keeplora.gradients import module_generator
+from mllm_keeplora.linears import computed_weight
+from mllm_keeplora.targets import Target, find_targets
+
+Form = Literal["concatenation", "summed", "dense"]
+FORMS: tuple[Form, ...] = ("concatenation", "summed", "dense")
+STAGES = (4, 16)
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a step works on.
+
+    Attributes:
+        shape: of the model.
+        batch, length: samples, and tokens of each.
+        rank: of a stage.
+    """
+
+    shape: Shape
+    batch: int
+    length: int
+    rank: int
+
+
+def size_for(options: Options) -> Size:
+    """LLaVA-1.5-7B at batch 8 and 640 tokens on a GPU."""
+    if options.quick:
+        return Size(TINY, 2, 48, 4)
+    return Size(TRUE, 8, 640, 64) if options.device.type == "cuda" else Size(MIDDLE, 8, 160, 16)
+
+
+class SummedLinear(torch.autograd.Function):
+    """y = x (W + B A)^T + bias with W dequantised in either direction; nothing dense is kept between them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, base: nn.Linear, a: Tensor, b: Tensor) -> Tensor:
+        """x [.., in] in the compute dtype, a [R, in], b [out, R] in the compute dtype."""
+        ctx.base, ctx.a, ctx.b = base, a, b
+        return nn.functional.linear(x, summed_weight(base, a, b, x.dtype), base.bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        """dL/dx alone: the past does not train."""
+        return gradients[0] @ summed_weight(ctx.base, ctx.a, ctx.b, gradients[0].dtype), None, None, None
+
+
+def summed_weight(base: nn.Linear, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """W + B A, [out, in]."""
+    weight: Any = base.weight
+    dense = bnb.functional.dequantize_4bit(weight.data, weight.quant_state).to(dtype)
+    return torch.addmm(dense.reshape(base.out_features, base.in_features), b, a)
+
+
+def random_factors(targets: list[Target], rank: int, seed: str, device: torch.device) -> Factors:
+    """A with orthonormal rows where there is room for them, B small."""
+    factors = {}
+    for t in targets:
+        generator = module_generator(0, f"{seed}/{t.name}")
+        a = torch.randn(rank, t.in_features, generator=generator) * t.in_features**-0.5
+        b = torch.randn(t.out_features, rank, generator=generator) * 1e-3
+        factors[t.name] = (a.to(device), b.to(device))
+    return factors
+
+
+class Step:
+    """A model ready for training steps.
+
+    Args:
+        size: of model and batch.
+        device: where.
+        trains: the stage's factors that move.
+        stages: of the past.
+        form: of the past.
+    """
+
+    def __init__(
+        self,
+        size: Size,
+        device: torch.device,
+        trains: Trainable = "B",
+        stages: int = 0,
+        form: Form = "concatenation",
+    ) -> None:
+        settings = settings_for(device)
+        base = random_model(llava_config(size.shape), settings, device)
+        targets = find_targets(base, {"vision": ["all-linear"], "language": ["all-linear"]})
+        past = random_factors(targets, stages * size.rank, "past", device) if stages else {}
+        if past and form != "concatenation":
+            for name, (a, b) in past.items():
+                take_in(base, name, a, b, form)
+            past = {}
+        model: Any = attach(base, ACCUMULATED, past, dict.fromkeys(past, 1.0)) if past else base
+        start = random_factors(targets, size.rank, "stage", device)
+        self.model = attach(model, STAGE, start, dict.fromkeys(start, 1.0))
+        activate(self.model, [*([ACCUMULATED] if past else []), STAGE], STAGE, trains)
+        self.model.train()
+        self.batch = random_batch(size.shape, size.batch, size.length, device)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-5)
+
+    def __call__(self) -> None:
+        """One step."""
+        self.model(**self.batch).loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def held_bytes(self) -> int:
+        """Parameters, their gradients and the optimizer's state."""
+        parameters = [p.numel() * p.element_size() for p in self.model.parameters()]
+        trained = [3 * p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad]
+        extra = [t.numel() * t.element_size() for t in self._summed_factors()]
+        return sum(parameters) + sum(trained) + sum(extra)
+
+    def _summed_factors(self) -> Iterator[Tensor]:
+        for module in self.model.modules():
+            yield from getattr(module, "taken_in", ())
+
+    def saved_bytes(self) -> int:
+        """What autograd keeps from forward to backward, parameters left out."""
+        parameters = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
+        found: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                found[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = self.model(**self.batch).loss
+        del loss
+        return sum(found.values())
+
+
+def take_in(model: nn.Module, name: str, a: Tensor, b: Tensor, form: Form) -> None:
+    """Gives a 4-bit layer the past in one of the forms without an adapter."""
+    layer: Any = model.get_submodule(name)
+    parent, _, child = name.rpartition(".")
+    if form == "dense":
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device=a.device)
+        dtype = layer.compute_dtype
+        plain.weight = nn.Parameter((computed_weight(layer) + b @ a).to(dtype), requires_grad=False)
+        plain.bias = layer.bias
+        setattr(model.get_submodule(parent), child, plain)
+        return
+    dtype = layer.compute_dtype
+    layer.taken_in = (a.to(dtype), b.to(dtype))
+    layer.forward = lambda x: SummedLinear.apply(x.to(dtype), layer, *layer.taken_in)
+
+
+def arithmetic(targets: list[Target], past_rank: int, tokens: int, form: Form) -> float:
+    """Multiplications of the linear layers and of the past in one forward, without the stage's own rank."""
+    base = sum(t.in_features * t.out_features * tokens for t in targets)
+    if form == "concatenation":
+        return base + sum((t.in_features + t.out_features) * past_rank * tokens for t in targets)
+    return base + (
+        sum(t.in_features * t.out_features * past_rank for t in targets) if form == "summed" else 0
+    )
+
+
+def frozen_beside_plain(options: Options, size: Size) -> Row:
+    """Row 5."""
+    steps: dict[str, Callable[[], Any]] = {
+        "frozen": Step(size, options.device, "B"),
+        "plain": Step(size, options.device, "both"),
+    }
+    seconds = in_turns(steps, options.repeats, options.device)
+    found = ratio(seconds["frozen"], seconds["plain"])
+    return Row(
+        5,
+        f"a training step, A frozen, rank {size.rank}, {_tokens(size)}",
+        milliseconds(seconds["frozen"]),
+        f"{milliseconds(seconds['plain'])}, A and B trained",
+        f"{found} x the time",
+        "<= 1.0",
+        found.median <= 1.0,
+        "the gradient of A is the only arithmetic left out",
+    )
+
+
+def _tokens(size: Size) -> str:
+    return f"width {size.shape.hidden}, {size.batch} x {size.length} tokens"
+
+
+def rows_of_the_past(options: Options, size: Size) -> list[Row]:
+    """Row 6: every form at every length of the past beside a step without one."""
+    make = partial(Step, size, options.device, "B")
+    first = make()
+    targets = find_targets(
+        random_model(llava_config(size.shape), settings_for(options.device), options.device),
+        {"vision": ["all-linear"], "language": ["all-linear"]},
+    )
+    held, saved = first.held_bytes(), first.saved_bytes()
+    tokens = size.batch * size.length
+    rows = []
+    for stages in STAGES:
+        steps = {form: make(stages, form) for form in FORMS}
+        seconds = in_turns({"first": first, **steps}, options.repeats, options.device)
+        for form, step in steps.items():
+            found = ratio(seconds[form], seconds["first"])
+            floor = arithmetic(targets, stages * size.rank, tokens, form) / arithmetic(
+                targets, 0, tokens, form
+            )
+            memory = f"{megabytes(step.held_bytes())} + {megabytes(step.saved_bytes())} activations"
+            rows.append(
+                Row(
+                    6,
+                    f"past of {stages} stages of rank {size.rank}, {form}, {_tokens(size)}",
+                    f"{milliseconds(seconds[form])}, {memory}",
+                    f"{milliseconds(seconds['first'])}, {megabytes(held)} + {megabytes(saved)}, no past",
+                    f"{found} x the time",
+                    "<= 1.15" if stages == STAGES[-1] else "",
+                    found.median <= 1.15 if stages == STAGES[-1] else None,
+                    f"{floor:.2f} x the linear layers' arithmetic",
+                )
+            )
+    return rows
+
+
+def rows(options: Options) -> list[Row]:
+    """Rows 5 and 6."""
+    torch.manual_seed(0)
+    size = size_for(options)
+    return [frozen_beside_plain(options, size), *rows_of_the_past(options, size)]
+
+
+if __name__ == "__main__":
+    benchmark(__doc__ or "", rows)
