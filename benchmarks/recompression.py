@@ -1,0 +1,54 @@
+"""How far the accumulated update of a finished run could be recompressed: rank needed for a stated error.
+
+    python benchmarks/recompression.py runs/vqa_embedded
+
+dW = B A of every adapted layer after the last stage, in fp64. For an error e the smallest rank k with
+||dW - dW_k||_F <= e ||dW||_F, dW_k the best approximation of that rank, as a share of the rank that exact
+concatenation stores. Means over the layers of a tower.
+"""
+
+import argparse
+from pathlib import Path
+from statistics import fmean
+
+import mllm_keeplora  # noqa: F401  # its guards come before the libraries they guard
+
+# isort: split
+import torch
+from torch import Tensor
+
+from mllm_keeplora.artifacts import ArtifactError
+from mllm_keeplora.models import read_adapter
+
+ERRORS = (0.1, 0.03, 0.01, 0.001)
+
+
+def rank_shares(a: Tensor, b: Tensor) -> list[float]:
+    """Rank for every error over the stored rank, from the R x R core of B A; a [R, in], b [out, R]."""
+    core = torch.linalg.qr(b.double()).R @ torch.linalg.qr(a.double().T).R.T
+    energies = torch.linalg.svdvals(core).square()
+    left = torch.cat(
+        [energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1)]
+    )  # behind 0, 1, .. directions
+    return [int((left > error**2 * energies.sum()).sum()) / len(a) for error in ERRORS]
+
+
+def main() -> None:
+    """Prints one line a tower."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="directory of a finished run")
+    adapter = parser.parse_args().run / "adapter"
+    if not adapter.is_dir():
+        raise ArtifactError(f"{adapter} is not there: name the directory of a finished run")
+    shares: dict[str, list[list[float]]] = {}
+    for name, (a, b) in read_adapter(adapter).items():
+        shares.setdefault("vision" if "vision" in name else "language", []).append(rank_shares(a, b))
+    print(f"{'error':10s}" + "".join(f"{error:>10g}" for error in ERRORS))
+    for tower, rows in shares.items():
+        print(f"{tower:10s}" + "".join(f"{100 * fmean(column):9.1f}%" for column in zip(*rows, strict=True)))
+
+
+if __name__ == "__main__":
+    main()
