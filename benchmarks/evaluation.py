@@ -1,6 +1,6 @@
 """Row 8: a retention row inside the run, beside lmms-eval's command line on the saved model.
 
-    python benchmarks/evaluation.py --repeats 3        the embedded default: CPU, one core, 4 minutes
+    python benchmarks/evaluation.py --repeats 3        the embedded default: CPU, one core, 3 minutes
 
 A short run over the embedded image stream (two training steps a task: what it learns does not matter here)
 is made first. Then two ways answer all questions of its tasks and its general benchmark, in turns:

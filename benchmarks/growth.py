@@ -1,6 +1,6 @@
 """Row 10: what a stage costs after T stages, and on deeper models: time, memory, disk.
 
-    python benchmarks/growth.py                     a LLaVA of 512/256 wide layers: CPU, one core, ten minutes
+    python benchmarks/growth.py                     a LLaVA of 512/256 wide layers: CPU, one core, 5 minutes
 
 On a GPU the layers have the widths of LLaVA-1.5-7B. The model is random and nothing is trained: T stages'
 factors of rank 16 and T feature bases are drawn at random, since what they cost depends on their shapes
@@ -11,8 +11,8 @@ T = 1. Measured at each point, all points in turns:
     step        forward, backward and AdamW on one batch, without the Trainer's own time
     forward     prefill of one batch as an evaluation does it
     fold        the check of the new update, folding, attaching, writing the adapter (E7)
-    memory      what a step holds, added up from tensors: with a resident set's noise of tens of MB, this size
-                of model would show no slope
+    memory      what a step holds, added up from its tensors: a resident set also shows what the allocator
+                keeps, on a CPU tens of MB and another number in every process
     disk        the adapter, the T feature bases, the weight bases; and all adapters that T stages leave
 
 For each: the least-squares line a + b T, and the slope of log(cost) over log(T) between the two largest T,
@@ -40,14 +40,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
-from measure import (  # noqa: E402
-    Options,
-    Row,
-    benchmark,
-    in_turns,
-    megabytes,
-    milliseconds,
-)
+from measure import Options, Row, benchmark, in_turns, megabytes  # noqa: E402
 from true_shape import random_model, run_config, true_config, write_files  # noqa: E402
 
 from mllm_keeplora.adapters import ACCUMULATED, STAGE, activate, attach  # noqa: E402
@@ -73,6 +66,9 @@ Point = tuple[int, int]  # (layers a tower, stages learnt)
 Factor = tuple[torch.Tensor, torch.Tensor]
 Costs = dict[str, list[list[float]]]  # cost -> per point the rounds' figures; seconds or bytes
 TIMES = ("probe", "forward", "step", "fold")
+STYLES = {"probe": "o-C0", "forward": "s-C1", "step": "D-C2", "fold": "^-C3", "memory": "vC4--"}
+STYLES |= {"disk: adapter": "oC5--", "disk: adapters of all stages": "sC6--"}
+STYLES |= {"disk: feature bases": "XC8--", "disk: weight bases": "PC9--"}
 
 
 @dataclass(frozen=True)
@@ -326,7 +322,7 @@ def row(what: str, symbol: str, sizes: Sequence[int], cost: Sequence[Sequence[fl
         cost: per size the rounds' figures.
         name: of the cost; says the unit.
     """
-    text = milliseconds if name in TIMES else lambda found: megabytes(statistics.median(found))
+    text = in_seconds if name in TIMES else in_megabytes
     middles = [statistics.median(found) for found in cost]
     b, a = (0.0 if abs(part) < 1e-6 * max(middles) else part for part in np.polyfit(sizes, middles, 1))
     slopes = [math.log(d / c) / math.log(sizes[-1] / sizes[-2]) for c, d in zip(*cost[-2:], strict=True)]
@@ -343,6 +339,16 @@ def row(what: str, symbol: str, sizes: Sequence[int], cost: Sequence[Sequence[fl
     )
 
 
+def in_seconds(found: Sequence[float]) -> str:
+    """The median, as text."""
+    return f"{statistics.median(found):.3g} s"
+
+
+def in_megabytes(found: Sequence[float]) -> str:
+    """The median of bytes, as text."""
+    return megabytes(statistics.median(found))
+
+
 def draw(sizes: Sizes, lengths: Costs, depths: Costs, path: Path) -> None:
     """Every cost relative to its first figure, over T and over depth."""
     figure = Figure(figsize=(11, 4.8), dpi=150, layout="constrained", facecolor="white")
@@ -357,11 +363,11 @@ def draw(sizes: Sizes, lengths: Costs, depths: Costs, path: Path) -> None:
 def panel(axes: Axes, sizes: Sequence[int], costs: Costs, label: str, first: str) -> None:
     """One panel; both axes in powers of two, where a straight line of slope 1 is linear growth."""
     axes.plot(sizes, [size / sizes[0] for size in sizes], color="0.6", linewidth=4, label="linear")
-    for number, (name, cost) in enumerate(costs.items()):
+    for name, cost in costs.items():
         middles = [statistics.median(found) for found in cost]
-        style = "-" if name in TIMES else "--"
         relative = [middle / middles[0] for middle in middles]
-        axes.plot(sizes, relative, style, marker="o", markersize=4, color=f"C{number}", label=name)
+        # Some lines lie on one another: open marks of their own tell them apart.
+        axes.plot(sizes, relative, STYLES[name], markerfacecolor="none", markersize=7, label=name)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.set_xticks(sizes, [str(size) for size in sizes])
