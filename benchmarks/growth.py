@@ -1,0 +1,381 @@
+"""Row 10: what a stage costs after T stages, and on deeper models: time, memory, disk.
+
+    python benchmarks/growth.py                     a LLaVA of 512/256 wide layers: CPU, one core, 5 minutes
+
+On a GPU the layers have the widths of LLaVA-1.5-7B. The model is random and nothing is trained: T stages'
+factors of rank 16 and T feature bases are drawn at random, since what they cost depends on their shapes
+alone. T runs from 1 to 16 on 4 layers a tower (of those that are adapted), the depth from 2 to 16 layers at
+T = 1. Measured at each point, all points in turns:
+
+    probe       both towers' sketches and A of every module (E2-E4), from two batches
+    step        forward, backward and AdamW on one batch, without the Trainer's own time
+    forward     prefill of one batch as an evaluation does it
+    fold        the check of the new update, folding, attaching, writing the adapter (E7)
+    memory      what a step holds, added up from its tensors: a resident set also shows what the allocator
+                keeps, on a CPU tens of MB and another number in every process
+    disk        the adapter, the T feature bases, the weight bases; and all adapters that T stages leave
+
+For each: the least-squares line a + b T, and the slope of log(cost) over log(T) between the two largest T,
+which is at most 1 where a cost is linear.
+"""
+
+import argparse
+import math
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import mllm_keeplora  # noqa: E402, F401  # its guards come before the libraries they guard
+
+# isort: split
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from measure import Options, Row, benchmark, in_turns, megabytes  # noqa: E402
+from true_shape import random_model, run_config, true_config, write_files  # noqa: E402
+
+from mllm_keeplora.adapters import ACCUMULATED, STAGE, activate, attach  # noqa: E402
+from mllm_keeplora.artifacts import save_tensors  # noqa: E402
+from mllm_keeplora.data.video import VideoReader  # noqa: E402
+from mllm_keeplora.evaluation.lmms_model import inference_state  # noqa: E402
+from mllm_keeplora.methods.base import load_method  # noqa: E402
+from mllm_keeplora.models import save_adapter  # noqa: E402
+from mllm_keeplora.processes import end_processes, start_processes  # noqa: E402
+from mllm_keeplora.protected import weight_basis_files  # noqa: E402
+from mllm_keeplora.stage import fold, module_table  # noqa: E402
+from mllm_keeplora.streams import load_stream, load_training_records  # noqa: E402
+from mllm_keeplora.subspace import orthonormal_complement  # noqa: E402
+from mllm_keeplora.targets import find_targets  # noqa: E402
+from mllm_keeplora.workplace import FEATURES, Stage, Workplace, attach_accumulated, detach  # noqa: E402
+
+RANK = 16
+# What a stage adds to each feature basis. After 16 stages the 256 inputs of a vision layer still have room
+# for A: about 80 directions are the weight's.
+DIRECTIONS = 8
+LINEAR = 1.05  # a slope of 1, and what is left of noise in a median
+Point = tuple[int, int]  # (layers a tower, stages learnt)
+Factor = tuple[torch.Tensor, torch.Tensor]
+Costs = dict[str, list[list[float]]]  # cost -> per point the rounds' figures; seconds or bytes
+TIMES = ("probe", "forward", "step", "fold")
+STYLES = {"probe": "o-C0", "forward": "s-C1", "step": "D-C2", "fold": "^-C3", "memory": "vC4--"}
+STYLES |= {"disk: adapter": "oC5--", "disk: adapters of all stages": "sC6--"}
+STYLES |= {"disk: feature bases": "XC8--", "disk: weight bases": "PC9--"}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Shapes of the model and its samples.
+
+    Attributes:
+        language, vision: (hidden, intermediate) widths.
+        image_size: pixels a side.
+        length: tokens of a sample, image tokens included.
+        batch: samples.
+        layers: adapted layers of each tower while T grows.
+        lengths: T, ascending.
+        depths: adapted layers of each tower at T = 1, ascending.
+    """
+
+    language: tuple[int, int] = (512, 1408)
+    vision: tuple[int, int] = (256, 1024)
+    image_size: int = 112
+    length: int = 96
+    batch: int = 4
+    layers: int = 4
+    lengths: tuple[int, ...] = (1, 2, 4, 8, 16)
+    depths: tuple[int, ...] = (2, 4, 8, 16)
+
+    def options(self) -> argparse.Namespace:
+        """As benchmarks/true_shape.py takes them."""
+        return argparse.Namespace(
+            depth=0.0,
+            image_size=self.image_size,
+            length=self.length,
+            vocab=2048,
+            rank=RANK,
+            steps=1,
+            samples=2 * self.batch,
+            questions=1,
+            activation_checkpointing=False,
+        )
+
+    def model(self, layers: int) -> transformers.LlavaConfig:
+        """LLaVA-1.5 in these widths, its heads as wide; the last vision layer takes no part in the result."""
+        values = true_config(self.options()).to_dict()
+        hidden, intermediate = self.language
+        heads = hidden // 128
+        values["text_config"] |= {"num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": 128}
+        values["text_config"] |= {"hidden_size": hidden, "intermediate_size": intermediate}
+        values["text_config"]["num_hidden_layers"] = layers
+        hidden, intermediate = self.vision
+        values["vision_config"] |= {"hidden_size": hidden, "intermediate_size": intermediate}
+        values["vision_config"] |= {"num_attention_heads": hidden // 64, "num_hidden_layers": layers + 1}
+        return transformers.LlavaConfig.from_dict(values)
+
+
+QUICK = Sizes((128, 256), (128, 256), 56, 48, 2, 2, (1, 2), (2, 4))
+GPU = Sizes((4096, 11008), (1024, 4096), 336, 640)
+
+
+class Past:
+    """A model that has learnt some stages, and what the next stage does with it.
+
+    Args:
+        root: directory that `write_files` filled; bases are written there, too.
+        sizes: shapes.
+        point: layers and stages.
+        device: where the model is put.
+    """
+
+    def __init__(self, root: Path, sizes: Sizes, point: Point, device: torch.device) -> None:
+        layers, stages = point
+        self.work = open_workplace(root, sizes, layers, device)
+        drawn = torch.Generator().manual_seed(0)
+        factors = {
+            t.name: random_factors(t.in_features, t.out_features, RANK * stages, drawn)
+            for t in self.work.targets
+        }
+        past = [Path(self.work.run_dir, str(stages), str(number)) for number in range(stages)]
+        self.stage = Stage(self.work, stages + 1, self.work.stream.tasks[0], factors, past)
+        self._write_features(drawn)
+        self.model = attach_accumulated(self.work.model, factors)
+        self.batch = self.work.to_device(self.stage.collator(self.stage.samples[: sizes.batch]))
+        self.lora_a = self.work.method.initial_a(self.stage, self.model)
+
+    def _write_features(self, drawn: torch.Generator) -> None:
+        """Feature bases of the past: random directions, orthonormal to the weight bases and one another."""
+        written: list[dict[str, torch.Tensor]] = [{} for _ in self.stage.past]
+        for t in self.work.targets:
+            noise = torch.randn(t.in_features, DIRECTIONS * len(written), generator=drawn)
+            basis = self.stage.bases.weight_basis(t)
+            directions = orthonormal_complement(noise.to(basis.device), basis).cpu()
+            for own, columns in zip(written, directions.split(DIRECTIONS, dim=1), strict=True):
+                own[t.name] = columns.contiguous()
+        for directory, own in zip(self.stage.past, written, strict=True):
+            save_tensors(directory / FEATURES, own)
+
+    def disk(self) -> dict[str, float]:
+        """Bytes of the past's files. A stage keeps the adapter as it was after it, T stages 1 + .. + T."""
+        directory = self.stage.directory / "past"
+        save_adapter(directory, self.model, self.work.config.model)
+        adapter = (directory / "adapter_model.safetensors").stat().st_size
+        return {
+            "disk: adapter": adapter,
+            "disk: adapters of all stages": adapter * (len(self.stage.past) + 1) / 2,
+            "disk: feature bases": sum((past / FEATURES).stat().st_size for past in self.stage.past),
+            "disk: weight bases": sum(file.stat().st_size for file in self.work.weight_files.values()),
+        }
+
+    def probe(self) -> None:
+        """A of every module for the next task."""
+        self.work.method.initial_a(self.stage, self.model)
+
+    @torch.no_grad()
+    def forward(self) -> None:
+        """Prefill: the logits that the first answered token is read from."""
+        inputs = {name: value for name, value in self.batch.items() if name != "labels"}
+        with inference_state(self.model):
+            self.model(**inputs, logits_to_keep=1)
+
+    def begin_training(self) -> None:
+        """Attaches the stage's own adapter with B = 0, as `learn` does; `fold` takes it off."""
+        start = {
+            t.name: (self.lora_a[t.name], torch.zeros(t.out_features, len(self.lora_a[t.name])))
+            for t in self.stage.targets
+        }
+        attach(self.model, STAGE, start, self.stage.scales)
+        activate(self.model, [ACCUMULATED, STAGE], STAGE, "B")
+        self.model.train()
+        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad])
+
+    def step(self) -> None:
+        """One optimizer step on B."""
+        self.model(**self.batch).loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def memory(self) -> float:
+        """Bytes that a step holds; transient tensors of single layers are left out.
+
+        The model with all its factors, the stage's copy of the past's, gradients and moments of B, and what
+        the forward keeps for the backward.
+        """
+        own = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
+        kept: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            self.step()
+        trained = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
+        copy = sum(a.nbytes + b.nbytes for a, b in self.stage.accumulated.values())
+        return float(self.model.get_memory_footprint() + copy + 3 * trained + sum(kept.values()))
+
+    def fold(self) -> None:
+        """What `run_stage` does between training and the next probe; B is random."""
+        detach(self.model)
+        drawn = torch.Generator().manual_seed(1)
+        factors = {
+            t.name: (a, random_factors(t.in_features, t.out_features, len(a), drawn)[1])
+            for t in self.stage.targets
+            if len(a := self.lora_a[t.name])
+        }
+        module_table(self.stage, factors)
+        folded = fold(self.stage.accumulated, factors, self.stage.folded_scales)
+        self.model = attach_accumulated(self.work.model, folded)
+        save_adapter(self.stage.directory / "adapter", self.model, self.work.config.model)
+
+
+def random_factors(inputs: int, outputs: int, rank: int, drawn: torch.Generator) -> Factor:
+    """A [rank, inputs] and B [outputs, rank] whose update is small beside a weight."""
+    a = torch.randn(rank, inputs, generator=drawn) / math.sqrt(inputs)
+    return a, 0.01 * torch.randn(outputs, rank, generator=drawn) / math.sqrt(rank)
+
+
+def open_workplace(root: Path, sizes: Sizes, layers: int, device: torch.device) -> Workplace:
+    """A run's shared objects around a random model; weight bases of the same layers are computed once."""
+    run_dir = root / f"run-{layers}"
+    config = replace(run_config(root, sizes.options(), sizes.batch), run_dir=str(run_dir))
+    stream = load_stream(Path(config.stream))
+    towers = config.towers()
+    model = random_model(sizes.model(layers), config.model, device)
+    targets = find_targets(model, {name: tower.targets for name, tower in towers.items()})
+    eps_w = {name: tower.eps_w for name, tower in towers.items()}
+    return Workplace(
+        config,
+        load_method(config),
+        stream,
+        load_training_records(stream),
+        model,
+        transformers.AutoProcessor.from_pretrained(config.model.base_model),
+        VideoReader(config.video, None),
+        targets,
+        weight_basis_files(model, targets, eps_w, run_dir / "weight_bases"),
+        run_dir,
+        device,
+    )
+
+
+def sweep(root: Path, sizes: Sizes, points: Sequence[Point], options: Options) -> Costs:
+    """All costs at all points."""
+    costs: Costs = {}
+    pasts = {str(point): Past(root, sizes, point, options.device) for point in points}
+    repeats = 1 if options.quick else options.repeats
+
+    def turns(way: Callable[[Past], None]) -> list[list[float]]:
+        ways = {name: partial(way, past) for name, past in pasts.items()}
+        return list(in_turns(ways, repeats, options.device).values())
+
+    disk = [past.disk() for past in pasts.values()]
+    costs["probe"], costs["forward"] = turns(Past.probe), turns(Past.forward)
+    for past in pasts.values():
+        past.begin_training()
+    costs["step"] = turns(Past.step)
+    costs["memory"] = [[past.memory()] for past in pasts.values()]
+    costs["fold"] = turns(Past.fold)  # last: it takes the adapters off
+    return costs | {name: [[found[name]] for found in disk] for name in disk[0]}
+
+
+def rows(options: Options) -> list[Row]:
+    """A row per cost and direction of growth; draws growth.png."""
+    sizes = QUICK if options.quick else GPU if options.device.type == "cuda" else Sizes()
+    start_processes(cpu=options.device.type == "cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_files(root, sizes.options())
+        lengths = sweep(root, sizes, [(sizes.layers, t) for t in sizes.lengths], options)
+        depths = sweep(root, sizes, [(layers, 1) for layers in sizes.depths], options)
+    end_processes()
+    if options.pictures is not None:
+        options.pictures.mkdir(parents=True, exist_ok=True)
+        draw(sizes, lengths, depths, options.pictures / "growth.png")
+    shapes = f"{sizes.language[0]} and {sizes.vision[0]} wide, {sizes.batch} samples of {sizes.length} tokens"
+    over_t = f"over T stages learnt, {sizes.layers} layers a tower, {shapes}"
+    over_l = f"over L layers a tower, one stage learnt, {shapes}"
+    depths.pop("disk: adapters of all stages")  # at T = 1 the adapter itself
+    return [
+        *(row(f"{name} {over_t}", "T", sizes.lengths, cost, name) for name, cost in lengths.items()),
+        *(row(f"{name} {over_l}", "L", sizes.depths, cost, name) for name, cost in depths.items()),
+    ]
+
+
+def row(what: str, symbol: str, sizes: Sequence[int], cost: Sequence[Sequence[float]], name: str) -> Row:
+    """One line of the table.
+
+    Args:
+        what: for the line.
+        symbol: what the sizes are called.
+        sizes: ascending.
+        cost: per size the rounds' figures.
+        name: of the cost; says the unit.
+    """
+    text = in_seconds if name in TIMES else in_megabytes
+    middles = [statistics.median(found) for found in cost]
+    b, a = (0.0 if abs(part) < 1e-6 * max(middles) else part for part in np.polyfit(sizes, middles, 1))
+    slopes = [math.log(d / c) / math.log(sizes[-1] / sizes[-2]) for c, d in zip(*cost[-2:], strict=True)]
+    slope = statistics.median(slopes)
+    shown = [n for n in range(len(sizes)) if n % 2 == 0 or n == len(sizes) - 1]
+    return Row(
+        10,
+        what,
+        ", ".join(f"{symbol} = {sizes[n]}: {text(cost[n])}" for n in shown),
+        f"the line {text([a])} {'-' if b < 0 else '+'} {text([abs(b)])} {symbol}",
+        f"slope {slope:.2f} ({min(slopes):.2f} to {max(slopes):.2f})",
+        f"linear or better: slope <= {LINEAR} from {symbol} = {sizes[-2]} to {sizes[-1]}",
+        slope <= LINEAR,
+    )
+
+
+def in_seconds(found: Sequence[float]) -> str:
+    """The median, as text."""
+    return f"{statistics.median(found):.3g} s"
+
+
+def in_megabytes(found: Sequence[float]) -> str:
+    """The median of bytes, as text."""
+    return megabytes(statistics.median(found))
+
+
+def draw(sizes: Sizes, lengths: Costs, depths: Costs, path: Path) -> None:
+    """Every cost relative to its first figure, over T and over depth."""
+    figure = Figure(figsize=(11, 4.8), dpi=150, layout="constrained", facecolor="white")
+    left, right = figure.subplots(1, 2)
+    panel(left, sizes.lengths, lengths, "stages learnt, T", f"T = {sizes.lengths[0]}")
+    panel(right, sizes.depths, depths, "layers a tower, L", f"L = {sizes.depths[0]}")
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
+    figure.savefig(path)
+
+
+def panel(axes: Axes, sizes: Sequence[int], costs: Costs, label: str, first: str) -> None:
+    """One panel; both axes in powers of two, where a straight line of slope 1 is linear growth."""
+    axes.plot(sizes, [size / sizes[0] for size in sizes], color="0.6", linewidth=4, label="linear")
+    for name, cost in costs.items():
+        middles = [statistics.median(found) for found in cost]
+        relative = [middle / middles[0] for middle in middles]
+        # Some lines lie on one another: open marks of their own tell them apart.
+        axes.plot(sizes, relative, STYLES[name], markerfacecolor="none", markersize=7, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel(label)
+    axes.set_ylabel(f"cost, times that at {first}")
+    axes.grid(color="0.9")
+
+
+if __name__ == "__main__":
+    benchmark(__doc__, rows)
