@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "eval"))
 
 import mllm_keeplora  # noqa: E402, F401  # its guards come before the libraries they guard

@@ -22,40 +22,40 @@ which is at most 1 where a cost is linear.
 import argparse
 import math
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import mllm_keeplora  # noqa: E402, F401  # its guards come before the libraries they guard
+import mllm_keeplora  # noqa: F401  # its guards come before the libraries they guard
 
 # isort: split
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from measure import Options, Row, benchmark, in_turns, megabytes  # noqa: E402
-from true_shape import random_model, run_config, true_config, write_files  # noqa: E402
+import torch
+import transformers
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from measure import Options, Row, benchmark, in_turns, megabytes
+from shapes import Shape, llava_config, random_model
+from true_shape import run_config, write_files
 
-from mllm_keeplora.adapters import ACCUMULATED, STAGE, activate, attach  # noqa: E402
-from mllm_keeplora.artifacts import save_tensors  # noqa: E402
-from mllm_keeplora.data.video import VideoReader  # noqa: E402
-from mllm_keeplora.evaluation.lmms_model import inference_state  # noqa: E402
-from mllm_keeplora.methods.base import load_method  # noqa: E402
-from mllm_keeplora.models import save_adapter  # noqa: E402
-from mllm_keeplora.processes import end_processes, start_processes  # noqa: E402
-from mllm_keeplora.protected import weight_basis_files  # noqa: E402
-from mllm_keeplora.stage import fold, module_table  # noqa: E402
-from mllm_keeplora.streams import load_stream, load_training_records  # noqa: E402
-from mllm_keeplora.subspace import orthonormal_complement  # noqa: E402
-from mllm_keeplora.targets import find_targets  # noqa: E402
-from mllm_keeplora.workplace import FEATURES, Stage, Workplace, attach_accumulated, detach  # noqa: E402
+from mllm_keeplora.adapters import ACCUMULATED, STAGE, activate, attach
+from mllm_keeplora.artifacts import save_tensors
+from mllm_keeplora.data.video import VideoReader
+from mllm_keeplora.evaluation.lmms_model import inference_state
+from mllm_keeplora.methods.base import load_method
+from mllm_keeplora.models import save_adapter
+from mllm_keeplora.past import past_in_base
+from mllm_keeplora.processes import end_processes, start_processes
+from mllm_keeplora.protected import weight_basis_files
+from mllm_keeplora.stage import fold, module_table
+from mllm_keeplora.streams import load_stream, load_training_records
+from mllm_keeplora.subspace import orthonormal_complement
+from mllm_keeplora.targets import find_targets
+from mllm_keeplora.workplace import FEATURES, Stage, Workplace, attach_accumulated, detach
 
 RANK = 16
 # What a stage adds to each feature basis. After 16 stages the 256 inputs of a vision layer still have room
@@ -110,16 +110,20 @@ class Sizes:
 
     def model(self, layers: int) -> transformers.LlavaConfig:
         """LLaVA-1.5 in these widths, its heads as wide; the last vision layer takes no part in the result."""
-        values = true_config(self.options()).to_dict()
-        hidden, intermediate = self.language
-        heads = hidden // 128
-        values["text_config"] |= {"num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": 128}
-        values["text_config"] |= {"hidden_size": hidden, "intermediate_size": intermediate}
-        values["text_config"]["num_hidden_layers"] = layers
-        hidden, intermediate = self.vision
-        values["vision_config"] |= {"hidden_size": hidden, "intermediate_size": intermediate}
-        values["vision_config"] |= {"num_attention_heads": hidden // 64, "num_hidden_layers": layers + 1}
-        return transformers.LlavaConfig.from_dict(values)
+        (hidden, intermediate), (vision_hidden, vision_intermediate) = self.language, self.vision
+        shape = Shape(
+            hidden,
+            intermediate,
+            layers,
+            hidden // 128,
+            vision_hidden,
+            vision_intermediate,
+            layers + 1,
+            vision_hidden // 64,
+            self.image_size,
+            self.options().vocab,
+        )
+        return llava_config(shape)
 
 
 QUICK = Sizes((128, 256), (128, 256), 56, 48, 2, 2, (1, 2), (2, 4))
@@ -150,6 +154,7 @@ class Past:
         self.model = attach_accumulated(self.work.model, factors)
         self.batch = self.work.to_device(self.stage.collator(self.stage.samples[: sizes.batch]))
         self.lora_a = self.work.method.initial_a(self.stage, self.model)
+        self.training = ExitStack()
 
     def _write_features(self, drawn: torch.Generator) -> None:
         """Feature bases of the past: random directions, orthonormal to the weight bases and one another."""
@@ -193,7 +198,8 @@ class Past:
             for t in self.stage.targets
         }
         attach(self.model, STAGE, start, self.stage.scales)
-        activate(self.model, [ACCUMULATED, STAGE], STAGE, "B")
+        beside = self.training.enter_context(past_in_base(self.model, [ACCUMULATED]))
+        activate(self.model, [*beside, STAGE], STAGE, "B")
         self.model.train()
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad])
 
@@ -226,6 +232,7 @@ class Past:
 
     def fold(self) -> None:
         """What `run_stage` does between training and the next probe; B is random."""
+        self.training.close()
         detach(self.model)
         drawn = torch.Generator().manual_seed(1)
         factors = {

@@ -8,17 +8,17 @@ data are left out. A past of T stages has T r columns, random; its content does 
 
 Forms of the past, every one with the same function up to the rounding of its weights:
 
-    concatenation    an adapter of rank T r beside the layer, what the project does
-    summed           W + B A made anew from the 4-bit weight in every forward and backward
-    dense            W + B A kept in the compute dtype: no 4-bit weight any more
+    beside     an adapter of rank T r beside the layer: two more products a token and direction
+    inside     `mllm_keeplora.past`: W + B A made anew from the 4-bit weight in either direction; what
+               a stage trains with where the base computes in fp32, and the same as `beside` where it does not
+    dense      W + B A kept in the compute dtype: no 4-bit weight any more
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-import bitsandbytes as bnb
 import torch
 from measure import Options, Row, benchmark, in_turns, megabytes, milliseconds, ratio
 from shapes import MIDDLE, TINY, TRUE, Shape, llava_config, random_batch, random_model, settings_for
@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from mllm_keeplora.adapters import ACCUMULATED, STAGE, Factors, Trainable, activate, attach
 from mllm_keeplora.gradients import module_generator
 from mllm_keeplora.linears import computed_weight
+from mllm_keeplora.past import past_in_base
 from mllm_keeplora.targets import Target, find_targets
 
-Form = Literal["concatenation", "summed", "dense"]
-FORMS: tuple[Form, ...] = ("concatenation", "summed", "dense")
+Form = Literal["beside", "inside", "dense"]
+FORMS: tuple[Form, ...] = ("beside", "inside", "dense")
 STAGES = (4, 16)
 
 
@@ -55,28 +56,6 @@ def size_for(options: Options) -> Size:
     if options.quick:
         return Size(TINY, 2, 48, 4)
     return Size(TRUE, 8, 640, 64) if options.device.type == "cuda" else Size(MIDDLE, 8, 160, 16)
-
-
-class SummedLinear(torch.autograd.Function):
-    """y = x (W + B A)^T + bias with W dequantised in either direction; nothing dense is kept between them."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, base: nn.Linear, a: Tensor, b: Tensor) -> Tensor:
-        """x [.., in] in the compute dtype, a [R, in], b [out, R] in the compute dtype."""
-        ctx.base, ctx.a, ctx.b = base, a, b
-        return nn.functional.linear(x, summed_weight(base, a, b, x.dtype), base.bias)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        """dL/dx alone: the past does not train."""
-        return gradients[0] @ summed_weight(ctx.base, ctx.a, ctx.b, gradients[0].dtype), None, None, None
-
-
-def summed_weight(base: nn.Linear, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """W + B A, [out, in]."""
-    weight: Any = base.weight
-    dense = bnb.functional.dequantize_4bit(weight.data, weight.quant_state).to(dtype)
-    return torch.addmm(dense.reshape(base.out_features, base.in_features), b, a)
 
 
 def random_factors(targets: list[Target], rank: int, seed: str, device: torch.device) -> Factors:
@@ -107,20 +86,24 @@ class Step:
         device: torch.device,
         trains: Trainable = "B",
         stages: int = 0,
-        form: Form = "concatenation",
+        form: Form = "beside",
     ) -> None:
         settings = settings_for(device)
         base = random_model(llava_config(size.shape), settings, device)
         targets = find_targets(base, {"vision": ["all-linear"], "language": ["all-linear"]})
         past = random_factors(targets, stages * size.rank, "past", device) if stages else {}
-        if past and form != "concatenation":
+        if form == "dense":
             for name, (a, b) in past.items():
-                take_in(base, name, a, b, form)
+                make_dense(base, name, a, b)
             past = {}
         model: Any = attach(base, ACCUMULATED, past, dict.fromkeys(past, 1.0)) if past else base
         start = random_factors(targets, size.rank, "stage", device)
         self.model = attach(model, STAGE, start, dict.fromkeys(start, 1.0))
-        activate(self.model, [*([ACCUMULATED] if past else []), STAGE], STAGE, trains)
+        beside = [ACCUMULATED] if past else []
+        if form == "inside":  # for good: the model trains and is thrown away
+            self.inside = past_in_base(self.model, beside)
+            beside = self.inside.__enter__()
+        activate(self.model, [*beside, STAGE], STAGE, trains)
         self.model.train()
         self.batch = random_batch(size.shape, size.batch, size.length, device)
         trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -136,12 +119,7 @@ class Step:
         """Parameters, their gradients and the optimizer's state."""
         parameters = [p.numel() * p.element_size() for p in self.model.parameters()]
         trained = [3 * p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad]
-        extra = [t.numel() * t.element_size() for t in self._summed_factors()]
-        return sum(parameters) + sum(trained) + sum(extra)
-
-    def _summed_factors(self) -> Iterator[Tensor]:
-        for module in self.model.modules():
-            yield from getattr(module, "taken_in", ())
+        return sum(parameters) + sum(trained)
 
     def saved_bytes(self) -> int:
         """What autograd keeps from forward to backward, parameters left out."""
@@ -160,30 +138,22 @@ class Step:
         return sum(found.values())
 
 
-def take_in(model: nn.Module, name: str, a: Tensor, b: Tensor, form: Form) -> None:
-    """Gives a 4-bit layer the past in one of the forms without an adapter."""
+def make_dense(model: nn.Module, name: str, a: Tensor, b: Tensor) -> None:
+    """Puts W + B A in a plain layer in place of a 4-bit one."""
     layer: Any = model.get_submodule(name)
     parent, _, child = name.rpartition(".")
-    if form == "dense":
-        plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device=a.device)
-        dtype = layer.compute_dtype
-        plain.weight = nn.Parameter((computed_weight(layer) + b @ a).to(dtype), requires_grad=False)
-        plain.bias = layer.bias
-        setattr(model.get_submodule(parent), child, plain)
-        return
-    dtype = layer.compute_dtype
-    layer.taken_in = (a.to(dtype), b.to(dtype))
-    layer.forward = lambda x: SummedLinear.apply(x.to(dtype), layer, *layer.taken_in)
+    plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device=a.device)
+    weight = (computed_weight(layer) + b @ a).to(layer.compute_dtype)
+    plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), layer.bias
+    setattr(model.get_submodule(parent), child, plain)
 
 
 def arithmetic(targets: list[Target], past_rank: int, tokens: int, form: Form) -> float:
     """Multiplications of the linear layers and of the past in one forward, without the stage's own rank."""
-    base = sum(t.in_features * t.out_features * tokens for t in targets)
-    if form == "concatenation":
-        return base + sum((t.in_features + t.out_features) * past_rank * tokens for t in targets)
-    return base + (
-        sum(t.in_features * t.out_features * past_rank for t in targets) if form == "summed" else 0
-    )
+    weights = sum(t.in_features * t.out_features for t in targets)
+    widths = sum(t.in_features + t.out_features for t in targets)
+    past = {"beside": widths * tokens, "inside": min(weights, widths * tokens), "dense": 0}
+    return weights * tokens + past[form] * past_rank
 
 
 def frozen_beside_plain(options: Options, size: Size) -> Row:
@@ -226,9 +196,8 @@ def rows_of_the_past(options: Options, size: Size) -> list[Row]:
         seconds = in_turns({"first": first, **steps}, options.repeats, options.device)
         for form, step in steps.items():
             found = ratio(seconds[form], seconds["first"])
-            floor = arithmetic(targets, stages * size.rank, tokens, form) / arithmetic(
-                targets, 0, tokens, form
-            )
+            plain = arithmetic(targets, 0, tokens, form)
+            floor = arithmetic(targets, stages * size.rank, tokens, form) / plain
             memory = f"{megabytes(step.held_bytes())} + {megabytes(step.saved_bytes())} activations"
             rows.append(
                 Row(
