@@ -106,6 +106,7 @@ class Sizes:
             samples=2 * self.batch,
             questions=1,
             activation_checkpointing=False,
+            plan=False,
         )
 
     def model(self, layers: int) -> transformers.LlavaConfig:

@@ -2,6 +2,7 @@
 
     python benchmarks/true_shape.py           LLaVA-1.5-7B on a GPU, samples of 640 tokens, batches of 1 and 8
     python benchmarks/true_shape.py --depth 0.1 --length 96 --image_size 112 --vocab 2048     a CPU, minutes
+    python benchmarks/true_shape.py --plan --activation_checkpointing     the plan alone, for bf16 on a GPU
 
 Nothing is downloaded: the weights are random, made and quantised to NF4 one layer at a time, so that neither
 the host nor the device ever holds a dense model. Widths are the true ones (language 4096/11008, vision
@@ -159,12 +160,11 @@ def run_config(root: Path, options: argparse.Namespace, batch: int) -> RunConfig
     """Settings of the stage."""
     device = resolve_device(ModelConfig())
     tower = TowerConfig(rank=options.rank)
+    on_gpu = options.plan or device.type == "cuda"
     return RunConfig(
         run_dir=str(root / f"run{batch}"),
         stream=str(root / "stream.yaml"),
-        model=ModelConfig(
-            base_model=str(root / "base"), compute_dtype="bfloat16" if device.type == "cuda" else "float32"
-        ),
+        model=ModelConfig(base_model=str(root / "base"), compute_dtype="bfloat16" if on_gpu else "float32"),
         language=tower,
         vision=tower,
         probe=ProbeConfig(fraction=1.0, max_samples=2 * batch, batch_size=batch),
@@ -235,6 +235,16 @@ def measure(root: Path, options: argparse.Namespace, batch: int) -> dict[str, An
     }
 
 
+def print_plan(config: RunConfig, batch: int) -> None:
+    """What the plan says of each phase, GB."""
+    memory = make_plan(config).memory
+    phases = {name: sum(items.values()) / GB for name, items in memory.phases().items()}
+    print(
+        f"batch {batch}, samples of {memory.shape.tokens} tokens, planned GB: "
+        + ", ".join(f"{name} {size:.2f}" for name, size in phases.items())
+    )
+
+
 def print_result(result: dict[str, Any]) -> None:
     """One table a batch size."""
     print(f"\nbatch {result['batch']}, samples of {result['tokens']} tokens, {result['device']}")
@@ -264,6 +274,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--questions", type=int, default=4)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--activation_checkpointing", action="store_true")
+    parser.add_argument("--plan", action="store_true", help="measure nothing; print what the plan expects")
     parser.add_argument("--json", type=Path, help="write the results there, too")
     parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)  # set for the process of one batch size
     return parser.parse_args()
@@ -281,6 +292,9 @@ def main() -> None:
         root = Path(temporary)
         write_files(root, options)
         for batch in options.batch_sizes:
+            if options.plan:
+                print_plan(run_config(root, options, batch), batch)
+                continue
             file = root / f"{batch}.json"
             arguments = ["--root", temporary, "--batch_sizes", str(batch), "--json", str(file)]
             command = [sys.executable, __file__, *sys.argv[1:], *arguments]
