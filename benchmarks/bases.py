@@ -148,7 +148,8 @@ def measure(shape: tuple[int, int], spectrum: str, options: Options) -> tuple[li
     weight = make_weight(shape, spectrum, device)
     gram = smaller_gram(weight)
     energies = torch.linalg.eigvalsh(smaller_gram(weight.double())).flip(0).clamp(min=0.0)
-    repeats = 1 if device.type == "cpu" and min(shape) >= ONE_ROUND else options.repeats
+    large = device.type == "cpu" and min(shape) >= ONE_ROUND
+    repeats = 1 if large or options.quick else options.repeats
     parts = {"gram": partial(smaller_gram, weight), "eigh": partial(torch.linalg.eigh, gram)}
     ours = {str(energy): partial(principal_basis, weight, energy) for energy in ENERGIES}
     seconds = in_turns({"svd": partial(svd_basis, weight, ENERGIES[0]), **ours, **parts}, repeats, device)
