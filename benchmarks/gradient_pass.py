@@ -1,0 +1,608 @@
+"""Rows 2 and 3: a task gradient by probe (E2) beside full-weight gradients, and how exact it is.
+
+    python benchmarks/gradient_pass.py          a CPU: about 10 minutes
+    python benchmarks/gradient_pass.py --quick
+
+Row 2, cost, on a LLaVA-1.5 of random weights. Here: `sketch_gradients` with q = 4 r columns, r = 32, on NF4.
+Beside, what the public code does: weights of all target layers trainable on a dense model (bf16 on a GPU,
+fp32 on a CPU), and after each batch their gradients added to one running mean per weight of the model's
+dtype, the gradients staying allocated. On a GPU the model is LLaVA-1.5-7B's shape, in batches of one sample
+of 640 tokens. On a CPU it has two language layers of half the width and one vision layer of the true one, in
+batches of four samples of 128 tokens, since a 4-bit weight is dequantised once a batch and pass.
+
+Peak memory is beyond the model, each side in a process of its own. "The pass itself" is the peak when next to
+nothing is measured (q = 1; one trainable bias): activations and, here, the largest dequantised weight.
+
+Row 3, exactness, on the two embedded base models and two tasks of each, at the untouched base with M its
+weight bases. Exact gradients G come from autograd on a dequantised copy over the same probe sample.
+
+    A's energy          ||G^ A^T||^2 over that of the exact gradient's A, G^ = G (I - M M^T); fractions, over
+                        all modules (sums above and below) and of the worst module
+    feature directions  what E8 adds until M holds eps_f of G, by sketch and exactly, all modules together
+
+With the config's r = 16, q = 64 is half of a layer's 128 inputs; r = 4, q = 16 is nearer to what 7B meets.
+
+How few samples do: A and the feature basis from n evenly spaced samples, judged on the exact gradient over
+all of the task's training samples, relative to A and feature basis from a sketch over all of them. Feature
+bases are meant for the model after training; the untouched base stands in, as the estimator is the same.
+"""
+
+import argparse
+import copy
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import mllm_keeplora  # noqa: E402, F401  # its guards come before the libraries they guard
+
+# isort: split
+import matplotlib  # noqa: E402
+import torch  # noqa: E402
+from measure import (  # noqa: E402
+    RETURN_FREED,
+    ROOT,
+    Options,
+    Peaks,
+    Row,
+    benchmark,
+    in_turns,
+    megabytes,
+    milliseconds,
+    ratio,
+)
+from torch import Tensor, nn  # noqa: E402
+from true_shape import random_model, true_config  # noqa: E402
+
+from mllm_keeplora.config import ModelConfig, parse_config  # noqa: E402
+from mllm_keeplora.data.records import select_evenly  # noqa: E402
+from mllm_keeplora.gradients import back_project_gradients, sketch_gradients  # noqa: E402
+from mllm_keeplora.lora_init import lora_a_from_gradient  # noqa: E402
+from mllm_keeplora.methods.base import load_method  # noqa: E402
+from mllm_keeplora.processes import start_processes  # noqa: E402
+from mllm_keeplora.sketch import extend_basis_from_sketch, refined_directions  # noqa: E402
+from mllm_keeplora.stream_runner import _History, _open_workplace  # noqa: E402
+from mllm_keeplora.streams import load_stream  # noqa: E402
+from mllm_keeplora.subspace import extend_basis, project_to_residual  # noqa: E402
+from mllm_keeplora.targets import Target, find_targets  # noqa: E402
+from mllm_keeplora.workplace import Stage  # noqa: E402
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402
+
+Gradients = dict[str, Tensor]
+Batch = Mapping[str, Tensor]
+
+COLUMNS_PER_RANK = 4
+# Row 2
+COLUMNS = COLUMNS_PER_RANK * 32
+BATCHES = 2
+WANTED_MEMORY, WANTED_TIME = 0.1, 0.7
+# Row 3
+RANKS = (16, 4)
+WANTED_CAPTURED, WANTED_REFINED = 0.98, 0.995
+SAMPLES = (8, 16, 32, 64, 128, 256)
+ENOUGH = 0.99
+SEED = 0
+
+
+# Row 2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A LLaVA-1.5 and its samples.
+
+    Attributes:
+        depth: share of the layers.
+        hidden, intermediate: widths of the language layers; the vision tower's are the true ones.
+        vocabulary: number of tokens.
+        image_size: pixels a side.
+        text: tokens of a sample beside the image's.
+        batch: samples of a batch.
+    """
+
+    depth: float
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    image_size: int
+    text: int
+    batch: int
+
+    @classmethod
+    def of(cls, device: torch.device, quick: bool) -> "Shape":
+        """What is measured there."""
+        if quick:
+            return cls(0.03, 256, 512, 2048, 112, 64, 1)
+        if device.type == "cuda":
+            return cls(1.0, 4096, 11008, 32064, 336, 64, 1)
+        return cls(0.0625, 2048, 5632, 2048, 112, 64, 4)
+
+    @property
+    def image_tokens(self) -> int:
+        """Patches of an image."""
+        return (self.image_size // 14) ** 2
+
+    def config(self) -> Any:
+        """The model's config."""
+        config: Any = true_config(
+            argparse.Namespace(depth=self.depth, image_size=self.image_size, vocab=self.vocabulary)
+        )
+        heads = config.text_config.num_attention_heads
+        widths = {"hidden_size": self.hidden, "intermediate_size": self.intermediate}
+        config.text_config.update({**widths, "head_dim": self.hidden // heads})
+        return config
+
+
+def make_model(device: torch.device, shape: Shape) -> tuple[Any, list[Target]]:
+    """The NF4 model of random weights and the layers to measure."""
+    settings = ModelConfig(compute_dtype="bfloat16" if device.type == "cuda" else "float32")
+    model = random_model(shape.config(), settings, device)
+    return model, find_targets(model, {"vision": ["all-linear"], "language": ["all-linear"]})
+
+
+def dequantise(model: Any) -> Any:
+    """The same model on dense weights, frozen, in place."""
+    model.dequantize()
+    return model.requires_grad_(False)
+
+
+def make_batches(model: Any, shape: Shape) -> list[Batch]:
+    """Random images and tokens; the last 16 of a sample are supervised."""
+    generator = torch.Generator().manual_seed(SEED)
+    image_token = model.config.image_token_index
+    image = torch.full((shape.batch, shape.image_tokens), image_token)
+    batches: list[Batch] = []
+    for _ in range(BATCHES):
+        text = torch.randint(
+            image_token + 1, shape.vocabulary, (shape.batch, shape.text), generator=generator
+        )
+        tokens = torch.cat([image, text], dim=1)
+        labels = tokens.clone()
+        labels[:, :-16] = -100
+        pixels = torch.randn(shape.batch, 3, shape.image_size, shape.image_size, generator=generator)
+        batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
+        batch["pixel_values"] = pixels.to(model.dtype)
+        batches.append({key: value.to(model.device) for key, value in batch.items()})
+    return batches
+
+
+def probe(model: Any, targets: Sequence[Target], batches: Sequence[Batch], columns: int) -> Gradients:
+    """This project's pass."""
+    return sketch_gradients(
+        model, targets, dict.fromkeys((t.name for t in targets), columns), lambda: batches, SEED
+    )
+
+
+def running_means(
+    model: nn.Module, parameters: Sequence[nn.Parameter], batches: Sequence[Batch]
+) -> list[Tensor]:
+    """The public code's pass: full gradients, their running means over batches in the model's dtype."""
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    means = [torch.zeros_like(parameter) for parameter in parameters]
+    for number, batch in enumerate(batches, 1):
+        model(**batch).loss.backward()
+        for mean, parameter in zip(means, parameters, strict=True):
+            gradient = gradient_of(parameter)
+            mean.lerp_(gradient, 1.0 / number)
+            gradient.zero_()
+    for parameter in parameters:
+        parameter.grad = None
+        parameter.requires_grad_(False)
+    return means
+
+
+def gradient_of(parameter: nn.Parameter) -> Tensor:
+    """Its gradient after a backward pass.
+
+    Raises:
+        RuntimeError: it has none.
+    """
+    if parameter.grad is None:
+        raise RuntimeError(f"a target of shape {tuple(parameter.shape)} received no gradient")
+    return parameter.grad
+
+
+def target_weights(model: nn.Module, targets: Sequence[Target]) -> list[nn.Parameter]:
+    """Their weights, dense."""
+    return [model.get_parameter(f"{t.name}.weight") for t in targets]
+
+
+def peaks(side: str, device: torch.device, quick: bool, checkpointing: bool) -> dict[str, float]:
+    """Bytes beyond the model, by a pass that measures nothing and by the true one, in this process.
+
+    Args:
+        side: `probe` or `full`.
+        device, quick: what `Shape.of` takes.
+        checkpointing: keep layers' inputs alone and compute their activations again.
+    """
+    shape = Shape.of(device, quick)
+    model, targets = make_model(device, shape)
+    batches = make_batches(model, shape)
+    if side == "probe":
+        passes: dict[str, Callable[[], Any]] = {
+            "itself": partial(probe, model, targets, batches, 1),
+            "all": partial(probe, model, targets, batches, COLUMNS),
+        }
+    else:
+        dequantise(model).train()  # a probe trains, too: else nothing is checkpointed
+        bias = model.get_parameter(f"{targets[0].name}.bias")
+        passes = {
+            "itself": partial(running_means, model, [bias], batches),
+            "all": partial(running_means, model, target_weights(model, targets), batches),
+        }
+    if checkpointing:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    found = Peaks(device)
+    for name, run in passes.items():
+        with found.phase(name):
+            run()
+    return {name: phase["bytes"] for name, phase in found.found.items()}
+
+
+def peaks_of_own_process(side: str, options: Options, checkpointing: bool) -> dict[str, float]:
+    """The same in a process of its own."""
+    arguments = f"{side!r}, torch.device({options.device.type!r}), {options.quick}, {checkpointing}"
+    code = (
+        "import json, torch, gradient_pass; torch.set_num_threads(1); "
+        f"print(json.dumps(gradient_pass.peaks({arguments})))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent,
+        env={**os.environ, **RETURN_FREED},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def factor_bytes(targets: Sequence[Target], size: int) -> tuple[int, int]:
+    """What must exist at the least, bytes: (A, B, dL/dA in fp32; gradient and mean of `size` bytes each)."""
+    ours = sum(4 * COLUMNS * (2 * t.in_features + t.out_features) for t in targets)
+    return ours, sum(2 * size * t.in_features * t.out_features for t in targets)
+
+
+def pass_operations(targets: Sequence[Target], shape: Shape) -> float:
+    """Multiplications of the target layers here over those beside, per sample.
+
+    Both: W x and W^T dy. Beside: dy x^T. Here: x A^T, B (A x), B^T dy, dL/dA and A^T (B^T dy).
+    """
+    ours = beside = 0
+    for t in targets:
+        tokens = shape.image_tokens + (1 if t.tower == "vision" else shape.text)
+        weight = t.in_features * t.out_features
+        ours += tokens * (2 * weight + COLUMNS * (3 * t.in_features + 2 * t.out_features))
+        beside += tokens * 3 * weight
+    return ours / beside
+
+
+def memory_row(targets: Sequence[Target], options: Options, checkpointing: bool) -> Row:
+    """Peaks of both sides."""
+    ours, beside = (peaks_of_own_process(side, options, checkpointing) for side in ("probe", "full"))
+    found = ours["all"] / beside["all"]
+    dtype, size = ("bf16", 2) if options.device.type == "cuda" else ("fp32", 4)
+    least = factor_bytes(targets, size)
+    how = ", activations checkpointed" if checkpointing else ""
+
+    def text(peak: Mapping[str, float]) -> str:
+        return f"{megabytes(peak['all'])}; the pass itself {megabytes(peak['itself'])}"
+
+    return Row(
+        number=2,
+        what=f"gradient pass, peak memory beyond the model, q = {COLUMNS}{how}",
+        ours=text(ours),
+        beside=f"full gradients, {dtype}: {text(beside)}",
+        result=f"{found:.3f} of it",
+        goal=f"<= {WANTED_MEMORY}",
+        met=found <= WANTED_MEMORY,
+        floor=f"A, B and dL/dA {megabytes(least[0])} over gradients and means {megabytes(least[1])}: "
+        f"{least[0] / least[1]:.3f}",
+    )
+
+
+def time_row(model: Any, targets: Sequence[Target], options: Options) -> Row:
+    """Seconds, in turns; the probe on the dense model, too, to tell what 4-bit weights cost."""
+    shape = Shape.of(options.device, options.quick)
+    batches = make_batches(model, shape)
+    dense = dequantise(copy.deepcopy(model))
+    ways: dict[str, Callable[[], Any]] = {
+        "probe": partial(probe, model, targets, batches, COLUMNS),
+        "on dense": partial(probe, dense, targets, batches, COLUMNS),
+        "full": partial(running_means, dense, target_weights(dense, targets), batches),
+    }
+    seconds = in_turns(ways, 1 if options.quick else options.repeats, options.device)
+    found = ratio(seconds["probe"], seconds["full"])
+    a_sample = {
+        way: milliseconds([s / (BATCHES * shape.batch) for s in found_]) for way, found_ in seconds.items()
+    }
+    return Row(
+        number=2,
+        what=f"gradient pass, time a sample of {shape.image_tokens + shape.text} tokens, q = {COLUMNS}",
+        ours=f"{a_sample['probe']}; on dense weights {a_sample['on dense']}",
+        beside=f"full gradients: {a_sample['full']}",
+        result=f"{found} of it; on dense weights {ratio(seconds['on dense'], seconds['full'])}",
+        goal=f"<= {WANTED_TIME}",
+        met=found.median <= WANTED_TIME,
+        floor=f"operations of the target layers: {pass_operations(targets, shape):.3f}",
+    )
+
+
+def cost_rows(options: Options) -> list[Row]:
+    """Row 2."""
+    model, targets = make_model(options.device, Shape.of(options.device, options.quick))
+    checkpointing = (False,) if options.quick else (False, True)
+    found = [time_row(model, targets, options)]
+    del model
+    return [*found, *(memory_row(targets, options, how) for how in checkpointing)]
+
+
+# Row 3
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task at the untouched base model.
+
+    Attributes:
+        stage: the first stage of a run whose first task it is.
+        dense: the model, dequantised, weights of the targets trainable.
+        bases: module name -> M [in, k].
+    """
+
+    stage: Stage
+    dense: Any
+    bases: dict[str, Tensor]
+
+    def batches(self, indices: Sequence[int]) -> Iterator[dict[str, Tensor]]:
+        """These training samples as model inputs."""
+        size = self.stage.work.config.probe.batch_size
+        for start in range(0, len(indices), size):
+            chosen = [self.stage.samples[i] for i in indices[start : start + size]]
+            yield self.stage.work.to_device(self.stage.collator(chosen))
+
+    def exact(self, indices: Sequence[int]) -> Gradients:
+        """G [out, in] fp32 by autograd."""
+        parameters = target_weights(self.dense, self.stage.targets)
+        tokens = 0
+        for batch in self.batches(indices):
+            self.dense(**batch, num_items_in_batch=1).loss.backward()
+            tokens += int((batch["labels"][:, 1:] != -100).sum())
+        gradients = {}
+        for target, parameter in zip(self.stage.targets, parameters, strict=True):
+            gradients[target.name] = gradient_of(parameter).cpu() / tokens
+            parameter.grad = None
+        return gradients
+
+    def sketch(self, indices: Sequence[int], rank: int) -> Gradients:
+        """Omega^T G [4 r, in] fp32."""
+        columns = dict.fromkeys(self.bases, COLUMNS_PER_RANK * rank)
+        return sketch_gradients(
+            self.stage.work.model, self.stage.targets, columns, lambda: self.batches(indices), SEED
+        )
+
+    def refine(self, sketches: Gradients, indices: Sequence[int]) -> Gradients:
+        """The second pass over the same samples."""
+        spans = {name: self.factor(name, sketch, len(sketch)) for name, sketch in sketches.items()}
+        out_features = {t.name: t.out_features for t in self.stage.targets}
+        images = back_project_gradients(
+            self.stage.work.model, spans, out_features, lambda: self.batches(indices)
+        )
+        return {name: refined_directions(span, images[name]) for name, span in spans.items()}
+
+    def factor(self, name: str, gradient: Tensor, rank: int) -> Tensor:
+        """A [r, in] of a gradient or a sketch."""
+        return lora_a_from_gradient(gradient, self.bases[name], rank)
+
+    def eps_f(self, target: Target) -> float:
+        """Share of energy that the feature basis must hold."""
+        return self.stage.work.config.towers()[target.tower].eps_f
+
+
+def energy(matrix: Tensor) -> float:
+    """Squared Frobenius norm, fp64."""
+    return float(matrix.double().square().sum())
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Energies held over energies that could be, fractions.
+
+    Attributes:
+        overall: sums over all modules.
+        worst: of the modules.
+    """
+
+    overall: float
+    worst: float
+
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[float, float]]) -> "Shares":
+        """From (held, could be) of each module; modules without energy are left out."""
+        held, possible = (sum(values) for values in zip(*pairs, strict=True))
+        return cls(held / possible, min(a / b for a, b in pairs if b > 0.0))
+
+    def __str__(self) -> str:
+        return f"{self.overall:.4f} (worst {self.worst:.3f})"
+
+
+def captured(task: Task, residuals: Gradients, estimates: Gradients, best: Gradients, rank: int) -> Shares:
+    """Energy of the residual gradient along A of `estimates`, over that along A of `best`."""
+    return Shares.of(
+        [
+            (
+                energy(residual @ task.factor(name, estimates[name], rank).T),
+                energy(residual @ task.factor(name, best[name], rank).T),
+            )
+            for name, residual in residuals.items()
+        ]
+    )
+
+
+def residuals_of(task: Task, gradients: Gradients) -> Gradients:
+    """G^ of every module."""
+    return {name: project_to_residual(g, task.bases[name]) for name, g in gradients.items()}
+
+
+def factor_row(task: Task, label: str, exact: Gradients, indices: Sequence[int], rank: int) -> Row:
+    """How much of the best A's energy the sketched ones hold."""
+    residuals = residuals_of(task, exact)
+    sketches = task.sketch(indices, rank)
+    once = captured(task, residuals, sketches, exact, rank)
+    twice = captured(task, residuals, task.refine(sketches, indices), exact, rank)
+    return Row(
+        number=3,
+        what=f"{label}: A's energy, r = {rank}, q = {COLUMNS_PER_RANK * rank}, {len(indices)} samples",
+        ours=f"one pass {once}; refined {twice}",
+        beside="exact gradient: 1",
+        result=f"{once.overall:.4f}; refined {twice.overall:.4f}",
+        goal=f">= {WANTED_CAPTURED}; refined >= {WANTED_REFINED}",
+        met=once.overall >= WANTED_CAPTURED and twice.overall >= WANTED_REFINED,
+        floor="1",
+    )
+
+
+def feature_row(task: Task, label: str, exact: Gradients, sketches: Gradients) -> Row:
+    """How many directions E8 adds."""
+    found = needed = saturated = 0
+    pairs = []
+    for t in task.stage.targets:
+        basis, gradient = task.bases[t.name], exact[t.name]
+        extended = extend_basis_from_sketch(basis, sketches[t.name], task.eps_f(t))
+        found += extended.basis.shape[1] - basis.shape[1]
+        saturated += extended.saturated
+        needed += extend_basis(basis, gradient, task.eps_f(t)).shape[1] - basis.shape[1]
+        pairs.append((energy(gradient @ extended.basis), energy(gradient)))
+    return Row(
+        number=3,
+        what=f"{label}: feature directions, eps_f {task.eps_f(task.stage.targets[0])}, {len(pairs)} modules",
+        ours=f"{found}, saturated modules {saturated}",
+        beside=f"exact gradient: {needed}",
+        result=f"{found / max(needed, 1):.2f} times as many; hold of the exact gradient {Shares.of(pairs)}",
+    )
+
+
+class Held(NamedTuple):
+    """What a probe of some samples holds, relative to the reference."""
+
+    factors: Shares  # by A
+    features: Shares  # inside M and its feature basis
+    directions: int  # of the feature bases of all modules
+
+
+def sample_shares(task: Task, numbers: Sequence[int]) -> dict[int, Held]:
+    """n -> what n samples give, judged on the exact gradient over the last n, relative to a sketch of it."""
+    rank = RANKS[0]
+    chosen = {n: select_evenly(len(task.stage.samples), 1.0, n) for n in numbers}
+    exact = task.exact(chosen[numbers[-1]])
+    residuals = residuals_of(task, exact)
+    sketches = {n: task.sketch(indices, rank) for n, indices in chosen.items()}
+
+    def extended(target: Target, n: int) -> Tensor:
+        name = target.name
+        return extend_basis_from_sketch(task.bases[name], sketches[n][name], task.eps_f(target)).basis
+
+    best = {t.name: energy(exact[t.name] @ extended(t, numbers[-1])) for t in task.stage.targets}
+    found = {}
+    for n in numbers:
+        bases = {t.name: extended(t, n) for t in task.stage.targets}
+        features = Shares.of([(energy(exact[name] @ m), best[name]) for name, m in bases.items()])
+        directions = sum(m.shape[1] - task.bases[name].shape[1] for name, m in bases.items())
+        factors = captured(task, residuals, sketches[n], sketches[numbers[-1]], rank)
+        found[n] = Held(factors, features, directions)
+    return found
+
+
+def sample_row(label: str, held: Mapping[int, Held]) -> Row:
+    """The curve in words."""
+    *few, reference = held
+    enough = next(n for n, h in held.items() if min(h.factors.overall, h.features.overall) >= ENOUGH)
+    return Row(
+        number=3,
+        what=f"{label}: A (r = {RANKS[0]}) and feature basis from n samples",
+        ours="; ".join(
+            f"n {n}: A {held[n].factors}, features {held[n].features} by {held[n].directions}" for n in few
+        ),
+        beside=f"{reference} samples: 1 by {held[reference].directions} directions",
+        result=f"both {ENOUGH} from {enough} samples on",
+    )
+
+
+def draw(curves: Mapping[str, Mapping[int, Held]], file: Path) -> None:
+    """Two panels: energy held by A and by M with its feature basis, against the number of samples."""
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4))
+    titles = ("energy along A", "energy inside M and feature basis")
+    for place, (panel, title) in enumerate(zip(panels, titles, strict=True)):
+        for number, (label, held) in enumerate(curves.items()):
+            shares = [(h.factors, h.features)[place] for h in held.values()]
+            panel.plot(list(held), [s.overall for s in shares], "o-", color=f"C{number}", label=label)
+            panel.plot(list(held), [s.worst for s in shares], ":", color=f"C{number}")
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(SAMPLES, [str(n) for n in SAMPLES])
+        panel.set(xlabel="samples in the probe", ylabel="relative to all samples", title=title)
+    panels[0].legend(title="all modules; dotted: the worst")
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+def open_tasks(kind: str, folder: Path, quick: bool) -> Iterator[tuple[str, Task]]:
+    """The first and the third task of the embedded stream for `vqa` or `video`, data built where missing."""
+    os.chdir(ROOT)  # the configs' paths are relative to it
+    overrides = ["--run_dir", str(folder / kind)]
+    config = parse_config("", Path("recipes", "configs", kind, "embedded.yaml"), overrides)
+    stream = load_stream(Path(config.stream), None)
+    builder = "build_data.py" if kind == "vqa" else "build_video_data.py"
+    if not stream.data_root.exists():
+        command = [sys.executable, f"recipes/embedded/{builder}", "--out", str(stream.data_root)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    wanted = stream.tasks[:1] if quick else stream.tasks[:3:2]
+    stream = replace(stream, tasks=wanted, general=())
+    work = _open_workplace(_History.read(config, stream, folder / kind), load_method(config))
+    dense = dequantise(copy.deepcopy(work.model))
+    for task in wanted:
+        stage = Stage(work, 1, task, {}, [])
+        for weight in target_weights(dense, stage.targets):
+            weight.requires_grad_(True)
+        bases = {t.name: stage.bases.load(t).cpu() for t in stage.targets}
+        yield f"{stream.name} / {task.name}", Task(stage, dense, bases)
+
+
+def exactness_rows(options: Options) -> list[Row]:
+    """Row 3."""
+    start_processes(cpu=options.device.type == "cpu")
+    found, curves = [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in ("vqa",) if options.quick else ("vqa", "video"):
+            for label, task in open_tasks(kind, Path(folder), options.quick):
+                indices = task.stage.probe_indices[: 8 if options.quick else None]
+                exact = task.exact(indices)
+                found += [factor_row(task, label, exact, indices, rank) for rank in RANKS]
+                found.append(feature_row(task, label, exact, task.sketch(indices, RANKS[0])))
+                numbers = (8, 16) if options.quick else (*SAMPLES, len(task.stage.samples))
+                curves[label] = sample_shares(task, numbers)
+                found.append(sample_row(label, curves[label]))
+    if options.pictures is not None:
+        options.pictures.mkdir(parents=True, exist_ok=True)
+        draw(curves, options.pictures / "probe_samples.png")
+    return found
+
+
+def rows(options: Options) -> list[Row]:
+    """Both."""
+    return [*cost_rows(options), *exactness_rows(options)]
+
+
+if __name__ == "__main__":
+    benchmark(__doc__ or "", rows)
