@@ -17,19 +17,16 @@ What Gram product and eigenproblem leave of the time is, for a wide weight, the 
 """
 
 import math
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import mllm_keeplora  # noqa: E402, F401  # its guards come before the libraries they guard
+import mllm_keeplora  # noqa: F401  # its guards come before the libraries they guard
 
 # isort: split
-import matplotlib  # noqa: E402
-import torch  # noqa: E402
-from measure import (  # noqa: E402
+import matplotlib
+import torch
+from measure import (
     Options,
     Ratio,
     Row,
@@ -39,9 +36,9 @@ from measure import (  # noqa: E402
     milliseconds,
     ratio,
 )
-from torch import Tensor  # noqa: E402
+from torch import Tensor
 
-from mllm_keeplora.subspace import orthonormality_error, principal_basis, smallest_rank  # noqa: E402
+from mllm_keeplora.subspace import orthonormality_error, principal_basis, smallest_rank
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402

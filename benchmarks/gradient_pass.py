@@ -27,7 +27,6 @@ all of the task's training samples, relative to A and feature basis from a sketc
 bases are meant for the model after training; the untouched base stands in, as the estimator is the same.
 """
 
-import argparse
 import copy
 import json
 import os
@@ -40,14 +39,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import mllm_keeplora  # noqa: E402, F401  # its guards come before the libraries they guard
+import mllm_keeplora  # noqa: F401  # its guards come before the libraries they guard
 
 # isort: split
-import matplotlib  # noqa: E402
-import torch  # noqa: E402
-from measure import (  # noqa: E402
+import matplotlib
+import torch
+from measure import (
     RETURN_FREED,
     ROOT,
     Options,
@@ -59,21 +56,21 @@ from measure import (  # noqa: E402
     milliseconds,
     ratio,
 )
-from torch import Tensor, nn  # noqa: E402
-from true_shape import random_model, true_config  # noqa: E402
+from shapes import TINY, TRUE, Shape, llava_config, random_batch, random_model, settings_for
+from torch import Tensor, nn
 
-from mllm_keeplora.config import ModelConfig, parse_config  # noqa: E402
-from mllm_keeplora.data.records import select_evenly  # noqa: E402
-from mllm_keeplora.gradients import back_project_gradients, sketch_gradients  # noqa: E402
-from mllm_keeplora.lora_init import lora_a_from_gradient  # noqa: E402
-from mllm_keeplora.methods.base import load_method  # noqa: E402
-from mllm_keeplora.processes import start_processes  # noqa: E402
-from mllm_keeplora.sketch import extend_basis_from_sketch, refined_directions  # noqa: E402
-from mllm_keeplora.stream_runner import _History, _open_workplace  # noqa: E402
-from mllm_keeplora.streams import load_stream  # noqa: E402
-from mllm_keeplora.subspace import extend_basis, project_to_residual  # noqa: E402
-from mllm_keeplora.targets import Target, find_targets  # noqa: E402
-from mllm_keeplora.workplace import Stage  # noqa: E402
+from mllm_keeplora.config import parse_config
+from mllm_keeplora.data.records import select_evenly
+from mllm_keeplora.gradients import back_project_gradients, sketch_gradients
+from mllm_keeplora.lora_init import lora_a_from_gradient
+from mllm_keeplora.methods.base import load_method
+from mllm_keeplora.processes import start_processes
+from mllm_keeplora.sketch import extend_basis_from_sketch, refined_directions
+from mllm_keeplora.stream_runner import _History, _open_workplace
+from mllm_keeplora.streams import load_stream
+from mllm_keeplora.subspace import extend_basis, project_to_residual
+from mllm_keeplora.targets import Target, find_targets
+from mllm_keeplora.workplace import Stage
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
@@ -98,55 +95,30 @@ SEED = 0
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A LLaVA-1.5 and its samples.
+class Size:
+    """What a pass goes over: a model, and samples of `length` tokens, `batch` at a time."""
 
-    Attributes:
-        depth: share of the layers.
-        hidden, intermediate: widths of the language layers; the vision tower's are the true ones.
-        vocabulary: number of tokens.
-        image_size: pixels a side.
-        text: tokens of a sample beside the image's.
-        batch: samples of a batch.
-    """
-
-    depth: float
-    hidden: int
-    intermediate: int
-    vocabulary: int
-    image_size: int
-    text: int
+    shape: Shape
+    length: int
     batch: int
 
     @classmethod
-    def of(cls, device: torch.device, quick: bool) -> "Shape":
+    def of(cls, device: torch.device, quick: bool) -> "Size":
         """What is measured there."""
         if quick:
-            return cls(0.03, 256, 512, 2048, 112, 64, 1)
+            return cls(TINY, 48, 1)
         if device.type == "cuda":
-            return cls(1.0, 4096, 11008, 32064, 336, 64, 1)
-        return cls(0.0625, 2048, 5632, 2048, 112, 64, 4)
+            return cls(TRUE, 640, 1)
+        return cls(Shape(2048, 5632, 2, 32, 1024, 4096, 2, 16, 112, 2048), 128, 4)
 
-    @property
-    def image_tokens(self) -> int:
-        """Patches of an image."""
-        return (self.image_size // 14) ** 2
-
-    def config(self) -> Any:
-        """The model's config."""
-        config: Any = true_config(
-            argparse.Namespace(depth=self.depth, image_size=self.image_size, vocab=self.vocabulary)
-        )
-        heads = config.text_config.num_attention_heads
-        widths = {"hidden_size": self.hidden, "intermediate_size": self.intermediate}
-        config.text_config.update({**widths, "head_dim": self.hidden // heads})
-        return config
+    def batches(self, device: torch.device) -> list[Batch]:
+        """Two of them."""
+        return [random_batch(self.shape, self.batch, self.length, device, seed) for seed in range(BATCHES)]
 
 
-def make_model(device: torch.device, shape: Shape) -> tuple[Any, list[Target]]:
+def make_model(device: torch.device, size: Size) -> tuple[Any, list[Target]]:
     """The NF4 model of random weights and the layers to measure."""
-    settings = ModelConfig(compute_dtype="bfloat16" if device.type == "cuda" else "float32")
-    model = random_model(shape.config(), settings, device)
+    model = random_model(llava_config(size.shape), settings_for(device), device)
     return model, find_targets(model, {"vision": ["all-linear"], "language": ["all-linear"]})
 
 
@@ -154,26 +126,6 @@ def dequantise(model: Any) -> Any:
     """The same model on dense weights, frozen, in place."""
     model.dequantize()
     return model.requires_grad_(False)
-
-
-def make_batches(model: Any, shape: Shape) -> list[Batch]:
-    """Random images and tokens; the last 16 of a sample are supervised."""
-    generator = torch.Generator().manual_seed(SEED)
-    image_token = model.config.image_token_index
-    image = torch.full((shape.batch, shape.image_tokens), image_token)
-    batches: list[Batch] = []
-    for _ in range(BATCHES):
-        text = torch.randint(
-            image_token + 1, shape.vocabulary, (shape.batch, shape.text), generator=generator
-        )
-        tokens = torch.cat([image, text], dim=1)
-        labels = tokens.clone()
-        labels[:, :-16] = -100
-        pixels = torch.randn(shape.batch, 3, shape.image_size, shape.image_size, generator=generator)
-        batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
-        batch["pixel_values"] = pixels.to(model.dtype)
-        batches.append({key: value.to(model.device) for key, value in batch.items()})
-    return batches
 
 
 def probe(model: Any, targets: Sequence[Target], batches: Sequence[Batch], columns: int) -> Gradients:
@@ -223,12 +175,12 @@ def peaks(side: str, device: torch.device, quick: bool, checkpointing: bool) -> 
 
     Args:
         side: `probe` or `full`.
-        device, quick: what `Shape.of` takes.
+        device, quick: what `Size.of` takes.
         checkpointing: keep layers' inputs alone and compute their activations again.
     """
-    shape = Shape.of(device, quick)
-    model, targets = make_model(device, shape)
-    batches = make_batches(model, shape)
+    size = Size.of(device, quick)
+    model, targets = make_model(device, size)
+    batches = size.batches(device)
     if side == "probe":
         passes: dict[str, Callable[[], Any]] = {
             "itself": partial(probe, model, targets, batches, 1),
@@ -274,14 +226,14 @@ def factor_bytes(targets: Sequence[Target], size: int) -> tuple[int, int]:
     return ours, sum(2 * size * t.in_features * t.out_features for t in targets)
 
 
-def pass_operations(targets: Sequence[Target], shape: Shape) -> float:
+def pass_operations(targets: Sequence[Target], size: Size) -> float:
     """Multiplications of the target layers here over those beside, per sample.
 
     Both: W x and W^T dy. Beside: dy x^T. Here: x A^T, B (A x), B^T dy, dL/dA and A^T (B^T dy).
     """
     ours = beside = 0
     for t in targets:
-        tokens = shape.image_tokens + (1 if t.tower == "vision" else shape.text)
+        tokens = size.shape.image_tokens + 1 if t.tower == "vision" else size.length
         weight = t.in_features * t.out_features
         ours += tokens * (2 * weight + COLUMNS * (3 * t.in_features + 2 * t.out_features))
         beside += tokens * 3 * weight
@@ -314,8 +266,8 @@ def memory_row(targets: Sequence[Target], options: Options, checkpointing: bool)
 
 def time_row(model: Any, targets: Sequence[Target], options: Options) -> Row:
     """Seconds, in turns; the probe on the dense model, too, to tell what 4-bit weights cost."""
-    shape = Shape.of(options.device, options.quick)
-    batches = make_batches(model, shape)
+    size = Size.of(options.device, options.quick)
+    batches = size.batches(options.device)
     dense = dequantise(copy.deepcopy(model))
     ways: dict[str, Callable[[], Any]] = {
         "probe": partial(probe, model, targets, batches, COLUMNS),
@@ -325,23 +277,23 @@ def time_row(model: Any, targets: Sequence[Target], options: Options) -> Row:
     seconds = in_turns(ways, 1 if options.quick else options.repeats, options.device)
     found = ratio(seconds["probe"], seconds["full"])
     a_sample = {
-        way: milliseconds([s / (BATCHES * shape.batch) for s in found_]) for way, found_ in seconds.items()
+        way: milliseconds([s / (BATCHES * size.batch) for s in found_]) for way, found_ in seconds.items()
     }
     return Row(
         number=2,
-        what=f"gradient pass, time a sample of {shape.image_tokens + shape.text} tokens, q = {COLUMNS}",
+        what=f"gradient pass, time a sample of {size.length} tokens, q = {COLUMNS}",
         ours=f"{a_sample['probe']}; on dense weights {a_sample['on dense']}",
         beside=f"full gradients: {a_sample['full']}",
         result=f"{found} of it; on dense weights {ratio(seconds['on dense'], seconds['full'])}",
         goal=f"<= {WANTED_TIME}",
         met=found.median <= WANTED_TIME,
-        floor=f"operations of the target layers: {pass_operations(targets, shape):.3f}",
+        floor=f"operations of the target layers: {pass_operations(targets, size):.3f}",
     )
 
 
 def cost_rows(options: Options) -> list[Row]:
     """Row 2."""
-    model, targets = make_model(options.device, Shape.of(options.device, options.quick))
+    model, targets = make_model(options.device, Size.of(options.device, options.quick))
     checkpointing = (False,) if options.quick else (False, True)
     found = [time_row(model, targets, options)]
     del model

@@ -129,9 +129,11 @@ def _random(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generat
     return dense.normal_(std=dense[0].numel() ** -0.5, generator=generator)
 
 
-def random_batch(shape: Shape, size: int, length: int, device: torch.device) -> dict[str, Tensor]:
+def random_batch(
+    shape: Shape, size: int, length: int, device: torch.device, seed: int = 0
+) -> dict[str, Tensor]:
     """`size` samples of `length` tokens: an image, words, and at the end 16 supervised ones."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     words = torch.randint(
         len(SPECIAL), shape.vocabulary, (size, length - shape.image_tokens), generator=generator
     )

@@ -263,7 +263,8 @@ def test_olora_penalises_exactly_the_overlap(nf4_model: Any) -> None:
     assert float(value.detach()) == pytest.approx(expected, rel=1e-5)
     value.backward()
     assert a.grad is not None
-    assert torch.allclose(a.grad, 2 * a.detach() @ past.T @ past, rtol=1e-4)
+    gradient = 2 * a.detach() @ past.T @ past
+    assert (a.grad - gradient).norm() / gradient.norm() < 1e-5
     orthogonal = torch.linalg.qr(a.detach().T, mode="complete").Q[:, RANK : RANK + 3].T
     assert float(overlap(model, {name: orthogonal}).detach()) < 1e-8 * float(value.detach())
 
