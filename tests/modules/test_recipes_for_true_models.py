@@ -1,11 +1,12 @@
 """The shipped recipes for 7B models: prompts as published, and headers that say what --plan says."""
 
-import argparse
-import importlib.util
 import re
+import runpy
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -47,13 +48,14 @@ def global_batch(config: RunConfig, processes: int = 1) -> int:
 @pytest.fixture(scope="module")
 def llava_7b(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """LLaVA-1.5-7B's config and processor, without weights."""
-    spec = importlib.util.spec_from_file_location("true_shape", ROOT / "benchmarks/true_shape.py")
-    assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    folder = ROOT / "benchmarks"
+    with mock.patch.object(
+        sys, "path", [str(folder), *sys.path]
+    ):  # it imports its neighbours, as a script does
+        script = runpy.run_path(str(folder / "true_shape.py"))
     directory = tmp_path_factory.mktemp("llava_7b")
-    script.true_config(argparse.Namespace(depth=1.0, image_size=336, vocab=32064)).save_pretrained(directory)
-    script.make_processor(336).save_pretrained(directory)
+    script["llava_config"](script["TRUE"]).save_pretrained(directory)
+    script["make_processor"](336).save_pretrained(directory)
     return directory
 
 
