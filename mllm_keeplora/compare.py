@@ -39,8 +39,7 @@ class Tuning:
     """How each method gets its learning rate.
 
     Args:
-        learning_rates: candidates, the same for all methods, ascending; where the best is the smallest or the
-            largest, the one beyond it is tried too (half or twice), until the best lies between two others.
+        learning_rates: candidates, the same for all methods.
         tasks: the first tasks of the stream, learnt at each candidate.
         held_out: last training records of each task that are asked about instead of trained on.
         seed: of these runs.
@@ -202,37 +201,28 @@ def _run(config: RunConfig) -> dict[str, Any]:
 
 
 def learning_rate(study: Study, arm: str) -> float | None:
-    """The candidate with the highest Last on held-out training records; ties go to the one tried first.
+    """The candidate with the highest Last on held-out training records; ties go to the smaller one.
 
     An ablation has the reference's, and what does not learn has the first. An arm's own setting goes before.
     """
     if study.tuning is None:
         return None
     scores = tuning_scores(study, study.reference if arm in study.ablations else arm)
-    return max(scores, key=lambda rate: scores[rate])
+    return max(sorted(scores), key=lambda rate: scores[rate])
 
 
 def tuning_scores(study: Study, arm: str) -> dict[float, float]:
-    """Candidate -> Last after the split's tasks, a fraction, in the order of trying; runs what is missing."""
+    """Candidate -> Last after the split's tasks, a fraction; runs what is missing."""
     tuning = study.tuning
     if tuning is None:
         return {}
     base = _config(study, arm, tuning.seed, Path(), None)
     stream = held_out_stream(Path(base.stream), tuning)
-    scores: dict[float, float] = {}
-
-    def attempt(rate: float) -> None:
+    scores = {}
+    for rate in tuning.learning_rates if base.method != "zero_shot" else tuning.learning_rates[:1]:
         directory = Path(study.runs) / _slug(arm) / f"tuning_{rate:g}"
         retention = _run(_config(study, arm, tuning.seed, directory, rate, stream=stream, data_root="."))
         scores[rate] = float(retention["metrics"]["last"])
-
-    if base.method == "zero_shot":
-        attempt(tuning.learning_rates[0])
-        return scores
-    for rate in tuning.learning_rates:
-        attempt(rate)
-    while (best := max(scores, key=lambda rate: scores[rate])) in (min(scores), max(scores)):
-        attempt(best / 2 if best == min(scores) else best * 2)
     return scores
 
 
@@ -363,9 +353,10 @@ def _tuned(study: Study, arm: str) -> dict[str, float]:
     if study.tuning is None or arm in study.ablations:
         return {}
     found = {}
-    for path in (Path(study.runs) / _slug(arm)).glob("tuning_[0-9]*/retention.json"):
-        found[path.parent.name.removeprefix("tuning_")] = read_json(path)["metrics"]["last"]
-    found = dict(sorted(found.items(), key=lambda item: float(item[0])))
+    for rate in study.tuning.learning_rates:
+        path = Path(study.runs) / _slug(arm) / f"tuning_{rate:g}" / "retention.json"
+        if path.exists():
+            found[f"{rate:g}"] = read_json(path)["metrics"]["last"]
     for candidate in study.candidates.get(arm, []):
         path = _candidate_directory(study, arm, candidate) / "retention.json"
         if path.exists():
