@@ -64,6 +64,18 @@ def test_the_function_and_the_gradients_are_those_of_the_adapter_beside_the_base
     assert torch.equal(adapted(**inputs).logits, logits), "the layers compute by themselves again"
 
 
+def test_activations_can_be_computed_again(nf4_model: Any) -> None:
+    nf4_model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    adapted, inputs = with_past(nf4_model, 24), batch(4)
+    adapted.train()
+    _, expected = gradients(adapted, inputs)
+    with past_in_base(adapted, [ACCUMULATED]):
+        activate(adapted, [STAGE], STAGE, "B")
+        _, found = gradients(adapted, inputs)
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() / gradient.norm() < 1e-4, name
+
+
 def test_without_the_past_the_function_is_another_one(nf4_model: Any) -> None:
     """What the test above would miss if the base took nothing in."""
     adapted, inputs = with_past(nf4_model, 24), batch(4)
