@@ -5,8 +5,8 @@
     python benchmarks/run.py --quick            tiny sizes, to see that everything runs
 
 On a GPU the same command takes the shapes of LLaVA-1.5-7B. Rows, date and hardware are kept in
-docs/benchmarks/results.json; a script that is run again replaces its own. Nothing else should compute
-meanwhile.
+docs/benchmarks/results.json, the table in docs/benchmarks/table.md; a script that is run again replaces its own
+rows. Nothing else should compute meanwhile.
 """
 
 import argparse
@@ -52,7 +52,10 @@ def main() -> None:
             PICTURES.mkdir(parents=True, exist_ok=True)
             write_json(kept, results)
     rows = [Row(**row) for name in SCRIPTS if name in results for row in results[name]["rows"]]
-    print("\n" + table(sorted(rows, key=lambda row: row.number)))
+    text = table(sorted(rows, key=lambda row: row.number))
+    if not arguments.quick:
+        (PICTURES / "table.md").write_text(text + "\n")
+    print("\n" + text)
 
 
 if __name__ == "__main__":
