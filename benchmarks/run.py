@@ -5,8 +5,8 @@
     python benchmarks/run.py --quick            tiny sizes, to see that everything runs
 
 On a GPU the same command takes the shapes of LLaVA-1.5-7B. Rows, date and hardware are kept in
-docs/benchmarks/results.json, the table in docs/benchmarks/table.md; a script that is run again replaces its own
-rows. Nothing else should compute meanwhile.
+docs/benchmarks/results.json, the table in docs/benchmarks/table.md; a script that is run again replaces its
+own rows. Nothing else should compute meanwhile.
 """
 
 import argparse

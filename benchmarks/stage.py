@@ -2,10 +2,10 @@
 
     python benchmarks/stage.py
 
-The first task of the embedded image stream, with the recipe's own settings but half its steps; evaluation and loading are left
-out on both sides. QLoRA is TRL's SFTTrainer on PEFT's LoRA of the same rank on the same layers, both factors
-trained, with this project's collator. The stage is `run_stage`: probe, A, training, checks, fold, feature
-basis; its weight bases are cached, or computed as in a run's first stage.
+The first task of the embedded image stream, with the recipe's own settings but half its steps; evaluation
+and loading are left out on both sides. QLoRA is TRL's SFTTrainer on PEFT's LoRA of the same rank on the same
+layers, both factors trained, with this project's collator. The stage is `run_stage`: probe, A, training,
+checks, fold, feature basis; its weight bases are cached, or computed as in a run's first stage.
 """
 
 import contextlib
