@@ -72,6 +72,11 @@ from mllm_keeplora.subspace import extend_basis, project_to_residual
 from mllm_keeplora.targets import Target, find_targets
 from mllm_keeplora.workplace import Stage
 
+sys.path.insert(0, str(ROOT / "recipes"))
+
+from video import EMBEDDED as VIDEO  # noqa: E402
+from vqa import EMBEDDED as IMAGE  # noqa: E402
+
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
@@ -512,13 +517,10 @@ def draw(curves: Mapping[str, Mapping[int, Held]], file: Path) -> None:
 def open_tasks(kind: str, folder: Path, quick: bool) -> Iterator[tuple[str, Task]]:
     """The first and the third task of the embedded stream for `vqa` or `video`, data built where missing."""
     os.chdir(ROOT)  # the configs' paths are relative to it
-    overrides = ["--run_dir", str(folder / kind)]
-    config = parse_config("", Path("recipes", "configs", kind, "embedded.yaml"), overrides)
+    embedded = {"vqa": IMAGE, "video": VIDEO}[kind]
+    embedded.build()
+    config = parse_config("", embedded.config, ["--run_dir", str(folder / kind)])
     stream = load_stream(Path(config.stream), None)
-    builder = "build_data.py" if kind == "vqa" else "build_video_data.py"
-    if not stream.data_root.exists():
-        command = [sys.executable, f"recipes/embedded/{builder}", "--out", str(stream.data_root)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     wanted = stream.tasks[:1] if quick else stream.tasks[:3:2]
     stream = replace(stream, tasks=wanted, general=())
     work = _open_workplace(_History.read(config, stream, folder / kind), load_method(config))
