@@ -28,8 +28,10 @@ import mllm_keeplora  # noqa: E402, F401  # its guards come before the libraries
 
 # isort: split
 import torch  # noqa: E402
-from leaderboard import FinishedRun, lmms_eval_arguments, read_results, read_run  # noqa: E402
 from measure import ROOT, Options, Row, benchmark, ratio  # noqa: E402
+
+# A folder of this name, which the leaderboard's command makes here, would change where the import is sorted.
+from leaderboard import FinishedRun, lmms_eval_arguments, read_results, read_run  # noqa: E402  # isort: skip
 
 from mllm_keeplora.config import parse_config  # noqa: E402
 from mllm_keeplora.data.video import VideoReader  # noqa: E402
