@@ -85,6 +85,7 @@ def _with_past(layer: nn.Linear, a: Tensor, b: Tensor) -> Callable[[Tensor], Ten
     break_even = in_features * out_features / (in_features + out_features)
 
     def forward(x: Tensor) -> Tensor:
+        """x [.., in] fp32 -> [.., out]."""
         if x.numel() / in_features > break_even:
             return _SummedLinear.apply(x, layer, a, b)
         return own(x) + linear(linear(x, a), b)
