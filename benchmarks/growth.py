@@ -38,7 +38,7 @@ import torch
 import transformers
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from measure import Options, Row, benchmark, in_turns, megabytes
+from measure import Options, Row, benchmark, in_turns, megabytes, saved_bytes
 from shapes import Shape, llava_config, random_model
 from true_shape import run_config, write_files
 
@@ -216,20 +216,10 @@ class Past:
         The model with all its factors, the stage's copy of the past's, gradients and moments of B, and what
         the forward keeps for the backward.
         """
-        own = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
-        kept: dict[int, int] = {}
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            self.step()
+        kept = saved_bytes(self.model, self.step)
         trained = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
         copy = sum(a.nbytes + b.nbytes for a, b in self.stage.accumulated.values())
-        return float(self.model.get_memory_footprint() + copy + 3 * trained + sum(kept.values()))
+        return float(self.model.get_memory_footprint() + copy + 3 * trained + kept)
 
     def fold(self) -> None:
         """What `run_stage` does between training and the next probe; B is random."""

@@ -119,6 +119,22 @@ def megabytes(count: float) -> str:
     return f"{count / 1e6:.4g} MB"
 
 
+def saved_bytes(model: torch.nn.Module, forward: Callable[[], Any]) -> int:
+    """What autograd keeps during `forward` for the backward, parameters of the model left out."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    found: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward()
+    return sum(found.values())
+
+
 class Peaks:
     """Seconds and peak memory of phases, beyond what the process held when the object was made.
 

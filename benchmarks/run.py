@@ -1,6 +1,6 @@
 """All benchmarks, one process after the other; one table at the end.
 
-    python benchmarks/run.py                    a CPU: mid-size shapes, about an hour on one core
+    python benchmarks/run.py                    a CPU: mid-size shapes, about 40 minutes on one core
     python benchmarks/run.py --only bases       these scripts
     python benchmarks/run.py --quick            tiny sizes, to see that everything runs
 

@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from measure import Options, Row, benchmark, in_turns, megabytes, milliseconds, ratio
+from measure import Options, Row, benchmark, in_turns, megabytes, milliseconds, ratio, saved_bytes
 from shapes import MIDDLE, TINY, TRUE, Shape, llava_config, random_batch, random_model, settings_for
 from torch import Tensor, nn
 
@@ -59,7 +59,7 @@ def size_for(options: Options) -> Size:
 
 
 def random_factors(targets: list[Target], rank: int, seed: str, device: torch.device) -> Factors:
-    """A with orthonormal rows where there is room for them, B small."""
+    """A whose rows have length 1 on average, B small."""
     factors = {}
     for t in targets:
         generator = module_generator(0, f"{seed}/{t.name}")
@@ -122,20 +122,8 @@ class Step:
         return sum(parameters) + sum(trained)
 
     def saved_bytes(self) -> int:
-        """What autograd keeps from forward to backward, parameters left out."""
-        parameters = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
-        found: dict[int, int] = {}
-
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in parameters:
-                found[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = self.model(**self.batch).loss
-        del loss
-        return sum(found.values())
+        """What a forward keeps for the backward."""
+        return saved_bytes(self.model, lambda: self.model(**self.batch).loss)
 
 
 def make_dense(model: nn.Module, name: str, a: Tensor, b: Tensor) -> None:
