@@ -3,12 +3,14 @@
     python benchmarks/gradient_pass.py          a CPU: about 10 minutes
     python benchmarks/gradient_pass.py --quick
 
-Row 2, cost, on a LLaVA-1.5 of random weights. Here: `sketch_gradients` with q = 4 r columns, r = 32, on NF4.
-Beside, what the public code does: weights of all target layers trainable on a dense model (bf16 on a GPU,
-fp32 on a CPU), and after each batch their gradients added to one running mean per weight of the model's
-dtype, the gradients staying allocated. On a GPU the model is LLaVA-1.5-7B's shape, in batches of one sample
-of 640 tokens. On a CPU it has two language layers of half the width and one vision layer of the true one, in
-batches of four samples of 128 tokens, since a 4-bit weight is dequantised once a batch and pass.
+Row 2, cost, on a LLaVA-1.5 of random weights. Here: `sketch_gradients` on NF4, q = 128 = 4 r columns at 7B's
+width and in proportion at smaller ones. Beside, what the public code does: weights of all target layers
+trainable on a dense model (bf16 on a GPU, fp32 on a CPU), and after each batch their gradients added to one
+running mean per weight of the model's dtype, the gradients staying allocated. On a GPU the model is
+LLaVA-1.5-7B's shape, in batches of one sample of 640 tokens. On a CPU the language layers have half the width
+and the vision layers the true one. Time: two and one of them, batches of four samples of 128 tokens, since a
+4-bit weight is dequantised once a batch and pass. Memory: eight and six, so that what exists for one layer at
+a time weighs as little as at 7B, and batches of one sample of 320 tokens, for the width as many as 640 at 7B.
 
 Peak memory is beyond the model, each side in a process of its own. "The pass itself" is the peak when next to
 nothing is measured (q = 1; one trainable bias): activations and, here, the largest dequantised weight.
@@ -64,6 +66,7 @@ from mllm_keeplora.data.records import select_evenly
 from mllm_keeplora.gradients import back_project_gradients, sketch_gradients
 from mllm_keeplora.lora_init import lora_a_from_gradient
 from mllm_keeplora.methods.base import load_method
+from mllm_keeplora.plan import skeleton_of
 from mllm_keeplora.processes import start_processes
 from mllm_keeplora.sketch import extend_basis_from_sketch, refined_directions
 from mllm_keeplora.stream_runner import _History, _open_workplace
@@ -85,8 +88,10 @@ Batch = Mapping[str, Tensor]
 
 COLUMNS_PER_RANK = 4
 # Row 2
-COLUMNS = COLUMNS_PER_RANK * 32
+TARGETS = {"vision": ["all-linear"], "language": ["all-linear"]}
+WIDTH_OF_A_COLUMN = 32  # 4096 / 128
 BATCHES = 2
+HALF = Shape(2048, 5632, 8, 32, 1024, 4096, 7, 16, 112, 2048)
 WANTED_MEMORY, WANTED_TIME = 0.1, 0.7
 # Row 3
 RANKS = (16, 4)
@@ -108,13 +113,27 @@ class Size:
     batch: int
 
     @classmethod
-    def of(cls, device: torch.device, quick: bool) -> "Size":
-        """What is measured there."""
+    def for_time(cls, device: torch.device, quick: bool) -> "Size":
+        """What is timed there."""
         if quick:
             return cls(TINY, 48, 1)
         if device.type == "cuda":
             return cls(TRUE, 640, 1)
-        return cls(Shape(2048, 5632, 2, 32, 1024, 4096, 2, 16, 112, 2048), 128, 4)
+        return cls(replace(HALF, layers=2, vision_layers=2), 128, 4)
+
+    @classmethod
+    def for_memory(cls, device: torch.device, quick: bool) -> "Size":
+        """Where memory is measured."""
+        return cls(HALF, 320, 1) if device.type == "cpu" and not quick else cls.for_time(device, quick)
+
+    @property
+    def columns(self) -> int:
+        """q."""
+        return self.shape.hidden // WIDTH_OF_A_COLUMN
+
+    def __str__(self) -> str:
+        samples = f"{self.batch} x {self.length} tokens"
+        return f"{self.shape.layers} layers {self.shape.hidden} wide, {samples}, q = {self.columns}"
 
     def batches(self, device: torch.device) -> list[Batch]:
         """Two of them."""
@@ -124,7 +143,7 @@ class Size:
 def make_model(device: torch.device, size: Size) -> tuple[Any, list[Target]]:
     """The NF4 model of random weights and the layers to measure."""
     model = random_model(llava_config(size.shape), settings_for(device), device)
-    return model, find_targets(model, {"vision": ["all-linear"], "language": ["all-linear"]})
+    return model, find_targets(model, TARGETS)
 
 
 def dequantise(model: Any) -> Any:
@@ -180,16 +199,16 @@ def peaks(side: str, device: torch.device, quick: bool, checkpointing: bool) -> 
 
     Args:
         side: `probe` or `full`.
-        device, quick: what `Size.of` takes.
+        device, quick: what `Size.for_memory` takes.
         checkpointing: keep layers' inputs alone and compute their activations again.
     """
-    size = Size.of(device, quick)
+    size = Size.for_memory(device, quick)
     model, targets = make_model(device, size)
     batches = size.batches(device)
     if side == "probe":
         passes: dict[str, Callable[[], Any]] = {
             "itself": partial(probe, model, targets, batches, 1),
-            "all": partial(probe, model, targets, batches, COLUMNS),
+            "all": partial(probe, model, targets, batches, size.columns),
         }
     else:
         dequantise(model).train()  # a probe trains, too: else nothing is checkpointed
@@ -225,32 +244,34 @@ def peaks_of_own_process(side: str, options: Options, checkpointing: bool) -> di
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def factor_bytes(targets: Sequence[Target], size: int) -> tuple[int, int]:
-    """What must exist at the least, bytes: (A, B, dL/dA in fp32; gradient and mean of `size` bytes each)."""
-    ours = sum(4 * COLUMNS * (2 * t.in_features + t.out_features) for t in targets)
+def least_bytes(targets: Sequence[Target], columns: int, size: int) -> tuple[int, int]:
+    """What must exist, bytes: (Omega and Omega^T G in fp32; gradient and mean of `size` a number)."""
+    ours = sum(4 * columns * (t.in_features + t.out_features) for t in targets)
     return ours, sum(2 * size * t.in_features * t.out_features for t in targets)
 
 
 def pass_operations(targets: Sequence[Target], size: Size) -> float:
     """Multiplications of the target layers here over those beside, per sample.
 
-    Both: W x and W^T dy. Beside: dy x^T. Here: x A^T, B (A x), B^T dy, dL/dA and A^T (B^T dy).
+    Both: W x and W^T dy. Beside: dy x^T. Here: Omega^T dy and (Omega^T dy) x^T.
     """
     ours = beside = 0
     for t in targets:
         tokens = size.shape.image_tokens + 1 if t.tower == "vision" else size.length
         weight = t.in_features * t.out_features
-        ours += tokens * (2 * weight + COLUMNS * (3 * t.in_features + 2 * t.out_features))
+        ours += tokens * (2 * weight + size.columns * (t.in_features + t.out_features))
         beside += tokens * 3 * weight
     return ours / beside
 
 
-def memory_row(targets: Sequence[Target], options: Options, checkpointing: bool) -> Row:
+def memory_row(options: Options, checkpointing: bool) -> Row:
     """Peaks of both sides."""
+    size = Size.for_memory(options.device, options.quick)
+    targets = find_targets(skeleton_of(llava_config(size.shape), settings_for(options.device)), TARGETS)
     ours, beside = (peaks_of_own_process(side, options, checkpointing) for side in ("probe", "full"))
     found = ours["all"] / beside["all"]
-    dtype, size = ("bf16", 2) if options.device.type == "cuda" else ("fp32", 4)
-    least = factor_bytes(targets, size)
+    dtype, itemsize = ("bf16", 2) if options.device.type == "cuda" else ("fp32", 4)
+    least = least_bytes(targets, size.columns, itemsize)
     how = ", activations checkpointed" if checkpointing else ""
 
     def text(peak: Mapping[str, float]) -> str:
@@ -258,25 +279,26 @@ def memory_row(targets: Sequence[Target], options: Options, checkpointing: bool)
 
     return Row(
         number=2,
-        what=f"gradient pass, peak memory beyond the model, q = {COLUMNS}{how}",
+        what=f"gradient pass, peak memory beyond the model, {size}{how}",
         ours=text(ours),
         beside=f"full gradients, {dtype}: {text(beside)}",
         result=f"{found:.3f} of it",
         goal=f"<= {WANTED_MEMORY}",
         met=found <= WANTED_MEMORY,
-        floor=f"A, B and dL/dA {megabytes(least[0])} over gradients and means {megabytes(least[1])}: "
+        floor=f"Omega and Omega^T G {megabytes(least[0])} over gradients and means {megabytes(least[1])}: "
         f"{least[0] / least[1]:.3f}",
     )
 
 
-def time_row(model: Any, targets: Sequence[Target], options: Options) -> Row:
+def time_row(options: Options) -> Row:
     """Seconds, in turns; the probe on the dense model, too, to tell what 4-bit weights cost."""
-    size = Size.of(options.device, options.quick)
+    size = Size.for_time(options.device, options.quick)
+    model, targets = make_model(options.device, size)
     batches = size.batches(options.device)
     dense = dequantise(copy.deepcopy(model))
     ways: dict[str, Callable[[], Any]] = {
-        "probe": partial(probe, model, targets, batches, COLUMNS),
-        "on dense": partial(probe, dense, targets, batches, COLUMNS),
+        "probe": partial(probe, model, targets, batches, size.columns),
+        "on dense": partial(probe, dense, targets, batches, size.columns),
         "full": partial(running_means, dense, target_weights(dense, targets), batches),
     }
     seconds = in_turns(ways, 1 if options.quick else options.repeats, options.device)
@@ -286,7 +308,7 @@ def time_row(model: Any, targets: Sequence[Target], options: Options) -> Row:
     }
     return Row(
         number=2,
-        what=f"gradient pass, time a sample of {size.length} tokens, q = {COLUMNS}",
+        what=f"gradient pass, time a sample, {size}",
         ours=f"{a_sample['probe']}; on dense weights {a_sample['on dense']}",
         beside=f"full gradients: {a_sample['full']}",
         result=f"{found} of it; on dense weights {ratio(seconds['on dense'], seconds['full'])}",
@@ -298,11 +320,8 @@ def time_row(model: Any, targets: Sequence[Target], options: Options) -> Row:
 
 def cost_rows(options: Options) -> list[Row]:
     """Row 2."""
-    model, targets = make_model(options.device, Size.of(options.device, options.quick))
     checkpointing = (False,) if options.quick else (False, True)
-    found = [time_row(model, targets, options)]
-    del model
-    return [*found, *(memory_row(targets, options, how) for how in checkpointing)]
+    return [time_row(options), *(memory_row(options, how) for how in checkpointing)]
 
 
 # Row 3

@@ -1,8 +1,8 @@
 """LoRA factors on a model through PEFT: attach, activate, freeze, read back.
 
-Three adapters can be present. `default` is the accumulated past (PEFT saves an adapter of that name at the
-top of its directory, where every PEFT user looks for it), `stage` is what the running stage learns, `probe`
-measures gradients. All factors are fp32.
+Two adapters can be present. `default` is the accumulated past (PEFT saves an adapter of that name at the
+top of its directory, where every PEFT user looks for it), `stage` is what the running stage learns. All
+factors are fp32.
 """
 
 import re
@@ -19,7 +19,6 @@ from mllm_keeplora.errors import KeepLoRAError
 
 ACCUMULATED = "default"
 STAGE = "stage"
-PROBE = "probe"
 
 # Module name -> (A [r, in], B [out, r]), the update being scale * B A.
 Factors = dict[str, tuple[Tensor, Tensor]]

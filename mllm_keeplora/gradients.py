@@ -1,12 +1,14 @@
-"""Task gradients of 4-bit layers, sketched by an ordinary LoRA adapter (E2).
+"""Task gradients of 4-bit layers, sketched as the backward pass goes by (E2).
 
-A LoRA adapter with A = 0 and B = Omega leaves the model's function as it is, and back-propagation through it
-gives
+What is needed of a layer's gradient G = dL/dW = sum_tokens dy x^T [out, in] is a product with a thin matrix:
 
-    dL/dA |_{A=0} = s Omega^T G,        G = dL/dW  [out, in]
+    Omega^T G = (dY Omega)^T X     [q, in]     the input-side randomised range sketch that E3, E4 and E8 need
+    G Q       = dY^T (X Q)         [out, q]    the refining pass
 
-which is the input-side randomised range sketch that E3, E4 and E8 need. No hook, no full-size gradient, no
-dequantised copy; it works through 4-bit layers, gradient checkpointing and accumulation.
+An identity behind each layer keeps X and, when dY comes back, makes that product. It is the gradient that a
+LoRA adapter with A = 0 and B = Omega (or A = Q^T and B = 0) would get, without the adapter's other products.
+No full-size gradient, no dequantised copy; it works through 4-bit layers, gradient checkpointing and
+accumulation.
 
 In a run of several processes each back-propagates its own batches and the sums are added up: sums of
 gradients and counts of tokens, never means. The model carries no DDP wrapper here: processes may have
@@ -14,14 +16,15 @@ different numbers of batches, or none, and batches that leave a tower out.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from mllm_keeplora.adapters import PROBE, Factors, activate, attach, factor_parameters, without_dropout
+from mllm_keeplora.adapters import without_dropout
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.processes import sum_of_all
 from mllm_keeplora.targets import Target
@@ -45,25 +48,18 @@ def gaussian_probe(target: Target, columns: int, seed: int) -> Tensor:
 
 
 def sketch_gradients(
-    model: nn.Module,
-    targets: Sequence[Target],
-    columns: Mapping[str, int],
-    batches: Batches,
-    seed: int,
-    keep: Sequence[str] = (),
+    model: nn.Module, targets: Sequence[Target], columns: Mapping[str, int], batches: Batches, seed: int
 ) -> dict[str, Tensor]:
     """One probe pass: Y = Omega^T G of every target at the current model.
 
-    Side effects: a `probe` adapter is attached during the pass and removed; the training flag and
-    requires_grad flags are restored to eval and frozen. Cost: one forward and one backward per batch.
+    Side effects: the training flag is left at eval. Cost: one forward and one backward per batch.
 
     Args:
-        model: base model, or a PeftModel whose `keep` adapters belong to the current model.
+        model: frozen; a base model, or a PeftModel whose active adapters belong to the current model.
         targets: the layers to measure.
         columns: q per module name.
         batches: returns an iterable of model inputs with labels, on the model's device: this process's share.
         seed: of Omega.
-        keep: adapters that stay active beside the probe.
 
     Returns:
         Module name -> Y [q, in], fp32 on the CPU, the same on all processes. G is the sum over all supervised
@@ -72,24 +68,21 @@ def sketch_gradients(
     Raises:
         GradientError: no supervised token, a NaN, or a module that received no gradient.
     """
-    factors = {
-        t.name: (torch.zeros(columns[t.name], t.in_features), gaussian_probe(t, columns[t.name], seed))
-        for t in targets
-    }
-    return _probe_pass(model, factors, "A", batches, keep)
+    device = next(model.parameters()).device
+    sketches = {}
+    for t in targets:
+        omega = gaussian_probe(t, columns[t.name], seed)
+        sketches[t.name] = _ThinGradient(device, columns[t.name], t.in_features, left=omega)
+    return _probe_pass(model, sketches, batches)
 
 
 def back_project_gradients(
-    model: nn.Module,
-    directions: Mapping[str, Tensor],
-    out_features: Mapping[str, int],
-    batches: Batches,
-    keep: Sequence[str] = (),
+    model: nn.Module, directions: Mapping[str, Tensor], out_features: Mapping[str, int], batches: Batches
 ) -> dict[str, Tensor]:
-    """The refinement pass: G Q of every target, from an adapter with A = Q^T and B = 0 (dL/dB = s G Q).
+    """The refining pass: G Q of every target.
 
     Args:
-        model, batches, keep: as for `sketch_gradients`.
+        model, batches: as for `sketch_gradients`.
         directions: module name -> Q^T [q, in], orthonormal rows.
         out_features: module name -> out.
 
@@ -99,32 +92,84 @@ def back_project_gradients(
     Raises:
         GradientError: as for `sketch_gradients`.
     """
-    factors = {
-        name: (rows, torch.zeros(out_features[name], rows.shape[0])) for name, rows in directions.items()
+    device = next(model.parameters()).device
+    images = {
+        name: _ThinGradient(device, out_features[name], len(rows), right=rows.T)
+        for name, rows in directions.items()
     }
-    return _probe_pass(model, factors, "B", batches, keep)
+    return _probe_pass(model, images, batches)
 
 
-def _probe_pass(
-    model: nn.Module, factors: Factors, measure: str, batches: Batches, keep: Sequence[str]
-) -> dict[str, Tensor]:
-    peft_model = attach(model, PROBE, factors, dict.fromkeys(factors, 1.0))
+class _ThinGradient:
+    """Where a layer's Omega^T G or G Q adds up.
+
+    Attributes:
+        sum: [rows, columns] leaf without a storage of its own; its `.grad` is the sum, fp32, None before any
+            token of a batch has come through the layer.
+        left: Omega [out, q] or None.
+        right: Q [in, q] or None.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        rows: int,
+        columns: int,
+        left: Tensor | None = None,
+        right: Tensor | None = None,
+    ) -> None:
+        self.sum = torch.zeros((), device=device).expand(rows, columns).requires_grad_()
+        self.left = None if left is None else left.to(device, torch.float32)
+        self.right = None if right is None else right.to(device, torch.float32)
+
+    def watch(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """A forward hook: the layer's output as it is."""
+        watched: Tensor = _Watch.apply(output, inputs[0], self.sum, self.left, self.right)
+        return watched
+
+
+class _Watch(torch.autograd.Function):
+    """y -> y; the gradient for `sum` is (dY left)^T (X right), a missing factor being the identity."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, _sum: Tensor, left: Tensor | None, right: Tensor | None
+    ) -> Tensor:
+        """y [.., out], x [.., in], both of the compute dtype."""
+        ctx.save_for_backward(x if right is None else x.float() @ right, left)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """dY [.., out], products in fp32."""
+        x, left = ctx.saved_tensors
+        dy = gradients[0].flatten(0, -2).float()
+        thin = dy if left is None else dy @ left
+        return gradients[0], None, thin.T @ x.flatten(0, -2).float(), None, None
+
+
+def _probe_pass(model: nn.Module, sums: Mapping[str, _ThinGradient], batches: Batches) -> dict[str, Tensor]:
+    model.train()  # transformers checkpoints activations in train() only
     try:
-        activate(peft_model, [*keep, PROBE], PROBE, "A" if measure == "A" else "B")
-        peft_model.train()  # transformers checkpoints activations in train() only
-        with without_dropout(peft_model):
-            tokens = _accumulate(peft_model, batches())
-        return _mean_gradients(peft_model, list(factors), measure, tokens)
+        with without_dropout(model), _watching(model, sums):
+            tokens = _accumulate(model, batches())
     finally:
-        peft_model.eval()
-        peft_model.delete_adapter(PROBE)
-        if keep:
-            activate(peft_model, keep)
-        else:
-            peft_model.unload()
+        model.eval()
+    return _mean_gradients({name: gradient.sum for name, gradient in sums.items()}, tokens)
 
 
-def _accumulate(model: PeftModel, batches: Iterable[Mapping[str, Any]]) -> int:
+@contextmanager
+def _watching(model: nn.Module, sums: Mapping[str, _ThinGradient]) -> Iterator[None]:
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    handles = [base.get_submodule(name).register_forward_hook(s.watch) for name, s in sums.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _accumulate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> int:
     """Back-propagates the summed token losses of the batches; returns the number of supervised tokens."""
     tokens = 0
     for batch in batches:
@@ -141,23 +186,23 @@ def _accumulate(model: PeftModel, batches: Iterable[Mapping[str, Any]]) -> int:
     return tokens
 
 
-def _mean_gradients(model: PeftModel, names: Sequence[str], measure: str, tokens: int) -> dict[str, Tensor]:
+def _mean_gradients(sums: Mapping[str, Tensor], tokens: int) -> dict[str, Tensor]:
     """Gradients and tokens summed over all processes, divided. Every process takes part in every sum."""
-    parameters = [factor_parameters(model, PROBE, name)[0 if measure == "A" else 1] for name in names]
-    counts = torch.tensor([tokens, *(p.grad is not None for p in parameters)], device=parameters[0].device)
+    device = next(iter(sums.values())).device
+    counts = torch.tensor([tokens, *(s.grad is not None for s in sums.values())], device=device)
     total, *reached = sum_of_all(counts).tolist()
     if total == 0:
         raise GradientError("the probe sample has no supervised token: every label is masked")
     gradients = {}
-    for name, parameter, processes in zip(names, parameters, reached, strict=True):
+    for (name, own), processes in zip(sums.items(), reached, strict=True):
         if processes == 0:
             raise GradientError(
                 f"{name} received no gradient: no sample of the probe passes through it. Raise "
                 "probe.fraction or probe.max_samples until some do (images or clips among text), or leave "
                 "the module out of the tower's targets"
             )
-        gradient = sum_of_all(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+        gradient = sum_of_all(own.new_zeros(own.shape) if own.grad is None else own.grad)
         if not torch.isfinite(gradient).all():
             raise GradientError(f"{name}: the probe gradient has NaN or infinite entries")
-        gradients[name] = gradient.detach().float().cpu() / total
+        gradients[name] = gradient.cpu() / total
     return gradients

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -34,6 +34,8 @@ _WRITERS = re.compile(r"(^|\.)(o_proj|out_proj|proj|down_proj|fc2|linear_fc2)$")
 _OPTIMIZER_STATE = (("8bit", 2), ("adafactor", 0), ("sgd", 0), ("lion", 4), ("rmsprop", 4), ("adagrad", 4))
 
 PHASES = ("weight bases", "probe", "train", "evaluation")
+# What gets a gradient: the weights, thinned (E2), or a stage's factors.
+Seen = Literal["probe", "B", "both"]
 
 
 @dataclass(frozen=True)
@@ -139,11 +141,10 @@ class MemoryModel:
             return {}
         sketch = 4 * sum(self.columns(t) * t.in_features for t in self.targets)
         omega = 4 * sum(self.columns(t) * t.out_features for t in self.targets)
-        batch = self.config.probe.batch_size
-        kept, working = self.activations(batch, train_a=True)
+        kept, working = self.activations(self.config.probe.batch_size, "probe")
         found = sketch if self.on_cpu else 0  # the gradients' copies, once the activations are gone
         return {
-            "stage or probe adapter": sketch + omega * (2 if self.on_cpu else 1),
+            "stage's adapter or Omega": omega,
             "its gradient": sketch,
             "activations": max(kept, found - working),
             "largest temporary": max(working, self._residual_directions() - kept),
@@ -160,11 +161,11 @@ class MemoryModel:
         trained = self.factors(self.method.trains)
         work = []
         for train in self.train_settings():
-            kept, working = self.activations(train.per_device_train_batch_size, train_a=both)
+            kept, working = self.activations(train.per_device_train_batch_size, "both" if both else "B")
             work.append((4 + optimizer_state(train.optim), kept, working))
         state, kept, working = max(work, key=lambda w: w[0] * trained + w[1] + w[2])
         return {
-            "stage or probe adapter": 4 * (self.factors() + (self.factors("A") if self.on_cpu else 0)),
+            "stage's adapter or Omega": 4 * (self.factors() + (self.factors("A") if self.on_cpu else 0)),
             "its gradient": 4 * trained,
             "optimizer state": (state - 4) * trained,
             "activations": kept,
@@ -175,17 +176,17 @@ class MemoryModel:
         """Those of all tasks."""
         return [self.config.train, *(self.config.train_for(task) for task in self.config.train_overrides)]
 
-    def activations(self, batch: int, train_a: bool) -> tuple[int, int]:
+    def activations(self, batch: int, seen: Seen) -> tuple[int, int]:
         """(bytes kept for the backward pass, bytes of the largest temporary beside them).
 
         The temporary is what the loss needs, or the work on one layer in the backward pass; with activation
         checkpointing that is a whole layer's activations.
         """
         tokens = batch * self.shape.tokens
-        language = _Tower(self.model.get_submodule(LANGUAGE_LAYERS), self, "language", train_a)
+        language = _Tower(self.model.get_submodule(LANGUAGE_LAYERS), self, "language", seen)
         towers = [(language, tokens)]
         kept = batch * self._pixels
-        for vision in self._vision_towers(train_a):
+        for vision in self._vision_towers(seen):
             if self.config.vision.adapt:
                 towers.append((vision, batch * self.shape.vision_tokens))
             else:
@@ -204,21 +205,21 @@ class MemoryModel:
                 working = max(working, tower.working(rows))
         return kept, working
 
-    def _vision_towers(self, train_a: bool) -> Iterator["_Tower"]:
+    def _vision_towers(self, seen: Seen) -> Iterator["_Tower"]:
         family = family_of(self.model.config)
         if self.shape.media is not None:
             layers = self.model.get_submodule(family.vision_layers[self.shape.media])
-            yield _Tower(layers, self, "vision", train_a)
+            yield _Tower(layers, self, "vision", seen)
 
     def _evaluation(self) -> dict[str, int]:
         """Keys and values of prompt and answer, and the forward of the prompt."""
         batch = self.config.evaluation.batch_size
-        language = _Tower(self.model.get_submodule(LANGUAGE_LAYERS), self, "language", False)
+        language = _Tower(self.model.get_submodule(LANGUAGE_LAYERS), self, "language", "B")
         rows = batch * self.shape.tokens
         cache = 2 * (rows + batch * self.new_tokens) * language.key_width * self.itemsize
         vision = sum(
             v.hidden_states(batch * self.shape.vision_tokens) + v.working(batch * self.shape.vision_tokens)
-            for v in self._vision_towers(False)
+            for v in self._vision_towers("B")
         )
         seen = batch * self._pixels + rows * language.hidden * 3 * self.itemsize
         vocabulary = self.model.config.get_text_config().vocab_size
@@ -236,7 +237,7 @@ class _Tower:
     layers: Any  # nn.ModuleList
     memory: MemoryModel
     tower: Tower
-    train_a: bool
+    seen: Seen
 
     @cached_property
     def linears(self) -> dict[str, nn.Linear]:
@@ -278,22 +279,19 @@ class _Tower:
         return total
 
     def _lora(self) -> int:
-        """Inputs of the factors that train: x in fp32 for A, A x for B."""
-        rank = self.memory.config.towers()[self.tower].rank if self._adapted else 0
-        total = 0 if self._probing else 4 * rank * len(self._adapted)
-        if self.memory.config.train.lora_dropout > 0 and not self._probing:
-            total += sum(m.in_features for m in self._adapted.values())  # the mask
-        if not self.train_a:
-            return total
-        if self.memory.itemsize < 4:  # a copy for each layer
-            return total + 4 * sum(m.in_features for m in self._adapted.values())
-        # In fp32 nothing is copied, and layers with one input share it.
+        """Inputs of what gets a gradient: x for a probe, x in fp32 for A, A x for B."""
+        # Layers with one input share it, where it is kept as it is.
         widest = max((m.in_features for n, m in self._adapted.items() if _WRITERS.search(n)), default=0)
-        return total + 4 * (2 * self.hidden + widest)
-
-    @property
-    def _probing(self) -> bool:
-        return self.train_a and self.memory.method.gradient_passes > 0
+        shared = 2 * self.hidden + widest if self._adapted else 0
+        if self.seen == "probe":
+            return shared * self.memory.itemsize
+        inputs = sum(m.in_features for m in self._adapted.values())
+        total = 4 * self.memory.config.towers()[self.tower].rank * len(self._adapted)
+        if self.memory.config.train.lora_dropout > 0:
+            total += inputs  # the mask
+        if self.seen == "both":
+            total += 4 * (shared if self.memory.itemsize == 4 else inputs)
+        return total
 
     @cached_property
     def _adapted(self) -> dict[str, nn.Linear]:
@@ -315,11 +313,16 @@ class _Tower:
         return int(heads) * shape.vision_tokens * (4 + self.memory.itemsize)
 
     def working(self, rows: int) -> int:
-        """Work on the layer's largest linear: its weight dequantised, input, result and update in fp32."""
+        """Work on the layer's largest linear: its weight dequantised, input, result and update in fp32; of a
+        probe, in the backward pass, gradients of input and output, and input and dY in fp32."""
         itemsize, nf4 = self.memory.itemsize, self.memory.config.model.quantization == "nf4"
+        if self.seen == "probe":
+            inputs = outputs = itemsize + 4 * (itemsize < 4)
+        else:
+            inputs, outputs = 4, 8 + 2 * itemsize
         return max(
             (m.in_features * m.out_features * itemsize if nf4 else 0)
-            + rows * (4 * m.in_features + (8 + 2 * itemsize) * m.out_features)
+            + rows * (inputs * m.in_features + outputs * m.out_features)
             for m in self.linears.values()
         )
 

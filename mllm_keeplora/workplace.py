@@ -186,7 +186,6 @@ class Stage:
             self._columns(),
             self.probe_batches,
             2 * self.seed + pass_number,
-            keep=active_adapters(model),
         )
 
     def sketch_inputs(self, model: Model, pass_number: int) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from mllm_keeplora.methods.base import Features, Method, extended_features, per_
 from mllm_keeplora.processes import from_main
 from mllm_keeplora.sketch import refined_directions
 from mllm_keeplora.targets import Target
-from mllm_keeplora.workplace import Model, Stage, active_adapters
+from mllm_keeplora.workplace import Model, Stage
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,6 @@ def _refine(stage: Stage, model: Model, sketches: Mapping[str, Tensor]) -> dict[
     if not rows:
         return dict(sketches)
     out_features = {t.name: t.out_features for t in stage.targets}
-    images = back_project_gradients(
-        model, rows, out_features, stage.probe_batches, keep=active_adapters(model)
-    )
+    images = back_project_gradients(model, rows, out_features, stage.probe_batches)
     refined = {name: refined_directions(rows[name], images[name]) for name in rows}
     return {**sketches, **refined}

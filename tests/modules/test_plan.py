@@ -19,10 +19,11 @@ from PIL import Image
 from torch import nn
 
 from mllm_keeplora import plan as plan_module
-from mllm_keeplora.adapters import PROBE, attach
+from mllm_keeplora.adapters import STAGE, attach
 from mllm_keeplora.adapters import activate as activate_adapters
 from mllm_keeplora.config import ConfigError, ModelConfig, ProbeConfig, RunConfig, TowerConfig, TrainConfig
 from mllm_keeplora.data.collator import ChatCollator
+from mllm_keeplora.gradients import _ThinGradient, _watching
 from mllm_keeplora.memory import PHASES, MemoryModel, base_bytes, most_columns, optimizer_state
 from mllm_keeplora.models import load_base
 from mllm_keeplora.plan import (
@@ -134,18 +135,21 @@ def test_activations_are_what_autograd_keeps(family: str, dtype: str, bases: Any
     batch = ChatCollator(processor, None, reader())(samples(media_files, media)[:1])
     memory = memory_of(config, batch, media)
     pixels = sum(batch[key].nbytes for key in ("pixel_values", "pixel_values_videos") if key in batch)
-    for trained, rank in (("A", 32), ("B", 8)):
-        factors = {
-            t.name: (torch.ones(rank, t.in_features), torch.zeros(t.out_features, rank))
-            for t in memory.targets
-        }
-        adapted = attach(model, PROBE, factors, dict.fromkeys(factors, 1.0))
-        activate_adapters(adapted, [PROBE], PROBE, "A" if trained == "A" else "B")
+    model.train()
+    sums = {t.name: _ThinGradient(model.device, 32, t.in_features) for t in memory.targets}
+    with _watching(model, sums):
+        measured = kept_for_backward(model, batch) + pixels
+    planned, _ = memory.activations(1, "probe")
+    assert LEAST < planned / measured < MOST, (planned, measured)
+
+    factors = {t.name: (torch.ones(8, t.in_features), torch.zeros(t.out_features, 8)) for t in memory.targets}
+    adapted = attach(model, STAGE, factors, dict.fromkeys(factors, 1.0))
+    for trained in ("B", "both"):
+        activate_adapters(adapted, [STAGE], STAGE, trained)
         adapted.train()
         measured = kept_for_backward(adapted, batch) + pixels
-        planned, _ = memory.activations(1, train_a=trained == "A")
+        planned, _ = memory.activations(1, trained)
         assert LEAST < planned / measured < MOST, (trained, planned, measured)
-        adapted.unload()
 
 
 def test_what_lowers_memory_lowers_the_plan(bases: Any, media_files: Path) -> None:
