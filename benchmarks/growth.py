@@ -97,11 +97,13 @@ class Sizes:
     def options(self) -> argparse.Namespace:
         """As benchmarks/true_shape.py takes them."""
         return argparse.Namespace(
+            family="llava",
             depth=0.0,
             image_size=self.image_size,
             length=self.length,
             vocab=2048,
             rank=RANK,
+            probe_batches=2,
             steps=1,
             samples=2 * self.batch,
             questions=1,

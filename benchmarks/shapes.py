@@ -1,4 +1,4 @@
-"""Random LLaVA-1.5 models of chosen sizes, made without a download, and inputs for them."""
+"""Random LLaVA-1.5 and Video-LLaVA models of chosen sizes, made without a download, and inputs for them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,13 +18,13 @@ from mllm_keeplora.plan import skeleton_of
 from mllm_keeplora.platform_guards import guard_linear4bit
 from mllm_keeplora.targets import family_of
 
-SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "USER:", "ASSISTANT:"]
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "<video>", "USER:", "ASSISTANT:"]
 PATCH = 14  # pixels a side
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a LLaVA-1.5.
+    """Sizes of a LLaVA-1.5, or of a Video-LLaVA, which has two such vision towers.
 
     Attributes:
         hidden, intermediate, layers, heads: of the language tower.
@@ -59,30 +59,48 @@ TINY = Shape(128, 320, 2, 4, 64, 128, 3, 4, 56, 256)  # for --quick
 def llava_config(shape: Shape) -> transformers.LlavaConfig:
     """The model's config."""
     return transformers.LlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(
-            hidden_size=shape.vision_hidden,
-            intermediate_size=shape.vision_intermediate,
-            projection_dim=768,
-            num_hidden_layers=shape.vision_layers,
-            num_attention_heads=shape.vision_heads,
-            image_size=shape.image_size,
-            patch_size=PATCH,
-        ),
-        text_config=transformers.LlamaConfig(
-            hidden_size=shape.hidden,
-            intermediate_size=shape.intermediate,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.heads,
-            vocab_size=shape.vocabulary,
-            max_position_embeddings=4096,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-        ),
+        vision_config=_vision_config(shape),
+        text_config=_text_config(shape),
         image_token_index=SPECIAL.index("<image>"),
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
+    )
+
+
+def video_llava_config(shape: Shape) -> transformers.VideoLlavaConfig:
+    """The same for clips: each frame becomes its image tokens and a class token."""
+    return transformers.VideoLlavaConfig(
+        vision_config=_vision_config(shape),
+        text_config=_text_config(shape),
+        image_token_index=SPECIAL.index("<image>"),
+        video_token_index=SPECIAL.index("<video>"),
+    )
+
+
+def _vision_config(shape: Shape) -> transformers.CLIPVisionConfig:
+    return transformers.CLIPVisionConfig(
+        hidden_size=shape.vision_hidden,
+        intermediate_size=shape.vision_intermediate,
+        projection_dim=768,
+        num_hidden_layers=shape.vision_layers,
+        num_attention_heads=shape.vision_heads,
+        image_size=shape.image_size,
+        patch_size=PATCH,
+    )
+
+
+def _text_config(shape: Shape) -> transformers.LlamaConfig:
+    return transformers.LlamaConfig(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        vocab_size=shape.vocabulary,
+        max_position_embeddings=4096,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
     )
 
 

@@ -1,14 +1,15 @@
-"""One KeepLoRA++ stage on a LLaVA-1.5 of its true shape: seconds and memory per phase, beside the plan's.
+"""One KeepLoRA++ stage on a model of its true shape: seconds and memory per phase, beside the plan's.
 
     python benchmarks/true_shape.py           LLaVA-1.5-7B on a GPU, samples of 640 tokens, batches of 1 and 8
+    python benchmarks/true_shape.py --family video_llava      Video-LLaVA-7B, clips of 8 frames, 2304 tokens
     python benchmarks/true_shape.py --depth 0.1 --length 96 --image_size 112 --vocab 2048     a CPU, minutes
     python benchmarks/true_shape.py --plan --activation_checkpointing     the plan alone, for bf16 on a GPU
 
 Nothing is downloaded: the weights are random, made and quantised to NF4 one layer at a time, so that neither
 the host nor the device ever holds a dense model. Widths are the true ones (language 4096/11008, vision
 1024/4096); --depth scales the numbers of layers. The stage is the repository's own (`run_stage`) on generated
-images and texts whose samples all have --length tokens. Random weights have a flat spectrum: their bases are
-larger, and the decompositions slower, than those of trained ones.
+images or clips and texts whose samples all have --length tokens. Random weights have a flat spectrum: their
+bases are larger, and the decompositions slower, than those of trained ones.
 
 Each batch size has a process of its own. Measured is the peak during a phase less what the process held
 before the model was made: torch's allocations on a GPU, the resident set on a CPU (Linux), where every tensor
@@ -22,21 +23,22 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mllm_keeplora  # noqa: F401  # its guards come before the libraries they guard
 
 # isort: split
+import av
 import lmms_eval.evaluator  # noqa: F401  # imported now, so that the baseline holds it
 import numpy as np
 import transformers
 import yaml
 from measure import RETURN_FREED, Peaks, device_name
 from PIL import Image
-from shapes import SPECIAL, TRUE, Shape, llava_config, random_model
+from shapes import PATCH, SPECIAL, TRUE, Shape, llava_config, random_model, video_llava_config
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mllm_keeplora import stage
@@ -47,8 +49,10 @@ from mllm_keeplora.config import (
     RunConfig,
     TowerConfig,
     TrainConfig,
+    VideoConfig,
 )
 from mllm_keeplora.data.collator import ChatCollator
+from mllm_keeplora.data.media import MediaChecker
 from mllm_keeplora.data.records import Sample, Turn
 from mllm_keeplora.data.video import VideoReader
 from mllm_keeplora.evaluation.evaluate import write_task_files
@@ -58,12 +62,13 @@ from mllm_keeplora.plan import GB, make_plan
 from mllm_keeplora.processes import start_processes
 from mllm_keeplora.protected import weight_basis_files
 from mllm_keeplora.streams import load_stream, load_training_records
-from mllm_keeplora.targets import find_targets
+from mllm_keeplora.targets import Media, find_targets
 from mllm_keeplora.workplace import Stage, Workplace
 
 TEMPLATE = (
     "{% for m in messages %}{{ 'USER: ' if m['role'] == 'user' else 'ASSISTANT: ' }}"
-    "{% for c in m['content'] %}{{ '<image>\n' if c['type'] == 'image' else c['text'] }}{% endfor %}"
+    "{% for c in m['content'] %}"
+    "{{ c['text'] if c['type'] == 'text' else '<' + c['type'] + '>\n' }}{% endfor %}"
     "{{ '</s>' if m['role'] == 'assistant' else ' ' }}{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
 )
@@ -71,6 +76,31 @@ ANSWER = " ".join(f"w{n}" for n in range(15))
 # Which of the plan's phases a measured one is compared with.
 PLANNED = {"weight bases": "weight bases", "probe": "probe", "train": "train", "feature_basis": "probe"}
 PLANNED |= {"evaluation": "evaluation"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a sample of a family's 7B model is.
+
+    Attributes:
+        config: of its model.
+        media: what a record shows, the key of its file.
+        suffix: of that file.
+        image_size: pixels a side of an image or frame.
+        length: tokens of a sample, those of its image or clip included.
+    """
+
+    config: Callable[[Shape], Any]
+    media: Media
+    suffix: str
+    image_size: int
+    length: int
+
+
+FAMILIES = {
+    "llava": Family(llava_config, "image", ".png", 336, 640),
+    "video_llava": Family(video_llava_config, "video", ".mp4", 224, 2304),  # 8 frames of 257 tokens
+}
 
 
 def true_shape(options: argparse.Namespace) -> Shape:
@@ -84,55 +114,61 @@ def true_shape(options: argparse.Namespace) -> Shape:
     )
 
 
-def make_processor(image_size: int) -> transformers.LlavaProcessor:
-    """LLaVA-1.5's image processing, and a tokenizer of a few words."""
+def make_processor(family: Family, image_size: int) -> Any:
+    """The family's image and video processing, and a tokenizer of a few words."""
     words = [*SPECIAL, *(f"w{n}" for n in range(100))]
     vocabulary = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
     vocabulary.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=vocabulary,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        additional_special_tokens=["<image>"],
-    )
-    crop = {"height": image_size, "width": image_size}
-    return transformers.LlavaProcessor(
-        image_processor=transformers.CLIPImageProcessor(size={"shortest_edge": image_size}, crop_size=crop),
-        tokenizer=tokenizer,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=TEMPLATE,
-        image_token="<image>",
+    crop = {"size": {"shortest_edge": image_size}, "crop_size": {"height": image_size, "width": image_size}}
+    settings = {
+        "tokenizer": transformers.PreTrainedTokenizerFast(
+            tokenizer_object=vocabulary,
+            pad_token="<pad>",
+            bos_token="<s>",
+            eos_token="</s>",
+            unk_token="<unk>",
+            additional_special_tokens=["<image>", "<video>"],
+        ),
+        "patch_size": PATCH,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
+        "chat_template": TEMPLATE,
+    }
+    if family.media == "image":
+        images = transformers.CLIPImageProcessor(**crop)
+        return transformers.LlavaProcessor(image_processor=images, image_token="<image>", **settings)
+    return transformers.VideoLlavaProcessor(
+        image_processor=transformers.VideoLlavaImageProcessor(**crop),
+        video_processor=transformers.VideoLlavaVideoProcessor(**crop),
+        **settings,
     )
 
 
 def write_files(root: Path, options: argparse.Namespace) -> None:
     """A directory with config and processor, and a stream of one task whose samples have --length tokens."""
-    processor = make_processor(options.image_size)
+    family = FAMILIES[options.family]
+    processor = make_processor(family, options.image_size)
     processor.save_pretrained(root / "base")
-    llava_config(true_shape(options)).save_pretrained(root / "base")
+    family.config(true_shape(options)).save_pretrained(root / "base")
     generator = np.random.default_rng(0)
-    for number in range(options.samples):
-        pixels = generator.integers(0, 256, (options.image_size, options.image_size, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(root / f"{number}.png")
-    question = _question(processor, root / "0.png", options.length)
+    files = [f"{n}{family.suffix}" for n in range(options.samples)]
+    for file in files:
+        write_media(root / file, generator, options.image_size)
+    question = _question(processor, root / files[0], options.length)
     train = [
         {
             "id": n,
-            "image": f"{n}.png",
+            family.media: file,
             "conversations": [
-                {"from": "human", "value": f"<image>\n{question}"},
+                {"from": "human", "value": f"<{family.media}>\n{question}"},
                 {"from": "gpt", "value": ANSWER},
             ],
         }
-        for n in range(options.samples)
+        for n, file in enumerate(files)
     ]
     test = [
-        {"question_id": n, "image": f"{n}.png", "text": question, "answer": "w0"}
-        for n in range(min(options.questions, options.samples))
+        {"question_id": n, family.media: file, "text": question, "answer": "w0"}
+        for n, file in enumerate(files[: options.questions])
     ]
     task = {"name": "noise", "train": "train.json", "test": "test.json", "metric": "exact"}
     stream = {"name": "shape", "data_root": str(root), "tasks": [{**task, "max_new_tokens": 8}]}
@@ -141,17 +177,32 @@ def write_files(root: Path, options: argparse.Namespace) -> None:
     (root / "stream.yaml").write_text(yaml.safe_dump(stream))
 
 
-def _question(processor: Any, image: Path, length: int) -> str:
+def write_media(file: Path, generator: np.random.Generator, side: int) -> None:
+    """Noise: an image, or a clip of 16 frames."""
+    if file.suffix == ".png":
+        Image.fromarray(generator.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(file)
+        return
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.width, stream.height, stream.pix_fmt = side, side, "yuv420p"
+        for picture in generator.integers(0, 256, (16, side, side, 3), dtype=np.uint8):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+def _question(processor: Any, file: Path, length: int) -> str:
     """As many words as fill a sample up to `length` tokens."""
+    collator = ChatCollator(processor, None, VideoReader(VideoConfig(), None))
 
     def tokens(words: int) -> int:
         turn = Turn(" ".join(f"w{n % 100}" for n in range(words)), ANSWER)
-        return int(ChatCollator(processor)([Sample("0", image, (turn,))])["input_ids"].shape[1])
+        image, video = (file, None) if file.suffix == ".png" else (None, file)
+        return int(collator([Sample("0", image, (turn,), video)])["input_ids"].shape[1])
 
     words = 1 + length - tokens(1)
     if words < 1 or tokens(words) != length:
         raise SystemExit(
-            f"--length {length} is too short: image, answer and template take {tokens(1)} tokens"
+            f"--length {length} is too short: media, answer and template take {tokens(1)} tokens"
         )
     return " ".join(f"w{n % 100}" for n in range(words))
 
@@ -167,7 +218,7 @@ def run_config(root: Path, options: argparse.Namespace, batch: int) -> RunConfig
         model=ModelConfig(base_model=str(root / "base"), compute_dtype="bfloat16" if on_gpu else "float32"),
         language=tower,
         vision=tower,
-        probe=ProbeConfig(fraction=1.0, max_samples=2 * batch, batch_size=batch),
+        probe=ProbeConfig(fraction=1.0, max_samples=options.probe_batches * batch, batch_size=batch),
         train=TrainConfig(
             max_steps=options.steps,
             per_device_train_batch_size=batch,
@@ -187,7 +238,8 @@ def measure(root: Path, options: argparse.Namespace, batch: int) -> dict[str, An
     device = resolve_device(config.model)
     start_processes(cpu=device.type == "cpu")
     stream = load_stream(Path(config.stream))
-    records = load_training_records(stream)
+    reader = VideoReader(config.video, None)
+    records = load_training_records(stream, checker=MediaChecker(reader))
     processor = transformers.AutoProcessor.from_pretrained(config.model.base_model)
     run_dir = Path(config.run_dir)
     write_task_files(stream, run_dir / "eval_tasks")
@@ -201,7 +253,6 @@ def measure(root: Path, options: argparse.Namespace, batch: int) -> dict[str, An
     with peaks.phase("weight bases, cached" if cached else "weight bases"):
         eps_w = {name: tower.eps_w for name, tower in config.towers().items()}
         files = weight_basis_files(model, targets, eps_w, Path(config.cache_dir))
-    reader = VideoReader(config.video, None)
     work = Workplace(
         config,
         load_method(config),
@@ -264,11 +315,13 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--family", choices=FAMILIES, default="llava")
     parser.add_argument("--depth", type=float, default=1.0, help="share of the layers")
-    parser.add_argument("--length", type=int, default=640, help="tokens of a sample, image tokens included")
-    parser.add_argument("--image_size", type=int, default=336, help="pixels a side, a multiple of 14")
+    parser.add_argument("--length", type=int, help="tokens of a sample, those of its media included")
+    parser.add_argument("--image_size", type=int, help="pixels a side, a multiple of 14")
     parser.add_argument("--vocab", type=int, default=32064)
     parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--probe_batches", type=int, default=2, help="of each probe pass")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--questions", type=int, default=4)
@@ -277,7 +330,11 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--plan", action="store_true", help="measure nothing; print what the plan expects")
     parser.add_argument("--json", type=Path, help="write the results there, too")
     parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)  # set for the process of one batch size
-    return parser.parse_args()
+    options = parser.parse_args()
+    family = FAMILIES[options.family]
+    options.length = options.length or family.length
+    options.image_size = options.image_size or family.image_size
+    return options
 
 
 def main() -> None:
