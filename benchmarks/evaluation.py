@@ -36,10 +36,9 @@ from leaderboard import FinishedRun, lmms_eval_arguments, read_results, read_run
 from mllm_keeplora.config import parse_config  # noqa: E402
 from mllm_keeplora.data.video import VideoReader  # noqa: E402
 from mllm_keeplora.evaluation.evaluate import Score, evaluate_row  # noqa: E402
-from mllm_keeplora.models import load_base, read_adapter  # noqa: E402
+from mllm_keeplora.finished import load_run  # noqa: E402
 from mllm_keeplora.processes import end_processes, start_processes  # noqa: E402
 from mllm_keeplora.streams import load_stream  # noqa: E402
-from mllm_keeplora.workplace import attach_accumulated  # noqa: E402
 
 # The first import prepares the environment for lmms-eval's, as in eval/leaderboard.py.
 LMMS_EVAL = "import mllm_keeplora; from lmms_eval.cli.dispatch import main; main()"
@@ -56,8 +55,7 @@ class Inside:
         self.config = parse_config("", run.directory / "config.json", [])
         self.stream = load_stream(Path(self.config.stream), Path(self.config.data_root or ""))
         self.reader = VideoReader(self.config.video, Path(self.config.cache_dir))
-        base, self.processor = load_base(self.config.model)
-        self.model = attach_accumulated(base, read_adapter(run.directory / "adapter"))
+        self.model, self.processor = load_run(run.directory)
         self.scores: dict[str, Score] = {}
 
     def __call__(self) -> None:

@@ -13,7 +13,7 @@ T = 1. Measured at each point, all points in turns:
     fold        the check of the new update, folding, attaching, writing the adapter (E7)
     memory      what a step holds, added up from its tensors: a resident set also shows what the allocator
                 keeps, on a CPU tens of MB and another number in every process
-    disk        the adapter, the T feature bases, the weight bases; and all adapters that T stages leave
+    disk        the adapter, the T stages' own factors, the T feature bases, the weight bases
 
 For each: the least-squares line a + b T, and the slope of log(cost) over log(T) between the two largest T,
 which is at most 1 where a cost is linear.
@@ -55,7 +55,7 @@ from mllm_keeplora.stage import fold, module_table
 from mllm_keeplora.streams import load_stream, load_training_records
 from mllm_keeplora.subspace import orthonormal_complement
 from mllm_keeplora.targets import find_targets
-from mllm_keeplora.workplace import FEATURES, Stage, Workplace, attach_accumulated, detach
+from mllm_keeplora.workplace import FACTORS, FEATURES, Stage, Workplace, attach_accumulated, detach
 
 RANK = 16
 # What a stage adds to each feature basis. After 16 stages the 256 inputs of a vision layer still have room
@@ -67,7 +67,7 @@ Factor = tuple[torch.Tensor, torch.Tensor]
 Costs = dict[str, list[list[float]]]  # cost -> per point the rounds' figures; seconds or bytes
 TIMES = ("probe", "forward", "step", "fold")
 STYLES = {"probe": "o-C0", "forward": "s-C1", "step": "D-C2", "fold": "^-C3", "memory": "vC4--"}
-STYLES |= {"disk: adapter": "oC5--", "disk: adapters of all stages": "sC6--"}
+STYLES |= {"disk: adapter": "oC5--", "disk: factors of the stages": "sC6--"}
 STYLES |= {"disk: feature bases": "XC8--", "disk: weight bases": "PC9--"}
 
 
@@ -154,6 +154,8 @@ class Past:
         past = [Path(self.work.run_dir, str(stages), str(number)) for number in range(stages)]
         self.stage = Stage(self.work, stages + 1, self.work.stream.tasks[0], factors, past)
         self._write_features(drawn)
+        for number, directory in enumerate(past):
+            save_tensors(directory / FACTORS, factors_of_stage(factors, number))
         self.model = attach_accumulated(self.work.model, factors)
         self.batch = self.work.to_device(self.stage.collator(self.stage.samples[: sizes.batch]))
         self.lora_a = self.work.method.initial_a(self.stage, self.model)
@@ -172,13 +174,13 @@ class Past:
             save_tensors(directory / FEATURES, own)
 
     def disk(self) -> dict[str, float]:
-        """Bytes of the past's files. A stage keeps the adapter as it was after it, T stages 1 + .. + T."""
+        """Bytes of the past's files."""
         directory = self.stage.directory / "past"
         save_adapter(directory, self.model, self.work.config.model)
         adapter = (directory / "adapter_model.safetensors").stat().st_size
         return {
             "disk: adapter": adapter,
-            "disk: adapters of all stages": adapter * (len(self.stage.past) + 1) / 2,
+            "disk: factors of the stages": sum((past / FACTORS).stat().st_size for past in self.stage.past),
             "disk: feature bases": sum((past / FEATURES).stat().st_size for past in self.stage.past),
             "disk: weight bases": sum(file.stat().st_size for file in self.work.weight_files.values()),
         }
@@ -234,7 +236,7 @@ class Past:
             if len(a := self.lora_a[t.name])
         }
         module_table(self.stage, factors)
-        folded = fold(self.stage.accumulated, factors, self.stage.folded_scales)
+        folded = fold(self.work.method, self.stage.accumulated, factors, self.stage.folded_scales)
         self.model = attach_accumulated(self.work.model, folded)
         save_adapter(self.stage.directory / "adapter", self.model, self.work.config.model)
 
@@ -243,6 +245,13 @@ def random_factors(inputs: int, outputs: int, rank: int, drawn: torch.Generator)
     """A [rank, inputs] and B [outputs, rank] whose update is small beside a weight."""
     a = torch.randn(rank, inputs, generator=drawn) / math.sqrt(inputs)
     return a, 0.01 * torch.randn(outputs, rank, generator=drawn) / math.sqrt(rank)
+
+
+def factors_of_stage(factors: dict[str, Factor], number: int) -> dict[str, torch.Tensor]:
+    """What `learn` keeps of stage `number`, 0-based, out of those of all stages."""
+    own = slice(RANK * number, RANK * (number + 1))
+    parts = {f"{name}.A": a[own] for name, (a, _) in factors.items()}
+    return parts | {f"{name}.B": b[:, own] for name, (_, b) in factors.items()}
 
 
 def open_workplace(root: Path, sizes: Sizes, layers: int, device: torch.device) -> Workplace:
@@ -305,7 +314,7 @@ def rows(options: Options) -> list[Row]:
     shapes = f"{sizes.language[0]} and {sizes.vision[0]} wide, {sizes.batch} samples of {sizes.length} tokens"
     over_t = f"over T stages learnt, {sizes.layers} layers a tower, {shapes}"
     over_l = f"over L layers a tower, one stage learnt, {shapes}"
-    depths.pop("disk: adapters of all stages")  # at T = 1 the adapter itself
+    depths.pop("disk: factors of the stages")  # at T = 1 the adapter itself
     return [
         *(row(f"{name} {over_t}", "T", sizes.lengths, cost, name) for name, cost in lengths.items()),
         *(row(f"{name} {over_l}", "L", sizes.depths, cost, name) for name, cost in depths.items()),

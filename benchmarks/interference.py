@@ -20,9 +20,9 @@ from mllm_keeplora.artifacts import ArtifactError, load_tensors
 from mllm_keeplora.config import parse_config
 from mllm_keeplora.console import command
 from mllm_keeplora.methods.base import load_method
-from mllm_keeplora.models import read_adapter, resolve_device
+from mllm_keeplora.models import resolve_device
 from mllm_keeplora.processes import start_processes
-from mllm_keeplora.stream_runner import _History, _open_workplace
+from mllm_keeplora.stream_runner import _History, _open_workplace, _past_factors
 from mllm_keeplora.streams import load_stream
 from mllm_keeplora.workplace import Stage, attach_accumulated, detach
 
@@ -61,7 +61,7 @@ def stages_of(run_dir: Path) -> list[Stage]:
     directories = [history.directory(n) for n in range(1, len(stream.tasks) + 1)]
     stages = []
     for number, task in enumerate(stream.tasks, 1):
-        past = read_adapter(directories[number - 2] / "adapter") if number > 1 else {}
+        past = _past_factors(work, history, number - 1)
         stages.append(Stage(work, number, task, past, directories[: number - 1]))
     return stages
 

@@ -25,8 +25,10 @@ from shapes import MIDDLE, TINY, TRUE, Shape, llava_config, random_batch, random
 from torch import Tensor, nn
 
 from mllm_keeplora.adapters import ACCUMULATED, STAGE, Factors, Trainable, activate, attach
+from mllm_keeplora.config import ModelConfig
 from mllm_keeplora.gradients import module_generator
 from mllm_keeplora.linears import computed_weight
+from mllm_keeplora.models import DTYPES
 from mllm_keeplora.past import past_in_base
 from mllm_keeplora.targets import Target, find_targets
 
@@ -78,6 +80,8 @@ class Step:
         trains: the stage's factors that move.
         stages: of the past.
         form: of the past.
+        settings: of the base; the recipes' for the device when None.
+        optimizer: makes one from the trained parameters.
     """
 
     def __init__(
@@ -87,8 +91,10 @@ class Step:
         trains: Trainable = "B",
         stages: int = 0,
         form: Form = "beside",
+        settings: ModelConfig | None = None,
+        optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
     ) -> None:
-        settings = settings_for(device)
+        settings = settings or settings_for(device)
         base = random_model(llava_config(size.shape), settings, device)
         targets = find_targets(base, {"vision": ["all-linear"], "language": ["all-linear"]})
         past = random_factors(targets, stages * size.rank, "past", device) if stages else {}
@@ -106,14 +112,17 @@ class Step:
         activate(self.model, [*beside, STAGE], STAGE, trains)
         self.model.train()
         self.batch = random_batch(size.shape, size.batch, size.length, device)
+        self.batch["pixel_values"] = self.batch["pixel_values"].to(DTYPES[settings.compute_dtype])
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-5)
+        self.optimizer = optimizer(trained, lr=1e-5)
 
-    def __call__(self) -> None:
-        """One step."""
-        self.model(**self.batch).loss.backward()
+    def __call__(self) -> Tensor:
+        """One step; the loss before it."""
+        loss: Tensor = self.model(**self.batch).loss
+        loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
+        return loss.detach()
 
     def held_bytes(self) -> int:
         """Parameters, their gradients and the optimizer's state."""
@@ -154,7 +163,7 @@ def frozen_beside_plain(options: Options, size: Size) -> Row:
     found = ratio(seconds["frozen"], seconds["plain"])
     return Row(
         5,
-        f"a training step, A frozen, rank {size.rank}, {_tokens(size)}",
+        f"a training step, A frozen, rank {size.rank}, {tokens_of(size)}",
         milliseconds(seconds["frozen"]),
         f"{milliseconds(seconds['plain'])}, A and B trained",
         f"{found} x the time",
@@ -164,7 +173,8 @@ def frozen_beside_plain(options: Options, size: Size) -> Row:
     )
 
 
-def _tokens(size: Size) -> str:
+def tokens_of(size: Size) -> str:
+    """Width and batch, as text."""
     return f"width {size.shape.hidden}, {size.batch} x {size.length} tokens"
 
 
@@ -190,7 +200,7 @@ def rows_of_the_past(options: Options, size: Size) -> list[Row]:
             rows.append(
                 Row(
                     6,
-                    f"past of {stages} stages of rank {size.rank}, {form}, {_tokens(size)}",
+                    f"past of {stages} stages of rank {size.rank}, {form}, {tokens_of(size)}",
                     f"{milliseconds(seconds[form])}, {memory}",
                     f"{milliseconds(seconds['first'])}, {megabytes(held)} + {megabytes(saved)}, no past",
                     f"{found} x the time",

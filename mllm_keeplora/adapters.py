@@ -6,6 +6,7 @@ factors are fp32.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, cast
@@ -53,14 +54,18 @@ def attach(
     """
     if not factors:
         raise AdapterError(f"adapter {adapter!r} has no module: nothing to attach")
+    ranks = {name: a.shape[0] for name, (a, _) in factors.items()}
+    alphas = {name: scales[name] * rank for name, rank in ranks.items()}
+    # One rank and alpha for all but the exceptions: PEFT matches every module against every pattern.
+    (rank, alpha), _ = Counter((ranks[name], alphas[name]) for name in factors).most_common(1)[0]
     config = LoraConfig(
-        r=1,
-        lora_alpha=1,
+        r=rank,
+        lora_alpha=cast(int, alpha),
         target_modules=list(factors),
         # The keys are regular expressions matched at the end of a module's name: `layers.2.q_proj` would hit
         # both towers.
-        rank_pattern={_exactly(name): a.shape[0] for name, (a, _) in factors.items()},
-        alpha_pattern={_exactly(name): scales[name] * a.shape[0] for name, (a, _) in factors.items()},
+        rank_pattern={_exactly(name): r for name, r in ranks.items() if r != rank},
+        alpha_pattern={_exactly(name): a for name, a in alphas.items() if a != alpha},
         lora_dropout=dropout,
         bias="none",
     )

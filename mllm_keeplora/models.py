@@ -23,7 +23,6 @@ from transformers import (
 
 from mllm_keeplora.adapters import ACCUMULATED, Factors, read_factors
 from mllm_keeplora.artifacts import (
-    load_tensors,
     read_json,
     replaced_directory,
     sha256_file,
@@ -295,11 +294,3 @@ def save_adapter(directory: Path, model: PeftModel, config: ModelConfig) -> None
     with replaced_directory(directory) as temporary:
         model.save_pretrained(str(temporary), selected_adapters=[ACCUMULATED])
         write_json(temporary / "quantization_config.json", quantization.to_dict() if quantization else None)
-
-
-def read_adapter(directory: Path) -> Factors:
-    """The factors that `save_adapter` wrote, bit for bit."""
-    tensors = load_tensors(directory / "adapter_model.safetensors")
-    prefix, suffix = "base_model.model.", ".lora_A.weight"
-    names = [key[len(prefix) : -len(suffix)] for key in tensors if key.endswith(suffix)]
-    return {n: (tensors[f"{prefix}{n}.lora_A.weight"], tensors[f"{prefix}{n}.lora_B.weight"]) for n in names}

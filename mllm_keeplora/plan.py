@@ -651,9 +651,9 @@ def _disk_lines(plan: Plan) -> Iterator[str]:
         )
         yield f"  feature bases    {stages * features / GB:9.3f}  (at most, {stages} stages)"
     one = 4 * memory.factors()
-    adapters = one * stages * (stages + 1) // 2 + one * stages
+    adapter = one * stages
     last = max(towers.values(), key=lambda t: t.rank).rank * stages
-    yield f"  stages' adapters {adapters / GB:9.3f}  (rank {last}, {one * stages / GB:.3f} GB after the last)"
+    yield f"  adapter          {adapter / GB:9.3f}  (rank {last} after the last stage)"
     yield f"  stages' factors  {(one + 4 * memory.factors('A')) * stages / GB:9.3f}"
     checkpoints = 0
     if any(train.save_steps for train in memory.train_settings()):
@@ -663,7 +663,7 @@ def _disk_lines(plan: Plan) -> Iterator[str]:
     frames = plan.config.video.cache_gb if memory.shape.media == "video" else 0.0
     if frames:
         yield f"  frames           {frames:9.3f}  (at most: video.cache_gb)"
-    total = bases + stages * features + adapters + (one + 4 * memory.factors("A")) * stages + checkpoints
+    total = bases + stages * features + adapter + (one + 4 * memory.factors("A")) * stages + checkpoints
     yield f"  sum              {total / GB + frames:9.3f}  (answers and logs come on top)"
 
 

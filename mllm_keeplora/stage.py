@@ -7,7 +7,7 @@ import hashlib
 import resource
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mllm_keeplora.adapters import ACCUMULATED, STAGE, Factors, activate, attach, read_factors
 from mllm_keeplora.artifacts import (
+    MANIFEST,
     load_or_compute,
     load_tensors,
     read_json,
@@ -30,6 +31,7 @@ from mllm_keeplora.data.collator import SampleDataset
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.evaluation.evaluate import evaluate_row
 from mllm_keeplora.folding import fold_factors
+from mllm_keeplora.methods.base import Method
 from mllm_keeplora.models import save_adapter
 from mllm_keeplora.past import past_in_base
 from mllm_keeplora.processes import from_main, gather
@@ -37,6 +39,8 @@ from mllm_keeplora.protected import ProtectedBases
 from mllm_keeplora.subspace import orthonormality_error
 from mllm_keeplora.training import train_stage
 from mllm_keeplora.workplace import (
+    ADAPTER,
+    FACTORS,
     FEATURES,
     MEMORY,
     Model,
@@ -100,15 +104,14 @@ def run_stage(stage: Stage, header: Mapping[str, Any]) -> StageResult:
     with clock.phase("probe"):
         lora_a = load_or_compute(a_file, lambda: work.method.initial_a(stage, model)) if learns else {}
     with clock.phase("train"):
-        factors, account = learn(stage, model, lora_a) if learns else no_update(stage)
+        factors, account = learn(stage, model, lora_a if learns else None)
     detach(model)
 
     with clock.phase("fold"):
         table = from_main(lambda: module_table(stage, factors))
-        kept = {n: f for n, f in stage.accumulated.items() if not (work.method.continues and n in factors)}
-        folded = fold(kept, factors, stage.folded_scales)
-        model = attach(work.model, ACCUMULATED, folded, dict.fromkeys(folded, 1.0))
-        from_main(lambda: save_adapter(directory / "adapter", model, work.config.model))
+        folded = fold(work.method, stage.accumulated, factors, stage.folded_scales)
+        model = attach(work.model, ACCUMULATED, folded, dict.fromkeys(folded, 1))
+        from_main(lambda: save_adapter(work.run_dir / ADAPTER, model, work.config.model))
     with clock.phase("feature_basis"):
         protect(stage, model, table, factors)
     with clock.phase("evaluation"):
@@ -129,8 +132,12 @@ def run_stage(stage: Stage, header: Mapping[str, Any]) -> StageResult:
     return StageResult(from_main(lambda: write_manifest(directory, manifest)), folded)
 
 
-def learn(stage: Stage, model: Model, lora_a: Mapping[str, Tensor]) -> tuple[Factors, dict[str, Any]]:
+def learn(stage: Stage, model: Model, lora_a: Mapping[str, Tensor] | None) -> tuple[Factors, dict[str, Any]]:
     """Trains the method's factors: B from zero with A frozen for KeepLoRA++ (E6).
+
+    Args:
+        stage, model: what learns.
+        lora_a: module name -> A; None where the method learns nothing in this stage.
 
     Returns:
         Module name -> (A, B) of the modules that had room for at least one direction, and `train_stage`'s
@@ -141,18 +148,23 @@ def learn(stage: Stage, model: Model, lora_a: Mapping[str, Tensor]) -> tuple[Fac
             learnt different factors.
         TrainingError: training diverged.
     """
-    path, account = stage.directory / "factors.safetensors", stage.directory / "training.json"
+    path, account = stage.directory / FACTORS, stage.directory / "training.json"
     if not from_main(lambda: path.exists() and account.exists()):
-        factors, training = _train(stage, model, lora_a)
+        factors, training = no_update(stage) if lora_a is None else _train(stage, model, lora_a)
         named = {f"{n}.A": a for n, (a, _) in factors.items()} | {
             f"{n}.B": b for n, (_, b) in factors.items()
         }
         _check_agreement(stage, named)
         from_main(lambda: save_tensors(path, named))
         from_main(lambda: write_json(account, training))
-    stored = load_tensors(path)
+    return read_stage_factors(stage.directory), read_json(account)
+
+
+def read_stage_factors(directory: Path) -> Factors:
+    """What the stage of that directory learnt: module name -> (A [r, in], B [out, r]), fp32."""
+    stored = load_tensors(directory / FACTORS)
     names = [name.removesuffix(".A") for name in stored if name.endswith(".A")]
-    return {name: (stored[f"{name}.A"], stored[f"{name}.B"]) for name in names}, read_json(account)
+    return {name: (stored[f"{name}.A"], stored[f"{name}.B"]) for name in names}
 
 
 def _check_agreement(stage: Stage, tensors: Mapping[str, Tensor]) -> None:
@@ -233,14 +245,33 @@ def _first_logits(stage: Stage, model: Model) -> Tensor:
     return model(**stage.work.to_device(stage.collator(stage.samples[:1]))).logits.cpu()
 
 
-def fold(accumulated: Factors, factors: Factors, scales: Mapping[str, float]) -> Factors:
-    """The past and the new update as one (E7); a module of rank 0 in this stage is in the past alone."""
+def fold(method: Method, accumulated: Factors, factors: Factors, scales: Mapping[str, float]) -> Factors:
+    """The past and the new update as one (E7); a module of rank 0 in this stage is in the past alone.
+
+    Where the method trains on one adapter throughout, the new factors hold their modules' past already.
+    """
     folded = {}
     for name in dict.fromkeys([*accumulated, *factors]):
-        past = [(*accumulated[name], 1.0)] if name in accumulated else []
         new = [(*factors[name], scales[name])] if name in factors else []
+        replaced = new and method.continues
+        past = [(*accumulated[name], 1.0)] if name in accumulated and not replaced else []
         folded[name] = fold_factors(past + new)
     return folded
+
+
+def accumulated_after(method: Method, initial: Factors, directories: Sequence[Path]) -> Factors:
+    """The accumulated factors once the stages of these directories are learnt, bit for bit as they were.
+
+    Args:
+        method: of the run.
+        initial: what the first stage started from.
+        directories: of complete stages, in the order of learning.
+    """
+    accumulated = initial
+    for directory in directories:
+        scales = {m["name"]: m["scale"] for m in read_json(directory / MANIFEST)["modules"]}
+        accumulated = fold(method, accumulated, read_stage_factors(directory), scales)
+    return accumulated
 
 
 def leakage(a: Tensor, b: Tensor, basis: Tensor) -> float:

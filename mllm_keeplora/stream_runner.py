@@ -14,7 +14,7 @@ from typing import Any
 
 from accelerate.logging import get_logger
 
-from mllm_keeplora.adapters import Factors
+from mllm_keeplora.adapters import ACCUMULATED, Factors, attach
 from mllm_keeplora.artifacts import (
     MANIFEST,
     SCHEMA_VERSION,
@@ -24,7 +24,6 @@ from mllm_keeplora.artifacts import (
     read_json,
     read_manifest,
     remove_temporaries,
-    replaced_directory,
     sha256_file,
     write_json,
     write_manifest,
@@ -38,10 +37,10 @@ from mllm_keeplora.methods.base import Method, load_method
 from mllm_keeplora.models import (
     base_model_hash,
     load_base,
-    read_adapter,
     read_initial_adapter,
     resolve_device,
     resolve_model_directory,
+    save_adapter,
 )
 from mllm_keeplora.processes import (
     end_processes,
@@ -57,6 +56,7 @@ from mllm_keeplora.retention import retention_ratios, summarize
 from mllm_keeplora.sharding import shard_base, sharding_asked
 from mllm_keeplora.stage import (
     Clock,
+    accumulated_after,
     check_ranks,
     evaluate_stage,
     peak_memory,
@@ -65,7 +65,7 @@ from mllm_keeplora.stage import (
 from mllm_keeplora.streams import GeneralSpec, Stream, TaskSpec, data_hash, load_stream, load_training_records
 from mllm_keeplora.targets import find_targets
 from mllm_keeplora.training import check_settings
-from mllm_keeplora.workplace import Stage, Workplace, attach_accumulated, detach, stage_directory
+from mllm_keeplora.workplace import ADAPTER, Stage, Workplace, attach_accumulated, detach, stage_directory
 
 logger = get_logger(__name__)
 
@@ -95,7 +95,7 @@ def run_stream(config: RunConfig) -> dict[str, Any]:
         history = from_main(lambda: _History.read(config, stream, run_dir))
         from_main(lambda: _write_inputs(history))
         cells = from_main(history.missing_cells) if config.backfill else {}
-        if history.missing_stages or cells:
+        if history.missing_stages or cells or not from_main((run_dir / ADAPTER).is_dir):
             work = _open_workplace(history, method)
             _run_missing(work, history)
             if config.backfill:
@@ -107,6 +107,7 @@ def run_stream(config: RunConfig) -> dict[str, Any]:
 
 def _write_inputs(history: "_History") -> None:
     """Also for a finished run: data or base may have moved, and other commands look for them here."""
+    remove_temporaries(history.run_dir)
     write_json(history.run_dir / "config.json", asdict(history.config))
     write_task_files(history.stream, history.run_dir / "eval_tasks")
 
@@ -349,6 +350,15 @@ def _run_missing(work: Workplace, history: _History) -> None:
             history.manifests.append(result.manifest)
             past = result.accumulated
         logger.info(stage_summary(history.manifests[-1]))
+    _restore_adapter(work, past)
+
+
+def _restore_adapter(work: Workplace, past: Factors) -> None:
+    """A finished run's adapter that somebody removed, from the stages' factors."""
+    if not from_main((work.run_dir / ADAPTER).is_dir):
+        model = attach(work.model, ACCUMULATED, past, dict.fromkeys(past, 1))
+        from_main(lambda: save_adapter(work.run_dir / ADAPTER, model, work.config.model))
+        detach(model)
 
 
 def _say_other_process_count(history: _History) -> None:
@@ -366,7 +376,6 @@ def _claim(directory: Path, header: Mapping[str, Any]) -> None:
 
     A stage that diverged is begun anew with another learning rate; there is nothing of it to keep.
     """
-    remove_temporaries(directory)
     path = directory / "inputs.json"
     inputs = {key: header[key] for key in ("identity", "previous")} | {
         "data": header["data"].get(header["task"])
@@ -379,10 +388,9 @@ def _claim(directory: Path, header: Mapping[str, Any]) -> None:
 
 def _past_factors(work: Workplace, history: _History, number: int) -> Factors:
     """Accumulated factors after stage `number`; before the first, those of `initial_adapter`."""
-    if number >= 1:
-        return read_adapter(history.directory(number) / "adapter")
     initial = work.config.initial_adapter
-    return read_initial_adapter(work.model, Path(initial)) if initial else {}
+    first = read_initial_adapter(work.model, Path(initial)) if initial else {}
+    return accumulated_after(work.method, first, [history.directory(n) for n in range(1, number + 1)])
 
 
 def _base_stage(work: Workplace, header: dict[str, Any], directory: Path, past: Factors) -> dict[str, Any]:
@@ -399,7 +407,7 @@ def _base_stage(work: Workplace, header: dict[str, Any], directory: Path, past: 
 
 
 def _backfill(work: Workplace, history: _History) -> None:
-    """Evaluates what earlier rows lack from the adapters those stages stored."""
+    """Evaluates what earlier rows lack, from the factors that the stages stored."""
     for number, names in from_main(history.missing_cells).items():
         logger.info(f"backfilling stage {number}: {', '.join(names)}")
         directory = history.directory(number)
@@ -457,13 +465,10 @@ def _spread(values: Sequence[int]) -> str:
 def _report(history: _History) -> dict[str, Any]:
     retention = build_retention(history)
     run_dir = history.run_dir
-    last = history.directory(len(history.manifests) - 1) / "adapter"
-    with replaced_directory(run_dir / "adapter") as temporary:
-        shutil.copytree(last, temporary, dirs_exist_ok=True)
     write_json(run_dir / "retention.json", retention)
     write_report(run_dir)
     sys.stdout.write(
-        format_table(retention) + f"\nreport: {run_dir / 'report.html'}\nadapter: {run_dir / 'adapter'}\n"
+        format_table(retention) + f"\nreport: {run_dir / 'report.html'}\nadapter: {run_dir / ADAPTER}\n"
     )
     return retention
 

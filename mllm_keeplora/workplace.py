@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
 Model = PreTrainedModel | PeftModel
 
-FEATURES, MEMORY = "feature_basis.safetensors", "memory.safetensors"
+# In a stage's directory, and in the run's.
+FEATURES, MEMORY, FACTORS = "feature_basis.safetensors", "memory.safetensors", "factors.safetensors"
+ADAPTER = "adapter"
 
 
 @dataclass
@@ -205,7 +207,7 @@ def stage_directory(run_dir: Path, number: int, task: str | None) -> Path:
 
 def attach_accumulated(model: PreTrainedModel, accumulated: Factors) -> Model:
     """The current model: the base, or the base with the folded past."""
-    return attach(model, ACCUMULATED, accumulated, dict.fromkeys(accumulated, 1.0)) if accumulated else model
+    return attach(model, ACCUMULATED, accumulated, dict.fromkeys(accumulated, 1)) if accumulated else model
 
 
 def detach(model: Model) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessor,
@@ -16,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from mllm_keeplora.adapters import Factors
 from mllm_keeplora.config import ModelConfig
 from mllm_keeplora.models import load_base
 from mllm_keeplora.targets import Target, find_targets
@@ -145,3 +147,11 @@ def batch(size: int = 3, seed: int = 0) -> dict[str, torch.Tensor]:
         "labels": labels,
         "pixel_values": torch.randn(size, 3, 64, 64, generator=generator),
     }
+
+
+def read_adapter(directory: Path) -> Factors:
+    """The factors in a directory that PEFT loads adapters from."""
+    tensors = load_file(directory / "adapter_model.safetensors")
+    prefix, suffix = "base_model.model.", ".lora_A.weight"
+    names = [key[len(prefix) : -len(suffix)] for key in tensors if key.endswith(suffix)]
+    return {n: (tensors[f"{prefix}{n}.lora_A.weight"], tensors[f"{prefix}{n}.lora_B.weight"]) for n in names}

@@ -19,9 +19,9 @@ from mllm_keeplora.adapters import (
     without_dropout,
 )
 from mllm_keeplora.artifacts import read_json
-from mllm_keeplora.models import load_base, read_adapter, read_initial_adapter, save_adapter
+from mllm_keeplora.models import load_base, read_initial_adapter, save_adapter
 from mllm_keeplora.targets import Target
-from tests.modules.conftest import all_targets, batch, model_config
+from tests.modules.conftest import all_targets, batch, model_config, read_adapter
 
 
 def random_factors(targets: list[Target], seed: int = 0) -> Factors:

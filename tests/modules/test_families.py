@@ -21,11 +21,11 @@ from mllm_keeplora.data.records import Sample, Turn
 from mllm_keeplora.data.video import VideoReader
 from mllm_keeplora.finished import load_run
 from mllm_keeplora.gradients import gaussian_probe, sketch_gradients
-from mllm_keeplora.models import load_base, read_adapter
+from mllm_keeplora.models import load_base
 from mllm_keeplora.stream_runner import run_stream
 from mllm_keeplora.targets import FAMILIES, Media, family_of, find_targets
 from tests.clips import write_clip
-from tests.modules.conftest import BOTH_TOWERS, model_config
+from tests.modules.conftest import BOTH_TOWERS, model_config, read_adapter
 from tests.modules.tiny_families import BUILDERS, save_tiny
 
 COLUMNS = 8

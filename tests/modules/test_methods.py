@@ -15,7 +15,15 @@ from peft import PeftModel
 from PIL import Image
 
 from mllm_keeplora.activations import sketch_inputs
-from mllm_keeplora.adapters import ACCUMULATED, STAGE, activate, attach, factor_parameters, read_factors
+from mllm_keeplora.adapters import (
+    ACCUMULATED,
+    STAGE,
+    Factors,
+    activate,
+    attach,
+    factor_parameters,
+    read_factors,
+)
 from mllm_keeplora.artifacts import load_tensors
 from mllm_keeplora.config import ConfigError, ModelConfig, ProbeConfig, RunConfig, TowerConfig, TrainConfig
 from mllm_keeplora.data.collator import SampleDataset
@@ -27,15 +35,14 @@ from mllm_keeplora.methods.gpm import project_factors
 from mllm_keeplora.methods.lines import Lines
 from mllm_keeplora.methods.loda import energy_ratio_rows
 from mllm_keeplora.methods.olora import overlap
-from mllm_keeplora.models import read_adapter
 from mllm_keeplora.processes import start_processes
-from mllm_keeplora.stage import _start, learn
+from mllm_keeplora.stage import _start, accumulated_after, learn
 from mllm_keeplora.stream_runner import _History, _open_workplace, run_stream
 from mllm_keeplora.streams import load_stream
 from mllm_keeplora.subspace import orthonormality_error
 from mllm_keeplora.training import Hooks, train_stage
 from mllm_keeplora.workplace import FEATURES, MEMORY, Stage, attach_accumulated
-from tests.modules.conftest import WORDS, all_targets, batch
+from tests.modules.conftest import WORDS, all_targets, batch, read_adapter
 
 RANK = 2
 TASKS = ("first", "second")
@@ -152,14 +159,22 @@ def test_an_unknown_method_or_option_is_refused(method: str, options: Any, messa
 # Whole runs
 
 
+def assert_equal(found: Factors, expected: Factors) -> None:
+    """Bit for bit."""
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(x, y) for n in expected for x, y in zip(expected[n], found[n], strict=True))
+
+
 @pytest.mark.parametrize("method", sorted(COVERED))
 def test_two_stages(method: str, tiny_llava: Path, stream_file: Path, tmp_path: Path) -> None:
     """The run itself refuses a function changed at the start and an update that reaches what is protected."""
     retention = run_stream(config(tiny_llava, stream_file, tmp_path, method))
     assert [set(row["scores"]) for row in retention["rows"]] == [set(TASKS)] * 3
     stages = tmp_path / "run/stages"
-    first, second = (read_adapter(stages / d / "adapter") for d in ("01-first", "02-second"))
     chosen = load_method(RunConfig(method=method))
+    directories = [stages / "01-first", stages / "02-second"]
+    first, second = accumulated_after(chosen, {}, directories[:1]), read_adapter(tmp_path / "run/adapter")
+    assert_equal(accumulated_after(chosen, {}, directories), second)
 
     for name, (a, b) in first.items():
         later_a, later_b = second[name]
@@ -190,7 +205,7 @@ def test_a_killed_stage_that_remembers_continues(tiny_llava: Path, stream_file: 
     (tmp_path / "run/retention.json").unlink()
     run_stream(settings)
     found = read_adapter(tmp_path / "run/adapter")
-    assert all(torch.equal(x, y) for n in expected for x, y in zip(expected[n], found[n], strict=True))
+    assert_equal(found, expected)
 
 
 # Input activations
@@ -368,10 +383,11 @@ def test_inflora_learns_where_the_inputs_are_and_the_past_is_not(
 ) -> None:
     settings = config(tiny_llava, stream_file, tmp_path, "inflora")
     run_stream(settings)
-    past = load_tensors(tmp_path / "run/stages/01-first" / FEATURES)
+    first = tmp_path / "run/stages/01-first"
+    past = load_tensors(first / FEATURES)
     a = load_tensors(tmp_path / "run/stages/02-second/lora_a.safetensors")
     stage = open_stage(replace(settings, run_dir=str(tmp_path / "other")), 2)
-    model = attach_accumulated(stage.work.model, read_adapter(tmp_path / "run/stages/01-first/adapter"))
+    model = attach_accumulated(stage.work.model, accumulated_after(stage.work.method, {}, [first]))
     inputs = stage.sketch_inputs(model, 0)
     for name, rows in a.items():
         assert (rows @ past[name]).norm() < 1e-6 * max(1.0, float(rows.norm()))

@@ -55,7 +55,7 @@ def llava_7b(tmp_path_factory: pytest.TempPathFactory) -> Path:
         script = runpy.run_path(str(folder / "true_shape.py"))
     directory = tmp_path_factory.mktemp("llava_7b")
     script["llava_config"](script["TRUE"]).save_pretrained(directory)
-    script["make_processor"](336).save_pretrained(directory)
+    script["make_processor"](script["FAMILIES"]["llava"], 336).save_pretrained(directory)
     return directory
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import time
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 from mllm_keeplora.chat import answer, open_image
@@ -83,7 +84,7 @@ def test_stored_factors_and_bases_are_fp32(finished: Recipe) -> None:
     files = list(finished.run_dir.rglob("*.safetensors")) + list(
         finished.directory.parent.rglob("weight_bases/**/*.safetensors")
     )
-    assert len(files) > 60
+    assert len(files) > 55
     for path in files:
         assert {t.dtype for t in load_file(path).values()} <= {torch.float32}, path
 
@@ -303,6 +304,28 @@ def test_a_diverging_run_stops_with_its_step_and_keeps_what_was_complete(copied:
     )
     assert "at step" in message or "not finite" in message
     assert len(manifest(stages(copied)[2])["modules"]) > 0
+
+
+def test_an_adapter_comes_back_from_the_stages_factors(copied: Recipe) -> None:
+    """A removed one; and that of an earlier stage, by a copy without the later ones and their tasks."""
+    before = copied.result()
+    shutil.rmtree(copied.run_dir / "adapter")
+    assert copied.run().returncode == 0
+    assert copied.result() == before
+
+    shutil.rmtree(copied.run_dir / "adapter")
+    shutil.rmtree(stages(copied)[2])
+    (copied.run_dir / ".adapter.tmp").mkdir()  # what a killed process may leave
+    assert replace(copied, tasks=TASKS[:1]).run().returncode == 0
+    last, first = before[1], copied.result()[1]
+    found, whole = load(first), load(last)
+    assert found.keys() == whole.keys()
+    for name, factor in found.items():
+        rank = min(factor.shape)
+        part = whole[name][:rank] if ".lora_A." in name else whole[name][:, :rank]
+        assert rank == 4 and torch.equal(factor, part)
+    assert len(copied.retention()["rows"]) == 2
+    assert not (copied.run_dir / ".adapter.tmp").exists()
 
 
 def test_a_diverged_stage_is_begun_anew_with_other_settings(copied: Recipe) -> None:
