@@ -72,7 +72,7 @@ from mllm_keeplora.sketch import extend_basis_from_sketch, refined_directions
 from mllm_keeplora.stream_runner import _History, _open_workplace
 from mllm_keeplora.streams import load_stream
 from mllm_keeplora.subspace import extend_basis, project_to_residual
-from mllm_keeplora.targets import Target, find_targets
+from mllm_keeplora.targets import Target, Tower, find_targets
 from mllm_keeplora.workplace import Stage
 
 sys.path.insert(0, str(ROOT / "recipes"))
@@ -88,7 +88,7 @@ Batch = Mapping[str, Tensor]
 
 COLUMNS_PER_RANK = 4
 # Row 2
-TARGETS = {"vision": ["all-linear"], "language": ["all-linear"]}
+TARGETS: dict[Tower, list[str]] = {"vision": ["all-linear"], "language": ["all-linear"]}
 WIDTH_OF_A_COLUMN = 32  # 4096 / 128
 BATCHES = 2
 HALF = Shape(2048, 5632, 8, 32, 1024, 4096, 7, 16, 112, 2048)

@@ -55,7 +55,7 @@ from mllm_keeplora.stage import fold, module_table
 from mllm_keeplora.streams import load_stream, load_training_records
 from mllm_keeplora.subspace import orthonormal_complement
 from mllm_keeplora.targets import find_targets
-from mllm_keeplora.workplace import FACTORS, FEATURES, Stage, Workplace, attach_accumulated, detach
+from mllm_keeplora.workplace import FACTORS, FEATURES, Stage, Workplace, detach
 
 RANK = 16
 # What a stage adds to each feature basis. After 16 stages the 256 inputs of a vision layer still have room
@@ -156,7 +156,7 @@ class Past:
         self._write_features(drawn)
         for number, directory in enumerate(past):
             save_tensors(directory / FACTORS, factors_of_stage(factors, number))
-        self.model = attach_accumulated(self.work.model, factors)
+        self.model = attach(self.work.model, ACCUMULATED, factors, dict.fromkeys(factors, 1))
         self.batch = self.work.to_device(self.stage.collator(self.stage.samples[: sizes.batch]))
         self.lora_a = self.work.method.initial_a(self.stage, self.model)
         self.training = ExitStack()
@@ -237,7 +237,7 @@ class Past:
         }
         module_table(self.stage, factors)
         folded = fold(self.work.method, self.stage.accumulated, factors, self.stage.folded_scales)
-        self.model = attach_accumulated(self.work.model, folded)
+        self.model = attach(self.work.model, ACCUMULATED, folded, dict.fromkeys(folded, 1))
         save_adapter(self.stage.directory / "adapter", self.model, self.work.config.model)
 
 

@@ -15,10 +15,12 @@ import mllm_keeplora  # noqa: F401  # its guards come before the libraries they 
 
 # isort: split
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from mllm_keeplora.artifacts import ArtifactError
-from mllm_keeplora.models import read_adapter
+from mllm_keeplora.adapters import ACCUMULATED, read_factors
+from mllm_keeplora.console import command
+from mllm_keeplora.finished import load_run
 
 ERRORS = (0.1, 0.03, 0.01, 0.001)
 
@@ -39,11 +41,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="directory of a finished run")
-    adapter = parser.parse_args().run / "adapter"
-    if not adapter.is_dir():
-        raise ArtifactError(f"{adapter} is not there: name the directory of a finished run")
+    with command():
+        model, _ = load_run(parser.parse_args().run)
+    names = [n for n, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer)]
     shares: dict[str, list[list[float]]] = {}
-    for name, (a, b) in read_adapter(adapter).items():
+    for name, (a, b) in read_factors(model, ACCUMULATED, names).items():
         shares.setdefault("vision" if "vision" in name else "language", []).append(rank_shares(a, b))
     print(f"{'error':10s}" + "".join(f"{error:>10g}" for error in ERRORS))
     for tower, rows in shares.items():

@@ -22,7 +22,7 @@ from measure import PICTURES, ROOT, Row, table
 from mllm_keeplora.artifacts import read_json, write_json
 from mllm_keeplora.compare import environment
 
-SCRIPTS = ("bases", "gradient_pass", "training", "stage", "evaluation", "growth")
+SCRIPTS = ("bases", "gradient_pass", "training", "switches", "stage", "evaluation", "growth")
 
 
 def main() -> None:

@@ -125,7 +125,7 @@ def random_model(config: Any, settings: ModelConfig, device: torch.device) -> tr
             if isinstance(module, Linear4bit) and name == "weight":
                 dense = _random((module.out_features, module.in_features), dtype, generator)
                 packed = Params4bit(dense.cpu(), requires_grad=False, quant_type="nf4", module=module)
-                module.weight = packed.to(device)
+                module.weight = packed.to(device)  # type: ignore[misc]
             elif parameter.ndim < 2:
                 ones = name == "weight" and type(module).__name__.endswith("Norm")
                 dense = torch.full(parameter.shape, float(ones), dtype=dtype, device=device)
@@ -133,7 +133,7 @@ def random_model(config: Any, settings: ModelConfig, device: torch.device) -> tr
             else:
                 dense = _random(tuple(parameter.shape), dtype, generator)
                 setattr(module, name, nn.Parameter(dense, requires_grad=False))
-    model.to(device)  # the buffers
+    nn.Module.to(model, device)  # the buffers
     if quantizer is not None:
         quantizer.postprocess_model(model)
     guard_linear4bit(model)

@@ -26,7 +26,8 @@ import datasets
 import torch
 from measure import ROOT, Options, Row, benchmark, in_turns, ratio
 from peft import LoraConfig, get_peft_model
-from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from mllm_keeplora.config import RunConfig, parse_config
 from mllm_keeplora.data.collator import ChatCollator
@@ -92,7 +93,7 @@ def qlora(config: RunConfig, work: Workplace, folder: Path) -> "SFTTrainer":
     base, processor = load_base(config.model)
     names = [t.name for t in work.targets]
     rank = config.language.rank
-    model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=config.alpha, target_modules=names))
+    model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=int(config.alpha), target_modules=names))
     samples = work.records[work.stream.tasks[0].name][0]
     collator = ChatCollator(processor, config.train.max_length, work.reader)
     trainer = SFTTrainer(

@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from bitsandbytes.optim import PagedAdamW8bit
+from bitsandbytes.optim.adamw import PagedAdamW8bit
 from measure import Options, Row, benchmark, in_turns, milliseconds, ratio, synchronize
 from shapes import settings_for
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -75,7 +75,7 @@ class Switched:
             switch.around,
         )
         if switch.compiled:
-            self.step.model = torch.compile(self.step.model)
+            self.step.model.compile()
         started = time.perf_counter()
         self.first_loss = float(self())
         synchronize(device)

@@ -191,7 +191,8 @@ def rows_of_the_past(options: Options, size: Size) -> list[Row]:
     rows = []
     for stages in STAGES:
         steps = {form: make(stages, form) for form in FORMS}
-        seconds = in_turns({"first": first, **steps}, options.repeats, options.device)
+        ways: dict[str, Callable[[], Any]] = {"first": first, **{str(form): steps[form] for form in FORMS}}
+        seconds = in_turns(ways, options.repeats, options.device)
         for form, step in steps.items():
             found = ratio(seconds[form], seconds["first"])
             plain = arithmetic(targets, 0, tokens, form)

@@ -119,7 +119,8 @@ def make_processor(family: Family, image_size: int) -> Any:
     words = [*SPECIAL, *(f"w{n}" for n in range(100))]
     vocabulary = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
     vocabulary.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    crop = {"size": {"shortest_edge": image_size}, "crop_size": {"height": image_size, "width": image_size}}
+    side = {"height": image_size, "width": image_size}
+    crop: dict[str, Any] = {"size": {"shortest_edge": image_size}, "crop_size": side}
     settings = {
         "tokenizer": transformers.PreTrainedTokenizerFast(
             tokenizer_object=vocabulary,

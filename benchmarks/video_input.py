@@ -24,7 +24,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mllm_keeplora.config import VideoConfig  # noqa: E402
-from mllm_keeplora.data.video import Frames, VideoReader  # noqa: E402
+from mllm_keeplora.data.decoder_process import Frames  # noqa: E402
+from mllm_keeplora.data.video import VideoReader  # noqa: E402
 
 FRAMES, HEIGHT, WIDTH, RATE = 300, 480, 854, 30
 
@@ -100,8 +101,8 @@ def main() -> None:
         # Right after a read that has written the entry.
         ways["cached"] = lambda: readers["pyav", 1.0].read(path).frames
         seconds = measure(ways, arguments.repeats, lambda: remove_entries(folder / "frames"))
-        for each in readers.values():
-            each.close()
+        for one in readers.values():
+            one.close()
         megabytes = path.stat().st_size / 1e6
     print(
         f"{arguments.frames} of {FRAMES} frames, {WIDTH}x{HEIGHT} h264, {megabytes:.1f} MB; "
@@ -110,9 +111,9 @@ def main() -> None:
     print(f"| {'way':<32} | ms a clip | clips/s | x decord alone            |")
     print(f"|{'-' * 34}|----------:|--------:|---------------------------|")
     base = seconds["decord alone"]
-    for name, each in seconds.items():
-        ratios = [a / b for a, b in zip(base, each, strict=True)]
-        middle = statistics.median(each)
+    for name, found in seconds.items():
+        ratios = [a / b for a, b in zip(base, found, strict=True)]
+        middle = statistics.median(found)
         spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         print(f"| {name:<32} | {middle * 1e3:9.1f} | {1 / middle:7.1f} | {spread:<25} |")
 

@@ -102,9 +102,9 @@ def run_stage(stage: Stage, header: Mapping[str, Any]) -> StageResult:
     model = attach_accumulated(work.model, stage.accumulated)
     learns, a_file = work.method.learns(stage.number), directory / "lora_a.safetensors"
     with clock.phase("probe"):
-        lora_a = load_or_compute(a_file, lambda: work.method.initial_a(stage, model)) if learns else {}
+        lora_a = load_or_compute(a_file, lambda: work.method.initial_a(stage, model)) if learns else None
     with clock.phase("train"):
-        factors, account = learn(stage, model, lora_a if learns else None)
+        factors, account = learn(stage, model, lora_a)
     detach(model)
 
     with clock.phase("fold"):

@@ -11,6 +11,8 @@ from unittest import mock
 
 import pytest
 
+from tests.recipes.conftest import Recipe
+
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 
@@ -40,3 +42,14 @@ def test_a_benchmark_runs_and_leaves_rows(name: str, tmp_path: Path) -> None:
         assert re.search(r"\d", row["result"]), row["result"]
         assert not re.search(r"\b(nan|inf)\b", row["result"]), row["result"]
     assert sorted((ROOT / "docs" / "benchmarks").glob("*")) == pictures, "figures of --quick mean nothing"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["recompression", "interference"])
+def test_what_looks_into_a_finished_run(name: str, finished: Recipe) -> None:
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), str(finished.run_dir)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=finished.environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(re.search(rf"^.*{tower} +.*\d", done.stdout, re.M) for tower in ("vision", "language"))
