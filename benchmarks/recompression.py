@@ -15,12 +15,8 @@ import mllm_keeplora  # noqa: F401  # its guards come before the libraries they 
 
 # isort: split
 import torch
-from peft.tuners.lora import LoraLayer
+from peft import load_peft_weights
 from torch import Tensor
-
-from mllm_keeplora.adapters import ACCUMULATED, read_factors
-from mllm_keeplora.console import command
-from mllm_keeplora.finished import load_run
 
 ERRORS = (0.1, 0.03, 0.01, 0.001)
 
@@ -41,11 +37,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="directory of a finished run")
-    with command():
-        model, _ = load_run(parser.parse_args().run)
-    names = [n for n, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer)]
+    adapter = parser.parse_args().run / "adapter"
+    if not adapter.is_dir():
+        parser.error(f"{adapter} is not there: name the directory of a run that has learnt a task")
+    factors = load_peft_weights(str(adapter), device="cpu")
     shares: dict[str, list[list[float]]] = {}
-    for name, (a, b) in read_factors(model, ACCUMULATED, names).items():
+    for name in (key for key in factors if ".lora_A." in key):
+        a, b = factors[name], factors[name.replace(".lora_A.", ".lora_B.")]
         shares.setdefault("vision" if "vision" in name else "language", []).append(rank_shares(a, b))
     print(f"{'error':10s}" + "".join(f"{error:>10g}" for error in ERRORS))
     for tower, rows in shares.items():

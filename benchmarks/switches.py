@@ -98,7 +98,7 @@ def rows(options: Options) -> list[Row]:
         try:
             switched = Switched(size, options.device, switch)
         except (RuntimeError, NotImplementedError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = " ".join(str(error).split()[:30])
             found.append(Row(5, what, "", "", f"refused: {reason}"))
             continue
         seconds = in_turns({name: switched, "default": default}, options.repeats, options.device)

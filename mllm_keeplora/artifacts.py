@@ -16,7 +16,7 @@ from torch import Tensor
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.processes import from_main
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 _WRITE_REMEDY = "Nothing complete is lost: make room (or fix the permission) and run the same command again"
 

@@ -1,4 +1,4 @@
-"""Opening the result of a run: its base model with the accumulated adapter."""
+"""Opening the result of a run, also of one that goes on: its base model with the accumulated adapter."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ def run_model_config(run_dir: Path) -> ModelConfig:
         ArtifactError: no such run, or no adapter in it yet.
     """
     if not (run_dir / "adapter" / "adapter_config.json").is_file():
-        raise ArtifactError(f"{run_dir} holds no adapter/: name the directory of a finished run")
+        raise ArtifactError(
+            f"{run_dir} holds no adapter/: name the directory of a run that has learnt a task"
+        )
     return ModelConfig(**read_json(run_dir / "config.json")["model"])
 
 
@@ -28,7 +30,7 @@ def run_reader(run_dir: Path) -> VideoReader:
 
 
 def load_run(run_dir: Path) -> tuple[PeftModel, Any]:
-    """The run's model, as it is after its last stage, and its processor.
+    """The run's model, as the last stage that has learnt left it, and its processor.
 
     Raises:
         ArtifactError: no such run, or no adapter in it yet.

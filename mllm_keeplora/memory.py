@@ -141,7 +141,8 @@ class MemoryModel:
             return {}
         sketch = 4 * sum(self.columns(t) * t.in_features for t in self.targets)
         omega = 4 * sum(self.columns(t) * t.out_features for t in self.targets)
-        kept, working = self.activations(self.config.probe.batch_size, "probe")
+        seen: Seen = "both" if self.method.continues else "probe"  # EWC's passes go to its own factors
+        kept, working = self.activations(self.config.probe.batch_size, seen)
         found = sketch if self.on_cpu else 0  # the gradients' copies, once the activations are gone
         return {
             "stage's adapter or Omega": omega,
@@ -280,9 +281,11 @@ class _Tower:
 
     def _lora(self) -> int:
         """Inputs of what gets a gradient: x for a probe, x in fp32 for A, A x for B."""
+        if not self._adapted:
+            return 0
         # Layers with one input share it, where it is kept as it is.
         widest = max((m.in_features for n, m in self._adapted.items() if _WRITERS.search(n)), default=0)
-        shared = 2 * self.hidden + widest if self._adapted else 0
+        shared = 2 * self.hidden + widest
         if self.seen == "probe":
             return shared * self.memory.itemsize
         inputs = sum(m.in_features for m in self._adapted.values())

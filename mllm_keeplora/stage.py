@@ -23,6 +23,7 @@ from mllm_keeplora.artifacts import (
     load_tensors,
     read_json,
     save_tensors,
+    sha256_file,
     sha256_json,
     write_json,
     write_manifest,
@@ -126,6 +127,7 @@ def run_stage(stage: Stage, header: Mapping[str, Any]) -> StageResult:
         "counts": counts(stage, factors, account),
         "timings": clock.total(),
         "peak_memory_bytes": peak_memory(work.device),
+        "adapter": from_main(lambda: adapter_hash(work.run_dir)),
         "loss": account["loss"],
         "scores": scores,
     }
@@ -272,6 +274,12 @@ def accumulated_after(method: Method, initial: Factors, directories: Sequence[Pa
         scales = {m["name"]: m["scale"] for m in read_json(directory / MANIFEST)["modules"]}
         accumulated = fold(method, accumulated, read_stage_factors(directory), scales)
     return accumulated
+
+
+def adapter_hash(run_dir: Path) -> str | None:
+    """sha256 of the accumulated adapter's tensors, which lie outside the stages; None where there are none."""
+    file = run_dir / ADAPTER / "adapter_model.safetensors"
+    return sha256_file(file) if file.exists() else None
 
 
 def leakage(a: Tensor, b: Tensor, basis: Tensor) -> float:

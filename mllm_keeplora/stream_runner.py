@@ -57,6 +57,7 @@ from mllm_keeplora.sharding import shard_base, sharding_asked
 from mllm_keeplora.stage import (
     Clock,
     accumulated_after,
+    adapter_hash,
     check_ranks,
     evaluate_stage,
     peak_memory,
@@ -95,7 +96,7 @@ def run_stream(config: RunConfig) -> dict[str, Any]:
         history = from_main(lambda: _History.read(config, stream, run_dir))
         from_main(lambda: _write_inputs(history))
         cells = from_main(history.missing_cells) if config.backfill else {}
-        if history.missing_stages or cells or not from_main((run_dir / ADAPTER).is_dir):
+        if history.missing_stages or cells or not from_main(history.has_its_adapter):
             work = _open_workplace(history, method)
             _run_missing(work, history)
             if config.backfill:
@@ -107,7 +108,6 @@ def run_stream(config: RunConfig) -> dict[str, Any]:
 
 def _write_inputs(history: "_History") -> None:
     """Also for a finished run: data or base may have moved, and other commands look for them here."""
-    remove_temporaries(history.run_dir)
     write_json(history.run_dir / "config.json", asdict(history.config))
     write_task_files(history.stream, history.run_dir / "eval_tasks")
 
@@ -212,6 +212,10 @@ class _History:
             n: [name for name in self.data if name not in self.scores(n)] for n in range(len(self.manifests))
         }
         return {number: names for number, names in cells.items() if names}
+
+    def has_its_adapter(self) -> bool:
+        """Whether the run's adapter is that of the last complete stage."""
+        return bool(self.manifests) and adapter_hash(self.run_dir) == self.manifests[-1].get("adapter")
 
     def _check(self, number: int, manifest: Mapping[str, Any]) -> None:
         where = self.directory(number) / MANIFEST
@@ -350,12 +354,8 @@ def _run_missing(work: Workplace, history: _History) -> None:
             history.manifests.append(result.manifest)
             past = result.accumulated
         logger.info(stage_summary(history.manifests[-1]))
-    _restore_adapter(work, past)
-
-
-def _restore_adapter(work: Workplace, past: Factors) -> None:
-    """A finished run's adapter that somebody removed, from the stages' factors."""
-    if not from_main((work.run_dir / ADAPTER).is_dir):
+    if not from_main(history.has_its_adapter):  # somebody removed it, or the stages that it was written after
+        logger.info("putting the adapter together from the stages' factors")
         model = attach(work.model, ACCUMULATED, past, dict.fromkeys(past, 1))
         from_main(lambda: save_adapter(work.run_dir / ADAPTER, model, work.config.model))
         detach(model)
@@ -376,6 +376,7 @@ def _claim(directory: Path, header: Mapping[str, Any]) -> None:
 
     A stage that diverged is begun anew with another learning rate; there is nothing of it to keep.
     """
+    remove_temporaries(directory)
     path = directory / "inputs.json"
     inputs = {key: header[key] for key in ("identity", "previous")} | {
         "data": header["data"].get(header["task"])

@@ -120,7 +120,12 @@ def per_module(stage: Stage, decompose: Callable[[Target], Tensor]) -> dict[str,
     """
     targets: Iterable[Target] = stage.targets if is_main() else ()
     bar = tqdm(targets, desc="residual subspaces", unit="module", disable=None, leave=False)
-    return {t.name: decompose(t).cpu() for t in bar}
+    return {t.name: on_cpu(decompose(t)) for t in bar}
+
+
+def on_cpu(part: Tensor) -> Tensor:
+    """A copy: on a CPU, a part of a larger matrix would keep all of it."""
+    return part.to("cpu", copy=True)
 
 
 def extended_features(stage: Stage, sketches: Mapping[str, Tensor]) -> Features:
@@ -136,7 +141,7 @@ def extended_features(stage: Stage, sketches: Mapping[str, Tensor]) -> Features:
     for t in stage.targets if is_main() else ():
         basis = bases.load(t)
         extended = extend_basis_from_sketch(basis, sketches[t.name].to(bases.device), towers[t.tower].eps_f)
-        directions[t.name] = extended.basis[:, basis.shape[1] :].cpu()
+        directions[t.name] = on_cpu(extended.basis[:, basis.shape[1] :])
         facts[t.name] = {
             "k_f_added": directions[t.name].shape[1],
             "captured": extended.captured,

@@ -175,6 +175,9 @@ def test_two_stages(method: str, tiny_llava: Path, stream_file: Path, tmp_path: 
     directories = [stages / "01-first", stages / "02-second"]
     first, second = accumulated_after(chosen, {}, directories[:1]), read_adapter(tmp_path / "run/adapter")
     assert_equal(accumulated_after(chosen, {}, directories), second)
+    adapter = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
+    assert (adapter["rank_pattern"], adapter["alpha_pattern"]) == ({}, {})
+    assert adapter["lora_alpha"] == adapter["r"] == len(next(iter(second.values()))[0])
 
     for name, (a, b) in first.items():
         later_a, later_b = second[name]

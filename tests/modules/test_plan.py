@@ -168,6 +168,7 @@ def test_what_lowers_memory_lowers_the_plan(bases: Any, media_files: Path) -> No
     assert sums(train=replace(train, per_device_train_batch_size=4))["train"] < full["train"]
     assert sums(train=replace(train, optim="adamw_8bit"))["train"] < full["train"]
     assert sums(vision=TowerConfig(adapt=False))["train"] < full["train"]
+    assert sums(language=TowerConfig(adapt=False))["train"] < full["train"]
     assert sums(probe=ProbeConfig(batch_size=4))["probe"] < full["probe"]
     assert sums(language=TowerConfig(rank=4))["probe"] < full["probe"]
     unpacked = replace(memory, config=replace(config, model=replace(config.model, quantization="none")))

@@ -41,7 +41,7 @@ def make_retention(tasks=TASKS, general=("scenes",), method="keeplora"):
     if len(tasks) == 1:
         metrics |= {"bwt": None, "forgetting": None, "transfer": None}
     return {
-        "schema_version": 1, "method": method, "tasks": list(tasks), "general": list(general), "rows": rows,
+        "schema_version": 2, "method": method, "tasks": list(tasks), "general": list(general), "rows": rows,
         "metrics": metrics,
     }  # fmt: skip
 
@@ -67,7 +67,7 @@ def make_manifest(row, method="keeplora", steps=300):
     timings = {"weight_bases": 0.4, "probe": 2.5, "train": 31.0, "feature_basis": 2.4} if trained else {}
     skipped = [{"file": "train.json", "row": 7, "reason": "image <b>missing</b>"}] if stage == 2 else []
     return {
-        "schema_version": 1, "stage": stage, "task": row["task"], "method": method, "previous": None,
+        "schema_version": 2, "stage": stage, "task": row["task"], "method": method, "previous": None,
         "config": {}, "seeds": {"stage": 100 + stage}, "probe_indices": [0, 5],
         "packages": {"torch": "2.9.0", "peft": "0.18.0"}, "base_model": {"name": "base", "hash": "abc123"},
         "modules": make_modules(stage, method) if trained else [],
@@ -376,8 +376,8 @@ def test_missing_file_is_named(tmp_path, missing):
         (lambda text: text[:40], "not valid JSON"),
         (lambda text: "[]", "holds a list"),
         (
-            lambda text: text.replace('"schema_version": 1', '"schema_version": 9'),
-            "schema version 9, expected 1",
+            lambda text: text.replace('"schema_version": 2', '"schema_version": 9'),
+            "schema version 9, expected 2",
         ),
         (lambda text: text.replace('"counts"', '"count"'), "lacks counts"),
         (lambda text: text.replace('"stage": 1,', '"stage": 2,', 1), "is of stage 2"),
