@@ -7,7 +7,7 @@ with
     principal:  W V_k V_k^T            or            residual:  W (I - V_k V_k^T)
 
 and every benchmark is asked again. Over eps and per tower this is the intra-layer picture, per third of the
-depth the inter-layer one. On a finished run W is the base's weight plus the run's update, decomposed as one.
+depth the inter-layer one. On a run W is the base's weight plus the run's update, decomposed as one.
 
 Replacing needs weights that can be written: a 4-bit base is dequantised to its compute dtype first, which
 gives the numbers that it computes with.
@@ -74,7 +74,7 @@ class AnalysisConfig:
 
     Args:
         out: Directory of the results; the same command on the same directory continues.
-        run: Directory of a finished run: its base with its adapter is analysed. None takes the base alone.
+        run: Directory of a run: its base with its adapter is analysed. None takes the base alone.
         stream: YAML file with the tasks and the general benchmarks that are asked.
         data_root: Folder of the stream's data; None takes the stream file's own.
         model: The base model. Its compute_dtype is also that of the rebuilt weights.
@@ -268,7 +268,7 @@ def _identity(config: AnalysisConfig, stream: Stream) -> dict[str, Any]:
     """What all cells have in common: those of another model or other questions are no neighbours of these."""
     adapter = None
     if config.run is not None:
-        run_model_config(Path(config.run))  # says what is wrong with a directory that holds no finished run
+        run_model_config(Path(config.run))  # says what is wrong with a directory that holds no adapter
         adapter = hash_files(Path(config.run) / "adapter")
     specs: list[TaskSpec | GeneralSpec] = [*stream.tasks, *stream.general]
     free = ("base_model", "revision", "device", "trust_remote_code")

@@ -653,7 +653,7 @@ def _disk_lines(plan: Plan) -> Iterator[str]:
     one = 4 * memory.factors()
     adapter = one * (2 * stages - 1)
     last = max(towers.values(), key=lambda t: t.rank).rank * stages
-    yield f"  adapter          {adapter / GB:9.3f}  (of rank {last} after the last stage; the one before it, which it replaces)"
+    yield f"  adapter          {adapter / GB:9.3f}  (rank {last} in the end, and the one it replaces)"
     yield f"  stages' factors  {(one + 4 * memory.factors('A')) * stages / GB:9.3f}"
     checkpoints = 0
     if any(train.save_steps for train in memory.train_settings()):

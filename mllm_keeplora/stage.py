@@ -277,7 +277,7 @@ def accumulated_after(method: Method, initial: Factors, directories: Sequence[Pa
 
 
 def adapter_hash(run_dir: Path) -> str | None:
-    """sha256 of the accumulated adapter's tensors, which lie outside the stages; None where there are none."""
+    """sha256 of the accumulated adapter's tensors, which lie outside the stages; None without an adapter."""
     file = run_dir / ADAPTER / "adapter_model.safetensors"
     return sha256_file(file) if file.exists() else None
 

@@ -197,6 +197,17 @@ def test_two_stages(method: str, tiny_llava: Path, stream_file: Path, tmp_path: 
     assert (protected > 0) == (chosen.protects_weights or chosen.protects_features)
 
 
+def test_what_a_stage_collects_over_all_modules_keeps_nothing_else_alive(
+    tiny_llava: Path, stream_file: Path, tmp_path: Path
+) -> None:
+    """A slice of a module's basis would hold all of it, on a 7B model gigabytes over all modules."""
+    stage = open_stage(config(tiny_llava, stream_file, tmp_path, "keeplora"))
+    model = stage.work.model
+    kept = [*stage.work.method.initial_a(stage, model).values()]
+    kept += stage.work.method.features(stage, model).directions.values()
+    assert sum(t.untyped_storage().nbytes() for t in kept) == sum(t.nbytes for t in kept) > 0
+
+
 def test_a_killed_stage_that_remembers_continues(tiny_llava: Path, stream_file: Path, tmp_path: Path) -> None:
     """What EWC keeps between stages is read back, not measured again or lost."""
     settings = config(tiny_llava, stream_file, tmp_path, "ewc")
