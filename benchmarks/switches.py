@@ -70,10 +70,8 @@ class Switched:
 
     def __init__(self, size: Size, device: torch.device, switch: Switch) -> None:
         settings = replace(settings_for(device), **switch.settings)
-        self.step, self.around = (
-            Step(size, device, settings=settings, optimizer=switch.optimizer),
-            switch.around,
-        )
+        self.step = Step(size, device, settings=settings, optimizer=switch.optimizer)
+        self.around = switch.around
         if switch.compiled:
             self.step.model.compile()
         started = time.perf_counter()

@@ -16,7 +16,7 @@ from mllm_keeplora.config import ConfigError, ModelConfig, RunConfig, parse_conf
 from mllm_keeplora.data.collator import ChatCollator, render_prompt
 from mllm_keeplora.data.records import Sample, Turn
 from mllm_keeplora.models import load_base, load_processor
-from mllm_keeplora.plan import GB, make_plan
+from mllm_keeplora.plan import GB, format_plan, make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "recipes/configs"
@@ -99,6 +99,10 @@ def test_the_memory_in_a_header_is_the_plans(path: Path, llava_7b: Path) -> None
         assert plan.memory.peak() / GB * 1.12 < memory
         if file is None:
             assert plan.memory.peak() / GB == pytest.approx(peak, abs=0.06)
+            disk = re.search(r"Disk (\d+) GB at most", path.read_text())
+            said = re.search(r"disk, GB\n.*?\n  sum +([\d.]+)", format_plan(plan), re.S)
+            assert disk is not None and said is not None
+            assert 0 <= float(disk[1]) - float(said[1]) < 1
 
 
 # Prompts
