@@ -38,7 +38,7 @@ from measure import (
 )
 from torch import Tensor
 
-from mllm_keeplora.subspace import orthonormality_error, principal_basis, smallest_rank
+from mllm_keeplora.linalg.subspace import orthonormality_error, principal_basis, smallest_rank
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402

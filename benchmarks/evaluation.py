@@ -22,8 +22,6 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "eval"))
-
 import mllm_keeplora  # noqa: E402, F401  # its guards come before the libraries they guard
 
 # isort: split
@@ -31,14 +29,14 @@ import torch  # noqa: E402
 from measure import ROOT, Options, Row, benchmark, ratio  # noqa: E402
 
 # A folder of this name, which the leaderboard's command makes here, would change where the import is sorted.
-from leaderboard import FinishedRun, lmms_eval_arguments, read_results, read_run  # noqa: E402  # isort: skip
+from mllm_keeplora.eval.leaderboard import FinishedRun, lmms_eval_arguments, read_results, read_run  # noqa: E402  # isort: skip
 
 from mllm_keeplora.config import parse_config  # noqa: E402
-from mllm_keeplora.data.video import VideoReader  # noqa: E402
-from mllm_keeplora.evaluation.evaluate import Score, evaluate_row  # noqa: E402
-from mllm_keeplora.finished import load_run  # noqa: E402
-from mllm_keeplora.processes import end_processes, start_processes  # noqa: E402
-from mllm_keeplora.streams import load_stream  # noqa: E402
+from mllm_keeplora.continual.finished import load_run  # noqa: E402
+from mllm_keeplora.data.stream import load_stream  # noqa: E402
+from mllm_keeplora.data.video.reader import VideoReader  # noqa: E402
+from mllm_keeplora.distributed.processes import end_processes, start_processes  # noqa: E402
+from mllm_keeplora.evaluation.score import Score, evaluate_row  # noqa: E402
 
 # The first import prepares the environment for lmms-eval's, as in eval/leaderboard.py.
 LMMS_EVAL = "import mllm_keeplora; from lmms_eval.cli.dispatch import main; main()"
@@ -104,13 +102,13 @@ def finished_run(root: Path, quick: bool) -> FinishedRun:
     sizes = f"b.TRAIN_IMAGES, b.TEST_QUESTIONS, b.GENERAL_QUESTIONS = {QUICK_SIZES}; " if quick else ""
     script = f"import build_data as b; {sizes}b.main()"
     build = [sys.executable, "-c", script, "--out", str(root / "data")]
-    _complete(build, ROOT / "recipes/embedded")
+    _complete(build, ROOT / "recipes/small")
     settings = {
         "run_dir": root / "run",
         "data_root": root / "data",
         "cache_dir": root / "cache",
-        "stream": ROOT / "recipes/streams/embedded.yaml",
-        "model.base_model": ROOT / "recipes/embedded/base_model",
+        "stream": ROOT / "recipes/streams/small_vqa.yaml",
+        "model.base_model": ROOT / "recipes/small/vqa_base",
         "model.cpu_threads": torch.get_num_threads(),
         "train.max_steps": 2,
         "probe.max_samples": 16,

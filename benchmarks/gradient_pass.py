@@ -58,27 +58,24 @@ from measure import (
     milliseconds,
     ratio,
 )
+from mllm_keeplora.recipes.video import EMBEDDED as VIDEO  # noqa: E402
+from mllm_keeplora.recipes.vqa import EMBEDDED as IMAGE  # noqa: E402
 from shapes import TINY, TRUE, Shape, llava_config, random_batch, random_model, settings_for
 from torch import Tensor, nn
 
-from mllm_keeplora.config import parse_config
+from mllm_keeplora.config import Tower, parse_config
+from mllm_keeplora.continual.run import _History, _open_workplace
 from mllm_keeplora.data.records import select_evenly
-from mllm_keeplora.gradients import back_project_gradients, sketch_gradients
-from mllm_keeplora.lora_init import lora_a_from_gradient
+from mllm_keeplora.data.stream import load_stream
+from mllm_keeplora.distributed.processes import start_processes
+from mllm_keeplora.linalg.lora_init import lora_a_from_gradient
+from mllm_keeplora.linalg.sketch import extend_basis_from_sketch, refined_directions
+from mllm_keeplora.linalg.subspace import extend_basis, project_to_residual
 from mllm_keeplora.methods.base import load_method
-from mllm_keeplora.plan import skeleton_of
-from mllm_keeplora.processes import start_processes
-from mllm_keeplora.sketch import extend_basis_from_sketch, refined_directions
-from mllm_keeplora.stream_runner import _History, _open_workplace
-from mllm_keeplora.streams import load_stream
-from mllm_keeplora.subspace import extend_basis, project_to_residual
-from mllm_keeplora.targets import Target, Tower, find_targets
-from mllm_keeplora.workplace import Stage
-
-sys.path.insert(0, str(ROOT / "recipes"))
-
-from video import EMBEDDED as VIDEO  # noqa: E402
-from vqa import EMBEDDED as IMAGE  # noqa: E402
+from mllm_keeplora.methods.context import Stage
+from mllm_keeplora.modeling.targets import Target, find_targets
+from mllm_keeplora.planning.plan import skeleton_of
+from mllm_keeplora.probes.gradients import back_project_gradients, sketch_gradients
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402

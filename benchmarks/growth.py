@@ -42,20 +42,20 @@ from measure import Options, Row, benchmark, in_turns, megabytes, saved_bytes
 from shapes import Shape, llava_config, random_model
 from true_shape import run_config, write_files
 
-from mllm_keeplora.adapters import ACCUMULATED, STAGE, activate, attach
-from mllm_keeplora.artifacts import save_tensors
-from mllm_keeplora.data.video import VideoReader
+from mllm_keeplora.continual.stage import fold, module_table
+from mllm_keeplora.data.stream import load_stream, load_training_records
+from mllm_keeplora.data.video.reader import VideoReader
+from mllm_keeplora.distributed.processes import end_processes, start_processes
 from mllm_keeplora.evaluation.lmms_model import inference_state
+from mllm_keeplora.linalg.subspace import orthonormal_complement
 from mllm_keeplora.methods.base import load_method
-from mllm_keeplora.models import save_adapter
-from mllm_keeplora.past import past_in_base
-from mllm_keeplora.processes import end_processes, start_processes
-from mllm_keeplora.protected import weight_basis_files
-from mllm_keeplora.stage import fold, module_table
-from mllm_keeplora.streams import load_stream, load_training_records
-from mllm_keeplora.subspace import orthonormal_complement
-from mllm_keeplora.targets import find_targets
-from mllm_keeplora.workplace import FACTORS, FEATURES, Stage, Workplace, detach
+from mllm_keeplora.methods.context import FACTORS, FEATURES, Stage, Workplace, detach
+from mllm_keeplora.modeling.adapters import ACCUMULATED, STAGE, activate, attach
+from mllm_keeplora.modeling.fused_past import past_in_base
+from mllm_keeplora.modeling.loading import save_adapter
+from mllm_keeplora.modeling.targets import find_targets
+from mllm_keeplora.probes.protected_bases import weight_basis_files
+from mllm_keeplora.runs.files import save_tensors
 
 RANK = 16
 # What a stage adds to each feature basis. After 16 stages the 256 inputs of a vision layer still have room

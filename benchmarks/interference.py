@@ -1,6 +1,6 @@
 """Why a finished run forgot: how strongly each stage's update answers the inputs of earlier tasks.
 
-    python benchmarks/interference.py runs/vqa_embedded
+    python benchmarks/interference.py runs/vqa_small
 
 For every stage t and every earlier task i, means over the adapted layers of a tower, in percent:
 
@@ -16,15 +16,15 @@ from pathlib import Path
 from statistics import fmean
 
 import mllm_keeplora  # noqa: F401  # its guards come before the libraries they guard
-from mllm_keeplora.artifacts import ArtifactError, load_tensors
+from mllm_keeplora.commands.program import command
 from mllm_keeplora.config import parse_config
-from mllm_keeplora.console import command
+from mllm_keeplora.continual.run import _History, _open_workplace, _past_factors
+from mllm_keeplora.data.stream import load_stream
+from mllm_keeplora.distributed.processes import start_processes
 from mllm_keeplora.methods.base import load_method
-from mllm_keeplora.models import resolve_device
-from mllm_keeplora.processes import start_processes
-from mllm_keeplora.stream_runner import _History, _open_workplace, _past_factors
-from mllm_keeplora.streams import load_stream
-from mllm_keeplora.workplace import Stage, attach_accumulated, detach
+from mllm_keeplora.methods.context import Stage, attach_accumulated, detach
+from mllm_keeplora.modeling.loading import resolve_device
+from mllm_keeplora.runs.files import ArtifactError, load_tensors
 
 
 def measure(stage: Stage, earlier: Stage) -> dict[str, dict[str, float]]:

@@ -1,6 +1,6 @@
 """How far the accumulated update of a finished run could be recompressed: rank needed for a stated error.
 
-    python benchmarks/recompression.py runs/vqa_embedded
+    python benchmarks/recompression.py runs/vqa_small
 
 dW = B A of every adapted layer after the last stage, in fp64. For an error e the smallest rank k with
 ||dW - dW_k||_F <= e ||dW||_F, dW_k the best approximation of that rank, as a share of the rank that exact

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from mllm_keeplora.config import ModelConfig
-from mllm_keeplora.models import DTYPES, quantization_config
-from mllm_keeplora.plan import skeleton_of
-from mllm_keeplora.platform_guards import guard_linear4bit
-from mllm_keeplora.targets import family_of
+from mllm_keeplora.modeling.families import family_of
+from mllm_keeplora.modeling.linear4bit import guard_linear4bit
+from mllm_keeplora.modeling.loading import DTYPES, quantization_config
+from mllm_keeplora.planning.plan import skeleton_of
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "<video>", "USER:", "ASSISTANT:"]
 PATCH = 14  # pixels a side

@@ -11,7 +11,6 @@ checks, fold, feature basis; its weight bases are cached, or computed as in a ru
 import contextlib
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -25,25 +24,22 @@ import mllm_keeplora  # noqa: F401  # its guards come before the libraries they 
 import datasets
 import torch
 from measure import ROOT, Options, Row, benchmark, in_turns, ratio
+from mllm_keeplora.recipes.vqa import EMBEDDED  # noqa: E402
 from peft import LoraConfig, get_peft_model
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from mllm_keeplora.config import RunConfig, parse_config
+from mllm_keeplora.continual.run import _History, _open_workplace
+from mllm_keeplora.continual.stage import run_stage
 from mllm_keeplora.data.collator import ChatCollator
-from mllm_keeplora.evaluation.evaluate import write_task_files
+from mllm_keeplora.data.stream import load_stream
+from mllm_keeplora.distributed.processes import start_processes
+from mllm_keeplora.evaluation.task_files import write_task_files
 from mllm_keeplora.methods.base import load_method
-from mllm_keeplora.models import load_base
-from mllm_keeplora.processes import start_processes
-from mllm_keeplora.protected import weight_basis_files
-from mllm_keeplora.stage import run_stage
-from mllm_keeplora.stream_runner import _History, _open_workplace
-from mllm_keeplora.streams import load_stream
-from mllm_keeplora.workplace import Stage, Workplace
-
-sys.path.insert(0, str(ROOT / "recipes"))
-
-from vqa import EMBEDDED  # noqa: E402
+from mllm_keeplora.methods.context import Stage, Workplace
+from mllm_keeplora.modeling.loading import load_base
+from mllm_keeplora.probes.protected_bases import weight_basis_files
 
 STEPS = {"max_steps": 400}  # beside which the probe weighs twice what it does in the recipe
 QUICK = {"max_steps": 2, "per_device_train_batch_size": 4}

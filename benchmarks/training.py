@@ -9,8 +9,8 @@ data are left out. A past of T stages has T r columns, random; its content does 
 Forms of the past, every one with the same function up to the rounding of its weights:
 
     beside     an adapter of rank T r beside the layer: two more products a token and direction
-    inside     `mllm_keeplora.past`: W + B A made anew from the 4-bit weight in either direction; what
-               a stage trains with where the base computes in fp32, and the same as `beside` where it does not
+    inside     `modeling.fused_past`: W + B A made anew from the 4-bit weight in either direction; what a
+               stage trains with where the base computes in fp32, and the same as `beside` where it does not
     dense      W + B A kept in the compute dtype: no 4-bit weight any more
 """
 
@@ -24,13 +24,13 @@ from measure import Options, Row, benchmark, in_turns, megabytes, milliseconds, 
 from shapes import MIDDLE, TINY, TRUE, Shape, llava_config, random_batch, random_model, settings_for
 from torch import Tensor, nn
 
-from mllm_keeplora.adapters import ACCUMULATED, STAGE, Factors, Trainable, activate, attach
 from mllm_keeplora.config import ModelConfig
-from mllm_keeplora.gradients import module_generator
-from mllm_keeplora.linears import computed_weight
-from mllm_keeplora.models import DTYPES
-from mllm_keeplora.past import past_in_base
-from mllm_keeplora.targets import Target, find_targets
+from mllm_keeplora.modeling.adapters import ACCUMULATED, STAGE, Factors, Trainable, activate, attach
+from mllm_keeplora.modeling.fused_past import past_in_base
+from mllm_keeplora.modeling.linear4bit import computed_weight
+from mllm_keeplora.modeling.loading import DTYPES
+from mllm_keeplora.modeling.targets import Target, find_targets
+from mllm_keeplora.probes.gradients import module_generator
 
 Form = Literal["beside", "inside", "dense"]
 FORMS: tuple[Form, ...] = ("beside", "inside", "dense")

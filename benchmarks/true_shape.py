@@ -41,7 +41,6 @@ from PIL import Image
 from shapes import PATCH, SPECIAL, TRUE, Shape, llava_config, random_model, video_llava_config
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from mllm_keeplora import stage
 from mllm_keeplora.config import (
     EvaluationConfig,
     ModelConfig,
@@ -51,19 +50,21 @@ from mllm_keeplora.config import (
     TrainConfig,
     VideoConfig,
 )
+from mllm_keeplora.continual import stage
 from mllm_keeplora.data.collator import ChatCollator
 from mllm_keeplora.data.media import MediaChecker
 from mllm_keeplora.data.records import Sample, Turn
-from mllm_keeplora.data.video import VideoReader
-from mllm_keeplora.evaluation.evaluate import write_task_files
+from mllm_keeplora.data.stream import load_stream, load_training_records
+from mllm_keeplora.data.video.reader import VideoReader
+from mllm_keeplora.distributed.processes import start_processes
+from mllm_keeplora.evaluation.task_files import write_task_files
 from mllm_keeplora.methods.base import load_method
-from mllm_keeplora.models import resolve_device
-from mllm_keeplora.plan import GB, make_plan
-from mllm_keeplora.processes import start_processes
-from mllm_keeplora.protected import weight_basis_files
-from mllm_keeplora.streams import load_stream, load_training_records
-from mllm_keeplora.targets import Media, find_targets
-from mllm_keeplora.workplace import Stage, Workplace
+from mllm_keeplora.methods.context import Stage, Workplace
+from mllm_keeplora.modeling.families import Media
+from mllm_keeplora.modeling.loading import resolve_device
+from mllm_keeplora.modeling.targets import find_targets
+from mllm_keeplora.planning.plan import GB, make_plan
+from mllm_keeplora.probes.protected_bases import weight_basis_files
 
 TEMPLATE = (
     "{% for m in messages %}{{ 'USER: ' if m['role'] == 'user' else 'ASSISTANT: ' }}"

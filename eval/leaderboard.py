@@ -1,7 +1,7 @@
 """Evaluates a finished run from its saved files, through lmms-eval's own command line, and ranks it on the
 leaderboard.
 
-    python eval/leaderboard.py runs/vqa_embedded
+    python eval/leaderboard.py runs/vqa_small
 
 The fresh process loads the 4-bit base and the run's adapter by lmms-eval's model id `keeplora`, answers every
 question of the run's tasks and general benchmarks again, and compares the scores with the last row of the
@@ -22,10 +22,11 @@ from typing import Any
 # First: prepares the environment for lmms-eval's imports (which is why its stock command cannot be called
 # directly).
 import mllm_keeplora  # noqa: F401
-from mllm_keeplora.artifacts import ArtifactError, atomic_path, read_json, write_json
 from mllm_keeplora.config import ModelConfig
-from mllm_keeplora.evaluation import MODEL_ID, EvaluationError
-from mllm_keeplora.evaluation.evaluate import Score, ScoredTask, read_index, read_score
+from mllm_keeplora.evaluation.errors import MODEL_ID, EvaluationError
+from mllm_keeplora.evaluation.score import Score, read_score
+from mllm_keeplora.evaluation.task_files import ScoredTask, read_index
+from mllm_keeplora.runs.files import ArtifactError, atomic_path, read_json, write_json
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCHEMA_VERSION = 1
@@ -229,7 +230,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description="Evaluate a finished run afresh through lmms-eval's command line, and rank it."
     )
-    parser.add_argument("run", type=Path, help="run directory, e.g. runs/vqa_embedded")
+    parser.add_argument("run", type=Path, help="run directory, e.g. runs/vqa_small")
     parser.add_argument(
         "--limit", type=int, help="first N questions per task only: a quick look, no comparison, no row"
     )

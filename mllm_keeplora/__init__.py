@@ -1,7 +1,6 @@
 """KeepLoRA++ on quantised multimodal LLMs: continual fine-tuning that keeps what the model could do."""
 
-from mllm_keeplora.platform_guards import allow_torchvision_without_cuda, silence_missing_cpu_kernels
+from mllm_keeplora.modeling import compat
 
-# Has to run before anything imports transformers, peft or lmms-eval, hence here.
-allow_torchvision_without_cuda()
-silence_missing_cpu_kernels()
+# Has to run before anything imports transformers, peft or lmms-eval, hence here; it imports none of them.
+compat.install()

@@ -3,6 +3,7 @@
 import difflib
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -10,9 +11,11 @@ from typing import Any, Literal
 from jsonargparse import ArgumentError, ArgumentParser
 
 from mllm_keeplora.errors import KeepLoRAError
-from mllm_keeplora.layer_scaling import layer_scales
-from mllm_keeplora.subspace import check_energy
-from mllm_keeplora.targets import Tower
+from mllm_keeplora.linalg.layer_scaling import layer_scales
+from mllm_keeplora.linalg.subspace import check_energy
+from mllm_keeplora.resources import find
+
+Tower = Literal["vision", "language"]
 
 
 class ConfigError(KeepLoRAError, ValueError):
@@ -42,7 +45,7 @@ class ModelConfig:
             faster on one, and results are bit-identical for one number of threads.
     """
 
-    base_model: str = "recipes/embedded/base_model"
+    base_model: str = "recipes/small/vqa_base"
     revision: str | None = None
     quantization: Literal["nf4", "none"] = "nf4"
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -254,8 +257,8 @@ class RunConfig:
         seed: The one seed; stage t uses seed + t.
     """
 
-    run_dir: str = "runs/vqa_embedded"
-    stream: str = "recipes/streams/embedded.yaml"
+    run_dir: str = "runs/vqa_small"
+    stream: str = "recipes/streams/small_vqa.yaml"
     data_root: str | None = None
     method: str = "keeplora"
     method_options: dict[str, Any] = field(default_factory=dict)
@@ -373,7 +376,7 @@ def parse_config(description: str, default_config: Path, argv: list[str] | None 
         argv = ["--config", str(default_config), *argv]
     parser = build_parser(description, default_config)
     try:
-        values = parser.instantiate(parser.parse_args(argv))
+        values = parser.instantiate(parser.parse_args(_with_shipped_configs(argv)))
     except ArgumentError as error:
         raise ConfigError(f"{error}{_did_you_mean(str(error))}") from error
     except TypeError as error:  # jsonargparse expands a group that is no mapping
@@ -382,6 +385,19 @@ def parse_config(description: str, default_config: Path, argv: list[str] | None 
             f"one of the groups {groups} holds a value; it takes 'name: value' lines"
         ) from error
     return RunConfig(**{f.name: getattr(values, f.name) for f in fields(RunConfig)})
+
+
+def _with_shipped_configs(argv: Sequence[str]) -> list[str]:
+    """The command line, shipped files behind `--config` by their whole path."""
+    found = []
+    for before, argument in zip(["", *argv], argv, strict=False):
+        option, equals, value = argument.partition("=")
+        if before == "--config":
+            argument = str(find(argument))
+        elif option == "--config" and equals:
+            argument = f"--config={find(value)}"
+        found.append(argument)
+    return found
 
 
 def _did_you_mean(message: str) -> str:

@@ -8,13 +8,13 @@ The command line wins over the file: --video.frames 16. --help lists every setti
 
 from pathlib import Path
 
-from mllm_keeplora.recipe import Embedded, run_recipe
+from mllm_keeplora.commands.run import Embedded, run_recipe
 
 EMBEDDED = Embedded(
-    config=Path("recipes/configs/video/embedded.yaml"),
-    stream=Path("recipes/streams/embedded_video.yaml"),
-    data=Path("data/embedded_video"),
-    builder=Path("recipes/embedded/build_video_data.py"),
+    config=Path("recipes/configs/video/small.yaml"),
+    stream=Path("recipes/streams/small_video.yaml"),
+    data=Path("data/small_video"),
+    builder="build_video_data",
 )
 
 if __name__ == "__main__":

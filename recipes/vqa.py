@@ -8,13 +8,13 @@ The command line wins over the file: --language.rank 8. --help lists every setti
 
 from pathlib import Path
 
-from mllm_keeplora.recipe import Embedded, run_recipe
+from mllm_keeplora.commands.run import Embedded, run_recipe
 
 EMBEDDED = Embedded(
-    config=Path("recipes/configs/vqa/embedded.yaml"),
-    stream=Path("recipes/streams/embedded.yaml"),
-    data=Path("data/embedded"),
-    builder=Path("recipes/embedded/build_data.py"),
+    config=Path("recipes/configs/vqa/small.yaml"),
+    stream=Path("recipes/streams/small_vqa.yaml"),
+    data=Path("data/small_vqa"),
+    builder="build_vqa_data",
 )
 
 if __name__ == "__main__":

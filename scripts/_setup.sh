@@ -26,7 +26,7 @@ setup_environment() {
 
 # Beside a CPU-only torch, PyPI's torchvision does not import by itself, and with it `accelerate launch`.
 _prepare_startup() {
-    "$PYTHON" - "$PWD/mllm_keeplora/startup.py" <<'END'
+    "$PYTHON" - "$PWD/mllm_keeplora/modeling/compat.py" <<'END'
 import pathlib, sys, sysconfig
 
 lines = (

@@ -4,4 +4,4 @@
 set -euo pipefail
 source "$(dirname "$0")/_setup.sh"
 setup_environment
-exec "$PYTHON" -m mllm_keeplora.check_stream "$@"
+exec "$PYTHON" -m mllm_keeplora.planning.check_stream "$@"

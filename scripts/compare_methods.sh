@@ -6,4 +6,4 @@
 set -euo pipefail
 source "$(dirname "$0")/_setup.sh"
 setup_environment
-exec "$PYTHON" recipes/compare_methods.py "$@"
+exec "$PYTHON" studies/compare_methods.py "$@"

@@ -4,4 +4,4 @@
 set -euo pipefail
 source "$(dirname "$0")/_setup.sh"
 setup_environment
-exec "$PYTHON" -m mllm_keeplora.fetch_stream "$@"
+exec "$PYTHON" -m mllm_keeplora.data.fetch_stream "$@"

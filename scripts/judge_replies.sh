@@ -5,4 +5,4 @@
 set -euo pipefail
 source "$(dirname "$0")/_setup.sh"
 setup_environment
-exec "$PYTHON" -m mllm_keeplora.judge "$@"
+exec "$PYTHON" -m mllm_keeplora.evaluation.judge "$@"

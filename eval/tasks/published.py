@@ -6,7 +6,8 @@ where its rule lies; sources are bjzhb666/MLLM-CL (MLLM-DCL, MLLM-ACL), zacksche
 (CL-VISTA). Replies come without surrounding white space.
 
 Not here, because their published score needs a service: MLLM-ACL's Math (OpenAI's gpt-4o-mini reads the
-answer out of the reply) and APP (replies are handed in at EvalAI). CL-VISTA's judge: `mllm_keeplora.judge`.
+answer out of the reply) and APP (replies are handed in at EvalAI). CL-VISTA's judge:
+`mllm_keeplora.evaluation.judge`.
 """
 
 import functools

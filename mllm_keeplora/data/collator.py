@@ -11,9 +11,9 @@ from transformers import ProcessorMixin
 
 from mllm_keeplora.data.media import ImageError, decode_image, refuse_truncated_images
 from mllm_keeplora.data.records import Sample, Turn
-from mllm_keeplora.data.video import Clip, VideoError, VideoReader
+from mllm_keeplora.data.video.reader import Clip, VideoError, VideoReader
 from mllm_keeplora.errors import KeepLoRAError
-from mllm_keeplora.targets import Media
+from mllm_keeplora.modeling.families import Media
 
 IGNORED_LABEL = -100  # what torch's cross entropy and every transformers loss leave out
 
@@ -132,8 +132,8 @@ class ChatCollator:
     access.
 
     Args:
-        processor: of a family in mllm_keeplora/targets.py: tokenizer, chat template, image processor,
-            `image_token`, and their video counterparts.
+        processor: of a family in the table of `modeling.families`: tokenizer, chat template, image
+            processor, `image_token`, and their video counterparts.
         max_length: most tokens a sample may have, media tokens included; None for no limit.
         reader: decodes clips; None where there are none.
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from PIL import Image, ImageFile
 from tqdm import tqdm
 
-from mllm_keeplora.artifacts import sha256_json, write_json
-from mllm_keeplora.data.video import VideoError, VideoReader
+from mllm_keeplora.data.video.reader import VideoError, VideoReader
 from mllm_keeplora.errors import KeepLoRAError
+from mllm_keeplora.runs.files import sha256_json, write_json
 
 # Everything Pillow's decoders raise on damaged files; it has no common base class.
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)

@@ -21,7 +21,7 @@ from typing import Literal, get_args
 
 from mllm_keeplora.data.media import IMAGES_ONLY, MediaChecker
 from mllm_keeplora.errors import KeepLoRAError
-from mllm_keeplora.targets import Media
+from mllm_keeplora.modeling.families import Media
 
 # Where image and video go in LLaVA's own records. Samples do not carry it: the chat template places its own.
 PLACEHOLDERS: dict[Media, str] = {"image": "<image>", "video": "<video>"}

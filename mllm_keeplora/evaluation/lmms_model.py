@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from mllm_keeplora.config import VideoConfig
 from mllm_keeplora.data.collator import prepare_questions
-from mllm_keeplora.data.video import Clip, VideoReader
-from mllm_keeplora.evaluation import EvaluationError
-from mllm_keeplora.sharding import fillers, is_sharded
+from mllm_keeplora.data.video.reader import Clip, VideoReader
+from mllm_keeplora.distributed.sharding import fillers, is_sharded
+from mllm_keeplora.evaluation.errors import EvaluationError
 
 # lmms-eval's own LLaVA wrapper generates this many tokens where a task names no limit.
 DEFAULT_MAX_NEW_TOKENS = 1024
@@ -245,7 +245,7 @@ def load_for_evaluation(settings: Mapping[str, Any]) -> tuple[Any, Any]:
     from peft import PeftModel
 
     from mllm_keeplora.config import ModelConfig
-    from mllm_keeplora.models import load_base
+    from mllm_keeplora.modeling.loading import load_base
 
     known = get_type_hints(ModelConfig)
     # lmms-eval turns anything that looks like a number into one; names and revisions are strings.

@@ -20,15 +20,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 import mllm_keeplora.methods
-from mllm_keeplora.adapters import Factors, Trainable
 from mllm_keeplora.config import ConfigError, RunConfig, TrainConfig
 from mllm_keeplora.data.records import Sample
-from mllm_keeplora.gradients import module_generator
-from mllm_keeplora.processes import is_main
-from mllm_keeplora.sketch import extend_basis_from_sketch
-from mllm_keeplora.targets import Target
-from mllm_keeplora.training import Hooks
-from mllm_keeplora.workplace import Model, Stage
+from mllm_keeplora.distributed.processes import is_main
+from mllm_keeplora.linalg.sketch import extend_basis_from_sketch
+from mllm_keeplora.methods.context import Model, Stage
+from mllm_keeplora.methods.hooks import Hooks
+from mllm_keeplora.modeling.adapters import Factors, Trainable
+from mllm_keeplora.modeling.targets import Target
+from mllm_keeplora.probes.gradients import module_generator
 
 logger = get_logger(__name__)
 
@@ -160,7 +160,7 @@ def extended_features(stage: Stage, sketches: Mapping[str, Tensor]) -> Features:
 def method_names() -> list[str]:
     """The values of `method:`."""
     found = pkgutil.iter_modules(mllm_keeplora.methods.__path__)
-    return sorted(module.name for module in found if module.name != "base")
+    return sorted(module.name for module in found if module.name not in ("base", "context", "hooks"))
 
 
 def load_method(config: RunConfig) -> Method:

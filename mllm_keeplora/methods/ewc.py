@@ -8,12 +8,19 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from mllm_keeplora.adapters import ACCUMULATED, STAGE, Factors, activate, factor_parameters, without_dropout
 from mllm_keeplora.data.collator import IGNORED_LABEL
+from mllm_keeplora.distributed.processes import sum_of_all
 from mllm_keeplora.methods.base import Method
-from mllm_keeplora.processes import sum_of_all
-from mllm_keeplora.training import Hooks
-from mllm_keeplora.workplace import Model, Stage
+from mllm_keeplora.methods.context import Model, Stage
+from mllm_keeplora.methods.hooks import Hooks
+from mllm_keeplora.modeling.adapters import (
+    ACCUMULATED,
+    STAGE,
+    Factors,
+    activate,
+    factor_parameters,
+    without_dropout,
+)
 
 
 @dataclass(frozen=True)

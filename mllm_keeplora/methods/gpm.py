@@ -8,11 +8,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from mllm_keeplora.adapters import STAGE, factor_parameters
+from mllm_keeplora.linalg.subspace import project_to_residual
 from mllm_keeplora.methods.base import Features, Method, extended_features
-from mllm_keeplora.subspace import project_to_residual
-from mllm_keeplora.training import Hooks
-from mllm_keeplora.workplace import Model, Stage
+from mllm_keeplora.methods.context import Model, Stage
+from mllm_keeplora.methods.hooks import Hooks
+from mllm_keeplora.modeling.adapters import STAGE, factor_parameters
 
 
 @dataclass(frozen=True)

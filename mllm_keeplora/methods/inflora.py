@@ -5,10 +5,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from mllm_keeplora.adapters import Trainable
-from mllm_keeplora.lora_init import lora_a_from_gradient
+from mllm_keeplora.linalg.lora_init import lora_a_from_gradient
 from mllm_keeplora.methods.base import Features, Method, extended_features, per_module
-from mllm_keeplora.workplace import Model, Stage
+from mllm_keeplora.methods.context import Model, Stage
+from mllm_keeplora.modeling.adapters import Trainable
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,16 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from mllm_keeplora.adapters import Trainable
 from mllm_keeplora.config import RunConfig
-from mllm_keeplora.gradients import back_project_gradients
-from mllm_keeplora.layer_scaling import layer_scales
-from mllm_keeplora.lora_init import lora_a_from_gradient
+from mllm_keeplora.distributed.processes import from_main
+from mllm_keeplora.linalg.layer_scaling import layer_scales
+from mllm_keeplora.linalg.lora_init import lora_a_from_gradient
+from mllm_keeplora.linalg.sketch import refined_directions
 from mllm_keeplora.methods.base import Features, Method, extended_features, per_module
-from mllm_keeplora.processes import from_main
-from mllm_keeplora.sketch import refined_directions
-from mllm_keeplora.targets import Target
-from mllm_keeplora.workplace import Model, Stage
+from mllm_keeplora.methods.context import Model, Stage
+from mllm_keeplora.modeling.adapters import Trainable
+from mllm_keeplora.modeling.targets import Target
+from mllm_keeplora.probes.gradients import back_project_gradients
 
 
 @dataclass(frozen=True)

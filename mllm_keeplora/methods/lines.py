@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 from mllm_keeplora.config import RunConfig
-from mllm_keeplora.layer_scaling import layer_scales
+from mllm_keeplora.linalg.layer_scaling import layer_scales
 from mllm_keeplora.methods.base import Method
-from mllm_keeplora.targets import Target
+from mllm_keeplora.modeling.targets import Target
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mllm_keeplora.adapters import Factors, Trainable
+from mllm_keeplora.linalg.subspace import orthonormal_columns
 from mllm_keeplora.methods.base import Method, per_module
-from mllm_keeplora.subspace import orthonormal_columns
-from mllm_keeplora.workplace import Model, Stage
+from mllm_keeplora.methods.context import Model, Stage
+from mllm_keeplora.modeling.adapters import Factors, Trainable
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from mllm_keeplora.adapters import STAGE, factor_parameters
 from mllm_keeplora.methods.base import Method
-from mllm_keeplora.training import Hooks
-from mllm_keeplora.workplace import Stage
+from mllm_keeplora.methods.context import Stage
+from mllm_keeplora.methods.hooks import Hooks
+from mllm_keeplora.modeling.adapters import STAGE, factor_parameters
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from mllm_keeplora.data.records import Sample, select_evenly
 from mllm_keeplora.methods.base import Method
-from mllm_keeplora.workplace import Stage
+from mllm_keeplora.methods.context import Stage
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mllm_keeplora.gradients import gaussian_probe, sketch_gradients
-from mllm_keeplora.models import load_base
-from mllm_keeplora.subspace import orthonormality_error, principal_basis
+from mllm_keeplora.linalg.subspace import orthonormality_error, principal_basis
+from mllm_keeplora.modeling.loading import load_base
+from mllm_keeplora.probes.gradients import gaussian_probe, sketch_gradients
 from tests.modules.conftest import all_targets, batch, model_config, tiny_llava  # noqa: F401
 
 pytestmark = [

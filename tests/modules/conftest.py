@@ -17,10 +17,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mllm_keeplora.adapters import Factors
 from mllm_keeplora.config import ModelConfig
-from mllm_keeplora.models import load_base
-from mllm_keeplora.targets import Target, find_targets
+from mllm_keeplora.modeling.adapters import Factors
+from mllm_keeplora.modeling.loading import load_base
+from mllm_keeplora.modeling.targets import Target, find_targets
 
 WORDS = [
     "<pad>",

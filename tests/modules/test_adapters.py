@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from mllm_keeplora.adapters import (
+from mllm_keeplora.modeling.adapters import (
     ACCUMULATED,
     STAGE,
     AdapterError,
@@ -18,9 +18,9 @@ from mllm_keeplora.adapters import (
     read_factors,
     without_dropout,
 )
-from mllm_keeplora.artifacts import read_json
-from mllm_keeplora.models import load_base, read_initial_adapter, save_adapter
-from mllm_keeplora.targets import Target
+from mllm_keeplora.modeling.loading import load_base, read_initial_adapter, save_adapter
+from mllm_keeplora.modeling.targets import Target
+from mllm_keeplora.runs.files import read_json
 from tests.modules.conftest import all_targets, batch, model_config, read_adapter
 
 

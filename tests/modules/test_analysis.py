@@ -8,10 +8,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from PIL import Image
-
-from mllm_keeplora import analysis
-from mllm_keeplora.analysis import (
+from mllm_keeplora.studies import analysis
+from mllm_keeplora.studies.analysis import (
     UNCHANGED,
     AnalysisConfig,
     Cell,
@@ -25,16 +23,18 @@ from mllm_keeplora.analysis import (
     rebuilt,
     third_of,
 )
-from mllm_keeplora.artifacts import ArtifactError
+from PIL import Image
+
 from mllm_keeplora.config import ConfigError, ModelConfig
-from mllm_keeplora.finished import load_dense
-from mllm_keeplora.protected import weight_basis_files
-from mllm_keeplora.subspace import principal_basis
-from mllm_keeplora.targets import Target
+from mllm_keeplora.continual.finished import load_dense
+from mllm_keeplora.linalg.subspace import principal_basis
+from mllm_keeplora.modeling.targets import Target
+from mllm_keeplora.probes.protected_bases import weight_basis_files
+from mllm_keeplora.runs.files import ArtifactError
 from tests.modules.conftest import all_targets, batch, model_config
 
 ENERGIES = [0.2, 0.6, 0.9, 0.99, 1.0]
-EMBEDDED = Path(__file__).resolve().parents[2] / "recipes" / "configs" / "vqa" / "embedded.yaml"
+EMBEDDED = Path(__file__).resolve().parents[2] / "recipes" / "configs" / "vqa" / "small.yaml"
 Dense = tuple[Any, list[Target], dict[str, Path]]
 
 
@@ -260,12 +260,12 @@ def parse(*argv: str) -> AnalysisConfig:
 
 
 def test_a_recipe_gives_the_model_and_the_command_line_wins() -> None:
-    video = EMBEDDED.parents[1] / "video" / "embedded.yaml"
+    video = EMBEDDED.parents[1] / "video" / "small.yaml"
     config = parse("--config", str(video), "--energies", "[0.5]", "--model.compute_dtype", "bfloat16")
-    assert config.stream == "recipes/streams/embedded_video.yaml"
-    assert config.model.base_model == "recipes/embedded/video_base_model"
+    assert config.stream == "recipes/streams/small_video.yaml"
+    assert config.model.base_model == "recipes/small/video_base"
     assert (config.energies, config.model.compute_dtype, config.limit) == ([0.5], "bfloat16", 100)
-    assert parse().model.cpu_threads == 1  # embedded.yaml's own
+    assert parse().model.cpu_threads == 1  # small.yaml's own
 
 
 @pytest.mark.parametrize(

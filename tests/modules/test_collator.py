@@ -38,7 +38,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-EMBEDDED_MODEL = Path(__file__).parents[2] / "recipes/embedded/base_model"
+EMBEDDED_MODEL = Path(__file__).parents[2] / "recipes/small/vqa_base"
 IMAGE_TOKENS = 16  # (64 / 16) ** 2, the class token dropped
 WORDS = [
     "USER",

@@ -35,11 +35,12 @@ from transformers import (
 )
 
 from mllm_keeplora.config import ModelConfig, VideoConfig
-from mllm_keeplora.evaluation import EvaluationError
-from mllm_keeplora.evaluation.evaluate import TEMPLATES, evaluate_row, read_index, write_task_files
+from mllm_keeplora.data.stream import GeneralSpec, Stream, TaskSpec
+from mllm_keeplora.evaluation.errors import EvaluationError
 from mllm_keeplora.evaluation.lmms_model import KeepLoRAModel, inference_state
-from mllm_keeplora.models import load_base
-from mllm_keeplora.streams import GeneralSpec, Stream, TaskSpec
+from mllm_keeplora.evaluation.score import evaluate_row
+from mllm_keeplora.evaluation.task_files import TEMPLATES, read_index, write_task_files
+from mllm_keeplora.modeling.loading import load_base
 
 REPOSITORY = TEMPLATES.parents[1]
 
@@ -491,7 +492,7 @@ def test_wrong_batch_size_is_an_error(live: tuple[Any, Any], batch_size: Any) ->
 
 def test_lmms_eval_knows_the_model_whatever_is_imported_first() -> None:
     points = importlib.metadata.entry_points(group="lmms_eval.models")
-    assert "mllm_keeplora.evaluation:model_manifest" in {point.value for point in points}, (
+    assert "mllm_keeplora.evaluation.errors:model_manifest" in {point.value for point in points}, (
         "reinstall: pip install -e ."
     )
     script = (

@@ -15,15 +15,16 @@ from PIL import Image
 from torch import nn
 
 from mllm_keeplora.config import ModelConfig, ProbeConfig, RunConfig, TowerConfig, TrainConfig, VideoConfig
+from mllm_keeplora.continual.finished import load_run
+from mllm_keeplora.continual.run import run_stream
 from mllm_keeplora.data.collator import ChatCollator, ProcessorError, prepare_questions
 from mllm_keeplora.data.media import decode_image
 from mllm_keeplora.data.records import Sample, Turn
-from mllm_keeplora.data.video import VideoReader
-from mllm_keeplora.finished import load_run
-from mllm_keeplora.gradients import gaussian_probe, sketch_gradients
-from mllm_keeplora.models import load_base
-from mllm_keeplora.stream_runner import run_stream
-from mllm_keeplora.targets import FAMILIES, Media, family_of, find_targets
+from mllm_keeplora.data.video.reader import VideoReader
+from mllm_keeplora.modeling.families import FAMILIES, Media, family_of
+from mllm_keeplora.modeling.loading import load_base
+from mllm_keeplora.modeling.targets import find_targets
+from mllm_keeplora.probes.gradients import gaussian_probe, sketch_gradients
 from tests.clips import write_clip
 from tests.modules.conftest import BOTH_TOWERS, model_config, read_adapter
 from tests.modules.tiny_families import BUILDERS, save_tiny

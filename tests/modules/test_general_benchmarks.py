@@ -12,18 +12,12 @@ from lmms_eval.tasks import TaskManager
 from lmms_eval.utils import load_yaml_config
 
 from mllm_keeplora.config import ConfigError, EvaluationConfig, ModelConfig, RunConfig, TrainConfig
-from mllm_keeplora.evaluation import EvaluationError
-from mllm_keeplora.evaluation.evaluate import (
-    TEMPLATES,
-    ScoredTask,
-    _by_limit,
-    _TemplateLoader,
-    read_score,
-    write_task_files,
-)
-from mllm_keeplora.evaluation.report import format_table, subset_note
-from mllm_keeplora.stream_runner import run_stream
-from mllm_keeplora.streams import GeneralSpec, Stream, StreamError, TaskSpec, load_stream
+from mllm_keeplora.continual.run import run_stream
+from mllm_keeplora.data.stream import GeneralSpec, Stream, StreamError, TaskSpec, load_stream
+from mllm_keeplora.evaluation.errors import EvaluationError
+from mllm_keeplora.evaluation.score import _by_limit, read_score
+from mllm_keeplora.evaluation.task_files import TEMPLATES, ScoredTask, _TemplateLoader, write_task_files
+from mllm_keeplora.reports.report import format_table, subset_note
 
 ROOT = Path(__file__).resolve().parents[2]
 STREAMS = ROOT / "recipes/streams"

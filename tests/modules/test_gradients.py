@@ -6,9 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from mllm_keeplora.adapters import ACCUMULATED, attach
-from mllm_keeplora.gradients import GradientError, back_project_gradients, gaussian_probe, sketch_gradients
-from mllm_keeplora.linears import computed_weight
+from mllm_keeplora.modeling.adapters import ACCUMULATED, attach
+from mllm_keeplora.modeling.linear4bit import computed_weight
+from mllm_keeplora.probes.gradients import (
+    GradientError,
+    back_project_gradients,
+    gaussian_probe,
+    sketch_gradients,
+)
 from tests.modules.conftest import all_targets, batch
 
 COLUMNS = 12

@@ -14,8 +14,24 @@ import yaml
 from peft import PeftModel
 from PIL import Image
 
-from mllm_keeplora.activations import sketch_inputs
-from mllm_keeplora.adapters import (
+from mllm_keeplora.config import ConfigError, ModelConfig, ProbeConfig, RunConfig, TowerConfig, TrainConfig
+from mllm_keeplora.continual.run import _History, _open_workplace, run_stream
+from mllm_keeplora.continual.stage import _start, accumulated_after, learn
+from mllm_keeplora.continual.trainer import train_stage
+from mllm_keeplora.data.collator import SampleDataset
+from mllm_keeplora.data.stream import load_stream
+from mllm_keeplora.distributed.processes import start_processes
+from mllm_keeplora.linalg.lora_init import lora_a_from_gradient
+from mllm_keeplora.linalg.subspace import orthonormality_error
+from mllm_keeplora.methods.base import load_method, method_names
+from mllm_keeplora.methods.context import FEATURES, MEMORY, Stage, attach_accumulated
+from mllm_keeplora.methods.ewc import fisher_diagonal, weighted_distance
+from mllm_keeplora.methods.gpm import project_factors
+from mllm_keeplora.methods.hooks import Hooks
+from mllm_keeplora.methods.lines import Lines
+from mllm_keeplora.methods.loda import energy_ratio_rows
+from mllm_keeplora.methods.olora import overlap
+from mllm_keeplora.modeling.adapters import (
     ACCUMULATED,
     STAGE,
     Factors,
@@ -24,24 +40,9 @@ from mllm_keeplora.adapters import (
     factor_parameters,
     read_factors,
 )
-from mllm_keeplora.artifacts import load_tensors
-from mllm_keeplora.config import ConfigError, ModelConfig, ProbeConfig, RunConfig, TowerConfig, TrainConfig
-from mllm_keeplora.data.collator import SampleDataset
-from mllm_keeplora.gradients import GradientError
-from mllm_keeplora.lora_init import lora_a_from_gradient
-from mllm_keeplora.methods.base import load_method, method_names
-from mllm_keeplora.methods.ewc import fisher_diagonal, weighted_distance
-from mllm_keeplora.methods.gpm import project_factors
-from mllm_keeplora.methods.lines import Lines
-from mllm_keeplora.methods.loda import energy_ratio_rows
-from mllm_keeplora.methods.olora import overlap
-from mllm_keeplora.processes import start_processes
-from mllm_keeplora.stage import _start, accumulated_after, learn
-from mllm_keeplora.stream_runner import _History, _open_workplace, run_stream
-from mllm_keeplora.streams import load_stream
-from mllm_keeplora.subspace import orthonormality_error
-from mllm_keeplora.training import Hooks, train_stage
-from mllm_keeplora.workplace import FEATURES, MEMORY, Stage, attach_accumulated
+from mllm_keeplora.probes.activations import sketch_inputs
+from mllm_keeplora.probes.gradients import GradientError
+from mllm_keeplora.runs.files import load_tensors
 from tests.modules.conftest import WORDS, all_targets, batch, read_adapter
 
 RANK = 2

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from mllm_keeplora.config import ConfigError, ModelConfig
-from mllm_keeplora.linears import computed_weight
-from mllm_keeplora.models import (
+from mllm_keeplora.modeling.linear4bit import computed_weight
+from mllm_keeplora.modeling.loading import (
     base_model_hash,
     known_base_hash,
     load_base,
@@ -119,7 +119,7 @@ def test_a_hub_model_is_one_commits_safetensors_and_code_only_where_asked_for(
         asked.append((repository, settings))
         return str(tiny_llava)
 
-    monkeypatch.setattr("mllm_keeplora.models.snapshot_download", fetch)
+    monkeypatch.setattr("mllm_keeplora.modeling.loading.snapshot_download", fetch)
     config = ModelConfig(base_model="somebody/model", revision="c0ffee", trust_remote_code=remote_code)
     assert resolve_model_directory(config) == tiny_llava
     [(repository, settings)] = asked

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mllm_keeplora.adapters import ACCUMULATED, STAGE, activate, attach
-from mllm_keeplora.models import load_base
-from mllm_keeplora.past import past_in_base
+from mllm_keeplora.modeling.adapters import ACCUMULATED, STAGE, activate, attach
+from mllm_keeplora.modeling.fused_past import past_in_base
+from mllm_keeplora.modeling.loading import load_base
 from tests.modules.conftest import all_targets, batch, model_config
 
 RANK = 8

@@ -18,15 +18,17 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from PIL import Image
 from torch import nn
 
-from mllm_keeplora import plan as plan_module
-from mllm_keeplora.adapters import STAGE, attach
-from mllm_keeplora.adapters import activate as activate_adapters
+from mllm_keeplora.commands.run import parse_flags
 from mllm_keeplora.config import ConfigError, ModelConfig, ProbeConfig, RunConfig, TowerConfig, TrainConfig
+from mllm_keeplora.continual.run import run_stream
 from mllm_keeplora.data.collator import ChatCollator
-from mllm_keeplora.gradients import _ThinGradient, _watching
-from mllm_keeplora.memory import PHASES, MemoryModel, base_bytes, most_columns, optimizer_state
-from mllm_keeplora.models import load_base
-from mllm_keeplora.plan import (
+from mllm_keeplora.modeling.adapters import STAGE, attach
+from mllm_keeplora.modeling.adapters import activate as activate_adapters
+from mllm_keeplora.modeling.families import FAMILIES, Media
+from mllm_keeplora.modeling.loading import load_base
+from mllm_keeplora.planning import plan as plan_module
+from mllm_keeplora.planning.memory_model import PHASES, MemoryModel, base_bytes, most_columns, optimizer_state
+from mllm_keeplora.planning.plan import (
     GB,
     PlanError,
     assumed_shape,
@@ -41,9 +43,7 @@ from mllm_keeplora.plan import (
     sample_shape,
     targets_of,
 )
-from mllm_keeplora.recipe import parse_flags
-from mllm_keeplora.stream_runner import run_stream
-from mllm_keeplora.targets import FAMILIES, Media
+from mllm_keeplora.probes.gradients import _ThinGradient, _watching
 from tests.clips import write_clip
 from tests.modules.test_families import MAIN_MEDIA, reader, samples, write_stream
 from tests.modules.tiny_families import save_tiny

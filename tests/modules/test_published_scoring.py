@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from mllm_keeplora.evaluation.evaluate import TEMPLATES, evaluate_row, write_task_files
-from mllm_keeplora.streams import Stream, TaskSpec
+from mllm_keeplora.data.stream import Stream, TaskSpec
+from mllm_keeplora.evaluation.score import evaluate_row
+from mllm_keeplora.evaluation.task_files import TEMPLATES, write_task_files
 from tests.modules import test_evaluation as shared
 from tests.unit.test_scoring import load_module
 

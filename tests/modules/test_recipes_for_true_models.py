@@ -15,13 +15,13 @@ from transformers import ProcessorMixin
 from mllm_keeplora.config import ConfigError, ModelConfig, RunConfig, parse_config
 from mllm_keeplora.data.collator import ChatCollator, render_prompt
 from mllm_keeplora.data.records import Sample, Turn
-from mllm_keeplora.models import load_base, load_processor
-from mllm_keeplora.plan import GB, format_plan, make_plan
+from mllm_keeplora.modeling.loading import load_base, load_processor
+from mllm_keeplora.planning.plan import GB, format_plan, make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "recipes/configs"
 PATHS = [path for kind in ("vqa", "video") for path in sorted((CONFIGS / kind).glob("*.yaml"))]
-TRUE = [path for path in PATHS if path.stem != "embedded"]
+TRUE = [path for path in PATHS if path.stem != "small"]
 HARDWARE = sorted((CONFIGS / "hardware").glob("*.yaml"))
 VICUNA = "recipes/templates/vicuna_v1.jinja"
 SYSTEM = (

@@ -2,7 +2,8 @@ from typing import Any
 
 import pytest
 
-from mllm_keeplora.targets import TargetError, family_of, find_targets
+from mllm_keeplora.modeling.families import TargetError, family_of
+from mllm_keeplora.modeling.targets import find_targets
 from tests.modules.conftest import BOTH_TOWERS, all_targets
 
 

@@ -9,11 +9,11 @@ import torch
 from peft import PeftModel
 from torch.utils.data import Dataset
 
-from mllm_keeplora.adapters import ACCUMULATED, STAGE, activate, attach, factor_parameters
-from mllm_keeplora.artifacts import WriteError
 from mllm_keeplora.config import TrainConfig
-from mllm_keeplora.models import load_base
-from mllm_keeplora.training import COMPLETE, TrainingError, last_complete_checkpoint, train_stage
+from mllm_keeplora.continual.trainer import COMPLETE, TrainingError, last_complete_checkpoint, train_stage
+from mllm_keeplora.modeling.adapters import ACCUMULATED, STAGE, activate, attach, factor_parameters
+from mllm_keeplora.modeling.loading import load_base
+from mllm_keeplora.runs.files import WriteError
 from tests.modules.conftest import all_targets, batch, model_config
 
 CPU = torch.device("cpu")

@@ -24,7 +24,7 @@ def built_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded stream's data, built by its own script."""
     root = tmp_path_factory.mktemp("built") / "embedded"
     subprocess.run(
-        [sys.executable, "recipes/embedded/build_data.py", "--out", str(root)], cwd=ROOT, check=True
+        [sys.executable, "recipes/small/build_vqa_data.py", "--out", str(root)], cwd=ROOT, check=True
     )
     return root
 
@@ -45,11 +45,11 @@ def video_data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded video stream's data by its own script, few clips of each task."""
     root = tmp_path_factory.mktemp("short") / "embedded_video"
     build = (
-        "import build_video_data as b; "
+        "from mllm_keeplora.recipes.small import build_video_data as b; "
         f"b.TRAIN_CLIPS, b.TEST_QUESTIONS, b.GENERAL_QUESTIONS = {TRAIN}, {TEST}, {TEST}; b.main()"
     )
     command = [sys.executable, "-c", build, "--out", str(root)]
-    subprocess.run(command, cwd=ROOT / "recipes" / "embedded", check=True)
+    subprocess.run(command, cwd=ROOT, check=True)
     return root
 
 

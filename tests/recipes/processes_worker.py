@@ -14,17 +14,18 @@ from typing import Any
 
 import torch
 
-from mllm_keeplora.artifacts import load_or_compute, save_tensors
+from mllm_keeplora.commands.program import command
 from mllm_keeplora.config import RunConfig, parse_config
-from mllm_keeplora.console import command
-from mllm_keeplora.evaluation.evaluate import evaluate_row, write_task_files
+from mllm_keeplora.continual.run import _History, _open_workplace
+from mllm_keeplora.continual.stage import StageError, _train
+from mllm_keeplora.continual.trainer import FiniteGradients
+from mllm_keeplora.data.stream import load_stream
+from mllm_keeplora.distributed.processes import from_main, start_processes, wait_for_everyone
+from mllm_keeplora.evaluation.score import evaluate_row
+from mllm_keeplora.evaluation.task_files import write_task_files
 from mllm_keeplora.methods.base import load_method
-from mllm_keeplora.processes import from_main, start_processes, wait_for_everyone
-from mllm_keeplora.stage import StageError, _train
-from mllm_keeplora.stream_runner import _History, _open_workplace
-from mllm_keeplora.streams import load_stream
-from mllm_keeplora.training import FiniteGradients
-from mllm_keeplora.workplace import Stage
+from mllm_keeplora.methods.context import Stage
+from mllm_keeplora.runs.files import load_or_compute, save_tensors
 
 RANK = int(os.environ.get("RANK", "0"))
 # Batches of 8: one process reads them all; of two, the second has images, text alone, or nothing.

@@ -24,7 +24,7 @@ def run(recipe: Recipe, *command: str) -> subprocess.CompletedProcess[str]:
 def test_the_unchanged_model_of_an_analysis_is_that_of_the_run(finished: Recipe, tmp_path: Path) -> None:
     out = tmp_path / "analysis"
     command = [
-        "recipes/analyze.py",
+        "studies/analyze.py",
         "--run",
         str(finished.run_dir),
         "--out",
@@ -51,14 +51,14 @@ def test_an_analysis_refuses_bad_input_in_one_line(finished: Recipe) -> None:
         (["--energies", "[2]"], "error: energies must lie in (0, 1], got 2.0"),
         (["--run", "runs/nowhere"], "error: runs/nowhere holds no adapter/"),
     ):
-        done = run(finished, "recipes/analyze.py", *arguments)
+        done = run(finished, "studies/analyze.py", *arguments)
         assert done.returncode == 2
         assert done.stderr.startswith(expected) and done.stderr.count("\n") == 1
 
 
 def test_a_run_is_compared_by_the_command(copied: Recipe, tmp_path: Path) -> None:
     out = tmp_path / "comparison"
-    command = ["-m", "mllm_keeplora.evaluation.comparison", str(copied.run_dir), "--out", str(out)]
+    command = ["-m", "mllm_keeplora.reports.comparison", str(copied.run_dir), "--out", str(out)]
     done = run(copied, *command)
     assert done.returncode == 0, done.stderr
     assert "keeplora     1" in done.stdout

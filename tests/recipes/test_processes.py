@@ -16,11 +16,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from mllm_keeplora.sketch import extend_basis_from_sketch
+from mllm_keeplora.linalg.sketch import extend_basis_from_sketch
 from tests.recipes.conftest import ROOT, TASKS, TEST, Recipe
 
 WORKER = "tests/recipes/processes_worker.py"
-DEFAULT = "recipes/configs/vqa/embedded.yaml"
+DEFAULT = "recipes/configs/vqa/small.yaml"
 HALF = ("--train.per_device_train_batch_size", "4")  # two processes then take the 8 samples of one
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import yaml
 
-from mllm_keeplora.check_stream import Problem, check_stream
 from mllm_keeplora.config import VideoConfig
 from mllm_keeplora.data.media import MediaChecker
 from mllm_keeplora.data.records import read_records
-from mllm_keeplora.data.video import VideoReader
-from mllm_keeplora.evaluation.evaluate import scored_tasks, write_task_files
-from mllm_keeplora.streams import Stream, load_stream
+from mllm_keeplora.data.stream import Stream, load_stream
+from mllm_keeplora.data.video.reader import VideoReader
+from mllm_keeplora.evaluation.task_files import scored_tasks, write_task_files
+from mllm_keeplora.planning.check_stream import Problem, check_stream
 from tests.clips import cut
 from tests.modules.tiny_families import save_tiny
 from tests.recipes.published import LAYOUTS, LETTER, ONE_WORD, TEST
@@ -325,7 +325,7 @@ def test_the_recipe_runs_the_stream_to_its_report(name: str, roots: dict[str, Pa
         task["max_new_tokens"] = 8
     path = tmp_path / f"{name}.yaml"
     path.write_text(yaml.safe_dump(stream, sort_keys=False))
-    model = "recipes/embedded/base_model"
+    model = "recipes/small/vqa_base"
     if name in VIDEO:
         model = str(tmp_path / "model")
         save_tiny("llava_next_video", tmp_path / "model")

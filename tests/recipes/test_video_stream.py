@@ -89,7 +89,14 @@ def test_chat_gives_the_evaluated_reply(finished: VideoRecipe) -> None:
     question = json.loads(rows.read_text())[0]
     replies = (finished.run_dir / "stages/02-lamps/evaluation/drift.jsonl").read_text().splitlines()
     clip = finished.data_root / "drift/videos" / f"{question['video_name']}.mp4"
-    command = [sys.executable, "-m", "mllm_keeplora.chat", str(finished.run_dir), "--video", str(clip)]
+    command = [
+        sys.executable,
+        "-m",
+        "mllm_keeplora.commands.chat",
+        str(finished.run_dir),
+        "--video",
+        str(clip),
+    ]
     done = subprocess.run(
         [*command, "--max-new-tokens", "4", question["question"]],
         cwd=ROOT,
@@ -103,7 +110,14 @@ def test_chat_gives_the_evaluated_reply(finished: VideoRecipe) -> None:
 
 def test_the_export_answers_like_the_run(finished: VideoRecipe, tmp_path: Path) -> None:
     out = tmp_path / "merged"
-    command = [sys.executable, "-m", "mllm_keeplora.export", str(finished.run_dir), "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "mllm_keeplora.continual.export",
+        str(finished.run_dir),
+        "--out",
+        str(out),
+    ]
     done = subprocess.run(
         command, cwd=ROOT, env=finished.environment(), capture_output=True, text=True, check=False
     )

@@ -17,9 +17,9 @@ from peft import PeftModel
 from safetensors.torch import load, load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
-from mllm_keeplora.chat import answer, open_image
-from mllm_keeplora.finished import load_run
-from mllm_keeplora.platform_guards import guard_linear4bit
+from mllm_keeplora.commands.chat import answer, open_image
+from mllm_keeplora.continual.finished import load_run
+from mllm_keeplora.modeling.linear4bit import guard_linear4bit
 from tests.recipes.conftest import ROOT, TASKS, TEST, Recipe
 
 SCORE_KEYS = {"value", "native", "native_max", "stderr", "n"}
@@ -116,7 +116,7 @@ def test_the_adapter_works_with_stock_peft_on_a_stock_base(finished: Recipe) -> 
     quantization = BitsAndBytesConfig.from_dict(
         json.loads((adapter / "quantization_config.json").read_text())
     )
-    base_dir = ROOT / "recipes/embedded/base_model"
+    base_dir = ROOT / "recipes/small/vqa_base"
     base = AutoModelForImageTextToText.from_pretrained(
         base_dir, quantization_config=quantization, dtype=torch.float32
     )

@@ -8,21 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from mllm_keeplora.artifacts import (
-    MANIFEST,
+from mllm_keeplora.runs.files import (
     ArtifactError,
     WriteError,
     load_or_compute,
     load_tensors,
-    read_manifest,
     remove_temporaries,
     replaced_directory,
     save_tensors,
     sha256_file,
     sha256_json,
     write_json,
-    write_manifest,
 )
+from mllm_keeplora.runs.manifests import MANIFEST, read_manifest, write_manifest
 
 
 def no_room(*_: object) -> None:
@@ -47,7 +45,7 @@ def test_a_full_device_is_reported_for_tensors(tmp_path: Path, monkeypatch: pyte
         with Path("/dev/full").open("w") as full:
             full.write("x" * 100_000)
 
-    monkeypatch.setattr("mllm_keeplora.artifacts.save_file", write_to_full_device)
+    monkeypatch.setattr("mllm_keeplora.runs.files.save_file", write_to_full_device)
     with pytest.raises(WriteError, match="No space left"):
         save_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(1)})
     assert list(tmp_path.iterdir()) == []

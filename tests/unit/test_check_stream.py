@@ -10,11 +10,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from mllm_keeplora.check_stream import SHOWN, Report, check_stream, format_report, main
 from mllm_keeplora.config import VideoConfig
 from mllm_keeplora.data.media import MediaChecker
-from mllm_keeplora.data.video import VideoReader
-from mllm_keeplora.streams import load_stream, load_training_records
+from mllm_keeplora.data.stream import load_stream, load_training_records
+from mllm_keeplora.data.video.reader import VideoReader
+from mllm_keeplora.planning.check_stream import SHOWN, Report, check_stream, format_report, main
 from tests.clips import cut, moving_frames, write_clip
 
 Records = list[dict[str, Any]]

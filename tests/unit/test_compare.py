@@ -7,10 +7,8 @@ from typing import Any
 
 import pytest
 import yaml
-from scipy import stats
-
-from mllm_keeplora import compare
-from mllm_keeplora.compare import (
+from mllm_keeplora.studies import methods as compare
+from mllm_keeplora.studies.methods import (
     Job,
     Study,
     Tuning,
@@ -28,9 +26,11 @@ from mllm_keeplora.compare import (
     standard_error,
     write_results,
 )
+from scipy import stats
+
 from mllm_keeplora.config import ConfigError, RunConfig
+from mllm_keeplora.data.stream import load_stream
 from mllm_keeplora.methods.base import load_method
-from mllm_keeplora.streams import load_stream
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDIES = sorted((ROOT / "recipes/studies").glob("*.yaml"))
@@ -44,7 +44,7 @@ def in_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def study(tmp_path: Path, tuned: bool = True) -> Study:
     return Study(
-        recipe="recipes/configs/vqa/embedded.yaml",
+        recipe="recipes/configs/vqa/small.yaml",
         runs=str(tmp_path / "runs"),
         results=str(tmp_path / "results"),
         reference="ours",
@@ -279,5 +279,5 @@ def test_one_seed_has_no_standard_error() -> None:
 def test_the_shipped_split_is_a_stream_of_the_first_tasks() -> None:
     tuning = load_study(ROOT / "recipes/studies/image.yaml").tuning
     assert tuning is not None
-    stream = load_stream(ROOT / "recipes/streams/embedded.yaml", check_files=False)
+    stream = load_stream(ROOT / "recipes/streams/small_vqa.yaml", check_files=False)
     assert 0 < tuning.tasks <= len(stream.tasks)

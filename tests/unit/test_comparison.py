@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from PIL import ImageColor
 
-from mllm_keeplora.evaluation import comparison, page
-from mllm_keeplora.evaluation.comparison import Run, compare_runs, format_comparison, grouped
-from mllm_keeplora.evaluation.report import ReportError
-from mllm_keeplora.retention import Estimate, retention_ratios, summarize
+from mllm_keeplora.evaluation.metrics import Estimate, retention_ratios, summarize
+from mllm_keeplora.reports import comparison, page
+from mllm_keeplora.reports.comparison import Run, compare_runs, format_comparison, grouped
+from mllm_keeplora.reports.report import ReportError
 from tests.unit.test_report import HOSTILE, METRIC_KEYS, TASKS, Page, make_retention, make_score, write_run
 
 GENERAL = ("scenes",)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mllm_keeplora.config import ConfigError, RunConfig, TrainConfig, identity, parse_config
-from mllm_keeplora.streams import load_stream
+from mllm_keeplora.data.stream import load_stream
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))

@@ -20,9 +20,9 @@ import huggingface_hub
 import pytest
 import yaml
 
-from mllm_keeplora import fetch_stream as fetching
-from mllm_keeplora.fetch_stream import FetchError, fetch_stream, left_to_do, main, unpack
-from mllm_keeplora.streams import Stream, StreamError, load_stream
+from mllm_keeplora.data import fetch_stream as fetching
+from mllm_keeplora.data.fetch_stream import FetchError, fetch_stream, left_to_do, main, unpack
+from mllm_keeplora.data.stream import Stream, StreamError, load_stream
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mllm_keeplora.folding import fold_factors
+from mllm_keeplora.linalg.folding import fold_factors
 
 
 def stage(rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor, float]:

@@ -15,10 +15,18 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mllm_keeplora import judge as judging
-from mllm_keeplora.artifacts import ArtifactError
-from mllm_keeplora.judge import Judge, JudgeError, JudgeSettings, Reply, judge_run, load_judge, parse_verdict
-from mllm_keeplora.retention import summarize
+from mllm_keeplora.evaluation import judge as judging
+from mllm_keeplora.evaluation.judge import (
+    Judge,
+    JudgeError,
+    JudgeSettings,
+    Reply,
+    judge_run,
+    load_judge,
+    parse_verdict,
+)
+from mllm_keeplora.evaluation.metrics import summarize
+from mllm_keeplora.runs.files import ArtifactError
 
 TEMPLATE = (
     "{% for message in messages %}{{ message.role }} : {{ message.content }} </s> {% endfor %}"

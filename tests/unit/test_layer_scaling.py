@@ -1,6 +1,6 @@
 import pytest
 
-from mllm_keeplora.layer_scaling import layer_scales
+from mllm_keeplora.linalg.layer_scaling import layer_scales
 
 
 def test_scales_rise_linearly_from_gamma_to_one() -> None:

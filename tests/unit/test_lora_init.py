@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mllm_keeplora.lora_init import lora_a_from_gradient
+from mllm_keeplora.linalg.lora_init import lora_a_from_gradient
 
 
 def protected(in_features: int, k: int) -> torch.Tensor:

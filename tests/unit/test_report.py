@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageColor
 
-from mllm_keeplora.evaluation import page, report
-from mllm_keeplora.evaluation.report import ReportError, format_table, matrix_csv, write_report
+from mllm_keeplora.reports import page, report
+from mllm_keeplora.reports.report import ReportError, format_table, matrix_csv, write_report
 
 TASKS = ["digits", "glyphs", "signs"]
 HOSTILE = "<script>alert(1)</script>"
@@ -88,7 +88,7 @@ def write_run(run_dir: Path, retention) -> Path:
         stage_dir.mkdir(parents=True)
         (stage_dir / "manifest.json").write_text(json.dumps(make_manifest(row, retention["method"])))
     config = {
-        "stream": "recipes/streams/embedded.yaml",
+        "stream": "recipes/streams/small_vqa.yaml",
         "method": {"name": retention["method"], "eps_w": {"vision": 0.6, "language": 0.6}, "gamma": 0.2},
         "training": {"learning_rate": 2e-3, "rank": 8, "resume_from": None, "targets": ["q_proj", "fc1"]},
     }

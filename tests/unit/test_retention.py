@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from mllm_keeplora.retention import (
+from mllm_keeplora.evaluation.metrics import (
     Estimate,
     mean_of_scores,
     mean_over_seeds,

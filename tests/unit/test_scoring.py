@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from mllm_keeplora.evaluation import EvaluationError
-from mllm_keeplora.evaluation.evaluate import TEMPLATES, ScoredTask, read_score
+from mllm_keeplora.evaluation.errors import EvaluationError
+from mllm_keeplora.evaluation.score import read_score
+from mllm_keeplora.evaluation.task_files import TEMPLATES, ScoredTask
 
 TASK = ScoredTask("birds", "task", "keeplora_s_birds", "exact", 1.0)
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from mllm_keeplora.evaluation import EvaluationError
-from mllm_keeplora.evaluation.evaluate import TEMPLATES, read_index, scored_tasks, write_task_files
-from mllm_keeplora.streams import GeneralSpec, Stream, StreamError, TaskSpec, data_hash, load_stream
+from mllm_keeplora.data.stream import GeneralSpec, Stream, StreamError, TaskSpec, data_hash, load_stream
+from mllm_keeplora.evaluation.errors import EvaluationError
+from mllm_keeplora.evaluation.task_files import TEMPLATES, read_index, scored_tasks, write_task_files
 from tests.unit.test_scoring import load_module
 
 rules = load_module(TEMPLATES / "published.py")

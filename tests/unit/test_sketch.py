@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from mllm_keeplora.lora_init import lora_a_from_gradient
-from mllm_keeplora.sketch import extend_basis_from_sketch, refined_directions
-from mllm_keeplora.subspace import extend_basis, orthonormality_error
+from mllm_keeplora.linalg.lora_init import lora_a_from_gradient
+from mllm_keeplora.linalg.sketch import extend_basis_from_sketch, refined_directions
+from mllm_keeplora.linalg.subspace import extend_basis, orthonormality_error
 
 
 def gradient(decay: float = 0.8) -> torch.Tensor:

@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 
 from mllm_keeplora.data.records import RecordError, load_records
-from mllm_keeplora.streams import (
+from mllm_keeplora.data.stream import (
     GeneralSpec,
     Hub,
     Stream,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mllm_keeplora.subspace import (
+from mllm_keeplora.linalg.subspace import (
     extend_basis,
     orthonormality_error,
     principal_basis,

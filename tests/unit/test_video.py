@@ -19,9 +19,10 @@ from safetensors.numpy import load_file
 from torch.utils.data import DataLoader, Dataset
 
 from mllm_keeplora.config import VideoConfig
-from mllm_keeplora.data import decoder_process, video
-from mllm_keeplora.data.decoder_process import spread_indices
-from mllm_keeplora.data.video import Clip, VideoError, VideoReader
+from mllm_keeplora.data.video import decoder as decoder_process
+from mllm_keeplora.data.video import reader as video
+from mllm_keeplora.data.video.decoder import spread_indices
+from mllm_keeplora.data.video.reader import Clip, VideoError, VideoReader
 from tests import clips
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -366,7 +367,7 @@ def treacherous(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     script = tmp_path / "treacherous.py"
     script.write_text(
         f"import os, signal, sys, time\nsys.path.insert(0, {str(video.DECODER.parent)!r})\n"
-        "import decoder_process as decoder\n"
+        "import decoder\n"
         "decoder.ALARM_GRACE_SECONDS = 0.5\n"
         "decode = decoder.decode\n"
         "def treacherous(request, backend):\n"
@@ -448,7 +449,7 @@ def test_no_decoder_outlives_its_parent(
         "import os, signal, sys, threading, time\n"
         "from pathlib import Path\n"
         "from mllm_keeplora.config import VideoConfig\n"
-        "from mllm_keeplora.data import video\n"
+        "from mllm_keeplora.data.video import reader as video\n"
         f"video.DECODER = Path({str(treacherous)!r})\n"
         "reader = video.VideoReader(VideoConfig(frames=2, timeout=1.5), None)\n"
         f"reader.read(Path({str(plain)!r}))\n"

@@ -10,8 +10,8 @@ import pytest
 from mllm_keeplora.config import VideoConfig
 from mllm_keeplora.data.media import MediaChecker
 from mllm_keeplora.data.records import RecordError, Sample, Turn, load_records, named_media
-from mllm_keeplora.data.video import VideoReader
-from mllm_keeplora.streams import Stream, TaskSpec, data_hash, load_training_records
+from mllm_keeplora.data.stream import Stream, TaskSpec, data_hash, load_training_records
+from mllm_keeplora.data.video.reader import VideoReader
 from tests.clips import write_clip
 
 FRAMES = 12

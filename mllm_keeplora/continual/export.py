@@ -1,0 +1,126 @@
+"""Merges a run's adapter into its base, dequantised to 16 bit: one stand-alone model.
+
+    bash scripts/export.sh runs/vqa_small --out exported/
+
+For serving engines that cannot apply LoRA to a vision tower. Merging into the 4-bit weights themselves would
+lose most of a small update, hence the dequantised base; what rounding to 16 bit costs is measured and
+printed.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mllm_keeplora.commands.program import command
+from mllm_keeplora.continual.finished import load_dense, load_run, run_model_config, run_reader
+from mllm_keeplora.data.collator import ChatCollator
+from mllm_keeplora.data.records import OTHER_ANSWERS, load_records
+from mllm_keeplora.data.stream import load_stream
+from mllm_keeplora.modeling.loading import DTYPES
+from mllm_keeplora.runs.files import ArtifactError, read_json, replaced_directory, write_json
+
+
+class OutputDifference(NamedTuple):
+    """Merged model beside the 4-bit base with its adapter, on answer tokens."""
+
+    relative_logits: float  # ||difference||_F / ||reference||_F
+    same_top_token: float  # fraction of positions
+    questions: int
+
+
+def export(run_dir: Path, out: Path, dtype: str = "bfloat16", questions: int = 32) -> OutputDifference:
+    """Writes the merged model and its processor to `out`, with `export.json` beside them.
+
+    Args:
+        run_dir: a run with an adapter.
+        out: directory to create.
+        dtype: of the merged weights, a name in `DTYPES`.
+        questions: test questions of the run's last task on which the difference is measured.
+
+    Raises:
+        ArtifactError: `out` exists, or the run has no adapter.
+        StreamError: the run's test data, needed for the measurement, is gone.
+    """
+    if out.exists():
+        raise ArtifactError(f"{out} exists; name a directory that does not")
+    model, processor = load_run(run_dir)
+    batches = _test_batches(run_dir, processor, questions)
+    reference = [_answer_logits(model, batch) for batch in batches]
+    del model  # the merged model takes its place in memory
+    merged = merge(run_dir, DTYPES[dtype])
+    difference = _difference(reference, [_answer_logits(merged, batch) for batch in batches])
+    with replaced_directory(out) as temporary:
+        merged.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+        write_json(temporary / "export.json", {"run": str(run_dir), "dtype": dtype, **difference._asdict()})
+    return difference
+
+
+def merge(run_dir: Path, dtype: torch.dtype) -> Any:
+    """The base, dequantised to its compute dtype, with the adapter added and rounded to `dtype`."""
+    merged, _ = load_dense(run_model_config(run_dir), run_dir / "adapter")
+    return merged.to(dtype)
+
+
+def _test_batches(run_dir: Path, processor: Any, questions: int) -> list[dict[str, Tensor]]:
+    config = read_json(run_dir / "config.json")
+    stream = load_stream(Path(config["stream"]), Path(config["data_root"]) if config["data_root"] else None)
+    task = stream.tasks[-1]
+    asked = task.test_prompt_suffix
+    suffix = asked if isinstance(asked, str) else asked[OTHER_ANSWERS]
+    samples, _ = load_records(
+        stream.data_root / task.test,
+        stream.test_media_root(task),
+        answers=stream.answers_file(task),
+        prompt_suffix=task.prompt_suffix + suffix,
+        allow_text_only=task.allow_text_only,
+        checker=None,
+    )
+    collator = ChatCollator(processor, None, run_reader(run_dir))
+    return [collator([sample]) for sample in samples[:questions]]
+
+
+@torch.no_grad()
+def _answer_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    parameter = next(model.parameters())
+    inputs = {key: value.to(parameter.device) for key, value in batch.items()}
+    if parameter.dtype.is_floating_point:
+        for key in inputs:
+            if key.startswith("pixel_values"):
+                inputs[key] = inputs[key].to(parameter.dtype)
+    labels = inputs.pop("labels")
+    logits = model(**inputs).logits[:, :-1][labels[:, 1:] != -100]
+    return logits.float().cpu()
+
+
+def _difference(reference: list[Tensor], merged: list[Tensor]) -> OutputDifference:
+    first, second = torch.cat(reference), torch.cat(merged)
+    same = (first.argmax(-1) == second.argmax(-1)).float().mean()
+    return OutputDifference(float((first - second).norm() / first.norm()), float(same), len(reference))
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="directory of a run")
+    parser.add_argument("--out", type=Path, required=True, help="directory to create")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help="(default: %(default)s)")
+    arguments = parser.parse_args()
+    with command():
+        difference = export(arguments.run, arguments.out, arguments.dtype)
+        print(
+            f"{arguments.out}: {arguments.dtype}; beside the 4-bit base with its adapter, on "
+            f"{difference.questions} test "
+            f"questions: logits differ by {difference.relative_logits:.2e} of their norm, the same "
+            "top token at "
+            f"{100 * difference.same_top_token:.1f} % of the answer positions"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,346 @@
+"""Training one stage's LoRA factor with the HF Trainer: fp32 factors, no autocast, resumable, and fatal on
+NaN.
+
+The base computes in its own dtype (bf16 on GPUs, set when it is loaded) and PEFT casts the LoRA path to the
+factors' fp32.
+Autocast stays off: under it an fp32 A would answer protected inputs with 2e-3 instead of rounding.
+
+Several processes train by DDP on one global batch, per_device_train_batch_size x processes x
+gradient_accumulation_steps: the Trainer divides by the number of supervised tokens of all processes, so that
+one step equals one process's step on that batch. Where the samples do not fill the processes' last batches
+of an epoch, accelerate fills them up with the epoch's first samples (even_batches): all processes take the
+same number of steps, the number that one process takes, and fewer than per_device_train_batch_size x
+processes samples count twice. It stays on, since a process without a batch would leave the others waiting;
+the number is logged and recorded.
+"""
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from mllm_keeplora.config import ConfigError, TrainConfig
+from mllm_keeplora.distributed.processes import from_main, num_processes
+from mllm_keeplora.distributed.sharding import is_sharded
+from mllm_keeplora.errors import KeepLoRAError
+from mllm_keeplora.methods.hooks import Hooks
+from mllm_keeplora.runs.files import WriteError, atomic_path
+
+logger = get_logger(__name__)
+
+STAGE_WEIGHTS = "stage.safetensors"
+COMPLETE = "complete"
+
+
+class TrainingError(KeepLoRAError, RuntimeError):
+    """Training that must not go on."""
+
+
+class StageTrainer(Trainer):
+    """HF Trainer that checkpoints exactly the trainable parameters.
+
+    Stock resuming loads only the first active adapter (here the frozen past), makes its factors trainable and
+    then fails on the optimizer's group size; hence saving and loading the stage's own parameters.
+    """
+
+    def __init__(self, *args: Any, penalty: Callable[[], Tensor] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._penalty = penalty
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's loss and the method's penalty, which the forwards of one step share."""
+        loss: Any = super().compute_loss(*args, **kwargs)
+        if self._penalty is None:
+            return loss
+        return loss + self._penalty() / self.current_gradient_accumulation_steps
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One forward and backward.
+
+        Raises:
+            TrainingError: a loss that is NaN or infinite.
+        """
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}: lower "
+                "train.learning_rate or check the data; "
+                "completed stages are untouched"
+            )
+        return loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted: the Trainer's estimate walks through all modules at each step and is not read."""
+        return 0
+
+    def _wrap_model(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        """DDP around a sharded base: accelerate refuses it, though DDP leaves the frozen parameters alone."""
+        if not is_sharded(model):
+            return super()._wrap_model(model, *args, **kwargs)
+        unused = bool(self.args.ddp_find_unused_parameters)
+        return DistributedDataParallel(model, find_unused_parameters=unused)
+
+    def _trainable(self) -> dict[str, torch.nn.Parameter]:
+        model: PeftModel = self.model  # type: ignore[assignment]
+        return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        directory = Path(str(output_dir or self.args.output_dir))
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {n: p.detach().cpu().contiguous() for n, p in self._trainable().items()},
+            directory / STAGE_WEIGHTS,
+        )
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            return  # the Trainer would take one more step on resuming from the last one
+        try:
+            super()._save_checkpoint(model, trial)
+        except (
+            OSError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:  # torch reports a full disk as a RuntimeError
+            raise WriteError(
+                f"cannot write a checkpoint to {self.args.output_dir}: {error}. Make room and run "
+                "the same command again; "
+                "it continues from the checkpoint before"
+            ) from error
+        # Marks a checkpoint whose every file is written, each process's generators included: a kill in the
+        # middle leaves one without the mark.
+        self.accelerator.wait_for_everyone()
+        mark = Path(str(self.args.output_dir), f"checkpoint-{self.state.global_step}", COMPLETE)
+        from_main(lambda: _write_mark(mark))
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
+    ) -> None:
+        saved = load_file(Path(resume_from_checkpoint, STAGE_WEIGHTS))
+        parameters = self._trainable()
+        if saved.keys() != parameters.keys():
+            raise TrainingError(
+                f"{resume_from_checkpoint} holds {len(saved)} parameters, the stage trains "
+                f"{len(parameters)}; delete it"
+            )
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(saved[name])
+
+
+def _write_mark(mark: Path) -> None:
+    with atomic_path(mark) as temporary:
+        temporary.write_text(str(num_processes()))
+
+
+class FiniteGradients(TrainerCallback):
+    """Stops before the optimizer would write a NaN gradient into the factor."""
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Checks every trainable parameter's gradient.
+
+        Raises:
+            TrainingError: a gradient that is NaN or infinite.
+        """
+        # The optimizer knows what trains; walking through all modules of the model again costs time.
+        groups = kwargs["optimizer"].param_groups
+        gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        norms = torch.stack(torch._foreach_norm(gradients))
+        if not torch.isfinite(norms).all():
+            raise TrainingError(
+                f"a gradient is not finite at step {state.global_step + 1}: lower "
+                "train.learning_rate; "
+                "completed stages are untouched"
+            )
+
+
+class AfterStep(TrainerCallback):
+    """Calls the method's hook when the optimizer has moved the factors."""
+
+    def __init__(self, after_step: Callable[[], None]) -> None:
+        self._after_step = after_step
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """After every optimizer step."""
+        self._after_step()
+
+
+def train_stage(
+    model: PeftModel,
+    samples: Dataset[Any],
+    collator: Any,
+    config: TrainConfig,
+    *,
+    seed: int,
+    directory: Path,
+    log_dir: Path,
+    mixed: bool,
+    report_to: Sequence[str],
+    device: torch.device,
+    hooks: Hooks = Hooks(),  # noqa: B008 (immutable)
+) -> dict[str, Any]:
+    """Trains the model's trainable parameters on one task.
+
+    Args:
+        model: with the adapters active and exactly the stage's factor trainable, in fp32.
+        samples: the task's training samples.
+        collator: samples -> model inputs with labels.
+        config: settings.
+        seed: of the order of samples and of dropout.
+        directory: where checkpoints inside the stage go; an interrupted training continues from the last
+            complete one that the same number of processes wrote.
+        log_dir: where TensorBoard finds the curves.
+        mixed: whether samples differ in what they show (an image, a clip, nothing): a batch may then leave
+            the vision tower out, on some processes or on all.
+        report_to: the Trainer's loggers.
+        device: where the model lies.
+        hooks: what the method adds to each step.
+
+    Returns:
+        {"steps", "repeated_samples": how many an epoch shows twice, "loss": [[step, mean loss since the last
+        entry], ..]}; the same on all processes.
+
+    Raises:
+        TrainingError: a trainable parameter that is not fp32; a loss or gradient that is NaN or infinite.
+        WriteError: no room for a checkpoint.
+    """
+    wrong = [n for n, p in model.named_parameters() if p.requires_grad and p.dtype != torch.float32]
+    if wrong:
+        raise TrainingError(f"{len(wrong)} trainable parameters are not fp32, {wrong[0]} first")
+    checkpoint = from_main(lambda: _begin(directory, log_dir))
+    repeated = _repeated_samples(samples, config)
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(log_dir)
+    _leave_frozen_parameters_alone(model)
+    trainer = StageTrainer(
+        model=model,
+        args=_arguments(config, seed, directory, report_to, device, mixed),
+        train_dataset=samples,
+        data_collator=collator,
+        callbacks=[FiniteGradients(), *([AfterStep(hooks.after_step)] if hooks.after_step else [])],
+        penalty=hooks.penalty,
+    )
+    # Its lines would only repeat what TensorBoard and the report show.
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    history = [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry]
+    return {"steps": trainer.state.global_step, "repeated_samples": repeated, "loss": history}
+
+
+def _begin(directory: Path, log_dir: Path) -> str | None:
+    checkpoint = last_complete_checkpoint(directory)
+    if checkpoint is None:  # curves of an attempt that is redone from its start
+        shutil.rmtree(log_dir, ignore_errors=True)
+    return checkpoint
+
+
+def last_complete_checkpoint(directory: Path) -> str | None:
+    """The newest checkpoint that can be continued; half-written ones are removed.
+
+    So are those of another number of processes: which samples each of them has seen depends on it.
+    """
+    while directory.is_dir() and (found := get_last_checkpoint(str(directory))) is not None:
+        mark = Path(found, COMPLETE)
+        if mark.exists():
+            written_by = mark.read_text()
+            if written_by == str(num_processes()):
+                return found
+            logger.warning(
+                f"{found} was written by {written_by} process(es) and the run now has {num_processes()}: it "
+                "is not continued"
+            )
+        shutil.rmtree(found)
+    return None
+
+
+def _repeated_samples(samples: Any, config: TrainConfig) -> int:
+    """Samples that accelerate shows twice in an epoch so that its last batches are full (even_batches)."""
+    if num_processes() == 1:
+        return 0
+    repeated: int = -len(samples) % (config.per_device_train_batch_size * num_processes())
+    if repeated:
+        logger.info(f"{repeated} of {len(samples)} samples come twice in an epoch, to fill every batch")
+    return repeated
+
+
+def _leave_frozen_parameters_alone(model: PeftModel) -> None:
+    """DDP would send the frozen base, buffers included, from one process to all; each has loaded it."""
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    buffers = [name for name, _ in model.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, {*frozen, *buffers})
+
+
+def check_settings(config: TrainConfig, report_to: Sequence[str], device: torch.device) -> None:
+    """Lets the Trainer judge the settings before a run has cost anything.
+
+    Raises:
+        ConfigError: a value that it refuses, such as an unknown optimizer or schedule.
+    """
+    try:
+        _arguments(config, 0, Path(), report_to, device, mixed=False)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"train: {error}") from error
+
+
+def _arguments(
+    config: TrainConfig,
+    seed: int,
+    directory: Path,
+    report_to: Sequence[str],
+    device: torch.device,
+    mixed: bool,
+) -> TrainingArguments:
+    arguments = TrainingArguments(
+        output_dir=str(directory),
+        learning_rate=config.learning_rate,
+        num_train_epochs=config.num_train_epochs,
+        max_steps=config.max_steps,
+        per_device_train_batch_size=config.per_device_train_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        lr_scheduler_type=config.lr_scheduler_type,
+        warmup_steps=config.warmup_ratio,  # below 1 it is a share of all steps
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        activation_checkpointing=config.activation_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if config.activation_checkpointing else None,
+        optim=config.optim,
+        save_strategy="steps" if config.save_steps else "no",
+        save_steps=config.save_steps or 500,
+        save_total_limit=2,
+        logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,
+        dataloader_num_workers=config.dataloader_num_workers,
+        remove_unused_columns=False,
+        report_to=list(report_to),
+        disable_tqdm=not sys.stderr.isatty(),
+        seed=seed,
+        data_seed=seed,
+        bf16=False,
+        fp16=False,
+        use_cpu=device.type == "cpu",
+        ddp_find_unused_parameters=mixed,
+    )
+    if arguments.n_gpu > 1:  # one process trains on one GPU; the Trainer would split batches over all it sees
+        arguments._n_gpu = 1
+    return arguments

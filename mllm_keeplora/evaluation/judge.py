@@ -1,0 +1,480 @@
+"""Scores the replies that a finished run saved with a judge model, as CL-VISTA's published scores are given.
+
+    bash scripts/judge_replies.sh runs/video_cl_vista --judge Qwen/Qwen3-30B-A3B-Instruct-2507
+
+A step of its own, because judge and trained model rarely fit one GPU together. The judge, any chat model of
+transformers, reads question, reference answer and reply (it sees no video) and grades the reply from 0 to 5;
+a task's score is the mean grade times 20. Where the judge's text holds no such grade, the reply scores 0 and
+is counted. The run's own scores stay as they are; <run>/judged.json has the form of its retention.json.
+
+As in CL-VISTA: what the judge is shown, the scale, and 0 for a grade that cannot be read. Different: decoding
+is greedy, not sampled at temperature 0.1, and the instruction is in our words.
+
+Interrupted, the same command continues: verdicts are kept in <run>/judge/ by what was judged and by whom.
+"""
+
+import argparse
+import ast
+import json
+import logging
+import math
+import re
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from mllm_keeplora.commands.program import command
+from mllm_keeplora.data.records import clean_question
+from mllm_keeplora.errors import KeepLoRAError
+from mllm_keeplora.evaluation.metrics import summarize
+from mllm_keeplora.evaluation.score import Score
+from mllm_keeplora.methods.context import stage_directory
+from mllm_keeplora.modeling.linear4bit import guard_linear4bit
+from mllm_keeplora.modeling.loading import DTYPES, MODEL_FILES, base_model_hash
+from mllm_keeplora.reports.report import format_table
+from mllm_keeplora.runs.files import ArtifactError, atomic_path, read_json, sha256_json, write_json
+from mllm_keeplora.runs.manifests import SCHEMA_VERSION
+
+logger = logging.getLogger(__name__)
+
+JUDGED_FILE = "judged.json"
+TOP_GRADE = 5
+NATIVE_MAX = 100.0
+SAVE_SECONDS = 30.0  # a judge that is killed loses that much
+INSTRUCTION = (
+    "You grade answers to questions about videos. You are given a question, its reference answer and the "
+    "answer of a model; you cannot see the video. Grade how far the model's answer means what the reference "
+    "answer means. Other words for the same thing are fine; content that is wrong or missing is not."
+)
+REQUEST = (
+    "Question: {question}\n"
+    "Reference answer: {truth}\n"
+    "Model's answer: {reply}\n\n"
+    "Say whether the two answers mean the same (yes or no) and grade the model's answer with a whole number "
+    "from 0 (nothing in common) to 5 (the same meaning). Write one line of JSON and nothing else, for "
+    'example {{"same": "no", "score": 1}}'
+)
+
+
+class JudgeError(KeepLoRAError, RuntimeError):
+    """Replies that cannot be judged, or a judge that cannot be used; the message names the remedy."""
+
+
+class Reply(NamedTuple):
+    """What the judge reads."""
+
+    question: str
+    truth: str
+    reply: str
+
+    @property
+    def key(self) -> str:
+        """Hash of the content: equal replies to a question, in any stage, are judged once."""
+        return sha256_json(list(self))
+
+
+Cells = dict[tuple[int, str], list[Reply]]
+
+
+@dataclass(frozen=True)
+class JudgeSettings:
+    """Which judge, and how it decodes.
+
+    Attributes:
+        judge: directory or hub id of a chat model with safetensors weights.
+        revision: of a hub id.
+        quantization: "nf4" keeps the judge's linear layers in 4 bits, "none" all in `dtype`.
+        dtype: "bfloat16", "float32", or "auto": bfloat16 on a GPU.
+        max_new_tokens: longest verdict, in tokens.
+        batch_size: replies judged together.
+    """
+
+    judge: str
+    revision: str | None = None
+    quantization: str = "none"
+    dtype: str = "auto"
+    max_new_tokens: int = 48
+    batch_size: int = 16
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A loaded judge; `identity` is everything that its verdicts depend on."""
+
+    model: Any
+    tokenizer: Any
+    identity: dict[str, Any]
+
+    @torch.no_grad()
+    def verdicts(self, replies: Sequence[Reply]) -> list[str]:
+        """The judge's text on each reply, decoded greedily."""
+        prompts = [
+            self.tokenizer.apply_chat_template(_messages(reply), tokenize=False, add_generation_prompt=True)
+            for reply in replies
+        ]
+        inputs = self.tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
+        output = self.model.generate(
+            input_ids=inputs["input_ids"].to(self.model.device),
+            attention_mask=inputs["attention_mask"].to(self.model.device),
+            max_new_tokens=self.identity["max_new_tokens"],
+            do_sample=False,
+            num_beams=1,
+            # None overrides the sampling that a chat model's generation config asks for.
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        texts = self.tokenizer.batch_decode(
+            output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+        return [str(text).strip() for text in texts]
+
+
+def judge_run(run_dir: Path, settings: JudgeSettings, tasks: Sequence[str] | None = None) -> dict[str, Any]:
+    """Judges a finished run's replies and writes <run>/judged.json; returns its content.
+
+    Verdicts that an earlier call with the same judge left are used again, of other tasks too.
+
+    Args:
+        run_dir: directory of a run.
+        settings: the judge.
+        tasks: tasks of the stream; None judges all.
+
+    Raises:
+        ArtifactError: no finished run there, or one of its files is damaged.
+        JudgeError: no replies, an unknown task, or a judge that cannot be loaded.
+    """
+    retention = read_json(run_dir / "retention.json")
+    cells = read_replies(run_dir, retention)
+    wanted = _wanted_replies(run_dir, retention, cells, tasks)
+    judge = load_judge(settings, Path(read_json(run_dir / "config.json")["cache_dir"]))
+    # Where the judge lies does not matter, what it is does.
+    name = sha256_json({k: v for k, v in judge.identity.items() if k not in ("judge", "revision")})[:16]
+    verdicts = _Verdicts(run_dir / "judge" / f"{name}.jsonl")
+    _judge_missing(judge, verdicts, wanted, settings.batch_size)
+    judged = build_judged(retention, cells, verdicts.texts, judge.identity)
+    write_json(run_dir / JUDGED_FILE, judged)
+    return judged
+
+
+def read_replies(run_dir: Path, retention: Mapping[str, Any]) -> Cells:
+    """(stage, task) -> the replies of that stage, where the run saved any.
+
+    Raises:
+        ArtifactError: for a file that is damaged.
+    """
+    cells: Cells = {}
+    for row in retention["rows"]:
+        stage = stage_directory(run_dir, row["stage"], row["task"])
+        for task in retention["tasks"]:
+            # Cells that were measured later (backfill) lie beside those of the stage itself.
+            files = (stage / folder / f"{task}.jsonl" for folder in ("backfill", "evaluation"))
+            path = next((file for file in files if file.is_file()), None)
+            if path is not None:
+                cells[row["stage"], task] = [_read_reply(line, path) for line in _json_lines(path)]
+    return cells
+
+
+def _wanted_replies(
+    run_dir: Path, retention: Mapping[str, Any], cells: Cells, tasks: Sequence[str] | None
+) -> list[Reply]:
+    known = retention["tasks"]
+    unknown = [task for task in tasks or () if task not in known]
+    if unknown:
+        raise JudgeError(f"{run_dir} has no task {', '.join(unknown)}; its tasks are {', '.join(known)}")
+    names = list(tasks or known)
+    silent = [task for task in names if not any(task == name for _, name in cells)]
+    if silent:
+        raise JudgeError(
+            f"no replies of {', '.join(silent)} in {run_dir / 'stages'}: expected */evaluation/<task>.jsonl, "
+            "which a run writes as it evaluates; copy them with the run, or evaluate again"
+        )
+    return [reply for (_, task), replies in cells.items() if task in names for reply in replies]
+
+
+def load_judge(settings: JudgeSettings, cache: Path) -> Judge:
+    """Loads a judge: safetensors weights and no code of the repository.
+
+    Args:
+        settings: the judge.
+        cache: folder that remembers the hashes of models' files.
+
+    Raises:
+        JudgeError: no such model, no chat template, or transformers cannot load it.
+    """
+    directory = _judge_directory(settings)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = (
+        settings.dtype if settings.dtype != "auto" else ("bfloat16" if device.type == "cuda" else "float32")
+    )
+    logger.info(f"loading the judge {settings.judge} ({settings.quantization}, {dtype})")
+    try:
+        # Padding on the left, so that every verdict begins right behind its prompt.
+        tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left", trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=DTYPES[dtype],
+            quantization_config=_quantization(settings, dtype),
+            use_safetensors=True,
+            trust_remote_code=False,
+            device_map={"": device},
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        raise JudgeError(
+            f"judge {settings.judge} cannot be loaded: {type(error).__name__}: {error}"
+        ) from error
+    if tokenizer.chat_template is None:
+        raise JudgeError(f"judge {settings.judge} has no chat template; use an instruction-tuned model")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    guard_linear4bit(model)
+    _report_size(model, settings)
+    identity = {
+        "judge": settings.judge,
+        "revision": settings.revision,
+        "hash": base_model_hash(directory, cache),
+        "quantization": settings.quantization,
+        "dtype": dtype,
+        "max_new_tokens": settings.max_new_tokens,
+        "decoding": "greedy",
+        "prompt": sha256_json([INSTRUCTION, REQUEST]),
+    }
+    return Judge(model.eval(), tokenizer, identity)
+
+
+def _judge_directory(settings: JudgeSettings) -> Path:
+    directory = Path(settings.judge)
+    if not directory.is_dir():
+        try:
+            directory = Path(
+                snapshot_download(settings.judge, revision=settings.revision, allow_patterns=MODEL_FILES)
+            )
+        except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
+            raise JudgeError(
+                f"judge {settings.judge!r} is neither a directory here nor a hub model that can be fetched: "
+                f"{error}"
+            ) from error
+    if not (directory / "config.json").is_file() or not any(directory.glob("*.safetensors")):
+        raise JudgeError(
+            f"judge {directory} has no config.json or no *.safetensors weights; pickled weights are not read"
+        )
+    return directory
+
+
+def _quantization(settings: JudgeSettings, dtype: str) -> BitsAndBytesConfig | None:
+    if settings.quantization == "none":
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=DTYPES[dtype],
+    )
+
+
+def _report_size(model: Any, settings: JudgeSettings) -> None:
+    """The experts of a mixture, Qwen3-30B-A3B among them, are no linear layers and stay as they are."""
+    sizes = [(parameter.dtype, parameter.nbytes) for parameter in model.parameters()]
+    total, packed = sum(size for _, size in sizes), sum(size for kind, size in sizes if kind == torch.uint8)
+    logger.info(f"the judge's weights take {total / 2**30:.1f} GiB")
+    if settings.quantization == "nf4" and packed < total / 2:
+        logger.warning(
+            f"only {100 * packed / total:.0f} % of them are in 4 bits: NF4 covers linear layers, not the "
+            "experts of a mixture"
+        )
+
+
+def _judge_missing(judge: Judge, verdicts: "_Verdicts", replies: Sequence[Reply], batch_size: int) -> None:
+    unique = {reply.key: reply for reply in replies}
+    missing = [reply for key, reply in unique.items() if key not in verdicts.texts]
+    logger.info(f"{len(replies)} replies, {len(unique)} different, {len(missing)} to judge")
+    # Longest first: running out of memory shows at once.
+    missing.sort(key=lambda reply: len("".join(reply)), reverse=True)
+    try:
+        # None: shown on a terminal only.
+        with tqdm(total=len(missing), desc="Judging", unit="reply", disable=None) as progress:
+            for start in range(0, len(missing), batch_size):
+                batch = missing[start : start + batch_size]
+                verdicts.add(batch, judge.verdicts(batch))
+                progress.update(len(batch))
+    except torch.cuda.OutOfMemoryError as error:
+        raise JudgeError(
+            f"the judge ran out of GPU memory on {batch_size} replies together; give a smaller --batch-size "
+            f"(verdicts so far are kept): {error}"
+        ) from error
+    finally:
+        verdicts.save()
+
+
+class _Verdicts:
+    """The judge's texts by the key of what was judged, in a file that is replaced as a whole."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = _json_lines(path) if path.is_file() else []
+        self.texts = {str(line["key"]): str(line["text"]) for line in lines}
+        self._saved, self._saved_at = len(self.texts), time.monotonic()
+
+    def add(self, replies: Sequence[Reply], texts: Sequence[str]) -> None:
+        """Takes new texts, and writes the file every `SAVE_SECONDS`."""
+        self.texts |= {reply.key: text for reply, text in zip(replies, texts, strict=True)}
+        if time.monotonic() - self._saved_at > SAVE_SECONDS:
+            self.save()
+
+    def save(self) -> None:
+        """Writes the file, where there is anything new."""
+        if len(self.texts) > self._saved:
+            with atomic_path(self.path) as temporary, temporary.open("w", encoding="utf-8") as handle:
+                for key, text in self.texts.items():
+                    handle.write(json.dumps({"key": key, "text": text}) + "\n")
+        self._saved, self._saved_at = len(self.texts), time.monotonic()
+
+
+def parse_verdict(text: str) -> int | None:
+    """The grade in a judge's text: of its first {...}, as JSON or Python, the whole number 0..5 at "score".
+
+    None for everything else: no braces, no score, a fraction, a number outside the scale. Nothing is guessed
+    from the words around.
+    """
+    found = re.search(r"\{[^{}]*\}", text)
+    values = _parse_object(found.group()) if found else None
+    score = values.get("score") if isinstance(values, dict) else None
+    if isinstance(score, str) and score.strip().isdecimal():
+        score = int(score)
+    if isinstance(score, bool) or not isinstance(score, int | float) or score != score // 1:
+        return None
+    return int(score) if 0 <= score <= TOP_GRADE else None
+
+
+def _parse_object(text: str) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        pass  # the form that the published judge is asked for is a Python dictionary
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return None
+
+
+def build_judged(
+    retention: Mapping[str, Any], cells: Cells, verdicts: Mapping[str, str], identity: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The content of judged.json: retention.json's form, with the judge and its unreadable verdicts.
+
+    A cell that is not judged whole has no score, and metrics that need it are null.
+    """
+    tasks = retention["tasks"]
+    rows, failures = [], {task: {"failed": 0, "of": 0} for task in tasks}
+    for row in retention["rows"]:
+        scores: dict[str, Score | None] = dict.fromkeys(tasks)
+        for task in tasks:
+            replies = cells.get((row["stage"], task), [])
+            if not replies or any(reply.key not in verdicts for reply in replies):
+                continue
+            grades = [parse_verdict(verdicts[reply.key]) for reply in replies]
+            scores[task] = _score([grade or 0 for grade in grades])
+            failures[task]["failed"] += grades.count(None)
+            failures[task]["of"] += len(grades)
+        rows.append({"stage": row["stage"], "task": row["task"], "scores": scores})
+    matrix = [[score and score["value"] for score in row["scores"].values()] for row in rows]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "method": retention["method"],
+        "tasks": tasks,
+        "general": [],
+        "rows": rows,
+        "metrics": {**summarize(matrix), "retention": {}},
+        "judge": dict(identity),
+        "parse_failures": failures,
+    }
+
+
+def _score(grades: Sequence[int]) -> Score:
+    scale = NATIVE_MAX / TOP_GRADE
+    n = len(grades)
+    native = scale * statistics.fmean(grades)
+    stderr = scale * statistics.stdev(grades) / math.sqrt(n) / NATIVE_MAX if n > 1 else None
+    return Score(value=native / NATIVE_MAX, native=native, native_max=NATIVE_MAX, stderr=stderr, n=n)
+
+
+def format_judged(judged: Mapping[str, Any]) -> str:
+    """The table of the report, and what could not be read of the judge."""
+    lines = [format_table(judged), "", f"judge: {judged['judge']['judge']}, mean grade of 0..5 times 20"]
+    for task, counts in judged["parse_failures"].items():
+        if counts["of"]:
+            lines.append(f"unreadable verdicts, scored 0: {task} {counts['failed']} of {counts['of']}")
+    return "\n".join(lines)
+
+
+def _messages(reply: Reply) -> list[dict[str, str]]:
+    return [
+        {"role": "system", "content": INSTRUCTION},
+        {"role": "user", "content": REQUEST.format(**reply._asdict())},
+    ]
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    for row, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if line:
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ArtifactError(
+                    f"{path}, line {row} is not valid JSON: it was edited or truncated"
+                ) from error
+
+
+def _read_reply(line: Mapping[str, Any], path: Path) -> Reply:
+    try:
+        question, truth, reply = line["doc"]["text"], line["target"], line["reply"]
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(f"{path}: expected lines with doc.text, target and reply, no {error}") from error
+    return Reply(clean_question(str(question)), str(truth), str(reply))
+
+
+def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    defaults = asdict(JudgeSettings(""))
+    parser.add_argument("run", type=Path, help="directory of a finished run")
+    parser.add_argument("--judge", required=True, help="hub id or directory of a chat model")
+    parser.add_argument("--revision", help="of a hub id")
+    parser.add_argument("--tasks", nargs="+", help="(default: all tasks of the stream)")
+    parser.add_argument("--quantization", choices=["none", "nf4"], default=defaults["quantization"])
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default=defaults["dtype"])
+    for name in ("batch_size", "max_new_tokens"):
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, type=_positive, default=defaults[name], help="(default: %(default)s)")
+    return parser.parse_args(arguments)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    values = vars(_parse_arguments(arguments))
+    run, tasks = values.pop("run"), values.pop("tasks")
+    with command():
+        judged = judge_run(run, JudgeSettings(**values), tasks)
+        print(f"{format_judged(judged)}\njudged: {run / JUDGED_FILE}")
+
+
+if __name__ == "__main__":
+    main()

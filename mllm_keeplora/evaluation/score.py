@@ -1,0 +1,312 @@
+"""One row of the accuracy matrix: every task of a stream, scored by lmms-eval in process on the live model.
+
+A stream's own test files become lmms-eval tasks by small YAMLs in the run directory (`write_task_files`) that
+include the templates of eval/tasks, so the same questions can be asked again from lmms-eval's own command
+line.
+"""
+
+import functools
+import gc
+import json
+import math
+import random
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypedDict
+from unittest import mock
+
+import numpy as np
+import torch
+from PIL import ImageFile
+from tqdm import tqdm
+
+from mllm_keeplora.data.stream import Stream
+from mllm_keeplora.data.video.reader import VideoReader
+from mllm_keeplora.distributed.processes import from_main
+from mllm_keeplora.evaluation.errors import MODEL_ID, EvaluationError
+from mllm_keeplora.evaluation.task_files import ScoredTask, scored_tasks, write_text
+
+# lmms-eval's and our mean of the same per-sample scores differ by the order of summation only.
+MEAN_TOLERANCE = 1e-9
+
+
+class Score(TypedDict):
+    """A task's score: value = native / native_max; stderr on the scale of value, None where undefined; n
+    samples."""
+
+    value: float
+    native: float
+    native_max: float
+    stderr: float | None
+    n: int
+
+
+def evaluate_row(
+    model: torch.nn.Module,
+    processor: Any,
+    stream: Stream,
+    task_directory: Path,
+    output: Path,
+    *,
+    reader: VideoReader | None = None,
+    names: Sequence[str] | None = None,
+    batch_size: int,
+    limit: int | None,
+    general_limit: int | None = None,
+) -> dict[str, Score]:
+    """Scores the live model on the stream's tasks and general benchmarks.
+
+    The model is left as found (modules' training flags, hooks), and so are the random generators of python,
+    numpy and torch, which lmms-eval reseeds. In a distributed run every process takes a share of the
+    questions and all return the scores.
+
+    Args:
+        model: transformers model or PeftModel.
+        processor: its processor.
+        stream: what to evaluate.
+        task_directory: where `write_task_files` wrote this stream's tasks.
+        output: folder that gets one <task>.jsonl with every question's reply and score.
+        reader: decodes clips; None where no task shows any.
+        names: a subset of task and benchmark names; None evaluates all.
+        batch_size: questions generated together.
+        limit: first questions asked of each task and benchmark, None for all.
+        general_limit: the same for general benchmarks alone; None is `limit`.
+
+    Returns:
+        One score per name, in the stream's order.
+
+    Raises:
+        EvaluationError: if a task fails, a question stays unanswered, or lmms-eval returns no such score.
+    """
+    entries = scored_tasks(stream)
+    unknown = set(names or ()) - {entry.name for entry in entries}
+    if unknown:
+        raise EvaluationError(f"stream {stream.name!r} has no task {', '.join(sorted(unknown))}")
+    entries = [entry for entry in entries if names is None or entry.name in names]
+    stock = any(spec.lmms_eval_task for spec in stream.general if names is None or spec.name in names)
+    wrapper = functools.partial(_wrap, model, processor, reader, batch_size)
+    row: dict[str, Score] = {}
+    for most, group in _by_limit(entries, limit, general_limit or limit):
+        results = _run_lmms_eval(wrapper, group, task_directory, stock, batch_size, most)
+        row |= from_main(functools.partial(_read_row, results, group, output))
+    return row
+
+
+def _by_limit(
+    entries: Sequence[ScoredTask], limit: int | None, general_limit: int | None
+) -> list[tuple[int | None, list[ScoredTask]]]:
+    """One evaluation where all have one limit; else tasks, then general benchmarks. Order is kept."""
+    if limit == general_limit:
+        return [(limit, list(entries))]
+    kinds = (("task", limit), ("general", general_limit))
+    groups = [(most, [entry for entry in entries if entry.kind == kind]) for kind, most in kinds]
+    return [(most, group) for most, group in groups if group]
+
+
+def _read_row(
+    results: Mapping[str, Any] | None, entries: Sequence[ScoredTask], output: Path
+) -> dict[str, Score]:
+    """The scores of all entries, and their files; on the main process, where lmms-eval gathers."""
+    assert results is not None
+    output.mkdir(parents=True, exist_ok=True)
+    scores: dict[str, Score] = {}
+    for entry in entries:
+        scores[entry.name] = read_score(results, entry)
+        write_text(output / f"{entry.name}.jsonl", _sample_lines(results, entry))
+    return scores
+
+
+def read_score(results: Mapping[str, Any], entry: ScoredTask) -> Score:
+    """Reads one task's score from lmms-eval's results (with "samples", its per-sample records by task).
+
+    The standard error is that of a mean. It is None for fewer than two samples, and where the score is not
+    the mean of the samples' own scores (F1, or captions' corpus metrics).
+
+    A group without a number of its own (MVBench) scores the mean of its tasks.
+
+    Raises:
+        EvaluationError: if the task, the score or samples are missing, or the score is no finite number.
+    """
+    found = results["results"].get(entry.lmms_task)
+    if found is None:
+        raise EvaluationError(
+            f"{entry.name}: lmms-eval has no results of {entry.lmms_task}, only {sorted(results['results'])}"
+        )
+    native = _native(found, entry)
+    leaves = _leaves(results, entry.lmms_task)
+    if native is None and leaves != [entry.lmms_task]:  # a group that lmms-eval gives no number of its own
+        numbers = [_native(results["results"].get(leaf, {}), entry) for leaf in leaves]
+        native = statistics.fmean(numbers) if None not in numbers else None
+    if not isinstance(native, int | float | np.number) or not math.isfinite(native):
+        raise EvaluationError(
+            f"{entry.name}: expected one finite number named {entry.score!r} in lmms-eval's results of "
+            f"{entry.lmms_task}, found {found}"
+        )
+    samples = [sample for leaf in leaves for sample in results["samples"][leaf]]
+    n = _count(results, entry)
+    values = [_sample_score(sample, entry) for sample in samples]
+    stderr = None
+    numbers = [value for value in values if value is not None]
+    if len(numbers) == n >= 2 and math.isclose(
+        statistics.fmean(numbers), native, rel_tol=MEAN_TOLERANCE, abs_tol=MEAN_TOLERANCE
+    ):
+        stderr = statistics.stdev(numbers) / math.sqrt(n) / entry.native_max
+    return Score(
+        value=float(native) / entry.native_max,
+        native=float(native),
+        native_max=entry.native_max,
+        stderr=stderr,
+        n=n,
+    )
+
+
+def _native(found: Mapping[str, Any], entry: ScoredTask) -> Any:
+    keys = [key for key in found if entry.score in (key, key.split(",")[0])]
+    return found[keys[0]] if len(keys) == 1 else None
+
+
+def _wrap(model: torch.nn.Module, processor: Any, reader: VideoReader | None, batch_size: int) -> Any:
+    """The model as lmms-eval takes it. Imported late: lmms-eval takes seconds."""
+    from mllm_keeplora.evaluation.lmms_model import KeepLoRAModel
+
+    return KeepLoRAModel(model, processor, batch_size, reader)
+
+
+def _run_lmms_eval(
+    wrapper: Callable[[], Any],
+    entries: Sequence[ScoredTask],
+    task_directory: Path,
+    stock: bool,
+    batch_size: int,
+    limit: int | None,
+) -> dict[str, Any] | None:
+    """lmms-eval's results, None on all processes but the main one."""
+    with _undisturbed():
+        from lmms_eval.evaluator import simple_evaluate
+        from lmms_eval.tasks import TaskManager
+
+        # As lmms-eval sets it on first import; stock tasks may count on it, our own never accept truncated
+        # images.
+        ImageFile.LOAD_TRUNCATED_IMAGES = True
+        # Indexing the stock tasks takes ten seconds.
+        manager = TaskManager(include_path=str(task_directory), include_defaults=stock, model_name=MODEL_ID)
+        missing = [entry.lmms_task for entry in entries if entry.lmms_task not in manager.all_tasks]
+        if missing:
+            raise EvaluationError(
+                f"lmms-eval has no task {', '.join(missing)}; own test files need "
+                f"write_task_files(stream, {task_directory})"
+            )
+        try:
+            with _quiet():
+                return simple_evaluate(
+                    model=wrapper(),
+                    tasks=[entry.lmms_task for entry in entries],
+                    task_manager=manager,
+                    batch_size=batch_size,
+                    limit=limit,
+                    # Bootstraps only what is no mean; read_score computes the standard errors of means.
+                    bootstrap_iters=0,
+                    process_docs_parallel=1,
+                    # Use the run's own process group. The other choice makes an Accelerator, which would fix
+                    # accelerate's global state before the training that follows has configured it.
+                    distributed_executor_backend="torchrun",
+                )
+        except EvaluationError:
+            raise
+        # Whatever fails inside lmms-eval, no row may be written; its own retries hide the cause in a
+        # RetryError.
+        except Exception as error:
+            cause = _cause(error)
+            tasks = ", ".join(entry.name for entry in entries)
+            raise EvaluationError(
+                f"evaluating {tasks} failed with {type(cause).__name__}: {cause}"
+            ) from error
+
+
+def _cause(error: BaseException) -> BaseException:
+    from tenacity import RetryError
+
+    last = error.last_attempt.exception() if isinstance(error, RetryError) else None
+    return last or error
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Puts back what importing and running lmms-eval changes process-wide: random generators, PIL's
+    truncation flag. What the process holds by then is kept out of the full collection that ends every
+    evaluation of lmms-eval's: a tenth of a row on a small model."""
+    accept_truncated = ImageFile.LOAD_TRUNCATED_IMAGES
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        gc.freeze()
+        try:
+            yield
+        finally:
+            gc.unfreeze()
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+            ImageFile.LOAD_TRUNCATED_IMAGES = accept_truncated
+
+
+class _NoBar(tqdm):  # type: ignore[type-arg]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "disable": True})
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences the bars that lmms-eval and datasets draw per task, also into log files; ours shows the
+    generation."""
+    import datasets
+
+    shown = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        with mock.patch("lmms_eval.evaluator.tqdm", _NoBar), mock.patch("lmms_eval.api.task.tqdm", _NoBar):
+            yield
+    finally:
+        if not shown:
+            datasets.enable_progress_bars()
+
+
+def _leaves(results: Mapping[str, Any], task: str) -> list[str]:
+    """The tasks with samples of their own under a task or group."""
+    subtasks = results["group_subtasks"].get(task)
+    return [leaf for subtask in subtasks for leaf in _leaves(results, subtask)] if subtasks else [task]
+
+
+def _count(results: Mapping[str, Any], entry: ScoredTask) -> int:
+    """Number of samples scored; documents are told apart by doc_id (lmms-eval's doc_hash repeats)."""
+    n = 0
+    for leaf in _leaves(results, entry.lmms_task):
+        answered = len({sample["doc_id"] for sample in results["samples"].get(leaf, [])})
+        expected = results["n-samples"][leaf]["effective"]
+        if answered != expected:
+            raise EvaluationError(f"{entry.name}: {answered} of {expected} documents of {leaf} were scored")
+        n += answered
+    return n
+
+
+def _sample_score(sample: Mapping[str, Any], entry: ScoredTask) -> float | None:
+    """A sample's own score, where the task has one: a number, or lmms-eval's {"score": number}."""
+    value = sample.get(entry.score.split(",")[0])
+    value = value.get("score") if isinstance(value, dict) else value
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _sample_lines(results: Mapping[str, Any], entry: ScoredTask) -> str:
+    lines = []
+    for leaf in _leaves(results, entry.lmms_task):
+        for sample in sorted(results["samples"][leaf], key=lambda sample: int(sample["doc_id"])):
+            line = {
+                "task": leaf,
+                "doc_id": sample["doc_id"],
+                "doc": sample["doc"],
+                "target": sample["target"],
+                "reply": sample["filtered_resps"][0],
+                "score": _sample_score(sample, entry),
+            }
+            lines.append(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+    return "".join(lines)

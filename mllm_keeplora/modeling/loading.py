@@ -1,0 +1,291 @@
+"""Loading the base model: 4-bit in both towers, guarded, frozen; and a PEFT adapter to start from."""
+
+import importlib.util
+import logging
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
+
+from mllm_keeplora.config import ConfigError, ModelConfig
+from mllm_keeplora.distributed.sharding import sharding_asked
+from mllm_keeplora.errors import KeepLoRAError
+from mllm_keeplora.modeling.adapters import ACCUMULATED, Factors, read_factors
+from mllm_keeplora.modeling.families import family_of
+from mllm_keeplora.modeling.linear4bit import guard_linear4bit
+from mllm_keeplora.resources import find
+from mllm_keeplora.runs.files import read_json, replaced_directory, sha256_file, sha256_json, write_json
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# What of a repository is read: safetensors weights only, so that no pickle is ever opened.
+MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
+REMOTE_CODE = "*.py"  # fetched beside them only where model.trust_remote_code is on
+
+
+def resolve_device(config: ModelConfig) -> torch.device:
+    """The device this process of a run uses: of several, each has its own CUDA device.
+
+    Raises:
+        ConfigError: device cuda without a CUDA device.
+    """
+    available = torch.cuda.is_available()
+    if config.device == "cuda" and not available:
+        raise ConfigError(
+            "model.device is cuda, but torch sees no CUDA device; use model.device: cpu or auto"
+        )
+    if not available or config.device == "cpu":
+        return torch.device("cpu")
+    # Counted as accelerate does: a launcher may show each process its own device alone.
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def check_revision(config: ModelConfig) -> None:
+    """Raises ConfigError for a revision of a local directory, which has none."""
+    if config.revision is not None and find(config.base_model).is_dir():
+        raise ConfigError(
+            f"model.revision is {config.revision!r}, but model.base_model {config.base_model} is a directory "
+            "here: remove model.revision, or name the hub model"
+        )
+
+
+def resolve_model_directory(config: ModelConfig) -> Path:
+    """The local directory of a base model, fetched from the hub where it is a hub id.
+
+    Config, weights and processor are one commit's; remote code is fetched only where it may run.
+
+    Raises:
+        ConfigError: neither a directory nor a reachable hub id; a revision for a directory; a directory
+            without config, weights or processor.
+    """
+    check_revision(config)
+    directory = find(config.base_model)
+    if not directory.is_dir():
+        patterns = [*MODEL_FILES, *([REMOTE_CODE] if config.trust_remote_code else [])]
+        try:
+            directory = Path(
+                snapshot_download(config.base_model, revision=config.revision, allow_patterns=patterns)
+            )
+        except (
+            HfHubHTTPError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+            ValueError,
+            OSError,
+        ) as error:
+            raise ConfigError(
+                f"model.base_model {config.base_model!r} is neither a directory here nor a hub "
+                f"model that can be fetched: {error}"
+            ) from error
+        if config.revision is None:
+            _say_commit(config.base_model, directory.name)
+    for what, names in (
+        ("config", ["config.json"]),
+        ("processor", ["processor_config.json", "preprocessor_config.json"]),
+        ("tokenizer", ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"]),
+    ):
+        if not any((directory / name).is_file() for name in names):
+            raise ConfigError(
+                f"base model {directory} has no {what}: expected {' or '.join(names)} in that directory"
+            )
+    if not any(directory.glob("*.safetensors")):
+        raise ConfigError(
+            f"base model {directory} has no *.safetensors weights; convert it first, pickled "
+            "weights are not read"
+        )
+    return directory
+
+
+@lru_cache
+def _say_commit(base_model: str, commit: str) -> None:
+    """Once a process: a run that goes on after the repository has moved is refused by its base's hash."""
+    logger.warning(
+        f"{base_model} is taken at its newest commit; 'revision: {commit}' beside base_model keeps it there"
+    )
+
+
+def quantization_config(config: ModelConfig, not_quantised: tuple[str, ...]) -> BitsAndBytesConfig | None:
+    """NF4 with double quantisation, or None."""
+    if config.quantization == "none":
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=DTYPES[config.compute_dtype],
+        llm_int8_skip_modules=list(not_quantised),
+    )
+
+
+def load_base(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
+    """Loads the base model and its processor; the model is frozen and in eval mode.
+
+    Side effect: sets torch's number of CPU threads where the config names one.
+
+    Raises:
+        ConfigError: an unusable model directory, device or attention implementation.
+        TargetError: a model family that is not in the table.
+    """
+    if config.attn_implementation == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise ConfigError(
+            "attn_implementation is flash_attention_2, but flash-attn is not installed: "
+            "pip install --no-build-isolation '.[flash-attn]', or use sdpa"
+        )
+    if config.cpu_threads is not None:
+        torch.set_num_threads(config.cpu_threads)
+    directory = resolve_model_directory(config)
+    device = resolve_device(config)
+    trust = config.trust_remote_code
+    try:
+        family = family_of(AutoConfig.from_pretrained(directory, trust_remote_code=trust))
+        quantization = quantization_config(config, family.not_quantised)
+        if quantization is not None and sharding_asked():  # integers cannot be spread; the bits are the same
+            quantization.bnb_4bit_quant_storage = DTYPES[config.compute_dtype]
+        model = AutoModelForImageTextToText.from_pretrained(
+            directory,
+            dtype=DTYPES[config.compute_dtype],
+            quantization_config=quantization,
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=trust,
+            use_safetensors=True,
+            device_map={"": device},
+        )
+        processor = load_processor(config, str(directory), trust_remote_code=trust)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        if isinstance(error, KeepLoRAError):
+            raise
+        raise ConfigError(
+            f"base model {directory} cannot be loaded: {type(error).__name__}: {error}"
+        ) from error
+    guard_linear4bit(model)
+    model.requires_grad_(False)
+    model.eval()
+    return model, processor
+
+
+def load_processor(config: ModelConfig, directory: str, **options: Any) -> Any:
+    """A base model's processor, with the chat template that the settings name.
+
+    Args:
+        config: of the base model.
+        directory: of the base model, or its hub id.
+        options: of transformers' `from_pretrained`.
+
+    Raises:
+        ConfigError: a chat template that cannot be read.
+    """
+    processor = AutoProcessor.from_pretrained(directory, **options)
+    if config.chat_template is not None:
+        try:
+            processor.chat_template = find(config.chat_template).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"model.chat_template {config.chat_template} cannot be read ({error.strerror}); name a Jinja "
+                "file, or null for the processor's own template"
+            ) from error
+    return processor
+
+
+def base_model_hash(directory: Path, cache: Path) -> str:
+    """Content hash of a base model (weights, config, processor), remembered under `cache` by path, size and
+    time.
+
+    A 7B model takes half a minute to hash, hence the memory; a rewritten file has another time and is hashed
+    again.
+    """
+    known = known_base_hash(directory, cache)
+    if known is not None:
+        return known
+    files = _hashed_files(directory)
+    found = sha256_json({f.name: sha256_file(f) for f in files})
+    write_json(_hash_memory(files, cache), {"hash": found})
+    return found
+
+
+def known_base_hash(directory: Path, cache: Path) -> str | None:
+    """The remembered content hash of a base model; None where no run with this cache has hashed it yet."""
+    memory = _hash_memory(_hashed_files(directory), cache)
+    return str(read_json(memory)["hash"]) if memory.exists() else None
+
+
+def _hashed_files(directory: Path) -> list[Path]:
+    """Remote code counts where it is there: it is fetched, and run, only where it was asked for."""
+    return sorted({file for pattern in (*MODEL_FILES, REMOTE_CODE) for file in directory.glob(pattern)})
+
+
+def _hash_memory(files: Sequence[Path], cache: Path) -> Path:
+    state = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    return cache / "model_hashes" / f"{sha256_json(state)}.json"
+
+
+def read_initial_adapter(model: PreTrainedModel, directory: Path) -> Factors:
+    """Factors of an existing PEFT LoRA adapter, scales absorbed in B: the past of a stream that starts from
+    it.
+
+    Raises:
+        ConfigError: no LoRA adapter there, or one with parts that rank concatenation cannot represent.
+    """
+    if not (directory / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"initial_adapter {directory} has no adapter_config.json: name the directory of a PEFT adapter"
+        )
+    if not (directory / "adapter_model.safetensors").is_file():
+        raise ConfigError(
+            f"initial_adapter {directory} has no adapter_model.safetensors; convert it first, pickled "
+            "weights are not read"
+        )
+    config: Any = PeftConfig.from_pretrained(str(directory))
+    unsupported = [
+        name
+        for name in ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices")
+        if getattr(config, name, None)
+    ]
+    if config.peft_type != "LORA" or getattr(config, "bias", "none") != "none" or unsupported:
+        raise ConfigError(
+            f"initial_adapter {directory}: only plain LoRA can be folded exactly, this is "
+            f"{config.peft_type} with "
+            f"bias {getattr(config, 'bias', None)!r} and {unsupported or 'no extra parts'}"
+        )
+    try:
+        peft_model = PeftModel.from_pretrained(model, str(directory), adapter_name=ACCUMULATED)
+    except (ValueError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"initial_adapter {directory} does not fit the base model: {error}") from error
+    layers = {
+        name: module
+        for name, module in peft_model.get_base_model().named_modules()
+        if hasattr(module, "lora_A")
+    }
+    factors = read_factors(peft_model, ACCUMULATED, list(layers))
+    scaled = {name: (a, b * layers[name].scaling[ACCUMULATED]) for name, (a, b) in factors.items()}
+    peft_model.unload()
+    return scaled
+
+
+def save_adapter(directory: Path, model: PeftModel, config: ModelConfig) -> None:
+    """Writes the accumulated adapter as a plain PEFT adapter, with the quantisation of its base beside it.
+
+    Stock `PeftModel.from_pretrained` loads the directory. It appears whole or not at all.
+    """
+    peft_config = model.peft_config[ACCUMULATED]
+    peft_config.base_model_name_or_path = config.base_model
+    peft_config.revision = config.revision
+    peft_config.inference_mode = True
+    quantization = quantization_config(config, family_of(model.get_base_model().config).not_quantised)
+    with replaced_directory(directory) as temporary:
+        model.save_pretrained(str(temporary), selected_adapters=[ACCUMULATED])
+        write_json(temporary / "quantization_config.json", quantization.to_dict() if quantization else None)

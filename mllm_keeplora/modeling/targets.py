@@ -1,0 +1,135 @@
+"""Which linear layers of a model are adapted: a table of facts per model family, and what follows from it."""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from mllm_keeplora.config import Tower
+from mllm_keeplora.modeling.families import LANGUAGE_LAYERS, Media, ModelFamily, TargetError, family_of
+from mllm_keeplora.modeling.linear4bit import is_linear
+
+
+@dataclass(frozen=True)
+class Target:
+    """One adapted linear layer.
+
+    Attributes:
+        name: full module name in the base model.
+        tower: vision or language.
+        depth: l, its layer's position in the tower, 0 = shallowest.
+        num_layers: L, layers of that tower that take part in the forward result.
+        in_features, out_features: the weight is [out_features, in_features].
+        media: what passes through it; empty for a language layer, which every sample passes.
+    """
+
+    name: str
+    tower: Tower
+    depth: int
+    num_layers: int
+    in_features: int
+    out_features: int
+    media: tuple[Media, ...] = ()
+
+    def is_reached_by(self, media: Collection[Media]) -> bool:
+        """Whether samples with these media (none: text alone) give the layer a gradient."""
+        return self.tower == "language" or not set(self.media).isdisjoint(media)
+
+
+def find_targets(
+    model: PreTrainedModel,
+    patterns: Mapping[Tower, Sequence[str]],
+    *,
+    media: Collection[Media] = ("image", "video"),
+    protect_projector: bool = False,
+) -> list[Target]:
+    """Lists the linear layers to adapt, shallow to deep, vision towers first.
+
+    Args:
+        model: the base model, before any adapter is attached.
+        patterns: per adapted tower, names of linear layers inside a layer (`q_proj`, `self_attn.q_proj`), or
+            `all-linear`. A tower that is absent is not adapted.
+        media: what the samples show. A vision tower that sees none of it gets no gradient and is left out.
+        protect_projector: adapt the projectors too, as the deepest layer of the vision tower.
+
+    Returns:
+        The targets. Layers that take no part in the forward result (the last ViT layer where features are
+        read before it) are left out: they get no gradient.
+
+    Raises:
+        TargetError: an unknown model family, a pattern that matches nothing, or nothing to adapt at all.
+    """
+    config = model.config
+    family = family_of(config)
+    targets: list[Target] = []
+    if "vision" in patterns:
+        depth = family.used_vision_layers(config)
+        seen = {layers: _media_of(family, layers, media) for layers in family.vision_layers.values()}
+        for layers, kinds in seen.items():
+            if kinds:
+                targets += _tower_targets(model, "vision", layers, depth, patterns["vision"], kinds)
+        if protect_projector and targets:
+            kinds = tuple(kind for kind in family.vision_layers if kind in media)
+            for projector in family.projectors:
+                targets += _linears_below(model, projector, "vision", depth - 1, depth, kinds)
+    if "language" in patterns:
+        depth = int(config.get_text_config().num_hidden_layers)
+        targets += _tower_targets(model, "language", LANGUAGE_LAYERS, depth, patterns["language"], ())
+    if not targets:
+        raise TargetError(
+            "nothing to adapt: both towers are switched off, or the samples reach none that is on (set "
+            "language.adapt or vision.adapt)"
+        )
+    return targets
+
+
+def _media_of(family: ModelFamily, layers: str, media: Collection[Media]) -> tuple[Media, ...]:
+    """Which of `media` a list of vision layers sees."""
+    return tuple(
+        kind for kind, seen_by in family.vision_layers.items() if seen_by == layers and kind in media
+    )
+
+
+def _tower_targets(
+    model: nn.Module,
+    tower: Tower,
+    layers: str,
+    num_layers: int,
+    patterns: Sequence[str],
+    media: tuple[Media, ...],
+) -> list[Target]:
+    found = [
+        target
+        for depth in range(num_layers)
+        for target in _linears_below(model, f"{layers}.{depth}", tower, depth, num_layers, media)
+    ]
+    if list(patterns) == ["all-linear"]:
+        wanted = found
+    else:
+        regex = {pattern: re.compile(rf"\.{re.escape(pattern)}$") for pattern in patterns}
+        unmatched = [p for p, r in regex.items() if not any(r.search(target.name) for target in found)]
+        if unmatched:
+            known = sorted({target.name.split(f"{layers}.{target.depth}.", 1)[1] for target in found})
+            raise TargetError(
+                f"{tower}.targets {unmatched} match no linear layer under {layers}.*; available "
+                f"there: {', '.join(known)}"
+            )
+        wanted = [target for target in found if any(r.search(target.name) for r in regex.values())]
+    if not wanted:
+        raise TargetError(
+            f"no linear layer under {layers}.0 .. {layers}.{num_layers - 1} in the {tower} tower"
+        )
+    return wanted
+
+
+def _linears_below(
+    model: nn.Module, prefix: str, tower: Tower, depth: int, num_layers: int, media: tuple[Media, ...]
+) -> list[Target]:
+    root = model.get_submodule(prefix)
+    return [
+        Target(f"{prefix}.{name}", tower, depth, num_layers, module.in_features, module.out_features, media)
+        for name, module in root.named_modules()
+        if is_linear(module)
+    ]

@@ -1,0 +1,427 @@
+"""Reads a stream's data completely before a run is paid for, and reports everything that is wrong at once.
+
+    bash scripts/check_stream.sh recipes/streams/FILE.yaml data_root=/where/the/data/are
+
+Every record is read and every image and clip decoded, as a run does before its first stage; what was found
+sound is remembered where the run looks (`cache_dir`), so it need not decode them again. Beyond what a run
+refuses, it looks for what would make scores worth less: ids and records that repeat, and test questions that
+training has shown. Exit status: 0 nothing found, 1 something found, 2 it could not begin.
+"""
+
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from mllm_keeplora.commands.program import command, with_dashes
+from mllm_keeplora.config import ConfigError, RunConfig, VideoConfig
+from mllm_keeplora.data.media import MediaChecker, file_state
+from mllm_keeplora.data.records import (
+    RecordError,
+    Sample,
+    clean_question,
+    named_media,
+    read_records,
+    select_evenly,
+)
+from mllm_keeplora.data.stream import GeneralSpec, Stream, TaskSpec, load_stream, named_paths
+from mllm_keeplora.data.video.reader import VideoReader
+from mllm_keeplora.evaluation.errors import EvaluationError
+from mllm_keeplora.evaluation.task_files import write_task_files
+
+Spec = TaskSpec | GeneralSpec
+
+SHOWN = 10  # lines of one list
+_STAT_THREADS = 16  # network file systems answer many questions at once, one at a time slowly
+_SAMPLED_CLIPS = 8
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong.
+
+    Attributes:
+        task: name of the task or benchmark.
+        title: what is wrong, in one line.
+        details: one line each; long lists are cut when they are shown.
+        stops: whether a run would refuse it.
+    """
+
+    task: str
+    title: str
+    details: tuple[str, ...] = ()
+    stops: bool = True
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What one task, or all together, hold: records, distinct files, and their size in bytes."""
+
+    name: str
+    train: int
+    test: int
+    images: int
+    clips: int
+    text_only: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `check_stream` found; `advice` says where missing data come from."""
+
+    stream: str
+    data_root: Path
+    counts: tuple[Counts, ...]
+    problems: tuple[Problem, ...]
+    advice: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class _DataFile:
+    """One file of records as read; rows are counted from 1."""
+
+    spec: Spec
+    kind: Literal["train", "test"]
+    path: Path
+    samples: dict[int, Sample] = field(default_factory=dict)
+    bad: dict[int, str] = field(default_factory=dict)
+    refused: str | None = None  # why the file as a whole cannot be used
+    images: set[Path] = field(default_factory=set)
+    videos: set[Path] = field(default_factory=set)
+
+
+def check_stream(stream: Stream, checker: MediaChecker) -> Report:
+    """Reads everything that a stream's entries name.
+
+    Args:
+        stream: loaded with `check_files=False`; files may be missing.
+        checker: decodes images and clips, each once however many records and tasks show it.
+    """
+    files = [file for spec in stream.specs for file in _read_files(stream, spec)]
+    damaged = checker.problems_of([(file.images, file.videos) for file in files], stream.name)
+    media = {path for file in files for path in (*file.images, *file.videos)}
+    with ThreadPoolExecutor(_STAT_THREADS) as pool:
+        states = dict(zip(media, pool.map(file_state, media), strict=True))
+    sizes = {path: state[0] for path, state in states.items() if state is not None}
+    problems: list[Problem] = []
+    for spec in stream.specs:
+        problems += _problems_of_task(stream, spec, [file for file in files if file.spec is spec], damaged)
+    named = [path for spec in stream.specs for path in _missing(stream, spec)]
+    missing = [*dict.fromkeys(named), *sorted(media - sizes.keys())]
+    return Report(
+        stream=stream.name,
+        data_root=stream.data_root,
+        counts=(
+            *(_count(spec.name, [f for f in files if f.spec is spec], sizes) for spec in stream.specs),
+            _count("all together", files, sizes),
+        ),
+        problems=tuple(problems),
+        advice=tuple(_advice(stream, missing)),
+        notes=tuple(
+            _cache_notes(checker.reader, {p for f in files for p in f.videos} - damaged.keys(), sizes)
+        ),
+    )
+
+
+def _specs(stream: Stream) -> list[Spec]:
+    """The entries with files of their own."""
+    return [*stream.tasks, *(spec for spec in stream.general if spec.test is not None)]
+
+
+def _read_files(stream: Stream, spec: Spec) -> Iterator[_DataFile]:
+    test, answers = stream.test_file(spec), stream.answers_file(spec)
+    if isinstance(spec, TaskSpec) and stream.train_file(spec).is_file():
+        yield _read(_DataFile(spec, "train", stream.train_file(spec)), stream.media_root(spec))
+    if test is not None and test.is_file():
+        root, file = stream.test_media_root(spec), _DataFile(spec, "test", test)
+        if answers is not None and not answers.is_file():
+            file.videos = _named_media(test, root)  # they can be checked without the answers
+            yield file
+        else:
+            yield _read(file, root, answers)
+
+
+def _read(file: _DataFile, root: Path, answers: Path | None = None) -> _DataFile:
+    try:
+        file.samples, file.bad = read_records(
+            file.path, root, answers=answers, allow_text_only=file.spec.allow_text_only
+        )
+    except RecordError as error:
+        file.refused = str(error)
+    if file.refused is None and not file.samples and not file.bad:
+        file.refused = f"{file.path} holds no records; expected a list of at least one"
+    if file.refused is not None:
+        # Questions that do not go with their answers still name clips, which may be wrong as well.
+        file.videos = _named_media(file.path, root) if answers is not None else set()
+        return file
+    file.images = {sample.image for sample in file.samples.values() if sample.image is not None}
+    file.videos = {sample.video for sample in file.samples.values() if sample.video is not None}
+    return file
+
+
+def _named_media(path: Path, root: Path) -> set[Path]:
+    try:
+        return named_media(path, root)
+    except RecordError:  # said already, as the reason why the file is refused
+        return set()
+
+
+# --- What is wrong ---
+
+
+def _missing(stream: Stream, spec: Spec) -> list[Path]:
+    return [path for path in named_paths(stream, spec) if not path.exists()]
+
+
+def _problems_of_task(
+    stream: Stream, spec: Spec, files: Sequence[_DataFile], damaged: Mapping[Path, str]
+) -> Iterator[Problem]:
+    missing = _missing(stream, spec)
+    if missing:
+        title = f"{len(missing)} of the files and folders it names are missing"
+        yield Problem(spec.name, title, (*map(str, missing),))
+    for file in files:
+        yield from _problems_of_file(file, damaged)
+        yield from _repetitions(file)
+    yield from _overlap(spec, files)
+    # A metric's own needs are looked at where the records are fine; else the same fault would be told twice.
+    test = next((file for file in files if file.kind == "test"), None)
+    if not missing and test is not None and test.refused is None and not test.bad:
+        yield from _metric_problems(stream, spec)
+
+
+def _problems_of_file(file: _DataFile, damaged: Mapping[Path, str]) -> Iterator[Problem]:
+    if file.refused is not None:
+        yield Problem(file.spec.name, file.refused)
+    if not file.samples and not file.bad:  # nor any rows: questions alone, for want of their answers
+        reasons = sorted(damaged[path] for path in file.videos if path in damaged)
+        if reasons:
+            yield Problem(file.spec.name, f"{file.path}: {len(reasons)} of its clips are bad", (*reasons,))
+        return
+    bad = dict(file.bad)
+    for row, sample in file.samples.items():
+        path = sample.image or sample.video
+        if path is not None and path in damaged:
+            bad.setdefault(row, damaged[path])
+    if bad:
+        total = len(file.samples.keys() | bad.keys())
+        details = (f"row {row}: {bad[row]}" for row in sorted(bad))
+        yield Problem(
+            file.spec.name, f"{file.path}: {len(bad)} of {total} records cannot be used", (*details,)
+        )
+
+
+def _repetitions(file: _DataFile) -> Iterator[Problem]:
+    """Ids and records that occur twice in one file. Ids that a run refuses are among its bad records."""
+    rows = {row: sample for row, sample in file.samples.items() if row not in file.bad}
+    for what, pairs in (
+        (
+            "records have the id of an earlier one",
+            _repeated((row, sample.id) for row, sample in rows.items()),
+        ),
+        (
+            "records are identical with an earlier one",
+            _repeated((row, (s.image or s.video, s.turns)) for row, s in rows.items()),
+        ),
+    ):
+        if pairs:
+            details = (f"row {row} repeats row {first} (id {rows[row].id})" for row, first in pairs)
+            yield Problem(file.spec.name, f"{file.path}: {len(pairs)} {what}", (*details,), stops=False)
+
+
+def _repeated(items: Iterable[tuple[int, object]]) -> list[tuple[int, int]]:
+    """(row, first row with the same key), for every row but those first ones."""
+    first: dict[object, int] = {}
+    return [(row, first[key]) for row, key in items if first.setdefault(key, row) != row]
+
+
+def _overlap(spec: Spec, files: Sequence[_DataFile]) -> Iterator[Problem]:
+    """Test questions that training shows too: the same file and the same words."""
+    shown = {
+        key: row for f in files if f.kind == "train" for row, s in f.samples.items() for key in _asked(s)
+    }
+    for file in files:
+        if file.kind == "test":
+            hits = [(row, shown[key]) for row, s in file.samples.items() for key in _asked(s) if key in shown]
+            if hits:
+                details = (f"row {row} of the test is row {other} of the training" for row, other in hits)
+                title = (
+                    f"{file.path}: {len(hits)} questions are in the training file too (same media and words)"
+                )
+                yield Problem(spec.name, title, (*details,), stops=False)
+
+
+def _asked(sample: Sample) -> list[tuple[Path | None, str]]:
+    media = sample.image or sample.video
+    return [(media, clean_question(turn.question)) for turn in sample.turns]
+
+
+def _metric_problems(stream: Stream, spec: Spec) -> Iterator[Problem]:
+    """What the task's scoring function misses: keys of records, reference captions, Java."""
+    alone = replace(stream, tasks=(_as_task(spec),), general=())
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            write_task_files(alone, Path(folder))
+        except (EvaluationError, RecordError) as error:
+            yield Problem(spec.name, str(error))
+
+
+def _as_task(spec: Spec) -> TaskSpec:
+    """A stream has to have a task: a benchmark is looked at as one that trains on its own test file."""
+    if isinstance(spec, TaskSpec):
+        return spec
+    known = {item.name for item in fields(TaskSpec)}
+    shared = {item.name: getattr(spec, item.name) for item in fields(spec) if item.name in known}
+    return TaskSpec(train=str(spec.test), **shared)
+
+
+# --- What is there, and where the rest is ---
+
+
+def _count(name: str, files: Sequence[_DataFile], sizes: Mapping[Path, int]) -> Counts:
+    """Media that several files share count once."""
+    images = {path for file in files for path in file.images}
+    clips = {path for file in files for path in file.videos}
+    rows = [(file.kind, len(file.samples.keys() | file.bad.keys())) for file in files]
+    return Counts(
+        name=name,
+        train=sum(number for kind, number in rows if kind == "train"),
+        test=sum(number for kind, number in rows if kind == "test"),
+        images=len(images),
+        clips=len(clips),
+        text_only=sum(sample.media is None for file in files for sample in file.samples.values()),
+        size=sum(sizes.get(path, 0) for path in images | clips),
+    )
+
+
+def _advice(stream: Stream, missing: Sequence[Path]) -> Iterator[str]:
+    """One line per source: how many files it misses, and what to do."""
+    if not missing or stream.hub is None:
+        if missing:
+            yield f"Put {len(missing)} missing files under {stream.data_root}; the stream names no source."
+        return
+    hub, rest = stream.hub, list(missing)
+    for folder, source in hub.elsewhere.items():
+        here = [path for path in rest if path.is_relative_to(stream.data_root / folder)]
+        rest = [path for path in rest if not path.is_relative_to(stream.data_root / folder)]
+        if here:
+            yield f"{len(here)} files under {stream.data_root / folder}: get them from {source}"
+    if rest:
+        yield (
+            f"{len(rest)} files or folders, the first {rest[0]}: published as {hub.url} (revision "
+            f"{hub.revision}); bash scripts/fetch_stream.sh STREAM.yaml data_root={stream.data_root} gets "
+            "what is there"
+        )
+
+
+def _cache_notes(reader: VideoReader | None, clips: set[Path], sizes: Mapping[Path, int]) -> Iterator[str]:
+    """Whether a run's cache holds the decoded frames of all clips; estimated from a few of them."""
+    if reader is None or not clips:
+        return
+    ordered = sorted(clips)
+    sampled = [ordered[index] for index in select_evenly(len(ordered), 1.0, _SAMPLED_CLIPS)]
+    decoded = len(clips) * sum(reader.read(path).frames.nbytes for path in sampled) // len(sampled)
+    allowed = int(reader.config.cache_gb * 1e9)
+    verdict = (
+        "all fit"
+        if decoded <= allowed
+        else f"{allowed / decoded:.0%} of them fit, the others are decoded every time"
+    )
+    yield (
+        f"{len(clips)} clips, {_bytes(sum(sizes.get(path, 0) for path in clips))}; decoded to "
+        f"{reader.config.frames} frames each about {_bytes(decoded)}. Of video.cache_gb, "
+        f"{_bytes(allowed)}: {verdict}."
+    )
+
+
+# --- Showing it ---
+
+
+def format_report(report: Report) -> str:
+    """The report as text, ending in a line break."""
+    lines = [f"Stream {report.stream}, data root {report.data_root}", "", *_table(report.counts)]
+    lines += [f"\nNote: {note}" for note in report.notes]
+    lines += ["", _summary(report.problems)]
+    for task in dict.fromkeys(problem.task for problem in report.problems):
+        lines += ["", task]
+        for problem in report.problems:
+            if problem.task == task:
+                lines += _lines(problem)
+    if report.advice:
+        lines += ["", "Missing data", *(f"  {line}" for line in report.advice)]
+    return "\n".join(lines) + "\n"
+
+
+def _summary(problems: Sequence[Problem]) -> str:
+    if not problems:
+        return "Nothing wrong found."
+    stopping = sum(problem.stops for problem in problems)
+    tasks = len({problem.task for problem in problems})
+    return (
+        f"Problems: {len(problems)}, tasks concerned: {tasks}. {stopping} stop a run (!), "
+        f"{len(problems) - stopping} make its scores worth less (?)."
+    )
+
+
+def _lines(problem: Problem) -> list[str]:
+    first, *others = problem.title.splitlines()
+    lines = [f"  {'!' if problem.stops else '?'} {first}", *(f"    {line}" for line in others)]
+    lines += [f"      {detail}" for detail in problem.details[:SHOWN]]
+    if len(problem.details) > SHOWN:
+        lines.append(f"      ... and {len(problem.details) - SHOWN} more")
+    return lines
+
+
+def _table(counts: Sequence[Counts]) -> list[str]:
+    heads = ("", "train", "test", "images", "clips", "text only", "media")
+    rows = [
+        (c.name, *(f"{n}" for n in (c.train, c.test, c.images, c.clips, c.text_only)), _bytes(c.size))
+        for c in counts
+    ]
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    return [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in (heads, *rows)
+    ]
+
+
+def _bytes(number: float) -> str:
+    for unit in _UNITS[:-1]:
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} {_UNITS[-1]}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    with command():
+        parser = ArgumentParser(prog="check_stream.sh", description=__doc__, exit_on_error=False)
+        parser.add_argument("stream", type=str, help="the stream's YAML")
+        parser.add_argument("--data_root", type=str, default=None, help="folder of the data")
+        parser.add_argument("--cache_dir", type=str, default=RunConfig().cache_dir, help="as of the run")
+        parser.add_class_arguments(VideoConfig, "video", help="as of the run")
+        try:
+            given = parser.instantiate(parser.parse_args(with_dashes(sys.argv[1:] if argv is None else argv)))
+        except ArgumentError as error:
+            raise ConfigError(f"{error} (--help lists every setting)") from error
+        root = None if given.data_root is None else Path(given.data_root)
+        stream = load_stream(Path(given.stream), root, check_files=False)
+        checker = MediaChecker(VideoReader(given.video, None), Path(given.cache_dir) / "checked_media")
+        report = check_stream(stream, checker)
+        print(format_report(report), end="")
+    sys.exit(1 if report.problems else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Input activations of linear layers, sketched like task gradients: Y = Omega^T X.
+
+X [tokens, in] stacks what a layer reads over all tokens of a sample, Omega [tokens, q] is Gaussian, so Y
+[q, in] is the input-side range sketch of X, and Y^T Y / q estimates X^T X. What reads gradient sketches (E4,
+E8) reads these: the directions that a task's inputs occupy, in place of those along which its loss changes a
+weight.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from mllm_keeplora.distributed.processes import process_index, sum_of_all
+from mllm_keeplora.modeling.targets import Target
+from mllm_keeplora.probes.gradients import Batches, GradientError, module_generator
+
+
+@torch.no_grad()
+def sketch_inputs(
+    model: nn.Module, targets: Sequence[Target], columns: Mapping[str, int], batches: Batches, seed: int
+) -> dict[str, Tensor]:
+    """Y = Omega^T X / sqrt(tokens) of every target at the current model.
+
+    Cost: one forward per batch and a Gaussian matrix [tokens, q] per module and batch. Padding is left out;
+    every image patch counts as a token in a vision tower.
+
+    Args:
+        model: base model, or a PeftModel with the adapters that belong to the current model.
+        targets: the layers to measure.
+        columns: q per module name.
+        batches: returns an iterable of model inputs with `attention_mask` and `labels` [batch, length], on
+            the model's device: this process's share. A batch without a supervised token counts for nothing.
+        seed: of Omega.
+
+    Returns:
+        Module name -> Y [q, in], fp32 on the CPU, the same on all processes.
+
+    Raises:
+        GradientError: a module that no token reaches, or inputs with NaN.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    device = next(model.parameters()).device
+    sums = {t.name: torch.zeros(columns[t.name], t.in_features, device=device) for t in targets}
+    tokens = dict.fromkeys(sums, 0)
+    generators = {name: module_generator(seed, f"{process_index()}/{name}") for name in sums}
+    mask: list[Tensor] = []  # the current batch's; empty for a batch that only keeps a collective going
+
+    def add(name: str, inputs: Tensor) -> None:
+        if not mask:
+            return
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        if inputs.shape[:-1] == mask[0].shape:
+            rows = rows[mask[0].flatten().bool()]
+        omega = torch.randn(len(rows), columns[name], generator=generators[name])
+        with torch.autocast(device.type, enabled=False):
+            sums[name] += omega.to(device).T @ rows.float()
+        tokens[name] += len(rows)
+
+    model.eval()
+    with _reading_inputs(base, list(sums), add):
+        for batch in batches():
+            mask[:] = [batch["attention_mask"]] if (batch["labels"] != -100).any() else []
+            model(**{key: value for key, value in batch.items() if key != "labels"})
+    return {name: _mean(name, sums[name], tokens[name]) for name in sums}
+
+
+@contextmanager
+def _reading_inputs(base: nn.Module, names: Sequence[str], add: Any) -> Iterator[None]:
+    """Calls add(name, inputs) whenever one of the modules is about to compute."""
+    handles = [
+        base.get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: add(name, inputs[0]))
+        for name in names
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _mean(name: str, own: Tensor, tokens: int) -> Tensor:
+    total = int(sum_of_all(torch.tensor(tokens, device=own.device)))
+    if total == 0:
+        raise GradientError(
+            f"{name} received no input: no sample of the probe passes through it. Raise probe.fraction or "
+            "probe.max_samples until some do, or leave the module out of the tower's targets"
+        )
+    sketch = sum_of_all(own) / total**0.5
+    if not torch.isfinite(sketch).all():
+        raise GradientError(f"{name}: its inputs have NaN or infinite entries")
+    return sketch.cpu()

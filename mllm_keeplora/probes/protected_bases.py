@@ -1,0 +1,94 @@
+"""The protected basis M of every module, from files: its weight basis (cached), a feature basis per stage."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mllm_keeplora.config import Tower
+from mllm_keeplora.distributed.processes import from_main, hide_bar, own_share, wait_for_everyone
+from mllm_keeplora.linalg.subspace import principal_basis
+from mllm_keeplora.modeling.linear4bit import computed_weight
+from mllm_keeplora.modeling.targets import Target
+from mllm_keeplora.runs.files import ArtifactError, save_tensors
+
+
+@dataclass(frozen=True)
+class ProtectedBases:
+    """M per module, read from disk one module at a time (a 7B model's bases are gigabytes).
+
+    Attributes:
+        weight_files: module name -> file with its weight basis; empty for a method that protects nothing.
+        feature_files: one file per past stage, oldest first, with the directions that the stage added per
+            module.
+        device: where bases are put.
+    """
+
+    weight_files: Mapping[str, Path]
+    feature_files: Sequence[Path]
+    device: torch.device
+
+    def load(self, target: Target) -> Tensor:
+        """M, [in, k_w + k_f] fp32; [in, 0] when nothing is protected."""
+        parts = [self.weight_basis(target)]
+        for path in self.feature_files:
+            parts += _read_if_there(path, target.name, self.device)
+        return torch.cat(parts, dim=1)
+
+    def weight_basis(self, target: Target) -> Tensor:
+        """U_w, [in, k_w] fp32."""
+        if target.name not in self.weight_files:
+            return torch.zeros(target.in_features, 0, device=self.device)
+        return _read(self.weight_files[target.name], "basis", self.device)
+
+
+def _read(path: Path, name: str, device: torch.device) -> Tensor:
+    """One tensor of a file, without the others."""
+    found = _read_if_there(path, name, device)
+    if not found:
+        raise ArtifactError(f"{path} has no tensor {name!r}; delete it to have it computed again")
+    return found[0]
+
+
+def _read_if_there(path: Path, name: str, device: torch.device) -> list[Tensor]:
+    """The tensor of that name, or nothing: a stage adds no directions to a module that its data do not
+    reach."""
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            return [file.get_tensor(name)] if name in file.keys() else []  # noqa: SIM118
+    except (FileNotFoundError, SafetensorError) as error:
+        raise ArtifactError(f"cannot read {path}: {error}; delete it to have it computed again") from error
+
+
+def weight_basis_files(
+    model: nn.Module, targets: Sequence[Target], eps_w: Mapping[Tower, float], directory: Path
+) -> dict[str, Path]:
+    """Computes the weight bases that `directory` does not hold yet (E1), one layer at a time.
+
+    Several processes share the modules; each basis is one process's file, which all read.
+
+    Cost: per module one Gram product and one symmetric eigenproblem of size min(out, in); afterwards a file
+    read.
+
+    Args:
+        model: the base model without adapters.
+        targets: the adapted layers.
+        eps_w: energy share per tower.
+        directory: cache for this base model and quantisation; one file per module and eps_w.
+
+    Returns:
+        Module name -> file with `basis` [in, k_w] fp32.
+    """
+    files = {t.name: directory / f"{t.name}-eps{eps_w[t.tower]!r}.safetensors" for t in targets}
+    missing = from_main(lambda: [t for t in targets if not files[t.name].exists()])
+    for target in tqdm(
+        own_share(missing), desc="weight bases", unit="module", disable=hide_bar() if missing else True
+    ):
+        weight = computed_weight(model.get_submodule(target.name))
+        save_tensors(files[target.name], {"basis": principal_basis(weight, eps_w[target.tower])})
+    wait_for_everyone()
+    return files

@@ -1,0 +1,29 @@
+"""Files that come along with the package, in a checkout and in an installed wheel alike."""
+
+from importlib.resources import files
+from pathlib import Path
+
+SHIPPED = ("recipes", "eval", "studies")  # folders of the repository that the wheel carries as sub-packages
+
+
+def shipped(name: str) -> Path:
+    """Where a shipped file lies, by its path in the repository.
+
+    Args:
+        name: such as `recipes/streams/ucit.yaml`; its first part is one of `SHIPPED`.
+    """
+    top, *rest = Path(name).parts
+    return Path(str(files(f"mllm_keeplora.{top}"))).joinpath(*rest)
+
+
+def find(path: str | Path) -> Path:
+    """A path as the user wrote it where something is there, else the shipped file of that name.
+
+    So `recipes/configs/vqa/small.yaml` works in any folder, and a file of the user's own wins over a shipped
+    one. A path that is neither comes back as it is; whoever opens it says that it is missing.
+    """
+    own = Path(path)
+    if own.exists() or own.is_absolute() or own.parts[:1] not in [(name,) for name in SHIPPED]:
+        return own
+    found = shipped(str(path))
+    return found if found.exists() else own

@@ -1,0 +1,140 @@
+"""Files of a run: atomic writes, hashes, and the chain of stage manifests. safetensors and JSON only."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mllm_keeplora.distributed.processes import from_main
+from mllm_keeplora.errors import KeepLoRAError
+
+_WRITE_REMEDY = "Nothing complete is lost: make room (or fix the permission) and run the same command again"
+
+
+class WriteError(KeepLoRAError, OSError):
+    """A file that could not be written, for lack of room say."""
+
+
+class ArtifactError(KeepLoRAError, RuntimeError):
+    """A run directory whose files are not what its manifests say."""
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path` that replaces it when the block ends well; nothing is left
+    otherwise.
+
+    Raises:
+        WriteError: the write failed (a full disk, say); the old file, if any, is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise WriteError(f"cannot write {path}: {error}. {_WRITE_REMEDY}") from error
+    finally:
+        with suppress(OSError):  # the parent may be what could not be made
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replaced_directory(path: Path) -> Iterator[Path]:
+    """Yields an empty temporary directory that takes the place of `path` when the block ends well."""
+    temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+    except (OSError, SafetensorError) as error:
+        raise WriteError(f"cannot write {path}: {error}. {_WRITE_REMEDY}") from error
+    finally:
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes strict JSON (NaN is an error) atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Reads JSON.
+
+    Raises:
+        ArtifactError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path} is missing") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path} is not valid JSON ({error}); it was edited or truncated") from error
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes named tensors as safetensors, atomically."""
+    with atomic_path(path) as temporary:
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Reads a safetensors file onto the CPU.
+
+    Raises:
+        ArtifactError: the file is missing or damaged.
+    """
+    try:
+        return load_file(path)
+    except (FileNotFoundError, SafetensorError) as error:
+        raise ArtifactError(f"cannot read {path}: {error}; delete it to have it computed again") from error
+
+
+def load_or_compute(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors of a finished phase from its file, or computed and written; so a stage can be resumed.
+
+    `compute` runs on every process; what the main one returns is written, and read by all.
+    """
+    if not from_main(path.exists):
+        tensors = compute()
+        from_main(lambda: save_tensors(path, tensors))
+    return load_tensors(path)
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def remove_temporaries(root: Path) -> None:
+    """Removes what a killed process left of files and directories it was writing below `root`."""
+    for leftover in [*root.rglob(".*.tmp"), *root.rglob(".*.old")]:
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+
+
+def sha256_json(value: Any) -> str:
+    """Hex digest of a JSON value, independent of key order and spacing."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def hash_files(root: Path, skip: tuple[str, ...] = ()) -> dict[str, str]:
+    """Relative path -> sha256 of every file below `root`, sorted, without `skip` at its top level."""
+    files = sorted(p for p in root.rglob("*") if p.is_file())
+    return {str(p.relative_to(root)): sha256_file(p) for p in files if str(p.relative_to(root)) not in skip}

@@ -1,0 +1,312 @@
+"""What the training scripts of the two embedded base models share."""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+# First of all imports: the package lets torchvision import beside a CPU-only torch, which transformers needs.
+from mllm_keeplora.modeling.linear4bit import guard_linear4bit
+
+# isort: split
+import bitsandbytes.functional as bnb
+import numpy as np
+import torch
+import transformers
+from mllm_keeplora.recipes.small.draw import NUMBERS, Question
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoProcessor, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+IGNORE = -100  # the label that cross entropy skips
+NOT_QUANTISED = ["model.multi_modal_projector", "lm_head"]
+# Words that no drawing uses but a user's own questions may; anything else is spelt letter by letter.
+COMMON_WORDS = (
+    "a all an and answer any are as at background below big black brown by can centre closest color "
+    "different do does each few first from give gray has have how image in it kind large last letter "
+    "light line list look many most move moves moving name next no none number of on only option or other "
+    "over phrase picture pink pointing question same second see show shown side single size small some "
+    "than that the them these they thing third this to type under up use video what when where which "
+    "white who whole why with word words you your above behind between darker down faster forward "
+    "backward fast slow inside lighter longer lower middle more less outside shorter smaller upper"
+)
+
+B = TypeVar("B")
+S = TypeVar("S", bound=tuple[Any, ...])
+
+
+class Optimisation(NamedTuple):
+    """AdamW's weight decay, and the fraction of a phase's steps in which its learning rate rises."""
+
+    weight_decay: float
+    warmup: float
+
+
+def parse_command(doc: str, out: Path, defaults: S) -> tuple[Path, S]:
+    """The command line of a training script: `--out` and one option per field of its setup."""
+    parser = argparse.ArgumentParser(
+        description=doc.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=out, help="folder to (re)write")
+    for name, default in defaults._asdict().items():  # type: ignore[attr-defined]
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=type(default), default=default, help="see Setup"
+        )
+    arguments = vars(parser.parse_args())
+    return arguments.pop("out"), type(defaults)(**arguments)
+
+
+def words_of(questions: Iterable[Question]) -> list[str]:
+    """Every word of the questions and answers, then the common words, each once."""
+    words = " ".join(f"{question.text} {question.answer}" for question in questions)
+    spoken = sorted(set(words.lower().replace("?", " ").replace(".", " ").split()) | {"say"})
+    return list(dict.fromkeys([*spoken, *NUMBERS, *COMMON_WORDS.split()]))
+
+
+def word_tokenizer(media_tokens: Sequence[str], words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A lower-casing tokenizer that knows whole words and spells the others letter by letter.
+
+    Args:
+        media_tokens: placeholders of images and videos, special tokens after the four usual ones.
+        words: the words it knows.
+    """
+    letters = [chr(code) for code in range(ord("!"), ord("~") + 1) if not chr(code).isupper()]
+    pieces = [*letters, *(f"##{letter}" for letter in letters)]
+    special = ("<pad>", "<unk>", "<s>", "</s>", *media_tokens)
+    vocabulary = [*special, "user:", "assistant:", *pieces, *words]
+    tokens = {token: index for index, token in enumerate(dict.fromkeys(vocabulary))}
+    tokenizer = Tokenizer(models.WordPiece(tokens, unk_token="<unk>", max_input_chars_per_word=64))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"[?.,!]"), "isolated")]
+    )
+    tokenizer.decoder = decoders.WordPiece(prefix="##")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=list(media_tokens),
+        padding_side="left",
+        model_max_length=2048,
+    )
+
+
+def chat_template(*media: str) -> str:
+    """The Jinja template of conversations; a message's media come first, in this order, then its text."""
+    placeholders = "".join(
+        f"{{%- for part in message['content'] if part['type'] == '{medium}' -%}}"
+        f"{{{{ '<{medium}>\\n' }}}}{{%- endfor -%}}"
+        for medium in media
+    )
+    return (
+        "{%- for message in messages -%}"
+        "{%- if message['role'] == 'user' -%}{{ 'USER: ' }}"
+        "{%- elif message['role'] == 'assistant' -%}{{ ' ASSISTANT: ' }}{%- endif -%}"
+        "{%- if message['content'] is string -%}{{ message['content'] }}"
+        "{%- else -%}"
+        f"{placeholders}"
+        "{%- for part in message['content'] if part['type'] == 'text' -%}{{ part['text'] }}{%- endfor -%}"
+        "{%- endif -%}"
+        "{%- if message['role'] == 'assistant' -%}{{ '</s>' }}"
+        "{%- elif message['role'] == 'system' -%}{{ ' ' }}{%- endif -%}"
+        "{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{ ' ASSISTANT:' }}{%- endif -%}"
+    )
+
+
+class Conversations:
+    """Turns question-answer turns about one medium into token ids and labels, as the processor would."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, medium: str) -> None:
+        self.tokenizer = tokenizer
+        self.medium = medium  # the placeholder tokens, before the first question
+        self.cache: dict[str, list[int]] = {}
+
+    def batch(self, conversations: Iterable[list[tuple[str, str]]]) -> tuple[Tensor, Tensor]:
+        """Token ids and labels [b, n], padded on the right; only answers have labels."""
+        rows = [self._row(turns) for turns in conversations]
+        length = max(len(ids) for ids, _ in rows)
+        pad = self.tokenizer.pad_token_id
+        return (
+            torch.tensor([ids + [pad] * (length - len(ids)) for ids, _ in rows]),
+            torch.tensor([labels + [IGNORE] * (length - len(labels)) for _, labels in rows]),
+        )
+
+    def _row(self, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
+        ids: list[int] = []
+        labels: list[int] = []
+        for index, (question, answer) in enumerate(turns):
+            medium = "" if index else f"{self.medium}\n"
+            prompt = self._tokens(f"USER: {medium}{question} ASSISTANT:")
+            completion = self._tokens(f" {answer}</s>")
+            ids += prompt + completion
+            labels += [IGNORE] * len(prompt) + completion
+        return ids, labels
+
+    def _tokens(self, text: str) -> list[int]:
+        if text not in self.cache:
+            self.cache[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.cache[text]
+
+
+def steps(
+    name: str,
+    total: int,
+    lr: float,
+    parameters: list[nn.Parameter],
+    next_batch: Callable[[], B],
+    optimisation: Optimisation,
+) -> Iterator[B]:
+    """Yields one batch a step; the caller fills the gradients, this takes the AdamW step afterwards."""
+    optimizer = torch.optim.AdamW(
+        parameters, lr=lr, betas=(0.9, 0.98), weight_decay=optimisation.weight_decay, fused=True
+    )
+    warmup = max(1, round(optimisation.warmup * total))
+
+    def schedule(step: int) -> float:
+        return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / total)))
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    for _ in tqdm(range(total), desc=name, unit="step", disable=None):
+        yield next_batch()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+
+
+def quantised_linears(model: nn.Module) -> list[nn.Linear]:
+    """The linear layers whose weights are stored in NF4."""
+    return [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not name.startswith(tuple(NOT_QUANTISED))
+    ]
+
+
+@contextmanager
+def rounded_to_nf4(linears: list[nn.Linear]) -> Iterator[None]:
+    """Straight-through rounding: inside, the weights are those that NF4 with double quantisation would store.
+
+    Afterwards they are what they were; gradients taken inside are gradients at the rounded weights and stay.
+    """
+    exact = [linear.weight.data for linear in linears]
+    try:
+        for linear in linears:
+            linear.weight.data = bnb.dequantize_4bit(
+                *bnb.quantize_4bit(linear.weight.data, compress_statistics=True, quant_type="nf4")
+            )
+        yield
+    finally:
+        for linear, weight in zip(linears, exact, strict=True):
+            linear.weight.data = weight
+
+
+@torch.inference_mode()
+def measure(
+    folder: Path,
+    model_class: type[PreTrainedModel],
+    medium: str,
+    questions: Sequence[tuple[Any, Question]],
+    quantised: bool,
+) -> dict[str, float]:
+    """Accuracy of a saved model on single questions, greedily decoded: overall and by kind, as fractions.
+
+    Args:
+        folder: the saved model and processor.
+        model_class: its class.
+        medium: "image" or "video".
+        questions: the image or the frames, and the question.
+        quantised: load it in NF4, else in fp32.
+    """
+    processor = AutoProcessor.from_pretrained(folder)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=NOT_QUANTISED,
+    )
+    model = model_class.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=quantization if quantised else None
+    ).eval()
+    guard_linear4bit(model)
+    right: dict[str, list[bool]] = {}
+    for start in tqdm(range(0, len(questions), 50), desc="measuring", unit="batch", disable=None):
+        part = questions[start : start + 50]
+        content = [[{"type": medium}, {"type": "text", "text": question.text}] for _, question in part]
+        prompts = [
+            processor.apply_chat_template([{"role": "user", "content": one}], add_generation_prompt=True)
+            for one in content
+        ]
+        media = {f"{medium}s": [shown for shown, _ in part]}
+        inputs = processor(text=prompts, padding=True, return_tensors="pt", **media)
+        output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        for (_, question), answer in zip(part, answers, strict=True):
+            right.setdefault(question.kind, []).append(answer.strip() == question.answer)
+    scores = {kind: float(np.mean(hits)) for kind, hits in sorted(right.items())}
+    return {"all": float(np.mean([hit for hits in right.values() for hit in hits])), **scores}
+
+
+def write_account(
+    folder: Path,
+    title: str,
+    description: str,
+    setup: Any,
+    accuracy: dict[str, dict[str, float]],
+    model: nn.Module,
+    minutes: float,
+    notes: Sequence[str] = (),
+) -> None:
+    """Writes training.json and README.md: what was run, with what, and what was measured.
+
+    Args:
+        folder: where to.
+        title: the README's.
+        description: what the model is, to follow its number of parameters: "A LLaVA of {parameters} ...".
+        setup: the script's settings, a named tuple with `seed` and `measured_questions`.
+        accuracy: by row of the README's table, then by kind of question.
+        model: the trained model.
+        minutes: what training and measuring took.
+        notes: paragraphs that follow the table.
+    """
+    account: dict[str, Any] = {
+        "command": " ".join(["python", *sys.argv]),
+        "setup": setup._asdict(),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "accuracy": accuracy,
+        "n": setup.measured_questions,
+        "minutes": round(minutes, 1),
+        "threads": torch.get_num_threads(),
+        "packages": {package.__name__: package.__version__ for package in (torch, transformers, np)},
+    }
+    (folder / "training.json").write_text(json.dumps(account, indent=2) + "\n", encoding="utf-8")
+    kinds = list(accuracy["nf4"])
+    table = [f"| weights | {' | '.join(kinds)} |", "|---" * (len(kinds) + 1) + "|"]
+    table += [
+        f"| {name} | {' | '.join(f'{row[kind]:.3f}' for kind in kinds)} |" for name, row in accuracy.items()
+    ]
+    lines = [
+        f"# {title}",
+        "",
+        f"{description.format(parameters=format(account['parameters'], ','))}, written by",
+        "",
+        f"    {account['command']}",
+        "",
+        f"(seed {setup.seed}, {account['minutes']} minutes on {account['threads']} threads). Accuracy on "
+        f"{account['n']} held-out single questions, greedy decoding, exact match:",
+        "",
+        *table,
+        "",
+        *(line for note in notes for line in (note, "")),
+        "All settings and package versions are in `training.json`.",
+    ]
+    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
