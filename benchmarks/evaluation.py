@@ -32,7 +32,7 @@ from measure import ROOT, Options, Row, benchmark, ratio  # noqa: E402
 from mllm_keeplora.eval.leaderboard import FinishedRun, lmms_eval_arguments, read_results, read_run  # noqa: E402  # isort: skip
 
 from mllm_keeplora.config import parse_config  # noqa: E402
-from mllm_keeplora.continual.finished import load_run  # noqa: E402
+from mllm_keeplora.continual.saved_run import load_run  # noqa: E402
 from mllm_keeplora.data.stream import load_stream  # noqa: E402
 from mllm_keeplora.data.video.reader import VideoReader  # noqa: E402
 from mllm_keeplora.distributed.processes import end_processes, start_processes  # noqa: E402
@@ -53,7 +53,7 @@ class Inside:
         self.config = parse_config("", run.directory / "config.json", [])
         self.stream = load_stream(Path(self.config.stream), Path(self.config.data_root or ""))
         self.reader = VideoReader(self.config.video, Path(self.config.cache_dir))
-        self.model, self.processor = load_run(run.directory)
+        self.model, self.processor = load_run(run.directory).load_model()
         self.scores: dict[str, Score] = {}
 
     def __call__(self) -> None:

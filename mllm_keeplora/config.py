@@ -3,7 +3,7 @@
 import difflib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -352,6 +352,20 @@ def identity(config: RunConfig, task: str | None) -> dict[str, Any]:
     free = ("logging_steps", "save_steps", "dataloader_num_workers", "max_length")
     values["train"] = {key: value for key, value in asdict(config.train_for(task)).items() if key not in free}
     return values
+
+
+def config_from_dict(values: Mapping[str, Any], where: Path) -> RunConfig:
+    """The settings that a run wrote down, as `asdict` gives them.
+
+    Raises:
+        ConfigError: a setting that is missing or unknown: another version wrote them.
+    """
+    groups = {f.name: f.default_factory for f in fields(RunConfig) if is_dataclass(f.default_factory)}
+    try:
+        built = {name: group(**values[name]) for name, group in groups.items()}
+        return RunConfig(**{**values, **built})
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{where} was written by another version of this package ({error})") from error
 
 
 def build_parser(description: str, default_config: Path) -> ArgumentParser:

@@ -32,14 +32,14 @@ from tqdm import tqdm
 
 from mllm_keeplora.commands.program import with_dashes
 from mllm_keeplora.config import ConfigError, ModelConfig, Tower, VideoConfig, parse_config
-from mllm_keeplora.continual.finished import load_dense, run_model_config
+from mllm_keeplora.continual.saved_run import load_run
 from mllm_keeplora.data.stream import Stream, data_hash, load_stream
 from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.evaluation.metrics import Estimate, mean_of_scores
 from mllm_keeplora.evaluation.score import Score, evaluate_row
 from mllm_keeplora.evaluation.task_files import write_task_files
 from mllm_keeplora.linalg.subspace import check_energy, project_to_residual, smallest_rank
-from mllm_keeplora.modeling.loading import base_model_hash, resolve_model_directory
+from mllm_keeplora.modeling.loading import base_model_hash, load_dense, resolve_model_directory
 from mllm_keeplora.modeling.targets import Target, find_targets
 from mllm_keeplora.probes.protected_bases import weight_basis_files
 from mllm_keeplora.reports.page import percent, picture_style, png, write_atomically
@@ -269,8 +269,7 @@ def _identity(config: AnalysisConfig, stream: Stream) -> dict[str, Any]:
     """What all cells have in common: those of another model or other questions are no neighbours of these."""
     adapter = None
     if config.run is not None:
-        run_model_config(Path(config.run))  # says what is wrong with a directory that holds no adapter
-        adapter = hash_files(Path(config.run) / "adapter")
+        adapter = hash_files(load_run(config.run).adapter)
     free = ("base_model", "revision", "device", "trust_remote_code")
     return {
         "base_model": base_model_hash(resolve_model_directory(config.model), Path(config.cache_dir)),
@@ -346,7 +345,7 @@ class _Bench:
 
 
 def _open_bench(config: AnalysisConfig, stream: Stream) -> _Bench:
-    adapter = None if config.run is None else Path(config.run) / "adapter"
+    adapter = None if config.run is None else load_run(config.run).adapter
     model, processor = load_dense(config.model, adapter)
     targets = find_targets(model, {"vision": ["all-linear"], "language": ["all-linear"]})
     for target in targets:
@@ -518,8 +517,11 @@ def parse_analysis(
 def _defaults(run: Path | None, config: Path) -> dict[str, Any]:
     """What the run, or the recipe's settings, say of the model and of what it is asked."""
     if run is not None:
-        run_model_config(run)
-        settings = read_json(run / "config.json")
+        saved = load_run(run)
+        settings, _ = (
+            asdict(saved.config),
+            saved.adapter,
+        )  # the second says what is wrong with a run without one
     else:
         settings = asdict(parse_config("", config, ["--config", str(config)]))
     taken: dict[str, Any] = {name: settings[name] for name in ("stream", "data_root", "cache_dir")}

@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 
 from mllm_keeplora.commands.program import command
 from mllm_keeplora.config import ConfigError
-from mllm_keeplora.continual.finished import load_run, run_reader
+from mllm_keeplora.continual.saved_run import load_run
 from mllm_keeplora.data.collator import prepare_questions
 from mllm_keeplora.data.video.reader import Clip
 
@@ -85,10 +85,11 @@ def main() -> None:
     # Intermixed: the question may come after the options.
     arguments = parser.parse_intermixed_args()
     with command():
+        run = load_run(arguments.run)
         media: Image.Image | Clip | None = open_image(arguments.image)
         if arguments.video is not None:
-            media = run_reader(arguments.run).read(arguments.video)
-        model, processor = load_run(arguments.run)
+            media = run.reader().read(arguments.video)
+        model, processor = run.load_model()
         for question in _questions(arguments.question):
             print(answer(model, processor, question, media, arguments.max_new_tokens), flush=True)
 

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from mllm_keeplora.commands.program import command
-from mllm_keeplora.continual.finished import load_dense, load_run, run_model_config, run_reader
+from mllm_keeplora.continual.saved_run import SavedRun, load_run
 from mllm_keeplora.data.collator import ChatCollator
 from mllm_keeplora.data.records import OTHER_ANSWERS, load_records
-from mllm_keeplora.data.stream import load_stream
-from mllm_keeplora.modeling.loading import DTYPES
-from mllm_keeplora.runs.files import ArtifactError, read_json, replaced_directory, write_json
+from mllm_keeplora.modeling.loading import DTYPES, load_dense
+from mllm_keeplora.runs.files import ArtifactError, replaced_directory, write_json
 
 
 class OutputDifference(NamedTuple):
@@ -46,11 +45,12 @@ def export(run_dir: Path, out: Path, dtype: str = "bfloat16", questions: int = 3
     """
     if out.exists():
         raise ArtifactError(f"{out} exists; name a directory that does not")
-    model, processor = load_run(run_dir)
-    batches = _test_batches(run_dir, processor, questions)
+    run = load_run(run_dir)
+    model, processor = run.load_model()
+    batches = _test_batches(run, processor, questions)
     reference = [_answer_logits(model, batch) for batch in batches]
     del model  # the merged model takes its place in memory
-    merged = merge(run_dir, DTYPES[dtype])
+    merged = merge(run, DTYPES[dtype])
     difference = _difference(reference, [_answer_logits(merged, batch) for batch in batches])
     with replaced_directory(out) as temporary:
         merged.save_pretrained(temporary)
@@ -59,15 +59,14 @@ def export(run_dir: Path, out: Path, dtype: str = "bfloat16", questions: int = 3
     return difference
 
 
-def merge(run_dir: Path, dtype: torch.dtype) -> Any:
+def merge(run: SavedRun, dtype: torch.dtype) -> Any:
     """The base, dequantised to its compute dtype, with the adapter added and rounded to `dtype`."""
-    merged, _ = load_dense(run_model_config(run_dir), run_dir / "adapter")
+    merged, _ = load_dense(run.config.model, run.adapter)
     return merged.to(dtype)
 
 
-def _test_batches(run_dir: Path, processor: Any, questions: int) -> list[dict[str, Tensor]]:
-    config = read_json(run_dir / "config.json")
-    stream = load_stream(Path(config["stream"]), Path(config["data_root"]) if config["data_root"] else None)
+def _test_batches(run: SavedRun, processor: Any, questions: int) -> list[dict[str, Tensor]]:
+    stream = run.stream()
     task = stream.tasks[-1]
     asked = task.test_prompt_suffix
     suffix = asked if isinstance(asked, str) else asked[OTHER_ANSWERS]
@@ -79,7 +78,7 @@ def _test_batches(run_dir: Path, processor: Any, questions: int) -> list[dict[st
         allow_text_only=task.allow_text_only,
         checker=None,
     )
-    collator = ChatCollator(processor, None, run_reader(run_dir))
+    collator = ChatCollator(processor, None, run.reader())
     return [collator([sample]) for sample in samples[:questions]]
 
 

@@ -178,6 +178,27 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
     return model, processor
 
 
+def load_dense(config: ModelConfig, adapter: Path | None) -> tuple[Any, Any]:
+    """The model with plain linear layers, and its processor.
+
+    A 4-bit base is dequantised to its compute dtype: the weights that it computes with, no longer in 4 bits.
+
+    Args:
+        config: how the base is loaded.
+        adapter: directory of a PEFT adapter that is added to those weights; None leaves the base as it is.
+
+    Raises:
+        ConfigError: the base model cannot be loaded.
+    """
+    model: Any
+    model, processor = load_base(config)
+    if config.quantization == "nf4":
+        model.dequantize(DTYPES[config.compute_dtype])
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    return model, processor
+
+
 def load_processor(config: ModelConfig, directory: str, **options: Any) -> Any:
     """A base model's processor, with the chat template that the settings name.
 

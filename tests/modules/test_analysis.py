@@ -26,8 +26,8 @@ from mllm_keeplora.studies.analysis import (
 from PIL import Image
 
 from mllm_keeplora.config import ConfigError, ModelConfig
-from mllm_keeplora.continual.finished import load_dense
 from mllm_keeplora.linalg.subspace import principal_basis
+from mllm_keeplora.modeling.loading import load_dense
 from mllm_keeplora.modeling.targets import Target
 from mllm_keeplora.probes.protected_bases import weight_basis_files
 from mllm_keeplora.runs.files import ArtifactError

@@ -18,7 +18,7 @@ from safetensors.torch import load, load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 from mllm_keeplora.commands.chat import answer, open_image
-from mllm_keeplora.continual.finished import load_run
+from mllm_keeplora.continual.saved_run import load_run
 from mllm_keeplora.modeling.linear4bit import guard_linear4bit
 from tests.recipes.conftest import ROOT, TASKS, TEST, Recipe
 
@@ -122,7 +122,7 @@ def test_the_adapter_works_with_stock_peft_on_a_stock_base(finished: Recipe) -> 
     )
     guard_linear4bit(base)
     stock = PeftModel.from_pretrained(base, str(adapter)).eval()
-    ours, processor = load_run(finished.run_dir)
+    ours, processor = load_run(finished.run_dir).load_model()
     image = open_image(next((finished.data_root / "digits/images/test").glob("*.png")))
     prompt = "USER: <image>\nWhich digit is written here? ASSISTANT: "
     inputs = AutoProcessor.from_pretrained(base_dir)(text=[prompt], images=[image], return_tensors="pt")
@@ -135,7 +135,7 @@ def test_the_adapter_works_with_stock_peft_on_a_stock_base(finished: Recipe) -> 
 
 
 def test_the_evaluated_answers_are_those_of_the_stored_adapter(finished: Recipe) -> None:
-    model, processor = load_run(finished.run_dir)
+    model, processor = load_run(finished.run_dir).load_model()
     tests = json.loads((finished.data_root / "charts/test.json").read_text())
     lines = [
         json.loads(x) for x in (stages(finished)[2] / "evaluation/charts.jsonl").read_text().splitlines()

@@ -1,0 +1,94 @@
+"""Reading a run from its directory, whether it is finished or goes on."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from mllm_keeplora.config import RunConfig, config_from_dict
+from mllm_keeplora.data.stream import Stream, load_stream
+from mllm_keeplora.data.video.reader import VideoReader
+from mllm_keeplora.modeling.loading import load_base
+from mllm_keeplora.runs.files import ArtifactError, read_json
+from mllm_keeplora.runs.run_directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """What a run has left so far.
+
+    Attributes:
+        directory: its files.
+        config: its settings, as resolved when it was started last.
+    """
+
+    directory: RunDirectory
+    config: RunConfig
+
+    @cached_property
+    def manifests(self) -> list[dict[str, Any]]:
+        """Of the complete stages, the base's row first; read as they are, their hashes are not checked."""
+        found = [stage.manifest for stage in self.directory.found_stages()]
+        return [read_json(path) for path in found if path.exists()]
+
+    @cached_property
+    def retention(self) -> dict[str, Any]:
+        """The accuracy matrix and its metrics.
+
+        Raises:
+            ArtifactError: the run has not come to its end yet.
+        """
+        return dict(read_json(self.directory.retention))
+
+    @property
+    def adapter(self) -> Path:
+        """The accumulated adapter.
+
+        Raises:
+            ArtifactError: no stage has learnt anything yet.
+        """
+        if not self.directory.adapter_config.is_file():
+            raise ArtifactError(
+                f"{self.directory.path} holds no adapter/: name the directory of a run that has learnt a task"
+            )
+        return self.directory.adapter
+
+    def stream(self) -> Stream:
+        """The stream that the run was given; its YAML and its data have to be where they were.
+
+        Raises:
+            StreamError: they are not.
+        """
+        data_root = self.config.data_root
+        return load_stream(Path(self.config.stream), Path(data_root) if data_root else None)
+
+    def reader(self) -> VideoReader:
+        """Decodes clips as the run did; nothing is cached."""
+        return VideoReader(self.config.video, cache_dir=None)
+
+    def load_model(self) -> tuple[PeftModel, Any]:
+        """The model as the last stage that has learnt left it, in eval mode, and its processor.
+
+        Raises:
+            ArtifactError: no stage has learnt anything yet.
+            ConfigError: the base model cannot be loaded.
+        """
+        adapter = self.adapter
+        model, processor = load_base(self.config.model)
+        adapted = PeftModel.from_pretrained(model, str(adapter))
+        adapted.eval()
+        return adapted, processor
+
+
+def load_run(path: str | Path) -> SavedRun:
+    """Opens a run's directory for reading; no model is loaded.
+
+    Raises:
+        ArtifactError: no run has been started there, or its settings cannot be read.
+    """
+    directory = RunDirectory(Path(path))
+    if not directory.config.is_file():
+        raise ArtifactError(f"{path} is no directory of a run: it holds no {directory.config.name}")
+    return SavedRun(directory, config_from_dict(read_json(directory.config), directory.config))
