@@ -360,7 +360,9 @@ def config_from_dict(values: Mapping[str, Any], where: Path) -> RunConfig:
     Raises:
         ConfigError: a setting that is missing or unknown: another version wrote them.
     """
-    groups = {f.name: f.default_factory for f in fields(RunConfig) if is_dataclass(f.default_factory)}
+    groups: dict[str, Any] = {
+        f.name: f.default_factory for f in fields(RunConfig) if is_dataclass(f.default_factory)
+    }
     try:
         built = {name: group(**values[name]) for name, group in groups.items()}
         return RunConfig(**{**values, **built})

@@ -518,10 +518,8 @@ def _defaults(run: Path | None, config: Path) -> dict[str, Any]:
     """What the run, or the recipe's settings, say of the model and of what it is asked."""
     if run is not None:
         saved = load_run(run)
-        settings, _ = (
-            asdict(saved.config),
-            saved.adapter,
-        )  # the second says what is wrong with a run without one
+        _ = saved.adapter  # says what is wrong with a run that has none
+        settings = asdict(saved.config)
     else:
         settings = asdict(parse_config("", config, ["--config", str(config)]))
     taken: dict[str, Any] = {name: settings[name] for name in ("stream", "data_root", "cache_dir")}

@@ -220,7 +220,7 @@ def test_a_whole_stage(family: str, tiny: Any, media_root: Path, tmp_path: Path,
     batch = ChatCollator(processor, None, reader())(samples(media_root, media)[:2])
     with torch.no_grad():
         untouched = base(**batch).logits
-        expected = load_run(tmp_path / "run")[0](**batch).logits
+        expected = load_run(tmp_path / "run").load_model()[0](**batch).logits
         found = PeftModel.from_pretrained(base, str(tmp_path / "run/adapter")).eval()(**batch).logits
     assert torch.equal(found, expected)
     assert not torch.equal(found, untouched)
