@@ -425,3 +425,22 @@ def _did_you_mean(message: str) -> str:
     known = sorted({f.name for group in groups for f in fields(group)})
     close = difflib.get_close_matches(key.split(".")[-1].split("=")[0], known, n=1) if key else []
     return f" (did you mean '{close[0]}'?)" if close else " (--help lists every setting)" if key else ""
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names, such as `train.learning_rate`; lists stay whole."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return flat
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What two sets of nested settings do not share: a text for each setting, with both values."""
+    there, now = flatten(old), flatten(new)
+    return [
+        f"{name}: {there.get(name)!r} there, {now.get(name)!r} now"
+        for name in {**there, **now}
+        if there.get(name) != now.get(name)
+    ]

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,13 @@ from mllm_keeplora.studies.analysis import (
 )
 from PIL import Image
 
-from mllm_keeplora.config import ConfigError, ModelConfig
+from mllm_keeplora.config import ConfigError, ModelConfig, RunConfig
 from mllm_keeplora.linalg.subspace import principal_basis
 from mllm_keeplora.modeling.loading import load_dense
 from mllm_keeplora.modeling.targets import Target
 from mllm_keeplora.probes.protected_bases import weight_basis_files
-from mllm_keeplora.runs.files import ArtifactError
+from mllm_keeplora.runs.files import ArtifactError, write_json
+from mllm_keeplora.runs.run_directory import RunDirectory
 from tests.modules.conftest import all_targets, batch, model_config
 
 ENERGIES = [0.2, 0.6, 0.9, 0.99, 1.0]
@@ -241,7 +243,7 @@ def test_another_model_does_not_join_the_results(config: AnalysisConfig, asked: 
     asked += ["killed"]
     analyze(config)
     other = AnalysisConfig(**{**vars(config), "model": ModelConfig(quantization="none", device="cpu")})
-    with pytest.raises(ArtifactError, match=r"something else .*model.quantization: nf4 there, none now"):
+    with pytest.raises(ArtifactError, match=r"something else .*model.quantization: 'nf4' there, 'none' now"):
         analyze(other)
 
 
@@ -256,7 +258,7 @@ def test_a_model_too_small_for_thirds_is_refused(config: AnalysisConfig, tiny_ll
 
 
 def parse(*argv: str) -> AnalysisConfig:
-    return parse_analysis("", EMBEDDED, list(argv))
+    return parse_analysis(list(argv))
 
 
 def test_a_recipe_gives_the_model_and_the_command_line_wins() -> None:
@@ -285,6 +287,18 @@ def test_bad_settings_are_named(argv: list[str], message: str) -> None:
         parse(*argv)
 
 
-def test_an_unknown_run_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"nowhere holds no adapter/"):
+def test_what_is_no_run_and_a_run_that_has_learnt_nothing_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"nowhere is no directory of a run"):
         parse("--run", str(tmp_path / "nowhere"))
+    started = RunDirectory(tmp_path / "started")
+    write_json(started.config, asdict(RunConfig()))
+    with pytest.raises(ArtifactError, match=r"started holds no adapter/"):
+        parse("--run", str(started.path))
+    started.adapter.mkdir()
+    started.adapter_config.write_text("{}")
+    assert parse("--run", str(started.path)).out == str(started.path / "analysis")
+
+
+def test_an_option_is_not_abbreviated() -> None:
+    with pytest.raises(ConfigError, match="--help lists every setting"):
+        parse("--lim", "5")
