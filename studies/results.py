@@ -39,8 +39,7 @@ def write_results(study: Study) -> str:
     folder = Path(study.results)
     write_json(folder / "results.json", results)
     table = format_results(results)
-    with atomic_path(folder / "table.md") as temporary:
-        temporary.write_text(table)
+    (folder / "table.md").write_text(table)
     runs = [
         Run(arm, seed, run.retention)
         for arm in [*study.methods, *study.more_methods]
@@ -50,10 +49,6 @@ def write_results(study: Study) -> str:
         with atomic_path(folder / "methods.png") as temporary:
             temporary.write_bytes(draw_comparison(grouped(runs)))
     return table
-
-
-# --------------------------------------------------------------------------------------------------
-# collecting
 
 
 def collect(study: Study) -> dict[str, Any]:
@@ -85,10 +80,12 @@ def _complete_runs(study: Study, arm: str) -> dict[int, SavedRun]:
 
 def _facts(run: SavedRun) -> dict[str, Any]:
     """One run's numbers, scores as fractions; `general` is the benchmarks' mean after the last stage."""
-    retention, manifests = run.retention, run.manifests
+    retention, stages = run.retention, run.manifests
     rows = [{name: score["value"] for name, score in row["scores"].items()} for row in retention["rows"]]
     general = [rows[-1][name] for name in retention["general"]]
-    seconds = [{k: s for k, s in stage["timings"].items() if k != "total"} for stage in manifests]
+    seconds = (
+        pd.DataFrame([stage["timings"] for stage in stages]).drop(columns="total", errors="ignore").sum()
+    )
     return {
         "learning_rate": run.config.train.learning_rate,
         "rows": rows,
@@ -96,11 +93,8 @@ def _facts(run: SavedRun) -> dict[str, Any]:
         "general_tasks": retention["general"],
         **{metric: retention["metrics"][metric] for metric in ("mft", "last", "bwt")},
         "general": fmean(general) if general else None,
-        "seconds": {
-            "train": sum(phases.get("train", 0.0) for phases in seconds),
-            "total": sum(sum(phases.values()) for phases in seconds),
-        },
-        "feature_directions": sum(m.get("k_f_added", 0) for stage in manifests for m in stage["modules"]),
+        "seconds": {"train": float(seconds.get("train", 0.0)), "total": float(seconds.sum())},
+        "feature_directions": sum(m.get("k_f_added", 0) for stage in stages for m in stage["modules"]),
     }
 
 
@@ -111,10 +105,6 @@ def _scores(study: Study, arm: str) -> dict[str, float]:
     rates, candidates = choices(study, arm)
     found = {choice_name(c): complete_run(tuning_directory(study, arm, c)) for c in [*rates, *candidates]}
     return {name: run.retention["metrics"]["last"] for name, run in found.items() if run is not None}
-
-
-# --------------------------------------------------------------------------------------------------
-# statistics
 
 
 def add_statistics(arms: Mapping[str, Any], reference: str) -> None:
@@ -179,10 +169,6 @@ def holm(p_values: Mapping[str, float | None]) -> dict[str, float]:
     return adjusted
 
 
-# --------------------------------------------------------------------------------------------------
-# the table
-
-
 def format_results(results: Mapping[str, Any]) -> str:
     """A table in Markdown: means and standard errors in percent and points, p-values by Holm."""
     heads = ["seeds", "rate", *METRICS.values(), *(f"p: {name}" for name in TESTED.values())]
@@ -205,10 +191,6 @@ def _mean(found: Mapping[str, Any]) -> str:
 
 def _p(value: float | None) -> str:
     return "" if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"
-
-
-# --------------------------------------------------------------------------------------------------
-# the machine
 
 
 def environment() -> dict[str, Any]:
