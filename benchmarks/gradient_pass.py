@@ -73,6 +73,7 @@ from mllm_keeplora.linalg.sketch import extend_basis_from_sketch, refined_direct
 from mllm_keeplora.linalg.subspace import extend_basis, project_to_residual
 from mllm_keeplora.methods.base import load_method
 from mllm_keeplora.methods.context import Stage
+from mllm_keeplora.modeling.loss import supervised_positions
 from mllm_keeplora.modeling.targets import Target, find_targets
 from mllm_keeplora.planning.plan import skeleton_of
 from mllm_keeplora.probes.gradients import back_project_gradients, sketch_gradients
@@ -351,7 +352,7 @@ class Task:
         tokens = 0
         for batch in self.batches(indices):
             self.dense(**batch, num_items_in_batch=1).loss.backward()
-            tokens += int((batch["labels"][:, 1:] != -100).sum())
+            tokens += int(supervised_positions(batch["labels"]).sum())
         gradients = {}
         for target, parameter in zip(self.stage.targets, parameters, strict=True):
             gradients[target.name] = gradient_of(parameter).cpu() / tokens

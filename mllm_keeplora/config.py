@@ -370,6 +370,24 @@ def config_from_dict(values: Mapping[str, Any], where: Path) -> RunConfig:
         raise ConfigError(f"{where} was written by another version of this package ({error})") from error
 
 
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names, as the command line spells them."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs between two sets of settings, one phrase a setting."""
+    there, now = flatten(old), flatten(new)
+    return [
+        f"{key}: {there.get(key)!r} there, {now.get(key)!r} now"
+        for key in {**there, **now}
+        if there.get(key) != now.get(key)
+    ]
+
+
 def build_parser(description: str, default_config: Path) -> ArgumentParser:
     """The command line: `--config FILE`, and every setting as `--group.name VALUE`."""
     parser = ArgumentParser(description=description, parser_mode="yaml", exit_on_error=False)

@@ -3,16 +3,19 @@
 import argparse
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mllm_keeplora.commands.program import command
 from mllm_keeplora.config import ConfigError, RunConfig, parse_config
-from mllm_keeplora.continual.run import run_stream
-from mllm_keeplora.distributed.processes import from_main, start_processes
+from mllm_keeplora.continual.run_stream import run_stream
+from mllm_keeplora.distributed.processes import from_main, is_main, start_processes
 from mllm_keeplora.modeling.loading import resolve_device
 from mllm_keeplora.planning.plan import check_fits, format_plan, make_plan
+from mllm_keeplora.reports.report import format_table, write_report
+from mllm_keeplora.runs.run_directory import RunDirectory
 
 PLAN_HELP = (
     "--plan prints memory, disk, steps and passes of the run without loading weights and writes nothing; "
@@ -64,10 +67,18 @@ def run_recipe(description: str, embedded: Embedded) -> None:
         if flags.plan:
             print_plan(config, flags.memory_gb)
             return
+        start_processes(cpu=resolve_device(config.model).type == "cpu")
+        writes = is_main()
         if Path(config.stream) == embedded.stream and config.data_root is None:
-            start_processes(cpu=resolve_device(config.model).type == "cpu")
             from_main(embedded.build)
-        run_stream(config)
+        retention = run_stream(config)
+        if writes:  # the processes have left their group
+            _report(RunDirectory(Path(config.run_dir)), retention)
+
+
+def _report(directory: RunDirectory, retention: Mapping[str, Any]) -> None:
+    write_report(directory.path)
+    print(f"{format_table(retention)}\nreport: {directory.report}\nadapter: {directory.adapter}", flush=True)
 
 
 def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -19,6 +19,7 @@ from mllm_keeplora.continual.saved_run import SavedRun, load_run
 from mllm_keeplora.data.collator import ChatCollator
 from mllm_keeplora.data.records import OTHER_ANSWERS, load_records
 from mllm_keeplora.modeling.loading import DTYPES, load_dense
+from mllm_keeplora.modeling.loss import supervised_positions
 from mllm_keeplora.runs.files import ArtifactError, replaced_directory, write_json
 
 
@@ -91,7 +92,7 @@ def _answer_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
             if key.startswith("pixel_values"):
                 inputs[key] = inputs[key].to(parameter.dtype)
     labels = inputs.pop("labels")
-    logits = model(**inputs).logits[:, :-1][labels[:, 1:] != -100]
+    logits = model(**inputs).logits[:, :-1][supervised_positions(labels)]
     return logits.float().cpu()
 
 

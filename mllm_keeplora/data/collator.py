@@ -14,8 +14,7 @@ from mllm_keeplora.data.records import Sample, Turn
 from mllm_keeplora.data.video.reader import Clip, VideoError, VideoReader
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.modeling.families import Media
-
-IGNORED_LABEL = -100  # what torch's cross entropy and every transformers loss leave out
+from mllm_keeplora.modeling.loss import IGNORED_LABEL
 
 
 class ProcessorError(KeepLoRAError, ValueError):

@@ -38,12 +38,12 @@ from mllm_keeplora.data.records import clean_question
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.evaluation.metrics import summarize
 from mllm_keeplora.evaluation.score import Score
-from mllm_keeplora.methods.context import stage_directory
 from mllm_keeplora.modeling.linear4bit import guard_linear4bit
 from mllm_keeplora.modeling.loading import DTYPES, MODEL_FILES, base_model_hash
 from mllm_keeplora.reports.report import format_table
 from mllm_keeplora.runs.files import ArtifactError, atomic_path, read_json, sha256_json, write_json
 from mllm_keeplora.runs.manifests import SCHEMA_VERSION
+from mllm_keeplora.runs.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
 
@@ -176,10 +176,10 @@ def read_replies(run_dir: Path, retention: Mapping[str, Any]) -> Cells:
     """
     cells: Cells = {}
     for row in retention["rows"]:
-        stage = stage_directory(run_dir, row["stage"], row["task"])
+        stage = RunDirectory(run_dir).stage(row["stage"], row["task"])
         for task in retention["tasks"]:
             # Cells that were measured later (backfill) lie beside those of the stage itself.
-            files = (stage / folder / f"{task}.jsonl" for folder in ("backfill", "evaluation"))
+            files = (folder / f"{task}.jsonl" for folder in (stage.backfilled_replies, stage.replies))
             path = next((file for file in files if file.is_file()), None)
             if path is not None:
                 cells[row["stage"], task] = [_read_reply(line, path) for line in _json_lines(path)]

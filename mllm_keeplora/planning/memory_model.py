@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from mllm_keeplora.config import ModelConfig, RunConfig, Tower, TrainConfig
 from mllm_keeplora.methods.base import Method, load_method
+from mllm_keeplora.methods.lora_throughout import LoraThroughout
 from mllm_keeplora.modeling.families import LANGUAGE_LAYERS, Media, family_of
 from mllm_keeplora.modeling.linear4bit import is_linear
 from mllm_keeplora.modeling.loading import DTYPES
@@ -142,7 +143,9 @@ class MemoryModel:
             return {}
         sketch = 4 * sum(self.columns(t) * t.in_features for t in self.targets)
         omega = 4 * sum(self.columns(t) * t.out_features for t in self.targets)
-        seen: Seen = "both" if self.method.continues else "probe"  # EWC's passes go to its own factors
+        seen: Seen = (
+            "both" if isinstance(self.method, LoraThroughout) else "probe"
+        )  # EWC's passes go to its own factors
         kept, working = self.activations(self.config.probe.batch_size, seen)
         found = sketch if self.on_cpu else 0  # the gradients' copies, once the activations are gone
         return {
