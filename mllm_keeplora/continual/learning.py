@@ -31,7 +31,7 @@ from mllm_keeplora.runs.run_directory import StageDirectory
 
 def measure_a(stage: StageContext, method: Method, model: Model) -> Outcome:
     """A of every module (E2-E4); nothing where the method learns nothing in this stage."""
-    return Outcome(method.initial_a(stage, model) if method.learns(stage.number) else {})
+    return Outcome(method.initial_a(stage, model) if method.learns(stage.number) else None)
 
 
 def learn(stage: StageContext, method: Method, model: Model, lora_a: Mapping[str, Tensor]) -> Outcome:

@@ -27,10 +27,10 @@ logger = get_logger(__name__)
 
 
 class Outcome(NamedTuple):
-    """What a phase leaves."""
+    """What a phase leaves: tensors, which may be none, and facts as JSON; None where it leaves no such file."""
 
-    tensors: Mapping[str, Tensor] = {}
-    facts: Any = None  # JSON
+    tensors: Mapping[str, Tensor] | None = None
+    facts: Any = None
 
 
 class Phase:
@@ -125,7 +125,7 @@ class StageRecord:
         tensors, facts = self._files(name)
         for path in (tensors, facts):
             path.unlink(missing_ok=True)
-        if outcome.tensors:
+        if outcome.tensors is not None:
             save_tensors(tensors, outcome.tensors)
         if outcome.facts is not None:
             write_json(facts, outcome.facts)

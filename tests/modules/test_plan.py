@@ -20,7 +20,7 @@ from torch import nn
 
 from mllm_keeplora.commands.run import parse_flags
 from mllm_keeplora.config import ConfigError, ModelConfig, ProbeConfig, RunConfig, TowerConfig, TrainConfig
-from mllm_keeplora.continual.run import run_stream
+from mllm_keeplora.continual.run_stream import run_stream
 from mllm_keeplora.data.collator import ChatCollator
 from mllm_keeplora.modeling.adapters import STAGE, attach
 from mllm_keeplora.modeling.adapters import activate as activate_adapters
