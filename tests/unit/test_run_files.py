@@ -192,13 +192,13 @@ def test_a_phase_that_was_read_keeps_its_time(tmp_path: Path) -> None:
 def test_a_phase_whose_files_were_changed_is_computed_again(tmp_path: Path, name: str, damage: str) -> None:
     directory = StageDirectory(tmp_path / "01-digits")
     first = StageRecord(directory, {}).phase("train", draw)
-    file = directory.path / name
+    drawn, file = first.tensors["x"], directory.path / name
     if damage == "removed":
         file.unlink()
     else:
         file.write_bytes(b"?" * 99 if damage == "other bytes" else bytes(file.stat().st_size))
     again = StageRecord(directory, {}).phase("train", draw)
-    assert not torch.equal(first.tensors["x"], again.tensors["x"])
+    assert not torch.equal(drawn, again.tensors["x"])
     assert first.facts != again.facts
 
 
@@ -246,7 +246,8 @@ def test_a_record_of_another_shape_is_named(tmp_path: Path, content: str) -> Non
 
 def test_a_run_is_held_by_one_process(tmp_path: Path) -> None:
     lock = tmp_path / "run" / ".lock"
-    other = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'w'), fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX)"
+    other = f"{hold}; print(flush=True); sys.stdin.read()"
     lock.parent.mkdir()
     with subprocess.Popen(
         [sys.executable, "-c", other, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
