@@ -23,7 +23,8 @@ from typing import Any
 # directly).
 import mllm_keeplora  # noqa: F401
 from mllm_keeplora.config import ModelConfig
-from mllm_keeplora.evaluation.errors import MODEL_ID, EvaluationError
+from mllm_keeplora.evaluation.entry_point import MODEL_ID
+from mllm_keeplora.evaluation.errors import EvaluationError
 from mllm_keeplora.evaluation.score import Score, read_score
 from mllm_keeplora.evaluation.task_files import ScoredTask, read_index
 from mllm_keeplora.runs.files import ArtifactError, atomic_path, read_json, write_json

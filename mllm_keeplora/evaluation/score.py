@@ -25,7 +25,8 @@ from tqdm import tqdm
 from mllm_keeplora.data.stream import Stream
 from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.distributed.processes import from_main
-from mllm_keeplora.evaluation.errors import MODEL_ID, EvaluationError
+from mllm_keeplora.evaluation.entry_point import MODEL_ID
+from mllm_keeplora.evaluation.errors import EvaluationError
 from mllm_keeplora.evaluation.task_files import ScoredTask, scored_tasks, write_text
 
 # lmms-eval's and our mean of the same per-sample scores differ by the order of summation only.

@@ -492,7 +492,7 @@ def test_wrong_batch_size_is_an_error(live: tuple[Any, Any], batch_size: Any) ->
 
 def test_lmms_eval_knows_the_model_whatever_is_imported_first() -> None:
     points = importlib.metadata.entry_points(group="lmms_eval.models")
-    assert "mllm_keeplora.evaluation.errors:model_manifest" in {point.value for point in points}, (
+    assert "mllm_keeplora.evaluation.entry_point:model_manifest" in {point.value for point in points}, (
         "reinstall: pip install -e ."
     )
     script = (
