@@ -127,7 +127,7 @@ class VideoConfig:
             that are taken.
         fps: Frames per second of the clip, in place of a fixed number; None takes `frames` of every clip.
         backend: pyav decodes every file and checks each frame. decord and torchcodec (to be installed by you)
-            seek by key frame; files on which that returns wrong frames are refused under them.
+            decode every clip a second time; one of which they give other frames than pyav is refused.
         timeout: Seconds that decoding one clip may take before its decoder is ended and the clip is refused.
         cache_gb: Decoded frames kept on disk under cache_dir, in GB (1e9 bytes); 0 keeps none.
     """
