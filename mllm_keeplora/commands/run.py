@@ -12,7 +12,8 @@ from mllm_keeplora.config import ConfigError, RunConfig, parse_config
 from mllm_keeplora.continual.run import run_stream
 from mllm_keeplora.distributed.processes import from_main, start_processes
 from mllm_keeplora.modeling.loading import resolve_device
-from mllm_keeplora.planning.plan import check_fits, format_plan, make_plan
+from mllm_keeplora.planning.plan import check_fits, make_plan
+from mllm_keeplora.planning.text import format_plan
 
 PLAN_HELP = (
     "--plan prints memory, disk, steps and passes of the run without loading weights and writes nothing; "

@@ -11,7 +11,7 @@ import math
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from accelerate.logging import get_logger
@@ -52,6 +52,7 @@ class Method:
         continues: one adapter is trained on throughout: a stage starts from the past's factors and replaces
             them, where other methods add a fresh adapter to them.
         gradient_passes: passes over the probe sample with gradients, per stage.
+        gradients_of: what these passes differentiate: the weights (sketched, E2) or the accumulated factors.
         input_passes: forward passes over it, per stage.
     """
 
@@ -60,6 +61,7 @@ class Method:
     protects_features: ClassVar[bool] = False
     continues: ClassVar[bool] = False
     gradient_passes: ClassVar[int] = 0
+    gradients_of: ClassVar[Literal["weights", "factors"]] = "weights"
     input_passes: ClassVar[int] = 0
 
     def probe_passes(self, config: RunConfig) -> int:
