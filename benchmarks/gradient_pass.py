@@ -75,7 +75,7 @@ from mllm_keeplora.methods.base import load_method
 from mllm_keeplora.methods.context import Stage
 from mllm_keeplora.modeling.loss import supervised_positions
 from mllm_keeplora.modeling.targets import Target, find_targets
-from mllm_keeplora.planning.plan import skeleton_of
+from mllm_keeplora.planning.skeleton import skeleton_of
 from mllm_keeplora.probes.gradients import back_project_gradients, sketch_gradients
 
 matplotlib.use("Agg")

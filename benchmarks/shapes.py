@@ -17,7 +17,7 @@ from mllm_keeplora.modeling.families import family_of
 from mllm_keeplora.modeling.linear4bit import guard_linear4bit
 from mllm_keeplora.modeling.loading import DTYPES, quantization_config
 from mllm_keeplora.modeling.loss import IGNORED_LABEL
-from mllm_keeplora.planning.plan import skeleton_of
+from mllm_keeplora.planning.skeleton import skeleton_of
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "<video>", "USER:", "ASSISTANT:"]
 PATCH = 14  # pixels a side

@@ -13,7 +13,8 @@ from mllm_keeplora.config import ConfigError, RunConfig, parse_config
 from mllm_keeplora.continual.run_stream import run_stream
 from mllm_keeplora.distributed.processes import from_main, is_main, start_processes
 from mllm_keeplora.modeling.loading import resolve_device
-from mllm_keeplora.planning.plan import check_fits, format_plan, make_plan
+from mllm_keeplora.planning.plan import check_fits, make_plan
+from mllm_keeplora.planning.text import format_plan
 from mllm_keeplora.reports.report import format_table, write_report
 from mllm_keeplora.runs.run_directory import RunDirectory
 

@@ -32,7 +32,7 @@ from mllm_keeplora.methods.context import RunContext, StageContext
 from mllm_keeplora.modeling.adapters import ACCUMULATED, Factors, attach, detach
 from mllm_keeplora.modeling.loading import load_base, read_initial_adapter, resolve_device, save_adapter
 from mllm_keeplora.modeling.targets import find_targets
-from mllm_keeplora.probes.protected_bases import weight_basis_files
+from mllm_keeplora.probes.protected_bases import weight_basis_directory, weight_basis_files
 from mllm_keeplora.runs.files import ArtifactError, read_json, write_json
 from mllm_keeplora.runs.locks import only_run
 from mllm_keeplora.runs.run_directory import RunDirectory
@@ -173,8 +173,7 @@ def _load_context(run: Run) -> RunContext:
         media=media,
         protect_projector=config.projector == "protected",
     )
-    loaded = f"{config.model.quantization}-{config.model.compute_dtype}"
-    bases = cache / "weight_bases" / f"{run.history.base_hash[:16]}-{loaded}"
+    bases = weight_basis_directory(cache, run.history.base_hash, config.model)
     eps_w = {name: tower.eps_w for name, tower in towers.items()}
     context = RunContext(
         config=config,

@@ -10,7 +10,7 @@ import math
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from accelerate.logging import get_logger
@@ -60,6 +60,7 @@ class Method:
             (E1).
         protects_features: a stage adds feature directions to what is protected.
         gradient_passes: passes over the probe sample with gradients, per stage.
+        gradients_of: what these passes differentiate: the weights (sketched, E2) or the accumulated factors.
         input_passes: forward passes over it, per stage.
     """
 
@@ -67,6 +68,7 @@ class Method:
     protects_weights: ClassVar[bool] = False
     protects_features: ClassVar[bool] = False
     gradient_passes: ClassVar[int] = 0
+    gradients_of: ClassVar[Literal["weights", "factors"]] = "weights"
     input_passes: ClassVar[int] = 0
 
     def probe_passes(self, config: RunConfig) -> int:

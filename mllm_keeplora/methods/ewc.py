@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 from peft import PeftModel
@@ -38,6 +38,7 @@ class Ewc(LoraThroughout):
     """
 
     gradient_passes: ClassVar[int] = 1
+    gradients_of: ClassVar[Literal["weights", "factors"]] = "factors"
 
     strength: float = 100.0
 
