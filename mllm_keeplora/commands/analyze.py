@@ -1,10 +1,11 @@
-"""Shows where a model's knowledge lies: its accuracy with weights rebuilt from a part of their directions.
+"""Shows where a model's knowledge lies: its accuracy with parts of its weights alone.
 
     keeplora analyze                          the small default's base: CPU, about 1.5 minutes
     keeplora analyze --run runs/vqa_small     a run: its base plus what it has learnt
     keeplora analyze --config recipes/configs/vqa/FILE.yaml --data_root /where/it/is   another base
 
-The same command again continues an interrupted analysis. docs/analysis.md says what is measured.
+Weights are rebuilt from a part of their principal or residual directions, over shares of their energy, towers
+and depths. The same command again continues an interrupted analysis. docs/analysis.md says what is measured.
 """
 
 from collections.abc import Sequence

@@ -1,10 +1,11 @@
-"""Reads all records, images and clips of a stream and reports all that is wrong, before a run is paid for.
+"""Reads a stream's data completely and reports all that is wrong, before a run is paid for.
 
     keeplora check recipes/streams/FILE.yaml --data_root /where/the/data/are
 
-What was found sound is remembered in `--cache_dir`, where the run looks: it need not decode it again. Beyond
-what a run refuses, the check finds what would make scores worth less: ids and records that repeat, and test
-questions that training has shown. Exit status: 0 nothing found, 1 something found, 2 it could not begin.
+Every record is read, every image and clip decoded. What was found sound is remembered in `--cache_dir`, where
+the run looks: it need not decode it again. Beyond what a run refuses, the check finds what would make scores
+worth less: ids and records that repeat, and test questions that training has shown. Exit status: 0 nothing
+found, 1 something found, 2 it could not begin.
 """
 
 from collections.abc import Sequence

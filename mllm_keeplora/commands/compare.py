@@ -1,6 +1,8 @@
-"""Puts runs over one stream side by side: a page, a picture, a table; runs that differ in the seed are averaged.
+"""Puts runs over one stream side by side: a page, a picture, a table.
 
 keeplora compare runs/vqa_small runs/lora --out runs/comparison
+
+Runs of one method that differ in the seed alone are averaged.
 """
 
 from collections.abc import Sequence

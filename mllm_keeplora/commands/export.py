@@ -1,4 +1,4 @@
-"""Merges a run's adapter into its base, dequantised to 16 bit: one stand-alone model.
+"""Merges a run's adapter into its base: one stand-alone model of 16 bit.
 
     keeplora export runs/vqa_small --out exported/
 

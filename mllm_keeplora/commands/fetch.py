@@ -1,11 +1,12 @@
-"""Downloads the data that a stream's YAML names (`hub`) and unpacks them under its data root.
+"""Downloads the data of a stream from the Hugging Face hub and unpacks them.
 
     keeplora fetch recipes/streams/FILE.yaml --data_root /where/the/data/shall/be
 
-A dropped connection is continued where it stopped. After an interruption the same command keeps the files
-that have arrived whole, begins the others anew, and does nothing where all is there. Archives are kept:
-without them the next call would download them again. Exit status: 0, or 1 where files that the stream names
-are still missing (from other sources, or lying elsewhere in the repository), 2 where it could not go on.
+The stream's YAML names the data (`hub`). A dropped connection is continued where it stopped. After an
+interruption the same command keeps the files that have arrived whole, begins the others anew, and does
+nothing where all is there. Archives are kept: without them the next call would download them again. Exit
+status: 0, or 1 where files that the stream names are still missing (from other sources, or lying elsewhere in
+the repository), 2 where it could not go on.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Scores a run's saved replies by a judge model, as CL-VISTA's published scores are given.
+"""Grades a run's saved replies by a judge model, as CL-VISTA's published scores are given.
 
     keeplora judge runs/video_cl_vista --judge Qwen/Qwen3-30B-A3B-Instruct-2507
 

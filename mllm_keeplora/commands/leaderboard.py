@@ -1,11 +1,11 @@
-"""Evaluates a run again from its saved files, through lmms-eval's own command line, and ranks it.
+"""Evaluates a run again from its saved files, in a fresh process, and ranks it.
 
     keeplora leaderboard runs/vqa_small
 
-This fresh process asks every question of the run's tasks and general benchmarks and compares the scores with
-the last row of the run's retention.json. lmms-eval's own result files stay in RUN/leaderboard. A row is added
-to leaderboard.json and leaderboard.md; a run that is evaluated again replaces its row. Exit status: 1 where
-the scores are not those of the run.
+Through lmms-eval's own command line, every question of the run's tasks and general benchmarks is asked again,
+and the scores are compared with the last row of the run's retention.json. lmms-eval's own result files stay
+in RUN/leaderboard. A row is added to leaderboard.json and leaderboard.md; a run that is evaluated again
+replaces its row. Exit status: 1 where the scores are not those of the run.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,9 @@
 """KeepLoRA++ on quantised multimodal LLMs: continual fine-tuning that keeps what the model could do.
 
-keeplora run                        the small VQA stream on a CPU, in minutes
-keeplora COMMAND --help             what a command does, and every option with its default
+    keeplora run                  the small VQA stream on a CPU, in minutes
+    keeplora COMMAND --help       what a command does, and every option with its default
+
+Files of the package, such as recipes/configs/video/small.yaml, are found from any folder.
 """
 
 import sys

@@ -1,9 +1,10 @@
-"""Says what a run will need, its memory, disk, steps and passes; loads no weights and writes nothing.
+"""Says what a run will need: memory, disk, steps and passes.
 
     keeplora plan --config recipes/configs/vqa/llava15_7b_ucit.yaml --data_root /where/UCIT/is
     keeplora plan --config FILE.yaml --memory_gb 24      fails where the run does not fit 24 GB
 
-It takes the settings of `keeplora run`; `keeplora run --plan` is the same.
+No weights are loaded and nothing is written. It takes the settings of `keeplora run`; `keeplora run --plan`
+is the same.
 """
 
 import argparse

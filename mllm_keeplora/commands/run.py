@@ -1,4 +1,4 @@
-"""Trains over a stream of tasks and measures after every one what is kept; ends in the retention report.
+"""Trains over a stream of tasks, and measures after each what the model still knows.
 
     keeplora run                                                    the small VQA stream: CPU, minutes
     keeplora run --config recipes/configs/video/small.yaml          the small video stream
@@ -6,7 +6,8 @@
     keeplora run --config FILE.yaml --plan                          only what it will need: `keeplora plan`
 
 The command line wins over the YAML file. The same command again continues an interrupted run and leaves a
-complete one alone. On several GPUs: accelerate launch recipes/vqa.py or recipes/video.py, same settings.
+complete one alone. It ends in the retention report, RUN_DIR/report.html. On several GPUs: accelerate launch
+recipes/vqa.py or recipes/video.py, same settings.
 """
 
 from collections.abc import Sequence
