@@ -58,8 +58,6 @@ from measure import (
     milliseconds,
     ratio,
 )
-from mllm_keeplora.recipes.video import EMBEDDED as VIDEO  # noqa: E402
-from mllm_keeplora.recipes.vqa import EMBEDDED as IMAGE  # noqa: E402
 from shapes import TINY, TRUE, Shape, llava_config, random_batch, random_model, settings_for
 from torch import Tensor, nn
 
@@ -77,6 +75,7 @@ from mllm_keeplora.modeling.loss import supervised_positions
 from mllm_keeplora.modeling.targets import Target, find_targets
 from mllm_keeplora.planning.skeleton import skeleton_of
 from mllm_keeplora.probes.gradients import back_project_gradients, sketch_gradients
+from mllm_keeplora.recipes.small.streams import draw_small_stream  # noqa: E402
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
@@ -534,9 +533,8 @@ def draw(curves: Mapping[str, Mapping[int, Held]], file: Path) -> None:
 def open_tasks(kind: str, folder: Path, quick: bool) -> Iterator[tuple[str, Task]]:
     """The first and the third task of the embedded stream for `vqa` or `video`, data built where missing."""
     os.chdir(ROOT)  # the configs' paths are relative to it
-    embedded = {"vqa": IMAGE, "video": VIDEO}[kind]
-    embedded.build()
-    config = parse_config("", embedded.config, ["--run_dir", str(folder / kind)])
+    config = parse_config("", Path(f"recipes/configs/{kind}/small.yaml"), ["--run_dir", str(folder / kind)])
+    draw_small_stream(config.stream)
     stream = load_stream(Path(config.stream), None)
     wanted = stream.tasks[:1] if quick else stream.tasks[:3:2]
     stream = replace(stream, tasks=wanted, general=())

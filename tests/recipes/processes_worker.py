@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mllm_keeplora.commands.program import command
+from mllm_keeplora.command_line import command
 from mllm_keeplora.config import RunConfig, parse_config
 from mllm_keeplora.continual.learning import as_factors, learn
 from mllm_keeplora.continual.run import Run
