@@ -53,7 +53,7 @@ def current(path: Path) -> str:
     """A document's text; of the tables of the changes (`| before | now |`) what is there now."""
     text = path.read_text()
     if path.name == "CHANGELOG.md":
-        text = re.sub(r"^( +\|).*\|(.*\|)$", r"\1\2", text, flags=re.M)
+        text = re.sub(r"^\|.*\|(.*\|)$", r"|\1", text, flags=re.M)
     return text
 
 
