@@ -5,12 +5,12 @@
 A step of its own, because judge and trained model rarely fit one GPU together. The judge, any chat model of
 transformers, reads question, reference answer and reply (it sees no video) and grades the reply from 0 to 5;
 a task's score is the mean grade times 20. Where the judge's text holds no such grade, the reply scores 0 and
-is counted. The run's own scores stay as they are; <run>/judged.json has the form of its retention.json.
+is counted. The run's own scores stay as they are; `<run>/judged.json` has the form of its retention.json.
 
 As in CL-VISTA: what the judge is shown, the scale, and 0 for a grade that cannot be read. Different: decoding
 is greedy, not sampled at temperature 0.1, and the instruction is in our words.
 
-Interrupted, the same command continues: verdicts are kept in <run>/judge/ by what was judged and by whom.
+Interrupted, the same command continues: verdicts are kept in `<run>/judge/` by what was judged and by whom.
 """
 
 import argparse
@@ -142,7 +142,7 @@ class Judge:
 
 
 def judge_run(run_dir: Path, settings: JudgeSettings, tasks: Sequence[str] | None = None) -> dict[str, Any]:
-    """Judges a finished run's replies and writes <run>/judged.json; returns its content.
+    """Judges a finished run's replies and writes `<run>/judged.json`; returns its content.
 
     Verdicts that an earlier call with the same judge left are used again, of other tasks too.
 

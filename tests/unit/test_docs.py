@@ -1,5 +1,6 @@
 """The documents keep up with the code: what they name exists, their diffs apply, and the site builds."""
 
+import ast
 import contextlib
 import importlib
 import io
@@ -19,7 +20,7 @@ import pytest
 import yaml
 
 from mllm_keeplora.data.stream import TaskSpec
-from tests.unit.test_layers import LAYERS, MODULES, unit
+from tests.unit.test_layers import LAYERS, MODULES
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [
@@ -249,17 +250,21 @@ def test_the_architecture_page_has_the_layers_of_the_test() -> None:
     assert re.findall(r"^\| `(\w+)` \|", table, flags=re.M) == [*reversed(LAYERS)]
 
 
-def test_the_picture_has_the_layers_of_the_test() -> None:
+PACKAGES = {path.parent.name for path in (ROOT / "mllm_keeplora").glob("*/__init__.py")}
+BESIDE = {"recipes", "studies", "eval"}  # folders of the repository that travel as packages
+FILES_THAT_COUNT = {"config"}  # other files beside the packages are a few lines each
+
+
+def test_the_picture_has_the_packages_in_the_order_of_the_test() -> None:
     picture = (ROOT / "docs/pictures/layers.svg").read_text()
-    assert re.findall(r'class="name"[^>]*>(\w+)<', picture) == [*reversed(LAYERS)]
+    shown = [layer for layer in reversed(LAYERS) if layer in PACKAGES | BESIDE | FILES_THAT_COUNT]
+    assert re.findall(r'class="name"[^>]*>(\w+)<', picture) == shown
 
 
 def test_every_package_has_a_page_of_its_api() -> None:
-    """`resources` and `errors` are a few lines each, and what lies beside the package is no API."""
-    packages = {unit(path) for path in MODULES} - {"__init__", "resources", "errors"}
-    assert {page.stem for page in (ROOT / "docs/api").glob("*.md")} == packages
-    for page in (ROOT / "docs/api").glob("*.md"):
-        assert f"::: mllm_keeplora.{page.stem}\n" in page.read_text()
+    pages = list((ROOT / "docs/api").glob("*.md"))
+    assert {page.stem for page in pages} == PACKAGES | FILES_THAT_COUNT
+    assert all(f"::: mllm_keeplora.{page.stem}\n" in page.read_text() for page in pages)
 
 
 @pytest.fixture(scope="module")
@@ -294,6 +299,17 @@ def test_the_site_fetches_nothing(site: Path) -> None:
         fetched = re.findall(r"<(?:script|img|iframe)[^>]+src=\"?(https?:[^\"\s>]+)", text)
         fetched += re.findall(r"<link[^>]+href=\"?(https?:[^\"\s>]+)", text)
         assert not fetched, f"{page.relative_to(site)}: {fetched[0]}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_docstrings_hold_no_html(path: Path) -> None:
+    """The pages of the API would swallow `<task>`: it belongs between backticks, or into an indented example."""
+    tree = ast.parse(path.read_text())
+    texts = [re.sub(r"^    .*$", "", ast.get_docstring(tree) or "", flags=re.M)]
+    nodes = (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef | ast.FunctionDef))
+    texts += [ast.get_docstring(node) or "" for node in nodes]
+    for text in texts:
+        assert not re.search(r"<[A-Za-z_]+>", re.sub(r"`[^`]*`", "", text)), text
 
 
 # Files for other tools

@@ -181,7 +181,7 @@ def _check_file(path: Path) -> None:
 
 
 class _DecoderError(Exception):
-    """A decoder that gave no answer. The message follows "video <path>"."""
+    """A decoder that gave no answer. The message follows `video PATH`."""
 
 
 class _Late(Exception):
