@@ -38,7 +38,8 @@ def learn(stage: StageContext, method: Method, model: Model, lora_a: Mapping[str
     """Trains the method's factors: B from zero with A frozen for KeepLoRA++ (E6).
 
     Args:
-        stage, method: what learns.
+        stage: what learns.
+        method: how.
         model: the current model; it is left without adapters.
         lora_a: module name -> A [r, in]; empty where the method learns nothing in this stage.
 

@@ -98,7 +98,8 @@ def open_context(run: RunContext, method: Method, number: int, accumulated: Fact
     """Stage `number` (1-based) with everything resolved that its method decides.
 
     Args:
-        run, method: of the run.
+        run: that the stage belongs to.
+        method: of the run.
         number: of the stage.
         accumulated: factors of all earlier stages.
     """
@@ -196,7 +197,8 @@ def counts(
     """Numbers of what went into a stage, and the records that did not.
 
     Args:
-        stage, method: what has learnt.
+        stage: what has learnt.
+        method: how.
         factors: what it has learnt.
         account: of the training, as `train_stage` returns it.
     """

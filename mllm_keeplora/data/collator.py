@@ -66,7 +66,8 @@ def process_media(
 
     Args:
         processor: the base model's.
-        images, clips: in the order of the prompts that show them.
+        images: in the order of the prompts that show them.
+        clips: likewise.
         text: prompts, None for the media alone.
         **settings: for the tokenizer (padding_side).
 

@@ -68,7 +68,7 @@ def evaluate_row(
         processor: its processor.
         stream: what to evaluate.
         task_directory: where `write_task_files` wrote this stream's tasks.
-        output: folder that gets one <task>.jsonl with every question's reply and score.
+        output: folder that gets one `<task>.jsonl` with every question's reply and score.
         reader: decodes clips; None where no task shows any.
         names: a subset of task and benchmark names; None evaluates all.
         batch_size: questions generated together.

@@ -82,9 +82,10 @@ def back_project_gradients(
     """The refining pass: G Q of every target.
 
     Args:
-        model, batches: as for `sketch_gradients`.
+        model: as for `sketch_gradients`.
         directions: module name -> Q^T [q, in], orthonormal rows.
         out_features: module name -> out.
+        batches: as for `sketch_gradients`.
 
     Returns:
         Module name -> G Q [out, q], fp32 on the CPU.

@@ -64,7 +64,7 @@ _FULL_RANGE = 2
 
 
 class Refused(Exception):
-    """The clip cannot be used. The message follows "video <path>"."""
+    """The clip cannot be used. The message follows `video PATH`."""
 
     def __init__(self, reason: str, remedy: str | None = None) -> None:
         super().__init__(reason)
