@@ -49,7 +49,8 @@ def print_plan(config: RunConfig, memory_gb: float | None) -> None:
     Raises:
         PlanError: it does not fit the device's memory; after printing.
     """
-    from mllm_keeplora.planning.plan import check_fits, format_plan, make_plan
+    from mllm_keeplora.planning.plan import check_fits, make_plan
+    from mllm_keeplora.planning.text import format_plan
 
     plan = make_plan(config, memory_gb)
     print(format_plan(plan), flush=True)

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-# First of all imports: the package lets torchvision import beside a CPU-only torch, which transformers needs.
-from mllm_keeplora.data.collator import IGNORED_LABEL
 from mllm_keeplora.modeling.linear4bit import guard_linear4bit
 from mllm_keeplora.modeling.loading import nf4_config
+
+# First of all imports: the package lets torchvision import beside a CPU-only torch, which transformers needs.
+from mllm_keeplora.modeling.loss import IGNORED_LABEL
 
 # isort: split
 import bitsandbytes.functional as bnb

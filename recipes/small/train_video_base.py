@@ -47,7 +47,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from mllm_keeplora.data.collator import IGNORED_LABEL
+from mllm_keeplora.modeling.loss import IGNORED_LABEL
 from mllm_keeplora.recipes.small import base_training as common
 from mllm_keeplora.recipes.small import draw, draw_video
 from mllm_keeplora.recipes.small.build_video_data import read_mp4, write_mp4
