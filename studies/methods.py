@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from mllm_keeplora.config import ConfigError, RunConfig, parse_config
-from mllm_keeplora.continual.run import run_stream
-from mllm_keeplora.continual.saved_run import SavedRun, load_run
+from mllm_keeplora import RunConfig, load_run, run_stream
+from mllm_keeplora.config import ConfigError, parse_config
+from mllm_keeplora.continual.saved_run import SavedRun
 from mllm_keeplora.data.stream import Stream, TaskSpec, load_stream
 from mllm_keeplora.resources import find
 from mllm_keeplora.runs.files import read_json, replaced_directory, write_json
@@ -219,7 +219,7 @@ def config_of(study: Study, arm: str, chosen: Settings) -> RunConfig:
     """
     settings = {**study.settings, **study.arms[arm], **chosen, **study.ablations.get(arm, {})}
     argv = [part for name, value in settings.items() for part in (f"--{name}", _yaml(value))]
-    return parse_config("", Path(study.recipe), ["--config", study.recipe, *argv])
+    return parse_config(None, Path(study.recipe), ["--config", study.recipe, *argv])
 
 
 def _retention_of(config: RunConfig) -> dict[str, Any]:

@@ -12,6 +12,13 @@ from statistics import fmean, stdev
 from typing import Any
 
 import pandas as pd
+from scipy import stats
+
+from mllm_keeplora.continual.history import PACKAGES
+from mllm_keeplora.continual.saved_run import SavedRun
+from mllm_keeplora.reports.comparison import Run, draw_comparison, grouped
+from mllm_keeplora.runs.files import atomic_path, sha256_file, write_json
+from mllm_keeplora.runs.manifests import SCHEMA_VERSION
 from mllm_keeplora.studies.methods import (
     Job,
     Study,
@@ -21,13 +28,6 @@ from mllm_keeplora.studies.methods import (
     run_directory,
     tuning_directory,
 )
-from scipy import stats
-
-from mllm_keeplora.continual.run import PACKAGES
-from mllm_keeplora.continual.saved_run import SavedRun
-from mllm_keeplora.reports.comparison import Run, draw_comparison, grouped
-from mllm_keeplora.runs.files import atomic_path, sha256_file, write_json
-from mllm_keeplora.runs.manifests import SCHEMA_VERSION
 
 METRICS = {"mft": "MFT", "last": "Last", "bwt": "BWT", "general": "general, at the end"}
 TESTED = {"last": "Last", "bwt": "BWT", "general": "general"}  # the p-values that the table shows
@@ -83,9 +83,7 @@ def _facts(run: SavedRun) -> dict[str, Any]:
     retention, stages = run.retention, run.manifests
     rows = [{name: score["value"] for name, score in row["scores"].items()} for row in retention["rows"]]
     general = [rows[-1][name] for name in retention["general"]]
-    seconds = (
-        pd.DataFrame([stage["timings"] for stage in stages]).drop(columns="total", errors="ignore").sum()
-    )
+    seconds = {k: sum(stage["timings"].get(k, 0.0) for stage in stages) for k in ("train", "total")}
     return {
         "learning_rate": run.config.train.learning_rate,
         "rows": rows,
@@ -93,7 +91,7 @@ def _facts(run: SavedRun) -> dict[str, Any]:
         "general_tasks": retention["general"],
         **{metric: retention["metrics"][metric] for metric in ("mft", "last", "bwt")},
         "general": fmean(general) if general else None,
-        "seconds": {"train": float(seconds.get("train", 0.0)), "total": float(seconds.sum())},
+        "seconds": seconds,
         "feature_directions": sum(m.get("k_f_added", 0) for stage in stages for m in stage["modules"]),
     }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.recipes.conftest import ROOT, TEST, Recipe
 
-ANALYZE = ("-m", "mllm_keeplora.studies.analyze")
+ANALYZE = ("-m", "mllm_keeplora.commands.main", "analyze")
 
 
 def run(recipe: Recipe, *command: str) -> subprocess.CompletedProcess[str]:

@@ -8,6 +8,12 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
+from scipy import stats
+
+from mllm_keeplora.config import ConfigError, RunConfig
+from mllm_keeplora.data.stream import load_stream
+from mllm_keeplora.methods.base import load_method
+from mllm_keeplora.runs.run_directory import RunDirectory
 from mllm_keeplora.studies import methods
 from mllm_keeplora.studies.methods import (
     Job,
@@ -31,12 +37,6 @@ from mllm_keeplora.studies.results import (
     summary,
     write_results,
 )
-from scipy import stats
-
-from mllm_keeplora.config import ConfigError, RunConfig
-from mllm_keeplora.data.stream import load_stream
-from mllm_keeplora.methods.base import load_method
-from mllm_keeplora.runs.run_directory import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[2]
 RATE = "train.learning_rate"
