@@ -42,8 +42,10 @@ from mllm_keeplora.linalg.subspace import check_energy, project_to_residual, sma
 from mllm_keeplora.modeling.loading import base_model_hash, load_dense, resolve_model_directory
 from mllm_keeplora.modeling.targets import Target, find_targets
 from mllm_keeplora.probes.protected_bases import weight_basis_files
-from mllm_keeplora.reports.page import percent, picture_style, png, write_atomically
-from mllm_keeplora.reports.report import flatten
+from mllm_keeplora.reports.figures import picture_style, png
+from mllm_keeplora.reports.page import write_atomically
+from mllm_keeplora.reports.results import flatten
+from mllm_keeplora.reports.tables import percent
 from mllm_keeplora.runs.files import (
     ArtifactError,
     hash_files,
@@ -292,7 +294,7 @@ def _open_results(path: Path, identity: Mapping[str, Any], stream: Stream) -> di
             "cells": {},
         }
     results: dict[str, Any] = read_json(path)
-    found, expected = dict(flatten(results["identity"])), dict(flatten(dict(identity)))
+    found, expected = flatten(results["identity"]), flatten(dict(identity))
     other = [
         f"{key}: {found.get(key)} there, {expected.get(key)} now"
         for key in {**found, **expected}

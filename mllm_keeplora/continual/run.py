@@ -15,6 +15,7 @@ from typing import Any
 from accelerate.logging import get_logger
 
 from mllm_keeplora.config import ConfigError, RunConfig, identity
+from mllm_keeplora.continual.saved_run import load_run
 from mllm_keeplora.continual.stage import (
     Clock,
     accumulated_after,
@@ -66,7 +67,8 @@ from mllm_keeplora.modeling.loading import (
 )
 from mllm_keeplora.modeling.targets import find_targets
 from mllm_keeplora.probes.protected_bases import weight_basis_files
-from mllm_keeplora.reports.report import format_table, write_report
+from mllm_keeplora.reports.page import write_report
+from mllm_keeplora.reports.tables import format_table
 from mllm_keeplora.runs.files import (
     ArtifactError,
     WriteError,
@@ -476,7 +478,7 @@ def _report(history: _History) -> dict[str, Any]:
     retention = build_retention(history)
     run_dir = history.run_dir
     write_json(run_dir / "retention.json", retention)
-    write_report(run_dir)
+    write_report(load_run(run_dir))
     sys.stdout.write(
         format_table(retention) + f"\nreport: {run_dir / 'report.html'}\nadapter: {run_dir / ADAPTER}\n"
     )

@@ -41,7 +41,7 @@ from mllm_keeplora.evaluation.score import Score
 from mllm_keeplora.methods.context import stage_directory
 from mllm_keeplora.modeling.linear4bit import guard_linear4bit
 from mllm_keeplora.modeling.loading import DTYPES, MODEL_FILES, base_model_hash
-from mllm_keeplora.reports.report import format_table
+from mllm_keeplora.reports.tables import format_table
 from mllm_keeplora.runs.files import ArtifactError, atomic_path, read_json, sha256_json, write_json
 from mllm_keeplora.runs.manifests import SCHEMA_VERSION
 
