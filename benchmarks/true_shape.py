@@ -63,8 +63,9 @@ from mllm_keeplora.methods.context import Stage, Workplace
 from mllm_keeplora.modeling.families import Media
 from mllm_keeplora.modeling.loading import resolve_device
 from mllm_keeplora.modeling.targets import find_targets
-from mllm_keeplora.planning.plan import GB, make_plan
+from mllm_keeplora.planning.plan import make_plan
 from mllm_keeplora.probes.protected_bases import weight_basis_files
+from mllm_keeplora.units import GB
 
 TEMPLATE = (
     "{% for m in messages %}{{ 'USER: ' if m['role'] == 'user' else 'ASSISTANT: ' }}"

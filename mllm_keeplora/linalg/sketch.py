@@ -1,5 +1,4 @@
-"""Randomised sketches of a task gradient: Y = Omega^T G, and what can be decided from them (DESIGN: probe
-gradients).
+"""Randomised sketches of a task gradient: Y = Omega^T G, and what can be decided from them.
 
 A probe (see `gradients`) yields Y [q, in] instead of G [out, in]. Its row space approximates G's input-side
 range, so directions are read off Y. Energies are not: E||Y||_F^2 = q ||G||_F^2 holds only on average, and
@@ -12,11 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mllm_keeplora.linalg.energy import check_energy
 from mllm_keeplora.linalg.subspace import (
     ENERGY_TOLERANCE,
     RANK_TOLERANCE,
     append_columns,
-    check_energy,
     project_to_residual,
     residual_directions,
 )

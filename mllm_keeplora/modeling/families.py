@@ -1,9 +1,12 @@
-"""Facts about model families: one entry each, which no config holds."""
+"""Facts about model families that no config holds: a new family is one entry of `FAMILIES`."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from torch import Tensor
+
+from mllm_keeplora.config import Tower
 from mllm_keeplora.errors import KeepLoRAError
 
 Media = Literal["image", "video"]
@@ -13,23 +16,75 @@ class TargetError(KeepLoRAError, ValueError):
     """A model, or a target pattern, that does not give the layers to adapt."""
 
 
+def _layers_before_feature(config: Any) -> int:
+    """Layers whose output reaches the projector, which reads hidden state `vision_feature_layer`."""
+    total = int(config.vision_config.num_hidden_layers)
+    read = config.vision_feature_layer
+    # There are total + 1 hidden states, the embeddings first: index -1 uses every layer, -2 all but the last.
+    return max(
+        index if index >= 0 else total + 1 + index for index in (read if isinstance(read, list) else [read])
+    )
+
+
+def _all_layers(config: Any) -> int:
+    return int(config.vision_config.num_hidden_layers)
+
+
+def _patches(pixels: Tensor, vision_config: Any) -> int:
+    """Of pictures [.., channels, height, width]."""
+    height, width = (side // int(vision_config.patch_size) for side in pixels.shape[-2:])
+    return pixels.shape[:-3].numel() * height * width
+
+
+def _patches_and_class_tokens(pixels: Tensor, vision_config: Any) -> int:
+    return _patches(pixels, vision_config) + pixels.shape[:-3].numel()
+
+
+def _patches_cut_by_the_processor(pixels: Tensor, vision_config: Any) -> int:
+    """Of [patches, values of one]."""
+    return len(pixels)
+
+
 @dataclass(frozen=True)
 class ModelFamily:
-    """Facts about one architecture that no config holds.
+    """One architecture. What an entry leaves out is as in LLaVA-1.5.
+
+    Names of linear layers and norms are those inside one layer of a tower.
 
     Attributes:
         model_type: `config.model_type` of the family.
         vision_layers: what a sample shows -> name of the list of layers that sees it. A kind that is absent
             cannot be given to the model. Most families see images and videos with one tower, Video-LLaVA with
             one each.
+        language_layers: name of the language tower's list of layers.
         projectors: names of the modules between the towers.
         used_vision_layers: how many vision layers take part in the forward result, from the model's config.
+        vision_rows: rows that go through the vision tower, from the processor's pixel values and the vision
+            config.
+        writers: linear layers of both towers that write to the residual stream, by the last part of their
+            name.
+        fused: linear layers that give queries, keys and values in one, likewise.
+        keys: the linear layer that gives the keys in the language tower, by its whole name in a layer.
+        head_norms: norm of queries or keys -> the linear layer that it follows, whose heads it norms one by
+            one.
     """
 
     model_type: str
     vision_layers: Mapping[Media, str]
-    projectors: tuple[str, ...]
-    used_vision_layers: Callable[[Any], int]
+    language_layers: str = "model.language_model.layers"
+    projectors: tuple[str, ...] = ("model.multi_modal_projector",)
+    used_vision_layers: Callable[[Any], int] = _layers_before_feature
+    vision_rows: Callable[[Tensor, Any], int] = _patches_and_class_tokens
+    writers: tuple[str, ...] = ("out_proj", "fc2", "o_proj", "down_proj")
+    fused: tuple[str, ...] = ()
+    keys: str = "self_attn.k_proj"
+    head_norms: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def towers(self) -> dict[str, Tower]:
+        """Name of a list of layers -> the tower that it belongs to."""
+        vision: dict[str, Tower] = dict.fromkeys(self.vision_layers.values(), "vision")
+        return {**vision, self.language_layers: "language"}
 
     @property
     def not_quantised(self) -> tuple[str, ...]:
@@ -37,58 +92,41 @@ class ModelFamily:
         return (*self.projectors, "lm_head")
 
 
-def _layers_before_feature(config: Any) -> int:
-    """Layers whose output reaches the projector, which reads hidden state `vision_feature_layer`."""
-    total = int(config.vision_config.num_hidden_layers)
-    read = config.vision_feature_layer
-    # hidden_states holds total + 1 entries, the embeddings first: index -1 uses every layer, -2 all but the
-    # last.
-    return max(
-        index if index >= 0 else total + 1 + index for index in (read if isinstance(read, list) else [read])
-    )
-
-
-def _all_blocks(config: Any) -> int:
-    return int(config.vision_config.depth)
-
-
-LANGUAGE_LAYERS = "model.language_model.layers"
-
-
 _CLIP = "model.vision_tower.encoder.layers"
-
-
 _QWEN = "model.visual.blocks"
-
-
-_LLAVA_PROJECTOR = ("model.multi_modal_projector",)
-
 
 FAMILIES: dict[str, ModelFamily] = {
     family.model_type: family
     for family in (
         # LLaVA-1.5 and LLaVA-NeXT (1.6)
-        ModelFamily("llava", {"image": _CLIP}, _LLAVA_PROJECTOR, _layers_before_feature),
-        ModelFamily("llava_next", {"image": _CLIP}, _LLAVA_PROJECTOR, _layers_before_feature),
-        ModelFamily(
-            "llava_onevision", {"image": _CLIP, "video": _CLIP}, _LLAVA_PROJECTOR, _layers_before_feature
-        ),
-        ModelFamily(
-            "llava_next_video", {"image": _CLIP, "video": _CLIP}, _LLAVA_PROJECTOR, _layers_before_feature
-        ),
+        ModelFamily("llava", {"image": _CLIP}),
+        ModelFamily("llava_next", {"image": _CLIP}),
+        # Its vision tower is a SigLIP, which has no class token.
+        ModelFamily("llava_onevision", {"image": _CLIP, "video": _CLIP}, vision_rows=_patches),
+        ModelFamily("llava_next_video", {"image": _CLIP, "video": _CLIP}),
         ModelFamily(
             "video_llava",
             {"image": "model.image_tower.encoder.layers", "video": "model.video_tower.encoder.layers"},
-            _LLAVA_PROJECTOR,
-            _layers_before_feature,
         ),
-        ModelFamily("qwen2_5_vl", {"image": _QWEN, "video": _QWEN}, ("model.visual.merger",), _all_blocks),
+        ModelFamily(
+            "qwen2_5_vl",
+            {"image": _QWEN, "video": _QWEN},
+            projectors=("model.visual.merger",),
+            used_vision_layers=_all_layers,
+            vision_rows=_patches_cut_by_the_processor,
+            writers=("proj", "down_proj", "o_proj"),
+            fused=("qkv",),
+        ),
         # Its vision tower also feeds the first language layers, through projectors of their own.
         ModelFamily(
             "qwen3_vl",
             {"image": _QWEN, "video": _QWEN},
-            ("model.visual.merger", "model.visual.deepstack_merger_list"),
-            _all_blocks,
+            projectors=("model.visual.merger", "model.visual.deepstack_merger_list"),
+            used_vision_layers=_all_layers,
+            vision_rows=_patches_cut_by_the_processor,
+            writers=("proj", "linear_fc2", "o_proj", "down_proj"),
+            fused=("qkv",),
+            head_norms={"self_attn.q_norm": "self_attn.q_proj", "self_attn.k_norm": "self_attn.k_proj"},
         ),
     )
 }
@@ -104,7 +142,6 @@ def family_of(config: Any) -> ModelFamily:
     if family is None:
         raise TargetError(
             f"model type {config.model_type!r} is not in the table of model families (known: "
-            f"{', '.join(FAMILIES)}); add one "
-            "ModelFamily entry to mllm_keeplora/modeling/targets.py"
+            f"{', '.join(FAMILIES)}); add one ModelFamily entry to mllm_keeplora/modeling/families.py"
         )
     return family

@@ -1,14 +1,15 @@
-"""Which linear layers of a model are adapted: a table of facts per model family, and what follows from it."""
+"""Which linear layers of a model are adapted, from the facts about its family."""
 
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from mllm_keeplora.config import Tower
-from mllm_keeplora.modeling.families import LANGUAGE_LAYERS, Media, ModelFamily, TargetError, family_of
+from mllm_keeplora.config import RunConfig, Tower
+from mllm_keeplora.modeling.families import Media, ModelFamily, TargetError, family_of
 from mllm_keeplora.modeling.linear4bit import is_linear
 
 
@@ -76,13 +77,44 @@ def find_targets(
                 targets += _linears_below(model, projector, "vision", depth - 1, depth, kinds)
     if "language" in patterns:
         depth = int(config.get_text_config().num_hidden_layers)
-        targets += _tower_targets(model, "language", LANGUAGE_LAYERS, depth, patterns["language"], ())
+        targets += _tower_targets(model, "language", family.language_layers, depth, patterns["language"], ())
     if not targets:
         raise TargetError(
             "nothing to adapt: both towers are switched off, or the samples reach none that is on (set "
             "language.adapt or vision.adapt)"
         )
     return targets
+
+
+def targets_of(model: PreTrainedModel, config: RunConfig, media: Collection[Media]) -> list[Target]:
+    """The layers that a run with these settings adapts, where its samples show `media`."""
+    patterns = {name: tower.targets for name, tower in config.towers().items()}
+    return find_targets(model, patterns, media=media, protect_projector=config.projector == "protected")
+
+
+def left_out(model: PreTrainedModel, targets: Sequence[Target], config: RunConfig) -> dict[str, int]:
+    """Why linear layers are not among `targets_of` -> their number."""
+    adapted = {target.name for target in targets}
+    linears = (name for name, module in model.named_modules() if is_linear(module))
+    reasons = (_reason(name, model, adapted, config) for name in linears if name not in adapted)
+    return dict(Counter(reasons))
+
+
+def _reason(name: str, model: PreTrainedModel, adapted: Collection[str], config: RunConfig) -> str:
+    family = family_of(model.config)
+    if name.startswith(tuple(f"{projector}." for projector in family.projectors)):
+        return "projector (projector: frozen)"
+    layers = next((layers for layers in family.towers if name.startswith(f"{layers}.")), None)
+    if layers is None:
+        return "outside the towers' layers (lm_head, poolers, embeddings of patches)"
+    tower, depth = family.towers[layers], int(name.removeprefix(f"{layers}.").split(".")[0])
+    if tower not in config.towers():
+        return f"{tower} tower ({tower}.adapt: false)"
+    if tower == "vision" and depth >= family.used_vision_layers(model.config):
+        return "vision layers behind the one that features are read from (no gradient)"
+    if not any(other.startswith(f"{layers}.") for other in adapted):
+        return f"{layers}: the samples show nothing that it sees"
+    return f"{tower}: not among {tower}.targets"
 
 
 def _media_of(family: ModelFamily, layers: str, media: Collection[Media]) -> tuple[Media, ...]:

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mllm_keeplora.config import Tower
+from mllm_keeplora.config import ModelConfig, Tower
 from mllm_keeplora.distributed.processes import from_main, hide_bar, own_share, wait_for_everyone
 from mllm_keeplora.linalg.subspace import principal_basis
 from mllm_keeplora.modeling.linear4bit import computed_weight
@@ -64,6 +64,16 @@ def _read_if_there(path: Path, name: str, device: torch.device) -> list[Tensor]:
         raise ArtifactError(f"cannot read {path}: {error}; delete it to have it computed again") from error
 
 
+def weight_basis_directory(cache_dir: Path, base_hash: str, config: ModelConfig) -> Path:
+    """Where the weight bases of a base model lie, for the weights that it computes with."""
+    return cache_dir / "weight_bases" / f"{base_hash[:16]}-{config.quantization}-{config.compute_dtype}"
+
+
+def weight_basis_file(directory: Path, module: str, eps_w: float) -> Path:
+    """The file of one module's weight basis; its `basis` is [in, k_w] fp32."""
+    return directory / f"{module}-eps{eps_w!r}.safetensors"
+
+
 def weight_basis_files(
     model: nn.Module, targets: Sequence[Target], eps_w: Mapping[Tower, float], directory: Path
 ) -> dict[str, Path]:
@@ -78,12 +88,12 @@ def weight_basis_files(
         model: the base model without adapters.
         targets: the adapted layers.
         eps_w: energy share per tower.
-        directory: cache for this base model and quantisation; one file per module and eps_w.
+        directory: `weight_basis_directory`.
 
     Returns:
         Module name -> file with `basis` [in, k_w] fp32.
     """
-    files = {t.name: directory / f"{t.name}-eps{eps_w[t.tower]!r}.safetensors" for t in targets}
+    files = {t.name: weight_basis_file(directory, t.name, eps_w[t.tower]) for t in targets}
     missing = from_main(lambda: [t for t in targets if not files[t.name].exists()])
     for target in tqdm(
         own_share(missing), desc="weight bases", unit="module", disable=hide_bar() if missing else True

@@ -5,7 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +21,36 @@ from torch import nn
 
 from mllm_keeplora.commands.run import parse_flags
 from mllm_keeplora.config import ConfigError, ModelConfig, ProbeConfig, RunConfig, TowerConfig, TrainConfig
-from mllm_keeplora.continual.run import run_stream
+from mllm_keeplora.continual.run_stream import run_stream
 from mllm_keeplora.data.collator import ChatCollator
+from mllm_keeplora.methods.base import method_names
 from mllm_keeplora.modeling.adapters import STAGE, attach
 from mllm_keeplora.modeling.adapters import activate as activate_adapters
 from mllm_keeplora.modeling.families import FAMILIES, Media
 from mllm_keeplora.modeling.loading import load_base
-from mllm_keeplora.planning import plan as plan_module
-from mllm_keeplora.planning.memory_model import PHASES, MemoryModel, base_bytes, most_columns, optimizer_state
+from mllm_keeplora.modeling.targets import left_out, targets_of
+from mllm_keeplora.planning import skeleton as skeleton_module
+from mllm_keeplora.planning.memory_model import MemoryModel, base_bytes, optimizer_state
 from mllm_keeplora.planning.plan import (
-    GB,
+    PROBING,
     PlanError,
-    assumed_shape,
-    build_skeleton,
     check_fits,
     find_fitting,
-    format_plan,
-    left_out,
     make_plan,
+    measured_rates,
     needed,
     optimizer_steps,
-    sample_shape,
-    targets_of,
 )
+from mllm_keeplora.planning.skeleton import (
+    ASSUMED_TEXT_TOKENS,
+    assumed_shape,
+    build_skeleton,
+    describe_weights,
+    sample_shape,
+)
+from mllm_keeplora.planning.text import format_plan
 from mllm_keeplora.probes.gradients import _ThinGradient, _watching
+from mllm_keeplora.units import GB, format_bytes, format_count
 from tests.clips import write_clip
 from tests.modules.test_families import MAIN_MEDIA, reader, samples, write_stream
 from tests.modules.tiny_families import save_tiny
@@ -139,7 +146,7 @@ def test_activations_are_what_autograd_keeps(family: str, dtype: str, bases: Any
     sums = {t.name: _ThinGradient(model.device, 32, t.in_features) for t in memory.targets}
     with _watching(model, sums):
         measured = kept_for_backward(model, batch) + pixels
-    planned, _ = memory.activations(1, "probe")
+    planned, _ = memory.activations(1, "weights")
     assert LEAST < planned / measured < MOST, (planned, measured)
 
     factors = {t.name: (torch.ones(8, t.in_features), torch.zeros(t.out_features, 8)) for t in memory.targets}
@@ -150,6 +157,33 @@ def test_activations_are_what_autograd_keeps(family: str, dtype: str, bases: Any
         measured = kept_for_backward(adapted, batch) + pixels
         planned, _ = memory.activations(1, trained)
         assert LEAST < planned / measured < MOST, (trained, planned, measured)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_table_names_what_the_model_has_and_counts_its_rows(
+    family: str, bases: Any, media_files: Path
+) -> None:
+    """A wrong name of a layer would change the plan in silence."""
+    facts = FAMILIES[family]
+    model, processor = load_base(config_of(bases(family)).model)
+    towers = {layers: model.get_submodule(f"{layers}.0") for layers in facts.towers}
+    linears = {
+        layers: {name for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+        for layers, layer in towers.items()
+    }
+    last = {name.rsplit(".", 1)[-1] for names in linears.values() for name in names}
+    assert {*facts.writers, *facts.fused} <= last
+    assert {facts.keys, *facts.head_norms.values()} <= linears[facts.language_layers]
+    assert set(facts.head_norms) <= {name for name, _ in towers[facts.language_layers].named_modules()}
+
+    for media, layers in facts.vision_layers.items():
+        batch = ChatCollator(processor, None, reader())(samples(media_files, media)[:1])
+        rows: list[int] = []
+        with model.get_submodule(f"{layers}.0").register_forward_pre_hook(
+            lambda _, inputs, rows=rows: rows.append(inputs[0].shape[:-1].numel())
+        ):
+            model(**batch)
+        assert sample_shape(batch, model.config, media, "").vision_tokens == sum(rows)
 
 
 def test_what_lowers_memory_lowers_the_plan(bases: Any, media_files: Path) -> None:
@@ -163,7 +197,7 @@ def test_what_lowers_memory_lowers_the_plan(bases: Any, media_files: Path) -> No
         return {phase: sum(items.values()) for phase, items in changed.phases().items()}
 
     full, train = sums(), config.train
-    assert list(full) == list(PHASES)
+    assert list(full) == ["weight bases", "probe", "train", "evaluation"]
     assert sums(train=replace(train, activation_checkpointing=True))["train"] < full["train"]
     assert sums(train=replace(train, per_device_train_batch_size=4))["train"] < full["train"]
     assert sums(train=replace(train, optim="adamw_8bit"))["train"] < full["train"]
@@ -174,6 +208,10 @@ def test_what_lowers_memory_lowers_the_plan(bases: Any, media_files: Path) -> No
     unpacked = replace(memory, config=replace(config, model=replace(config.model, quantization="none")))
     assert sum(unpacked.phases()["evaluation"].values()) > full["evaluation"]
     assert sum(replace(memory, stages=5).phases()["evaluation"].values()) > full["evaluation"]
+    # Its gradients are those of both factors, which keep more than the sketches of the weights' do.
+    ewc = replace(memory, config=replace(config, method="ewc")).phases()["probe"]
+    assert ewc["activations"] == memory.activations(config.probe.batch_size, "both")[0]
+    assert ewc["activations"] > memory.phases()["probe"]["activations"]
 
 
 def test_optimizer_states_have_their_size() -> None:
@@ -225,6 +263,91 @@ def test_steps_are_the_trainers(
     assert optimizer_steps(train, samples_) == trainer.state.global_step
 
 
+PASSES = {
+    "keeplora": 2,
+    "inflora": 2,
+    "loda": 2,
+    "gpm": 1,
+    "ewc": 1,
+}  # over the probe sample; others make none
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_probe_passes_are_the_methods(method: str, bases: Any, media_files: Path, tmp_path: Path) -> None:
+    """In what is planned, in what an earlier run's seconds are divided by, and on the page."""
+    config = config_of(
+        bases("llava"),
+        method=method,
+        run_dir=str(tmp_path / "runs/new"),
+        stream=str(write_stream(tmp_path, media_files, "image")),
+        probe=ProbeConfig(fraction=1.0),
+        cache_dir=str(tmp_path / "cache"),
+    )
+    timings = {"train": 20.0, "evaluate": 3.0, **dict.fromkeys(PROBING, 5.0)}
+    manifest = {
+        "stage": 1,
+        "config": asdict(config),
+        "base_model": {"hash": "of the base"},
+        "counts": {"steps": 10},
+        "timings": timings,
+        "probe_indices": [0, 1, 2, 3],
+        "scores": {"colours": {"n": 2}},
+    }
+    stage = tmp_path / "runs/old/stages/01-colours"
+    stage.mkdir(parents=True)
+    (stage / "manifest.json").write_text(json.dumps(manifest))
+    assert measured_rates(config, "of another base") is None
+    rates, passes = measured_rates(config, "of the base"), PASSES.get(method, 0)
+    assert rates is not None
+    assert rates[1:] == (2.0, 10.0 / (4 * passes) if passes else 0.0, 1.5)
+
+    plan = replace(make_plan(config, memory_gb=1.0), rates=rates)
+    [work] = plan.work
+    assert (work.probe_passes, work.probe_samples) == (passes, 4)
+    # One step, then the rows before and after it with two questions each.
+    assert work.steps == 1 and plan.seconds() == pytest.approx(2.0 + 10.0 * bool(passes) + 2 * 2 * 1.5)
+    text = format_plan(plan)
+    assert ("a probe sample" in text) == (f"{passes} x 4" in text) == bool(passes)
+
+
+def test_rates_come_from_stages_at_the_same_pace_alone(tmp_path: Path) -> None:
+    config = replace(RunConfig(), run_dir=str(tmp_path / "new"))
+    manifest = {
+        "stage": 1,
+        "config": asdict(config),
+        "base_model": {"hash": "base"},
+        "counts": {"steps": 10},
+        "timings": {"train": 20.0, "evaluate": 3.0, **dict.fromkeys(PROBING, 5.0)},
+        "probe_indices": [0],
+        "scores": {},
+    }
+    file = tmp_path / "old/stages/01-task/manifest.json"
+    file.parent.mkdir(parents=True)
+
+    def found(**changed: Any) -> bool:
+        file.write_text(json.dumps({**manifest, **changed}))
+        return measured_rates(config, "base") is not None
+
+    assert found()
+    assert not found(stage=0)
+    assert not found(counts={"steps": 0})
+    assert not found(base_model={"hash": "other"})
+    assert not found(timings={"train": 20.0})
+    assert not found(config={**asdict(config), "method": "lora"})
+    assert not found(config={**asdict(config), "method_options": {"features_from": "activations"}})
+    assert not found(config={**asdict(config), "probe": asdict(ProbeConfig(refine=True))})
+    assert not found(config={**asdict(config), "train": asdict(TrainConfig(activation_checkpointing=True))})
+    assert not found(config={"of": "another version"})
+
+
+@pytest.mark.parametrize(
+    "number, size, count",
+    [(0, "0 B", "0"), (999, "999 B", "999"), (3_072_512, "3.07 MB", "3.07 M"), (999_999, "1 MB", "1 M")],
+)
+def test_sizes_and_counts_are_read_at_a_glance(number: int, size: str, count: str) -> None:
+    assert (format_bytes(number), format_count(number)) == (size, count)
+
+
 def tree(root: Path) -> dict[str, int]:
     return {str(p.relative_to(root)): p.stat().st_mtime_ns for p in sorted(root.rglob("*"))}
 
@@ -258,7 +381,7 @@ def test_a_plan_before_and_after_a_run(bases: Any, media_files: Path, tmp_path: 
     assert tree(tmp_path) == after
     assert again.cached_bases == {m["name"]: m["k_w"] for m in manifest["modules"]}
     assert all(
-        m["k_w"] <= most_columns(t, config)
+        m["k_w"] <= again.memory.most_k(t)
         for m, t in zip(manifest["modules"], again.memory.targets, strict=True)
     )
     assert work.steps == manifest["counts"]["steps"]
@@ -277,19 +400,19 @@ def test_without_weights_and_data_the_plan_says_what_it_assumed(bases: Any, tmp_
     (tmp_path / "stream.yaml").write_text(yaml.safe_dump(stream))
     plan = make_plan(config_of(base, stream=str(tmp_path / "stream.yaml")))
     text = format_plan(plan)
-    assert "by the config" in plan.weights and "no *.safetensors" in plan.weights
+    assert "by the config" in plan.weights and "no safetensors weights" in plan.weights
     assert "assumed: a clip of 8 frames" in text and "the data are not there" in text
     assert (plan.work[0].samples, plan.work[0].steps) == (None, None)
 
 
 def test_the_headers_of_another_model_are_noticed(bases: Any, tmp_path: Path) -> None:
     config = config_of(bases("llava"))
-    own = plan_module.describe_weights(config.model, build_skeleton(config.model))
+    own = describe_weights(config.model, build_skeleton(config.model))
     assert "safetensors" in own and "belong" not in own
     base = shutil.copytree(bases("llava"), tmp_path / "base")
     shutil.copy(bases("qwen3_vl") / "model.safetensors", base / "model.safetensors")
     mixed = config_of(base)
-    assert "do not belong" in plan_module.describe_weights(mixed.model, build_skeleton(mixed.model))
+    assert "do not belong" in describe_weights(mixed.model, build_skeleton(mixed.model))
 
 
 def test_a_hub_model_whose_headers_cannot_be_read_is_counted_by_its_config(
@@ -298,9 +421,9 @@ def test_a_hub_model_whose_headers_cannot_be_read_is_counted_by_its_config(
     def offline(*_: Any, **__: Any) -> Any:
         raise OfflineModeIsEnabled("offline mode is enabled")
 
-    monkeypatch.setattr(plan_module, "get_safetensors_metadata", offline)
+    monkeypatch.setattr(skeleton_module, "get_safetensors_metadata", offline)
     skeleton = build_skeleton(config_of(bases("llava")).model)
-    text = plan_module.describe_weights(ModelConfig(base_model="somebody/model"), skeleton)
+    text = describe_weights(ModelConfig(base_model="somebody/model"), skeleton)
     assert "by the config" in text and "offline mode is enabled" in text
 
 
@@ -310,7 +433,7 @@ def test_assumed_samples_pass_every_processor(family: str, bases: Any) -> None:
     _, processor = load_base(config.model)
     shape = assumed_shape(processor, build_skeleton(config.model), config)
     assert shape.media == MAIN_MEDIA[family]
-    assert shape.vision_tokens > 0 and shape.tokens > plan_module.ASSUMED_TEXT_TOKENS
+    assert shape.vision_tokens > 0 and shape.tokens > ASSUMED_TEXT_TOKENS
 
 
 def test_what_does_not_fit_is_refused_with_settings_that_do(bases: Any, tmp_path: Path) -> None:
@@ -321,18 +444,18 @@ def test_what_does_not_fit_is_refused_with_settings_that_do(bases: Any, tmp_path
     config = config_of(bases("llava"), stream=str(tmp_path / "stream.yaml"), train=train)
     plan = make_plan(config, memory_gb=0.04)
     assert needed(plan.memory) > plan.available
-    fitting = find_fitting(plan.memory, plan.available)
-    assert fitting is not None and needed(fitting) <= 0.04 * GB
+    found = find_fitting(plan.memory, plan.available)
+    assert found is not None
+    fitting, changes = found
+    assert needed(fitting) <= 0.04 * GB
     assert fitting.config.train.activation_checkpointing
     smaller = fitting.config.train
     assert smaller.per_device_train_batch_size * smaller.gradient_accumulation_steps == 32
     with pytest.raises(PlanError, match=r"It fits, .*train.activation_checkpointing: true") as caught:
         check_fits(plan)
-    for name in ("train.per_device_train_batch_size", "evaluation.batch_size"):
-        group, setting = name.split(".")
-        changed = getattr(getattr(fitting.config, group), setting)
-        if changed != getattr(getattr(config, group), setting):
-            assert f"{name}: {changed}" in str(caught.value)
+    for name, value in changes.items():
+        assert f"{name}: {str(value).lower()}" in str(caught.value)
+        assert attrgetter(name)(fitting.config) == value != attrgetter(name)(config)
 
     with pytest.raises(PlanError, match="larger device"):
         check_fits(make_plan(config, memory_gb=1e-4))

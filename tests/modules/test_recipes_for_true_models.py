@@ -16,7 +16,9 @@ from mllm_keeplora.config import ConfigError, ModelConfig, RunConfig, parse_conf
 from mllm_keeplora.data.collator import ChatCollator, render_prompt
 from mllm_keeplora.data.records import Sample, Turn
 from mllm_keeplora.modeling.loading import load_base, load_processor
-from mllm_keeplora.planning.plan import GB, format_plan, make_plan
+from mllm_keeplora.planning.plan import make_plan
+from mllm_keeplora.planning.text import format_plan
+from mllm_keeplora.units import GB
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "recipes/configs"

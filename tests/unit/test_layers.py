@@ -11,6 +11,7 @@ PACKAGE = ROOT / "mllm_keeplora"
 # Lowest first; a package is one unit, and so is a file beside the packages.
 LAYERS = (
     "errors",
+    "units",
     "resources",
     "linalg",
     "config",

@@ -1,0 +1,162 @@
+"""The base model without weights, and the shape of what it is given."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate.big_modeling import init_empty_weights
+from huggingface_hub import get_local_safetensors_metadata, get_safetensors_metadata
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: its client's, without network
+    HTTPError,
+    NotASafetensorsRepoError,
+    SafetensorsParsingError,
+)
+from PIL import Image
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+
+from mllm_keeplora.config import ConfigError, ModelConfig, RunConfig
+from mllm_keeplora.data.collator import ChatCollator, prepare_questions
+from mllm_keeplora.data.records import Sample, select_evenly
+from mllm_keeplora.data.video.reader import Clip, VideoReader
+from mllm_keeplora.errors import KeepLoRAError
+from mllm_keeplora.modeling.families import Media, family_of
+from mllm_keeplora.modeling.loading import DTYPES, check_revision, load_processor
+from mllm_keeplora.resources import find
+from mllm_keeplora.units import format_bytes, format_count
+
+# Assumed where the data are not there: tokens of question and answer, and what is shown.
+ASSUMED_TEXT_TOKENS = 256
+ASSUMED_IMAGE = (480, 640)  # height, width
+RECORDS_SAMPLED = 64  # per task, to find a long one
+
+
+def build_skeleton(config: ModelConfig) -> PreTrainedModel:
+    """The base model from its config alone, parameters on the meta device.
+
+    Raises:
+        ConfigError: the config cannot be had, or a revision of a directory.
+        TargetError: an unknown model family.
+    """
+    check_revision(config)
+    with _fetching(config, "config") as source:
+        model_config = AutoConfig.from_pretrained(**source)
+        family_of(model_config)
+        return skeleton_of(model_config, config)
+
+
+def skeleton_of(model_config: Any, config: ModelConfig) -> PreTrainedModel:
+    """A model of that config without weights; its buffers are real."""
+    with init_empty_weights(include_buffers=False):
+        return AutoModelForImageTextToText.from_config(
+            model_config,
+            dtype=DTYPES[config.compute_dtype],
+            attn_implementation="eager" if config.attn_implementation == "eager" else "sdpa",
+            trust_remote_code=config.trust_remote_code,
+        )
+
+
+def build_processor(config: ModelConfig) -> Any:
+    """The base model's processor.
+
+    Raises:
+        ConfigError: it cannot be had.
+    """
+    with _fetching(config, "processor") as source:
+        return load_processor(config, source.pop("pretrained_model_name_or_path"), **source)
+
+
+@contextmanager
+def _fetching(config: ModelConfig, what: str) -> Iterator[dict[str, Any]]:
+    """Gives the arguments of a from_pretrained, and explains its failures."""
+    try:
+        yield {
+            "pretrained_model_name_or_path": str(find(config.base_model)),
+            "trust_remote_code": config.trust_remote_code,
+            "revision": config.revision or "main",
+        }
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, KeepLoRAError):
+            raise
+        raise ConfigError(
+            f"a plan needs the {what} of {config.base_model!r}, which is neither a directory here nor in the "
+            f"hub's cache nor to be fetched ({_first_line(error)}). Connect once, or put its config.json and "
+            "processor files (weights are not needed) in a directory and pass --model.base_model DIRECTORY"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def describe_weights(config: ModelConfig, model: PreTrainedModel) -> str:
+    """What the headers of the weights say, or where those cannot be read the config's parameter count."""
+    counted = sum(p.numel() for p in model.parameters())
+    by_config, directory = f"{format_count(counted)} parameters by the config", find(config.base_model)
+    try:
+        if directory.is_dir():
+            found = get_local_safetensors_metadata(directory)
+        else:
+            found = get_safetensors_metadata(config.base_model, revision=config.revision)
+    except NotASafetensorsRepoError:
+        return f"{by_config}; no safetensors weights there yet"
+    except (HTTPError, OSError, SafetensorsParsingError) as error:
+        return f"{by_config}; headers of its weights not read ({_first_line(error)})"
+    files = [file.tensors.values() for file in found.files_metadata.values()]
+    numbers, size = sum(found.parameter_count.values()), sum(max(t.data_offsets[1] for t in f) for f in files)
+    text = f"{format_count(numbers)} parameters, {format_bytes(size)} in {len(files)} safetensors file(s)"
+    # Tied weights are stored once or twice; anything beyond that is another model than the config's.
+    return text if abs(numbers - counted) <= 0.1 * counted else f"{text}, but {by_config}: they do not belong"
+
+
+class SampleShape(NamedTuple):
+    """The longest sample that the plan reckons with."""
+
+    tokens: int  # media tokens included
+    vision_tokens: int  # rows of the vision tower: patches of all tiles or frames, class tokens included
+    pixels: int  # numbers of its pixel values
+    media: Media | None  # what it shows
+    source: str  # where that is from
+
+
+def sample_shape(
+    inputs: Mapping[str, Any], model_config: Any, media: Media | None, source: str
+) -> SampleShape:
+    """The shape of one sample from its model inputs."""
+    # pixel_values of images, pixel_values_videos of clips; Video-LLaVA has pixel_values_images.
+    pixels = [torch.as_tensor(inputs[key]) for key in inputs if key.startswith("pixel_values")]
+    rows = [family_of(model_config).vision_rows(values, model_config.vision_config) for values in pixels]
+    numbers = sum(values.numel() for values in pixels)
+    return SampleShape(int(inputs["input_ids"].shape[-1]), sum(rows), numbers, media, source)
+
+
+def assumed_shape(processor: Any, model: PreTrainedModel, config: RunConfig) -> SampleShape:
+    """One grey image or clip through the processor, and an assumed number of tokens beside it."""
+    (height, width), frames = ASSUMED_IMAGE, config.video.frames
+    media: Media = "video" if "video" in family_of(model.config).vision_layers else "image"
+    if media == "video":
+        what = f"clip of {frames} frames"
+        grey = np.zeros((frames, height, width, 3), np.uint8)
+        shown: Image.Image | Clip = Clip(grey, tuple(range(frames)), 8.0, frames)
+    else:
+        what = f"{width}x{height} image"
+        shown = Image.new("RGB", (width, height))
+    inputs = prepare_questions(processor, [("", shown)], torch.device("cpu"))
+    source = f"assumed: a {what} and {ASSUMED_TEXT_TOKENS} tokens of text; the data are not there"
+    shape = sample_shape(inputs, model.config, media, source)
+    return shape._replace(tokens=shape.tokens + ASSUMED_TEXT_TOKENS)
+
+
+def longest_shape(
+    processor: Any, model: PreTrainedModel, config: RunConfig, records: Mapping[str, list[Sample]]
+) -> SampleShape:
+    """The longest of the tasks' long samples: per task the longest text of a sample of records, collated."""
+    collator = ChatCollator(processor, None, VideoReader(config.video, None))
+    shapes = []
+    for task, samples in records.items():
+        drawn = [samples[i] for i in select_evenly(len(samples), 1.0, RECORDS_SAMPLED)]
+        sample = max(drawn, key=lambda s: sum(len(turn.question) + len(turn.answer) for turn in s.turns))
+        source = f"{task}, record {sample.id!r}: the longest text of {RECORDS_SAMPLED} records a task"
+        shapes.append(sample_shape(collator([sample]), model.config, sample.media, source))
+    return max(shapes, key=lambda shape: (shape.tokens, shape.vision_tokens))

@@ -1,0 +1,113 @@
+"""The plan as a page of text."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from mllm_keeplora.planning.plan import Plan, needed
+from mllm_keeplora.units import GB, format_count
+
+
+def format_plan(plan: Plan) -> str:
+    """The plan as one block of text."""
+    sections = (_model_lines, _memory_lines, _disk_lines, _work_lines, _time_lines)
+    return "\n".join(line for section in sections for line in section(plan))
+
+
+def _model_lines(plan: Plan) -> Iterator[str]:
+    memory, shape, config = plan.memory, plan.memory.shape, plan.memory.config
+    kind = f"{memory.model.config.model_type}, {config.model.quantization}, {config.model.compute_dtype}"
+    yield f"base model   {config.model.base_model} ({kind}): {plan.weights}"
+    for tower, settings in config.towers().items():
+        found = [t for t in memory.targets if t.tower == tower]
+        weights = sum(t.in_features * t.out_features for t in found)
+        factors = sum(settings.rank * (t.in_features + t.out_features) for t in found)
+        yield (
+            f"  {tower:9s}  {len(found)} modules adapted, {format_count(weights)} weights, "
+            f"rank {settings.rank}: {format_count(factors)} factor parameters a stage"
+        )
+    for reason, number in plan.excluded.items():
+        yield f"  left out   {number} linear layers: {reason}"
+    yield f"sample       {shape.tokens} tokens, {shape.vision_tokens} rows of the vision tower"
+    yield f"             {shape.source}"
+    limit = config.train.max_length
+    if limit is not None and shape.tokens > limit:
+        yield f"             longer than train.max_length {limit}: the run would stop at it"
+
+
+def _memory_lines(plan: Plan) -> Iterator[str]:
+    memory, train = plan.memory, plan.memory.config.train
+    other = replace(train, activation_checkpointing=not train.activation_checkpointing)
+    changed = replace(memory, config=replace(memory.config, train=other)).phases()
+    word = "with" if other.activation_checkpointing else "without"
+    phases = memory.phases()
+    yield f"memory, GB   {'':18s}" + "".join(f"{phase:>14s}" for phase in phases)
+    for item in dict.fromkeys(item for items in phases.values() for item in items):
+        yield _gigabytes(item, [items.get(item) for items in phases.values()])
+    yield _gigabytes("sum", [sum(items.values()) for items in phases.values()])
+    yield _gigabytes(f"sum {word} checkpointing", [sum(items.values()) for items in changed.values()])
+    verdict = "fits" if needed(memory) <= plan.available else "does NOT fit"
+    yield (
+        f"  peak {memory.peak() / GB:.2f} GB, {needed(memory) / GB:.2f} with headroom; "
+        f"{plan.available / GB:.2f} GB are there ({plan.device}): {verdict}"
+    )
+
+
+def _gigabytes(name: str, sizes: Sequence[int | None]) -> str:
+    cells = (f"{'-':>14s}" if size is None else f"{size / GB:14.3f}" for size in sizes)
+    return f"  {name:29s}" + "".join(cells)
+
+
+def _disk_lines(plan: Plan) -> Iterator[str]:
+    towers, stages, cached = plan.memory.config.towers(), len(plan.work), len(plan.cached_bases)
+    modules, rank = len(plan.memory.targets), max(tower.rank for tower in towers.values())
+    how = "exact" if cached == modules else f"at most, {cached} of {modules} cached"
+    shares = ", ".join(f"k <= {tower.eps_w:g} min(in, out) for {name}" for name, tower in towers.items())
+    notes = {
+        "weight bases": f"  ({how}; {shares})",
+        "feature bases": f"  (at most, {stages} stages)",
+        "adapter": f"  (rank {rank * stages} in the end, and the one it replaces)",
+        "checkpoints": "  (two and the one being written, during a stage)",
+        "frames": "  (at most: video.cache_gb)",
+        "sum": "  (answers and logs come on top)",
+    }
+    disk = plan.disk()
+    yield "disk, GB"
+    for name, size in {**disk, "sum": sum(disk.values())}.items():
+        yield f"  {name:17s}{size / GB:9.3f}{notes.get(name, '')}"
+
+
+def _work_lines(plan: Plan) -> Iterator[str]:
+    yield _row("stages", "samples", "probe", "epochs", "steps", "questions")
+    for work in plan.work:
+        train = plan.memory.config.train_for(work.task)
+        probe = f"{work.probe_passes} x {_known(work.probe_samples)}" if work.probe_passes else "-"
+        epochs = "-" if train.max_steps > 0 else f"{train.num_train_epochs:g}"
+        counts = map(_known, (work.samples, work.steps, work.questions))
+        yield _row(f"  {work.task}", next(counts), probe, epochs, *counts)
+    for name, questions in plan.general.items():
+        yield _row(f"  {name}", "", "", "", "", _known(questions))
+    asked, unknown = sum(n or 0 for n in plan.questions), plan.questions.count(None)
+    more = f" and {unknown} unknown" if unknown else ""
+    yield f"  evaluations: {len(plan.work) + 1} rows of {asked} questions{more}"
+
+
+def _row(name: str, samples: str, probe: str, epochs: str, steps: str, questions: str) -> str:
+    return f"{name:25s}{samples:>10s}{probe:>16s}{epochs:>8s}{steps:>8s}{questions:>11s}"
+
+
+def _time_lines(plan: Plan) -> Iterator[str]:
+    rates, total = plan.rates, plan.seconds()
+    if rates is None:
+        yield "time         no measured rate: no finished stage on this base with these settings"
+        return
+    probe = f" {rates.probe:.3g} s a probe sample," if rates.probe else ""
+    step, question = f"{rates.step:.3g} s a step,", f" {rates.question:.3g} s a question"
+    yield f"time         {step}{probe}{question} (measured by {rates.run})"
+    if total is None:
+        yield "             no total: the data are not there, or a stock benchmark's size is not known"
+    else:
+        yield f"             about {total / 60:.0f} minutes; weight bases and checking the data come on top"
+
+
+def _known(number: int | None) -> str:
+    return "?" if number is None else str(number)
