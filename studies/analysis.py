@@ -317,6 +317,7 @@ def draw_analysis(config: AnalysisConfig, results: Mapping[str, Any]) -> bytes:
         right.set_xticks(range(len(DEPTHS)), DEPTHS)
         right.set_title(f"{KINDS[kind]}: part of one third of the layers, eps {eps:g}", fontsize=11)
         right.set_xlabel("third of the depth that is rebuilt; last, all of it")
+        left.set_ylabel("mean score, %")
         start_at_zero(left)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return png(figure)
@@ -334,4 +335,3 @@ def _plot(axes: Axes, results: Mapping[str, Any], kind: str, along: Sequence[tup
     unchanged = Estimate(accuracy(results, UNCHANGED, kind).value, None)
     style = {"color": "#566672", "linestyle": "-.", "label": "unchanged model"}
     plot_estimates(axes, range(len(along)), [unchanged] * len(along), **style)
-    axes.set_ylabel("mean score, %")
