@@ -430,7 +430,7 @@ def test_a_backend_that_is_not_installed_says_so(plain: Path, tmp_path: Path, mo
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     reader = VideoReader(_config(backend="torchcodec"), None)
     with pytest.raises(
-        VideoError, match="not decoded by torchcodec: no such library; .*pip install torchcodec"
+        VideoError, match="not decoded by torchcodec: ImportError: no such library; .*pip install torchcodec"
     ):
         reader.read(plain)
 
@@ -446,7 +446,9 @@ def test_without_decord_pyav_decodes(plain: Path, tmp_path: Path, monkeypatch) -
     (tmp_path / "decord.py").write_text("raise ImportError('no wheel')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     np.testing.assert_array_equal(VideoReader(_config(), None).read(plain).frames, expected.frames)
-    with pytest.raises(VideoError, match="not decoded by decord: no wheel.*set video.backend: pyav"):
+    with pytest.raises(
+        VideoError, match="not decoded by decord: ImportError: no wheel.*set video.backend: pyav"
+    ):
         VideoReader(_config(backend="decord"), None).read(plain)
 
 

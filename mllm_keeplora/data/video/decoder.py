@@ -37,8 +37,8 @@ from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 Frames = NDArray[np.uint8]  # [T, H, W, 3], RGB
-_PARENT_CHECK_SECONDS = 1.0
 
+_PARENT_CHECK_SECONDS = 1.0
 _IMAGE_BRANDS = (b"heic", b"heix", b"mif1", b"avif")
 _IMAGE_FORMATS = ("gif", "apng", "webp", "ico")
 _MP4_STARTS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot", b"styp")
@@ -467,7 +467,7 @@ def _compare(frames: Frames, backend: str, path: str, indices: Sequence[int]) ->
         reason = "it gives other frames than PyAV, which decodes every frame in order"
     # torchcodec raises RuntimeError where libraries of its wheel are missing, decord OSError.
     except (ImportError, OSError, RuntimeError, ValueError, IndexError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         if backend not in sys.modules:
             remedy += f", or pip install {backend}"
     raise Refused(f"is not decoded by {backend}: {reason}", remedy)
