@@ -129,6 +129,11 @@ def megabytes(count: float) -> str:
     return f"{count / 1e6:.4g} MB"
 
 
+def energy(matrix: torch.Tensor) -> float:
+    """Squared Frobenius norm, summed in fp64."""
+    return float(matrix.double().square().sum())
+
+
 def saved_bytes(model: torch.nn.Module, forward: Callable[[], Any]) -> int:
     """Bytes that autograd keeps during `forward` for the backward pass, the model's parameters left out."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
