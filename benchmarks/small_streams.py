@@ -1,0 +1,25 @@
+"""The small streams that come along: their settings, and their data, which are drawn on first use."""
+
+from typing import Any, Literal
+
+import mllm_keeplora  # noqa: F401  # its guards come before the libraries they guard
+
+# isort: split
+from dataclasses import replace
+
+from mllm_keeplora.recipes import video, vqa
+
+from mllm_keeplora.config import RunConfig, parse_config
+from mllm_keeplora.resources import shipped
+
+
+def small_config(kind: Literal["vqa", "video"], **settings: Any) -> RunConfig:
+    """The settings of a small stream with some of them replaced; its data are there afterwards.
+
+    Args:
+        kind: of the stream.
+        settings: fields of `RunConfig`.
+    """
+    {"vqa": vqa, "video": video}[kind].EMBEDDED.build()
+    file = shipped(f"recipes/configs/{kind}/small.yaml")
+    return replace(parse_config("", file, []), **settings)
