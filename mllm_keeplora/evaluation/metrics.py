@@ -1,4 +1,4 @@
-"""Metrics of continual learning from one accuracy matrix (DESIGN section 4).
+"""Metrics of continual learning from one accuracy matrix.
 
 A[j][i] is the score on task i after stage j, 1-based in the formulas. Row 0, the untouched base, enters none
 of the published formulas; it is accepted so that a caller can pass the matrix as it stands.
