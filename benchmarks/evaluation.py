@@ -6,8 +6,8 @@ A short run over the embedded image stream (two training steps a task: what it l
 is made first. Then two ways answer all questions of its tasks and its general benchmark, in turns:
 
     inside        `evaluate_row` on the loaded model with the adapter attached, as every stage calls it
-    fresh         what eval/leaderboard.py types: a process that imports, loads base and adapter by our model
-                  id, and answers; its wall time
+    fresh         what `keeplora leaderboard` types: a process that imports, loads base and adapter by our
+                  model id, and answers; its wall time
 
 with the same batch size, threads and decoding. Scores have to be equal. A third way, the fresh process on the
 first question of each task alone, says how much of its time is start-up. What a run pays once (imports and
@@ -28,17 +28,18 @@ import mllm_keeplora  # noqa: E402, F401  # its guards come before the libraries
 import torch  # noqa: E402
 from measure import ROOT, Options, Row, benchmark, ratio  # noqa: E402
 
-# A folder of this name, which the leaderboard's command makes here, would change where the import is sorted.
-from mllm_keeplora.eval.leaderboard import FinishedRun, lmms_eval_arguments, read_results, read_run  # noqa: E402  # isort: skip
-
-from mllm_keeplora.config import parse_config  # noqa: E402
-from mllm_keeplora.continual.saved_run import load_run  # noqa: E402
 from mllm_keeplora.data.stream import load_stream  # noqa: E402
 from mllm_keeplora.data.video.reader import VideoReader  # noqa: E402
 from mllm_keeplora.distributed.processes import end_processes, start_processes  # noqa: E402
+from mllm_keeplora.eval.leaderboard import (  # noqa: E402
+    CompleteRun,
+    lmms_eval_arguments,
+    read_results,
+    read_run,
+)
 from mllm_keeplora.evaluation.score import Score, evaluate_row  # noqa: E402
 
-# The first import prepares the environment for lmms-eval's, as in eval/leaderboard.py.
+# The first import prepares the environment for lmms-eval's.
 LMMS_EVAL = "import mllm_keeplora; from lmms_eval.cli.dispatch import main; main()"
 SPEEDUP = 5.0
 QUICK_SIZES = (16, 8, 8)
@@ -47,13 +48,13 @@ QUICK_SIZES = (16, 8, 8)
 class Inside:
     """The run's last row as a stage measures it: model, adapter and libraries are there already."""
 
-    def __init__(self, run: FinishedRun, root: Path, device: torch.device) -> None:
+    def __init__(self, run: CompleteRun, root: Path, device: torch.device) -> None:
         self.run, self.root = run, root
         start_processes(cpu=device.type == "cpu")
-        self.config = parse_config("", run.directory / "config.json", [])
+        self.config = run.saved.config
         self.stream = load_stream(Path(self.config.stream), Path(self.config.data_root or ""))
         self.reader = VideoReader(self.config.video, Path(self.config.cache_dir))
-        self.model, self.processor = load_run(run.directory).load_model()
+        self.model, self.processor = run.saved.load_model()
         self.scores: dict[str, Score] = {}
 
     def __call__(self) -> None:
@@ -62,7 +63,7 @@ class Inside:
             self.model,
             self.processor,
             self.stream,
-            self.run.directory / "eval_tasks",
+            self.run.saved.directory.task_files,
             self.root / "row",
             reader=self.reader,
             batch_size=self.config.evaluation.batch_size,
@@ -77,7 +78,7 @@ class Fresh:
         limit: questions a task; None for all.
     """
 
-    def __init__(self, run: FinishedRun, root: Path, limit: int | None) -> None:
+    def __init__(self, run: CompleteRun, root: Path, limit: int | None) -> None:
         self.run, self.root, self.limit = run, root, limit
         self.scores: dict[str, Score] = {}
 
@@ -97,12 +98,12 @@ class Fresh:
         self.scores = read_results(written[0], self.run.entries)
 
 
-def finished_run(root: Path, quick: bool) -> FinishedRun:
+def finished_run(root: Path, quick: bool) -> CompleteRun:
     """Builds the embedded data under `root` and runs the stream on them with two training steps a task."""
     sizes = f"b.TRAIN_IMAGES, b.TEST_QUESTIONS, b.GENERAL_QUESTIONS = {QUICK_SIZES}; " if quick else ""
-    script = f"import build_data as b; {sizes}b.main()"
+    script = f"from mllm_keeplora.recipes.small import build_vqa_data as b; {sizes}b.main()"
     build = [sys.executable, "-c", script, "--out", str(root / "data")]
-    _complete(build, ROOT / "recipes/small")
+    _complete(build, ROOT)
     settings = {
         "run_dir": root / "run",
         "data_root": root / "data",
@@ -164,7 +165,7 @@ def rows(options: Options) -> list[Row]:
     return [row(run, seconds)]
 
 
-def row(run: FinishedRun, seconds: dict[str, list[float]]) -> Row:
+def row(run: CompleteRun, seconds: dict[str, list[float]]) -> Row:
     """The line of the table."""
     questions = sum(score["n"] for score in run.scores.values())
 
@@ -179,7 +180,7 @@ def row(run: FinishedRun, seconds: dict[str, list[float]]) -> Row:
     return Row(
         8,
         f"a retention row of the embedded default: {questions} questions of {len(run.scores)} tasks, batch "
-        f"{run.config['evaluation']['batch_size']}; beside lmms-eval's command line on the saved model",
+        f"{run.saved.config.evaluation.batch_size}; beside lmms-eval's command line on the saved model",
         side("inside"),
         side("fresh") + start_up,
         f"{faster} times as fast, equal scores",

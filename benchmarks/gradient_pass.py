@@ -58,8 +58,6 @@ from measure import (
     milliseconds,
     ratio,
 )
-from mllm_keeplora.recipes.video import EMBEDDED as VIDEO  # noqa: E402
-from mllm_keeplora.recipes.vqa import EMBEDDED as IMAGE  # noqa: E402
 from shapes import TINY, TRUE, Shape, llava_config, random_batch, random_model, settings_for
 from torch import Tensor, nn
 
@@ -73,9 +71,11 @@ from mllm_keeplora.linalg.sketch import extend_basis_from_sketch, refined_direct
 from mllm_keeplora.linalg.subspace import extend_basis, project_to_residual
 from mllm_keeplora.methods.base import load_method
 from mllm_keeplora.methods.context import Stage
+from mllm_keeplora.modeling.loss import supervised_positions
 from mllm_keeplora.modeling.targets import Target, find_targets
 from mllm_keeplora.planning.skeleton import skeleton_of
 from mllm_keeplora.probes.gradients import back_project_gradients, sketch_gradients
+from mllm_keeplora.recipes.small.streams import draw_small_stream  # noqa: E402
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
@@ -351,7 +351,7 @@ class Task:
         tokens = 0
         for batch in self.batches(indices):
             self.dense(**batch, num_items_in_batch=1).loss.backward()
-            tokens += int((batch["labels"][:, 1:] != -100).sum())
+            tokens += int(supervised_positions(batch["labels"]).sum())
         gradients = {}
         for target, parameter in zip(self.stage.targets, parameters, strict=True):
             gradients[target.name] = gradient_of(parameter).cpu() / tokens
@@ -533,9 +533,8 @@ def draw(curves: Mapping[str, Mapping[int, Held]], file: Path) -> None:
 def open_tasks(kind: str, folder: Path, quick: bool) -> Iterator[tuple[str, Task]]:
     """The first and the third task of the embedded stream for `vqa` or `video`, data built where missing."""
     os.chdir(ROOT)  # the configs' paths are relative to it
-    embedded = {"vqa": IMAGE, "video": VIDEO}[kind]
-    embedded.build()
-    config = parse_config("", embedded.config, ["--run_dir", str(folder / kind)])
+    config = parse_config("", Path(f"recipes/configs/{kind}/small.yaml"), ["--run_dir", str(folder / kind)])
+    draw_small_stream(config.stream)
     stream = load_stream(Path(config.stream), None)
     wanted = stream.tasks[:1] if quick else stream.tasks[:3:2]
     stream = replace(stream, tasks=wanted, general=())

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean
 
 import mllm_keeplora  # noqa: F401  # its guards come before the libraries they guard
-from mllm_keeplora.commands.program import command
+from mllm_keeplora.command_line import command
 from mllm_keeplora.config import parse_config
 from mllm_keeplora.continual.run import _History, _open_workplace, _past_factors
 from mllm_keeplora.data.stream import load_stream

@@ -18,9 +18,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from measure import PICTURES, ROOT, Row, table
-from mllm_keeplora.studies.methods import environment
 
 from mllm_keeplora.runs.files import read_json, write_json
+from mllm_keeplora.studies.methods import environment
 
 SCRIPTS = ("bases", "gradient_pass", "training", "switches", "stage", "evaluation", "growth")
 

@@ -16,6 +16,7 @@ from mllm_keeplora.config import ModelConfig
 from mllm_keeplora.modeling.families import family_of
 from mllm_keeplora.modeling.linear4bit import guard_linear4bit
 from mllm_keeplora.modeling.loading import DTYPES, quantization_config
+from mllm_keeplora.modeling.loss import IGNORED_LABEL
 from mllm_keeplora.planning.skeleton import skeleton_of
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "<video>", "USER:", "ASSISTANT:"]
@@ -158,7 +159,7 @@ def random_batch(
     image = torch.full((size, shape.image_tokens), SPECIAL.index("<image>"))
     input_ids = torch.cat([image, words], dim=1)
     labels = input_ids.clone()
-    labels[:, :-16] = -100
+    labels[:, :-16] = IGNORED_LABEL
     pixels = torch.randn(size, 3, shape.image_size, shape.image_size, generator=generator)
     dtype = DTYPES[settings_for(device).compute_dtype]
     batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}

@@ -24,7 +24,6 @@ import mllm_keeplora  # noqa: F401  # its guards come before the libraries they 
 import datasets
 import torch
 from measure import ROOT, Options, Row, benchmark, in_turns, ratio
-from mllm_keeplora.recipes.vqa import EMBEDDED  # noqa: E402
 from peft import LoraConfig, get_peft_model
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
@@ -40,6 +39,7 @@ from mllm_keeplora.methods.base import load_method
 from mllm_keeplora.methods.context import Stage, Workplace
 from mllm_keeplora.modeling.loading import load_base
 from mllm_keeplora.probes.protected_bases import weight_basis_files
+from mllm_keeplora.recipes.small.streams import draw_small_stream  # noqa: E402
 
 STEPS = {"max_steps": 400}  # beside which the probe weighs twice what it does in the recipe
 QUICK = {"max_steps": 2, "per_device_train_batch_size": 4}
@@ -47,7 +47,7 @@ QUICK = {"max_steps": 2, "per_device_train_batch_size": 4}
 
 def settings(folder: Path, quick: bool) -> RunConfig:
     """The embedded recipe, evaluated on next to nothing."""
-    config = parse_config("", ROOT / EMBEDDED.config, ["--config", str(ROOT / EMBEDDED.config)])
+    config = parse_config("", Path("recipes/configs/vqa/small.yaml"), [])
     train = replace(config.train, **(QUICK if quick else STEPS))  # type: ignore[arg-type]
     return replace(
         config,
@@ -172,7 +172,7 @@ def rows(options: Options) -> list[Row]:
     """Row 4."""
     start_processes(cpu=options.device.type == "cpu")
     with tempfile.TemporaryDirectory() as name, contextlib.chdir(ROOT):
-        EMBEDDED.build()
+        draw_small_stream("recipes/streams/small_vqa.yaml")
         return compare(options, Path(name))
 
 

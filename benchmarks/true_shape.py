@@ -62,7 +62,7 @@ from mllm_keeplora.methods.base import load_method
 from mllm_keeplora.methods.context import Stage, Workplace
 from mllm_keeplora.modeling.families import Media
 from mllm_keeplora.modeling.loading import resolve_device
-from mllm_keeplora.modeling.targets import targets_of
+from mllm_keeplora.modeling.targets import find_targets
 from mllm_keeplora.planning.plan import make_plan
 from mllm_keeplora.probes.protected_bases import weight_basis_files
 from mllm_keeplora.units import GB
@@ -251,7 +251,7 @@ def measure(root: Path, options: argparse.Namespace, batch: int) -> dict[str, An
         model = random_model(plan.memory.model.config, config.model, device)
     if config.train.activation_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    targets = targets_of(model, config, [FAMILIES[options.family].media])
+    targets = find_targets(model, {name: tower.targets for name, tower in config.towers().items()})
     cached = Path(config.cache_dir).exists()  # by the batch size before
     with peaks.phase("weight bases, cached" if cached else "weight bases"):
         eps_w = {name: tower.eps_w for name, tower in config.towers().items()}

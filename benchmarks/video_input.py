@@ -24,7 +24,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mllm_keeplora.config import VideoConfig  # noqa: E402
-from mllm_keeplora.data.video.decoder import Frames  # noqa: E402
+from mllm_keeplora.data.video.cache import Frames  # noqa: E402
 from mllm_keeplora.data.video.reader import VideoReader  # noqa: E402
 
 FRAMES, HEIGHT, WIDTH, RATE = 300, 480, 854, 30

@@ -1,64 +1,60 @@
-"""Evaluates a finished run from its saved files, through lmms-eval's own command line, and ranks it on the
-leaderboard.
+"""Evaluates a run from its saved files, through lmms-eval's own command line, and ranks it.
 
-    python eval/leaderboard.py runs/vqa_small
-
-The fresh process loads the 4-bit base and the run's adapter by lmms-eval's model id `keeplora`, answers every
-question of the run's tasks and general benchmarks again, and compares the scores with the last row of the
-run's retention.json. lmms-eval's own result files stay in <run>/leaderboard. A row is added to
-leaderboard.json and leaderboard.md; a run that is evaluated again replaces its row. Exit status 1 if the
-scores are not those of the run.
+The 4-bit base and the run's adapter are loaded by lmms-eval's model id `keeplora`. Every question of the
+run's tasks and general benchmarks is asked again, and the scores are compared with the last row of its
+matrix.
 """
 
-import argparse
 import json
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-# First: prepares the environment for lmms-eval's imports (which is why its stock command cannot be called
-# directly).
-import mllm_keeplora  # noqa: F401
-from mllm_keeplora.config import ModelConfig
-from mllm_keeplora.evaluation.errors import MODEL_ID, EvaluationError
+from mllm_keeplora.continual.saved_run import SavedRun, load_run
+from mllm_keeplora.evaluation.entry_point import MODEL_ID
+from mllm_keeplora.evaluation.errors import EvaluationError
 from mllm_keeplora.evaluation.score import Score, read_score
 from mllm_keeplora.evaluation.task_files import ScoredTask, read_index
-from mllm_keeplora.runs.files import ArtifactError, atomic_path, read_json, write_json
+from mllm_keeplora.runs.files import atomic_path, read_json, write_json
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 SCHEMA_VERSION = 1
 # Scores that pass through JSON text come back bit for bit; this allows for another order of summation.
 SCORE_TOLERANCE = 1e-9
-MODEL_SETTINGS = tuple(field.name for field in fields(ModelConfig))
 # How clips become frames; decoded frames are not kept in a fresh process.
 VIDEO_SETTINGS = ("frames", "fps", "backend", "timeout")
 
 
 @dataclass(frozen=True)
-class FinishedRun:
-    """What the leaderboard needs of a run directory."""
+class CompleteRun:
+    """A run at its end, whose tasks and benchmarks were all asked whole.
 
-    directory: Path
-    config: dict[str, Any]
-    method: str
+    Attributes:
+        saved: the run.
+        stream: the stream's name.
+        entries: its tasks and benchmarks, as lmms-eval knows them.
+        scores: the row that the run measured after its last stage.
+    """
+
+    saved: SavedRun
     stream: str
     entries: list[ScoredTask]
-    scores: dict[str, Score]  # the in-process row after the last stage
+    scores: dict[str, Score]
 
 
-def read_run(directory: Path) -> FinishedRun:
-    """Reads a finished run.
+def read_run(directory: Path) -> CompleteRun:
+    """Reads a run that can be ranked.
 
     Raises:
-        EvaluationError: if the run is unfinished, or was evaluated on a subset of the questions.
-        ArtifactError: if one of its files is missing or damaged.
+        EvaluationError: the run is not at its end, or was evaluated on a subset of the questions.
+        ArtifactError: one of its files is missing or damaged.
     """
-    config, retention = read_json(directory / "config.json"), read_json(directory / "retention.json")
+    saved = load_run(directory)
+    retention = saved.retention
     for name in ("limit", "general_limit"):
-        limit = config["evaluation"].get(name)
+        limit = getattr(saved.config.evaluation, name)
         if limit is not None:
             raise EvaluationError(
                 f"{directory} was evaluated on the first {limit} questions (evaluation.{name}); the "
@@ -68,9 +64,9 @@ def read_run(directory: Path) -> FinishedRun:
     if last["stage"] != len(retention["tasks"]):
         raise EvaluationError(
             f"{directory} is at stage {last['stage']} of {len(retention['tasks'])}; run the same command "
-            "again to finish it"
+            "again to complete it"
         )
-    stream, entries = read_index(directory / "eval_tasks")
+    stream, entries = read_index(saved.directory.task_files)
     names = [*retention["tasks"], *retention["general"]]
     missing = [name for name in names if last["scores"].get(name) is None]
     if missing or [entry.name for entry in entries] != names:
@@ -78,11 +74,15 @@ def read_run(directory: Path) -> FinishedRun:
             f"{directory}: expected scores of {[entry.name for entry in entries]} (eval_tasks) in the last "
             f"row of retention.json, found {[name for name in names if name not in missing]}"
         )
-    return FinishedRun(directory, config, retention["method"], stream, entries, last["scores"])
+    return CompleteRun(saved, stream, entries, last["scores"])
 
 
-def evaluate_saved(run: FinishedRun, limit: int | None) -> dict[str, Score]:
+def evaluate_saved(run: CompleteRun, limit: int | None) -> dict[str, Score]:
     """Scores the run's adapter on its base through lmms-eval's command line, in this process.
+
+    Args:
+        run: what is evaluated; lmms-eval's own result files go to its `leaderboard` folder.
+        limit: first questions asked of each task; None asks all.
 
     Raises:
         EvaluationError: if our model id is not registered, or lmms-eval left no results (it prints why and
@@ -94,9 +94,9 @@ def evaluate_saved(run: FinishedRun, limit: int | None) -> dict[str, Score]:
     if MODEL_ID not in list_available_models():
         raise EvaluationError(
             f"lmms-eval does not know the model {MODEL_ID!r}: the installed package does not register it; "
-            "run pip install --no-deps -e . in the repository"
+            "install it again"
         )
-    output = run.directory / "leaderboard"
+    output = run.saved.directory.leaderboard
     before = set(output.rglob("*_results.json"))
     sys.argv = ["lmms-eval", *lmms_eval_arguments(run, output, limit)]
     lmms_eval_main()
@@ -108,16 +108,16 @@ def evaluate_saved(run: FinishedRun, limit: int | None) -> dict[str, Score]:
     return read_results(written[0], run.entries)
 
 
-def lmms_eval_arguments(run: FinishedRun, output: Path, limit: int | None) -> list[str]:
+def lmms_eval_arguments(run: CompleteRun, output: Path, limit: int | None) -> list[str]:
     """The command line: what a person would type after `lmms-eval`.
 
     Raises:
         EvaluationError: for a path or name with a character that separates lmms-eval's arguments.
     """
-    model = {key: run.config["model"][key] for key in MODEL_SETTINGS if run.config["model"][key] is not None}
-    model["adapter"] = (run.directory / "adapter").resolve()
-    video = {f"video_{key}": run.config["video"][key] for key in VIDEO_SETTINGS}
-    model |= {key: value for key, value in video.items() if value is not None}
+    config = run.saved.config
+    model = {**asdict(config.model), "adapter": run.saved.directory.adapter.resolve()}
+    model |= {f"video_{name}": getattr(config.video, name) for name in VIDEO_SETTINGS}
+    model = {name: value for name, value in model.items() if value is not None}
     for value in (*map(str, model.values()), str(output)):
         if set(value) & set(",'\"{}[]"):
             raise EvaluationError(
@@ -127,9 +127,9 @@ def lmms_eval_arguments(run: FinishedRun, output: Path, limit: int | None) -> li
     arguments = {
         "--model": MODEL_ID,
         "--model_args": ",".join(f"{key}={value}" for key, value in model.items()),
-        "--include_path": str(run.directory / "eval_tasks"),
+        "--include_path": str(run.saved.directory.task_files),
         "--tasks": ",".join(entry.lmms_task for entry in run.entries),
-        "--batch_size": str(run.config["evaluation"]["batch_size"]),
+        "--batch_size": str(config.evaluation.batch_size),
         "--output_path": str(output),
         # Score replies as they are, as inside the run; by default <think> blocks are cut out first.
         "--reasoning_tags": "none",
@@ -164,15 +164,14 @@ def find_differences(inside: Mapping[str, Score], fresh: Mapping[str, Score]) ->
     ]
 
 
-def build_row(run: FinishedRun, scores: Mapping[str, Score], equal: bool) -> dict[str, Any]:
-    """A leaderboard row: scores of the fresh process; `mean` is over the stream's tasks, not its
-    benchmarks."""
+def build_row(run: CompleteRun, scores: Mapping[str, Score], equal: bool) -> dict[str, Any]:
+    """A leaderboard row: scores of the fresh process; `mean` is over the tasks without general benchmarks."""
     tasks = {entry.name: scores[entry.name] for entry in run.entries if entry.kind == "task"}
     return {
-        "run": run.directory.resolve().name,
+        "run": run.saved.directory.path.resolve().name,
         "stream": run.stream,
-        "method": run.method,
-        "base": run.config["model"]["base_model"],
+        "method": run.saved.retention["method"],
+        "base": run.saved.config.model.base_model,
         "tasks": tasks,
         "general": {entry.name: scores[entry.name] for entry in run.entries if entry.kind == "general"},
         "mean": sum(score["value"] for score in tasks.values()) / len(tasks),
@@ -181,8 +180,10 @@ def build_row(run: FinishedRun, scores: Mapping[str, Score], equal: bool) -> dic
 
 
 def add_row(table: Path, row: dict[str, Any]) -> None:
-    """Adds a row to leaderboard.json in the directory `table`, in place of the run's earlier one; rewrites
-    leaderboard.md."""
+    """Adds a row to leaderboard.json in the directory `table`, in place of the run's earlier row.
+
+    leaderboard.md is written anew from all rows.
+    """
     path = table / "leaderboard.json"
     rows = read_json(path)["rows"] if path.exists() else []
     rows = [other for other in rows if (other["stream"], other["run"]) != (row["stream"], row["run"])] + [row]
@@ -200,9 +201,9 @@ def format_leaderboard(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         "# Leaderboard",
         "",
-        "Scores of finished runs after their last task, 0 to 1 with standard error, measured by lmms-eval in",
-        "a fresh process (`bash scripts/evaluate_leaderboard.sh runs/<run>`). Ranked by the mean over the",
-        "stream's tasks; general benchmarks stand in italics. `equal`: the run's own evaluation agrees.",
+        "Scores of runs after their last task, 0 to 1 with standard error, measured by lmms-eval in",
+        "a fresh process (`keeplora leaderboard RUN`). Ranked by the mean over the stream's tasks; general",
+        "benchmarks stand in italics. `equal`: the run's own evaluation agrees.",
     ]
     for group in tables.values():
         tasks, general = list(group[0]["tasks"]), list(group[0]["general"])
@@ -213,7 +214,7 @@ def format_leaderboard(rows: Sequence[Mapping[str, Any]]) -> str:
             scores = [row["tasks"][name] for name in tasks] + [row["general"][name] for name in general]
             left = [str(rank), row["run"], row["method"], row["base"]]
             right = [f"{row['mean']:.3f}", "yes" if row["equal_to_run"] else "no"]
-            lines.append(_line([*left, *map(_cell, scores), *right]))
+            lines.append(_line([*left, *map(format_score, scores), *right]))
     return "\n".join(lines) + "\n"
 
 
@@ -222,44 +223,6 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(escaped)} |"
 
 
-def _cell(score: Score) -> str:
+def format_score(score: Score) -> str:
+    """The value, and its standard error where there is one."""
     return f"{score['value']:.3f}" + ("" if score["stderr"] is None else f" ± {score['stderr']:.3f}")
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description="Evaluate a finished run afresh through lmms-eval's command line, and rank it."
-    )
-    parser.add_argument("run", type=Path, help="run directory, e.g. runs/vqa_small")
-    parser.add_argument(
-        "--limit", type=int, help="first N questions per task only: a quick look, no comparison, no row"
-    )
-    parser.add_argument(
-        "--table",
-        type=Path,
-        default=REPOSITORY / "leaderboard",
-        help="directory of the leaderboard (default: %(default)s)",
-    )
-    arguments = parser.parse_args()
-    try:
-        run = read_run(arguments.run)
-        scores = evaluate_saved(run, arguments.limit)
-    except (ArtifactError, EvaluationError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if arguments.limit is not None:
-        for name, score in scores.items():
-            print(f"{name}: {_cell(score)} (first {score['n']} questions)")
-        return 0
-    differences = find_differences(run.scores, scores)
-    add_row(arguments.table, build_row(run, scores, equal=not differences))
-    if differences:
-        print("\n".join(["Scores differ from the run's own evaluation:", *differences]))
-    else:
-        print(f"All {len(scores)} scores equal those of the run's own evaluation.")
-    print(f"Leaderboard: {arguments.table / 'leaderboard.md'}")
-    return 1 if differences else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

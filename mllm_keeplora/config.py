@@ -1,25 +1,22 @@
 """Settings of a run: one YAML file, one dataclass tree; the command line wins, unknown keys are errors."""
 
-import difflib
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentParser
 
-from mllm_keeplora.errors import KeepLoRAError
+from mllm_keeplora.command_line import read_settings, settings_parser
+from mllm_keeplora.errors import ConfigError as ConfigError  # known by this module's name everywhere
+from mllm_keeplora.errors import did_you_mean
+from mllm_keeplora.linalg.energy import check_energy
 from mllm_keeplora.linalg.layer_scaling import layer_scales
-from mllm_keeplora.linalg.subspace import check_energy
 from mllm_keeplora.resources import find
 
 Tower = Literal["vision", "language"]
-
-
-class ConfigError(KeepLoRAError, ValueError):
-    """A setting that cannot be used; the message names it and says what it should be."""
+Dtype = Literal["float32", "bfloat16"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -48,7 +45,7 @@ class ModelConfig:
     base_model: str = "recipes/small/vqa_base"
     revision: str | None = None
     quantization: Literal["nf4", "none"] = "nf4"
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    compute_dtype: Dtype = "float32"
     chat_template: str | None = None
     attn_implementation: str = "sdpa"
     trust_remote_code: bool = False
@@ -127,7 +124,7 @@ class VideoConfig:
             that are taken.
         fps: Frames per second of the clip, in place of a fixed number; None takes `frames` of every clip.
         backend: pyav decodes every file and checks each frame. decord and torchcodec (to be installed by you)
-            seek by key frame; files on which that returns wrong frames are refused under them.
+            decode every clip a second time; one of which they give other frames than pyav is refused.
         timeout: Seconds that decoding one clip may take before its decoder is ended and the clip is refused.
         cache_gb: Decoded frames kept on disk under cache_dir, in GB (1e9 bytes); 0 keeps none.
     """
@@ -304,8 +301,7 @@ class RunConfig:
         overrides = self.train_overrides.get(task, {})
         known = [f.name for f in fields(TrainConfig)]
         for key in overrides:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
+            hint = did_you_mean(key, known)
             _require(key in known, f"train_overrides.{task}.{key} is not a setting of train{hint}")
         _require(
             "activation_checkpointing" not in overrides,
@@ -321,6 +317,31 @@ class RunConfig:
         """The adapted towers."""
         towers: dict[Tower, TowerConfig] = {"vision": self.vision, "language": self.language}
         return {name: tower for name, tower in towers.items() if tower.adapt}
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """The model that grades a run's replies, and how it decodes.
+
+    Args:
+        judge: Directory or hub id of a chat model with safetensors weights.
+        revision: Commit, tag or branch of a hub model.
+        quantization: nf4 keeps the judge's linear layers in 4 bits, none all weights in dtype.
+        dtype: auto is bfloat16 on a GPU and float32 on a CPU.
+        max_new_tokens: Longest verdict, in tokens.
+        batch_size: Replies judged together.
+    """
+
+    judge: str
+    revision: str | None = None
+    quantization: Literal["nf4", "none"] = "none"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    max_new_tokens: int = 48
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "batch_size"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 # What a continued run may change: it decides no number (train and its overrides are compared per task
@@ -370,9 +391,29 @@ def config_from_dict(values: Mapping[str, Any], where: Path) -> RunConfig:
         raise ConfigError(f"{where} was written by another version of this package ({error})") from error
 
 
-def build_parser(description: str, default_config: Path) -> ArgumentParser:
-    """The command line: `--config FILE`, and every setting as `--group.name VALUE`."""
-    parser = ArgumentParser(description=description, parser_mode="yaml", exit_on_error=False)
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names, as the command line spells them."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs between two sets of settings, one phrase a setting."""
+    there, now = flatten(old), flatten(new)
+    return [
+        f"{key}: {there.get(key)!r} there, {now.get(key)!r} now"
+        for key in {**there, **now}
+        if there.get(key) != now.get(key)
+    ]
+
+
+def build_parser(
+    description: str | None, default_config: Path, prog: str = "keeplora run", flags: str = ""
+) -> ArgumentParser:
+    """The command line of a run: `--config FILE`, and every setting as `--group.name VALUE`."""
+    parser = settings_parser(prog, description, f"[--config FILE ...] {flags}")
     parser.add_argument(
         "--config", action="config", help=f"YAML file with settings (default: {default_config})"
     )
@@ -380,8 +421,21 @@ def build_parser(description: str, default_config: Path) -> ArgumentParser:
     return parser
 
 
-def parse_config(description: str, default_config: Path, argv: list[str] | None = None) -> RunConfig:
-    """Reads a recipe's settings; without `--config` the default file is read, as if it had been named.
+def parse_config(
+    description: str | None,
+    default_config: Path,
+    argv: Sequence[str] | None = None,
+    prog: str = "keeplora run",
+    flags: str = "",
+) -> RunConfig:
+    """Reads the settings of a run; without `--config` the default file is read, as if it had been named.
+
+    Args:
+        description: for `--help`.
+        default_config: YAML file of settings.
+        argv: the command line; None takes the process's own.
+        prog: the command, for `--help` and messages.
+        flags: further options that the command takes, for `--help` and messages.
 
     Raises:
         SystemExit: after `--help`.
@@ -390,16 +444,8 @@ def parse_config(description: str, default_config: Path, argv: list[str] | None 
     argv = list(sys.argv[1:] if argv is None else argv)
     if not any(argument == "--config" or argument.startswith("--config=") for argument in argv):
         argv = ["--config", str(default_config), *argv]
-    parser = build_parser(description, default_config)
-    try:
-        values = parser.instantiate(parser.parse_args(_with_shipped_configs(argv)))
-    except ArgumentError as error:
-        raise ConfigError(f"{error}{_did_you_mean(str(error))}") from error
-    except TypeError as error:  # jsonargparse expands a group that is no mapping
-        groups = ", ".join(f.name for f in fields(RunConfig) if is_dataclass(f.default_factory))
-        raise ConfigError(
-            f"one of the groups {groups} holds a value; it takes 'name: value' lines"
-        ) from error
+    parser = build_parser(description, default_config, prog, flags)
+    values = read_settings(parser, _with_shipped_configs(argv))
     return RunConfig(**{f.name: getattr(values, f.name) for f in fields(RunConfig)})
 
 
@@ -414,14 +460,3 @@ def _with_shipped_configs(argv: Sequence[str]) -> list[str]:
             argument = f"--config={find(value)}"
         found.append(argument)
     return found
-
-
-def _did_you_mean(message: str) -> str:
-    """A hint for an unknown key, from jsonargparse's message about it."""
-    unknown = re.search(r"accept(?:ed)?(?: option '(\w+)')?$|unrecognized arguments: --(\S+)", message)
-    quoted = re.search(r"Option '([\w.]+)'", message)
-    key = next((g for g in (*(unknown.groups() if unknown else ()), quoted and quoted.group(1)) if g), None)
-    groups = (RunConfig, ModelConfig, TowerConfig, ProbeConfig, VideoConfig, TrainConfig, EvaluationConfig)
-    known = sorted({f.name for group in groups for f in fields(group)})
-    close = difflib.get_close_matches(key.split(".")[-1].split("=")[0], known, n=1) if key else []
-    return f" (did you mean '{close[0]}'?)" if close else " (--help lists every setting)" if key else ""

@@ -1,5 +1,30 @@
-"""The base of every error whose message is written for the user."""
+"""Errors whose message is written for the user, and the hint at the name that was meant."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class KeepLoRAError(Exception):
     """Says what is wrong, where, what was expected and what to do; commands print it without a traceback."""
+
+
+class ConfigError(KeepLoRAError, ValueError):
+    """A setting that cannot be used; the message names it and says what it should be."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """` (did you mean 'train.learning_rate'?)` for a name that is close to a known one or begins it, else "".
+
+    The last part of a dotted name decides, so that a group that is missing or wrong is put right as well.
+
+    Args:
+        name: what was given.
+        known: names that could have been meant.
+    """
+    group, _, last = name.rpartition(".")
+    parts = {option: option.rpartition(".")[2] for option in known}
+    close = difflib.get_close_matches(last, parts.values(), n=1)
+    close = close or [part for part in parts.values() if last and part.startswith(last)]
+    meant = [option for option, part in parts.items() if part in close]
+    meant = [option for option in meant if option.rpartition(".")[0] == group] or meant
+    return f" (did you mean {' or '.join(map(repr, meant))}?)" if meant else ""

@@ -1,43 +1,27 @@
-# Sourced by the other scripts: `setup_environment` makes or finds the Python environment and sets PYTHON.
+# Sourced by the other scripts: `setup_environment` makes or finds the Python environment and sets PYTHON and REPOSITORY.
+# The working directory stays the user's own; .venv lies beside this folder.
 #   KEEPLORA_PYTHON=/path/to/python   use this interpreter as it is, install nothing
 
 setup_environment() {
-    cd "$(dirname "${BASH_SOURCE[0]}")/.." || return 1
-    # Two threads that spin while they wait for a busy core are slower than one; passive waiting costs nothing on free ones.
-    export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
+    REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || return 1
     if [ -n "${KEEPLORA_PYTHON:-}" ]; then
         PYTHON=$KEEPLORA_PYTHON
         return
     fi
-    PYTHON=$PWD/.venv/bin/python
-    local stamp=.venv/installed wanted
-    wanted=$(cat pyproject.toml constraints.txt scripts/_setup.sh | cksum)
+    PYTHON=$REPOSITORY/.venv/bin/python
+    local stamp=$REPOSITORY/.venv/installed wanted
+    wanted=$(cd "$REPOSITORY" && cat pyproject.toml constraints.txt scripts/_setup.sh | cksum)
     if [ -x "$PYTHON" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
         return
     fi
     _check_python || return 1
-    echo "setting up .venv (once; some minutes)" >&2
-    python3 -m venv .venv &&
-        "$PYTHON" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' &&
-        _prepare_startup &&
+    echo "setting up $REPOSITORY/.venv (once; some minutes)" >&2
+    # One environment for all scripts: the linters of `dev` are a small part of it.
+    (cd "$REPOSITORY" && python3 -m venv .venv &&
+        "$PYTHON" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[eval,video,studies,dev]' &&
+        "$PYTHON" -c 'from mllm_keeplora.modeling import compat; compat.install_at_every_start()') &&
         echo "$wanted" >"$stamp" ||
         { echo "error: the installation failed; run the same command again to continue it" >&2; return 1; }
-}
-
-# Beside a CPU-only torch, PyPI's torchvision does not import by itself, and with it `accelerate launch`.
-_prepare_startup() {
-    "$PYTHON" - "$PWD/mllm_keeplora/modeling/compat.py" <<'END'
-import pathlib, sys, sysconfig
-
-lines = (
-    "import importlib.util as u",
-    f"s = u.spec_from_file_location('keeplora_startup', {sys.argv[1]!r})",
-    "m = u.module_from_spec(s)",
-    "s.loader.exec_module(m)",
-    "m.install()",
-)
-pathlib.Path(sysconfig.get_path("purelib"), "keeplora_startup.pth").write_text("; ".join(lines) + "\n")
-END
 }
 
 _check_python() {

@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
-# Evaluates a finished run in a fresh process through lmms-eval's own command line and adds it to leaderboard/.
+# Evaluates a run in a fresh process through lmms-eval's own command line and adds it to ./leaderboard.
 #   bash scripts/evaluate_leaderboard.sh runs/vqa_small
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/_setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
 setup_environment
-exec "$PYTHON" eval/leaderboard.py "$@"
+exec "$PYTHON" -m mllm_keeplora.commands.main leaderboard "$@"

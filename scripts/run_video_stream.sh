@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Runs a KeepLoRA++ stream of video tasks and ends in its retention report. Sets itself up on first use.
-#   bash scripts/run_video_stream.sh                                            embedded default: CPU, 2 cores, minutes
+#   bash scripts/run_video_stream.sh                                            the small default: CPU, 2 cores, minutes
 #   bash scripts/run_video_stream.sh --config recipes/configs/video/FILE.yaml     any other; --help lists every setting
-# The same command again continues an interrupted run and leaves a finished one alone.
+# The same command again continues an interrupted run and leaves a complete one alone.
 set -euo pipefail
-source "$(dirname "$0")/_setup.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
 setup_environment
-exec "$PYTHON" recipes/video.py "$@"
+exec "$PYTHON" "$REPOSITORY/recipes/video.py" "$@"

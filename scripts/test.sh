@@ -3,8 +3,9 @@
 #   bash scripts/test.sh            what CI runs: minutes on 2 cores, offline
 #   bash scripts/test.sh --slow     the long tests too (kills and reruns); other arguments go to pytest
 set -euo pipefail
-source "$(dirname "$0")/_setup.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
 setup_environment
+cd "$REPOSITORY"
 selection=(-m "not slow")
 if [ "${1:-}" = --slow ]; then
     selection=()

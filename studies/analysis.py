@@ -13,32 +13,28 @@ Replacing needs weights that can be written: a 4-bit base is dequantised to its 
 gives the numbers that it computes with.
 """
 
-import argparse
 import math
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from jsonargparse import ArgumentError, ArgumentParser
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mllm_keeplora.commands.program import with_dashes
-from mllm_keeplora.config import ConfigError, ModelConfig, Tower, VideoConfig, parse_config
+from mllm_keeplora.config import ConfigError, Tower
 from mllm_keeplora.continual.saved_run import load_run
 from mllm_keeplora.data.stream import Stream, data_hash, load_stream
 from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.evaluation.metrics import Estimate, mean_of_scores
 from mllm_keeplora.evaluation.score import Score, evaluate_row
 from mllm_keeplora.evaluation.task_files import write_task_files
-from mllm_keeplora.linalg.subspace import check_energy, project_to_residual, smallest_rank
+from mllm_keeplora.linalg.subspace import project_to_residual, smallest_rank
 from mllm_keeplora.modeling.loading import base_model_hash, load_dense, resolve_model_directory
 from mllm_keeplora.modeling.targets import Target, find_targets
 from mllm_keeplora.probes.protected_bases import weight_basis_files
@@ -53,6 +49,7 @@ from mllm_keeplora.runs.files import (
     write_json,
 )
 from mllm_keeplora.runs.manifests import SCHEMA_VERSION
+from mllm_keeplora.studies.analysis_config import AnalysisConfig
 
 RESULTS, PICTURE = "analysis.json", "analysis.png"
 
@@ -67,51 +64,6 @@ KINDS = ("general", "tasks")
 COLOURS: dict[Subspace, str] = {"principal": "#12456b", "residual": "#f0a13a"}  # dark and light
 LINES: dict[Towers, str] = {"both": "-", "vision": "--", "language": ":"}
 BAR = 0.38  # width; two stand in a group of width 1
-
-
-@dataclass(frozen=True)
-class AnalysisConfig:
-    """What is analysed, and how finely.
-
-    Args:
-        out: Directory of the results; the same command on the same directory continues.
-        run: Directory of a run: its base with its adapter is analysed. None takes the base alone.
-        stream: YAML file with the tasks and the general benchmarks that are asked.
-        data_root: Folder of the stream's data; None takes the stream file's own.
-        model: The base model. Its compute_dtype is also that of the rebuilt weights.
-        video: How clips become frames.
-        batch_size: Questions generated together.
-        limit: Questions per task, None = all.
-        energies: Shares of a weight's energy that its principal subspace holds, each in (0, 1].
-        depth_energy: The share at which thirds of the depth are compared.
-        cache_dir: Hashes of base models, and decoded frames.
-    """
-
-    out: str = "runs/analysis"
-    run: str | None = None
-    stream: str = "recipes/streams/small_vqa.yaml"
-    data_root: str | None = None
-    model: ModelConfig = field(default_factory=ModelConfig)
-    video: VideoConfig = field(default_factory=VideoConfig)
-    batch_size: int = 32
-    limit: int | None = 100
-    energies: list[float] = field(default_factory=lambda: [0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.99])
-    depth_energy: float = 0.6
-    cache_dir: str = "cache"
-
-    def __post_init__(self) -> None:
-        if not self.energies:
-            raise ConfigError("energies is empty: name at least one share, such as [0.6]")
-        try:
-            for energy in self.energies:
-                check_energy(energy, "energies")
-            check_energy(self.depth_energy, "depth_energy")
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        for name in ("batch_size", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}")
 
 
 class Cell(NamedTuple):
@@ -476,54 +428,3 @@ def _finish(axes: Axes, unchanged: Estimate) -> None:
     axes.grid(axis="y", color="#d9e0e6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-# --------------------------------------------------------------------------------------------------
-# settings
-
-
-def parse_analysis(
-    description: str, default_config: Path, argv: Sequence[str] | None = None
-) -> AnalysisConfig:
-    """Reads the settings; a run, or a recipe's YAML, gives the model, the stream and the video settings.
-
-    Raises:
-        SystemExit: after `--help`.
-        ConfigError: an unknown setting, one of the wrong type or out of range; both a run and a YAML.
-        ArtifactError: a run that is not there or not finished.
-    """
-    argv = with_dashes(sys.argv[1:] if argv is None else argv)
-    named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    named.add_argument("--config", type=Path)
-    named.add_argument("--run", type=Path)
-    source, _ = named.parse_known_args(argv)
-    if source.config is not None and source.run is not None:
-        raise ConfigError(
-            "--config and --run were both given; a run brings its own settings: leave --config out"
-        )
-    parser = ArgumentParser(prog="analyze.sh", description=description, exit_on_error=False)
-    parser.add_argument(
-        "--config", type=str, help=f"settings of a recipe, for its base (default: {default_config})"
-    )
-    parser.add_class_arguments(AnalysisConfig)
-    parser.set_defaults(_defaults(source.run, source.config or default_config))
-    try:
-        values = parser.instantiate(parser.parse_args(argv))
-    except ArgumentError as error:
-        raise ConfigError(f"{error} (--help lists every setting)") from error
-    return AnalysisConfig(**{f.name: getattr(values, f.name) for f in fields(AnalysisConfig)})
-
-
-def _defaults(run: Path | None, config: Path) -> dict[str, Any]:
-    """What the run, or the recipe's settings, say of the model and of what it is asked."""
-    if run is not None:
-        saved = load_run(run)
-        _ = saved.adapter  # says what is wrong with a run that has none
-        settings = asdict(saved.config)
-    else:
-        settings = asdict(parse_config("", config, ["--config", str(config)]))
-    taken: dict[str, Any] = {name: settings[name] for name in ("stream", "data_root", "cache_dir")}
-    for group in ("model", "video"):
-        taken |= {f"{group}.{name}": value for name, value in settings[group].items()}
-    taken["batch_size"] = settings["evaluation"]["batch_size"]
-    return {**taken, "out": str(run / "analysis")} if run is not None else taken

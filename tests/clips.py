@@ -95,6 +95,17 @@ def set_display_matrix(source: Path, target: Path, matrix: tuple[float, float, f
     return target
 
 
+def set_edit_list(source: Path, target: Path, *, start: float, seconds: float) -> Path:
+    """An MP4 of which a player shows `seconds` from `start` on, as trimming without encoding leaves it."""
+    data = bytearray(source.read_bytes())
+    edit, media = data.index(b"elst") + 12, data.index(b"mdhd") + 16
+    (shown_from,) = struct.unpack_from(">i", data, edit + 4)
+    (rate,) = struct.unpack_from(">I", data, media)
+    struct.pack_into(">Ii", data, edit, round(seconds * 1000), shown_from + round(start * rate))
+    target.write_bytes(data)
+    return target
+
+
 def add_sample_entry(source: Path, target: Path) -> Path:
     """An MP4 that announces a second stream header, the way files of two sizes do."""
     data = bytearray(source.read_bytes())

@@ -1,24 +1,16 @@
-"""Merges a run's adapter into its base, dequantised to 16 bit: one stand-alone model.
+"""Merges a run's adapter into its base, dequantised to 16 bit, and measures what rounding costs."""
 
-    bash scripts/export.sh runs/vqa_small --out exported/
-
-For serving engines that cannot apply LoRA to a vision tower. Merging into the 4-bit weights themselves would
-lose most of a small update, hence the dequantised base; what rounding to 16 bit costs is measured and
-printed.
-"""
-
-import argparse
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mllm_keeplora.commands.program import command
 from mllm_keeplora.continual.saved_run import SavedRun, load_run
 from mllm_keeplora.data.collator import ChatCollator
 from mllm_keeplora.data.records import OTHER_ANSWERS, load_records
 from mllm_keeplora.modeling.loading import DTYPES, load_dense
+from mllm_keeplora.modeling.loss import supervised_positions
 from mllm_keeplora.runs.files import ArtifactError, replaced_directory, write_json
 
 
@@ -91,7 +83,7 @@ def _answer_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
             if key.startswith("pixel_values"):
                 inputs[key] = inputs[key].to(parameter.dtype)
     labels = inputs.pop("labels")
-    logits = model(**inputs).logits[:, :-1][labels[:, 1:] != -100]
+    logits = model(**inputs).logits[:, :-1][supervised_positions(labels)]
     return logits.float().cpu()
 
 
@@ -99,27 +91,3 @@ def _difference(reference: list[Tensor], merged: list[Tensor]) -> OutputDifferen
     first, second = torch.cat(reference), torch.cat(merged)
     same = (first.argmax(-1) == second.argmax(-1)).float().mean()
     return OutputDifference(float((first - second).norm() / first.norm()), float(same), len(reference))
-
-
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", type=Path, help="directory of a run")
-    parser.add_argument("--out", type=Path, required=True, help="directory to create")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help="(default: %(default)s)")
-    arguments = parser.parse_args()
-    with command():
-        difference = export(arguments.run, arguments.out, arguments.dtype)
-        print(
-            f"{arguments.out}: {arguments.dtype}; beside the 4-bit base with its adapter, on "
-            f"{difference.questions} test "
-            f"questions: logits differ by {difference.relative_logits:.2e} of their norm, the same "
-            "top token at "
-            f"{100 * difference.same_top_token:.1f} % of the answer positions"
-        )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,57 +1,29 @@
-"""One stage of KeepLoRA++: learn a task in the residual subspace, fold it, protect it, measure everything.
+"""A stage while it runs: its context, its record, and what is checked and told of it."""
 
-Where methods differ, the stage asks `Workplace.method`; the order of the steps is the same for all.
-"""
-
-import hashlib
 import resource
 import shutil
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 
-from mllm_keeplora.continual.trainer import train_stage
-from mllm_keeplora.data.collator import SampleDataset
+from mllm_keeplora.continual.history import adapter_hash
 from mllm_keeplora.distributed.processes import from_main, gather
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.evaluation.score import evaluate_row
-from mllm_keeplora.linalg.folding import fold_factors
 from mllm_keeplora.linalg.subspace import orthonormality_error
 from mllm_keeplora.methods.base import Method
-from mllm_keeplora.methods.context import (
-    ADAPTER,
-    FACTORS,
-    FEATURES,
-    MEMORY,
-    Model,
-    Stage,
-    Workplace,
-    active_adapters,
-    attach_accumulated,
-    detach,
-)
-from mllm_keeplora.modeling.adapters import ACCUMULATED, STAGE, Factors, activate, attach, read_factors
-from mllm_keeplora.modeling.fused_past import past_in_base
+from mllm_keeplora.methods.context import RunContext, StageContext
+from mllm_keeplora.modeling.adapters import Factors, Model, attach_accumulated, detach
 from mllm_keeplora.modeling.loading import save_adapter
+from mllm_keeplora.modeling.targets import Target
 from mllm_keeplora.probes.protected_bases import ProtectedBases
-from mllm_keeplora.runs.files import (
-    load_or_compute,
-    load_tensors,
-    read_json,
-    save_tensors,
-    sha256_file,
-    sha256_json,
-    write_json,
-)
-from mllm_keeplora.runs.manifests import MANIFEST, write_manifest
-
-Table = dict[str, dict[str, Any]]  # module name -> its row in the manifest
+from mllm_keeplora.runs.files import sha256_json
+from mllm_keeplora.runs.manifests import write_manifest
+from mllm_keeplora.runs.record import Outcome, Phase, StageRecord
+from mllm_keeplora.runs.run_directory import StageDirectory
 
 # ||dW M||_F / ||dW||_F that fp32 factors from an fp64 re-projection stay below by an order of magnitude.
 LEAKAGE_TOLERANCE = 1e-6
@@ -61,224 +33,132 @@ class StageError(KeepLoRAError, RuntimeError):
     """A stage that cannot be carried out, or whose result breaks the method's guarantee."""
 
 
-@dataclass
-class Clock:
-    """Wall time of phases in seconds; a phase that was read from its file costs next to nothing."""
+class Stage:
+    """One stage, opened by `Run.stage`.
 
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Adds the block's time to phase `name`."""
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-    def total(self) -> dict[str, float]:
-        """The phases and their sum."""
-        return {**self.seconds, "total": sum(self.seconds.values())}
-
-
-@dataclass
-class StageResult:
-    """What a stage hands to the next one."""
-
-    manifest: dict[str, Any]
-    accumulated: Factors
-
-
-def run_stage(stage: Stage, header: Mapping[str, Any]) -> StageResult:
-    """Carries out a stage; phases whose files exist (an interrupted stage) are not repeated.
-
-    Args:
-        stage: its model carries no adapter before and after.
-        header: entries of the manifest that the stream knows (predecessor's hash, identity, data hashes, ..).
-
-    Raises:
-        StageError: no residual space left, a function changed by attaching, leakage above 1e-6.
+    Attributes:
+        run: what all stages share.
+        directory: where it writes.
+        header: entries of its manifest that were known before it began.
+        record: its phases.
+        manifest: entries that it adds to the header.
     """
-    work, directory, clock = stage.work, stage.directory, Clock()
 
-    model = attach_accumulated(work.model, stage.accumulated)
-    learns, a_file = work.method.learns(stage.number), directory / "lora_a.safetensors"
-    with clock.phase("probe"):
-        lora_a = load_or_compute(a_file, lambda: work.method.initial_a(stage, model)) if learns else None
-    with clock.phase("train"):
-        factors, account = learn(stage, model, lora_a)
-    detach(model)
+    def __init__(
+        self, run: RunContext, directory: StageDirectory, header: Mapping[str, Any], inputs: Mapping[str, Any]
+    ) -> None:
+        """Claims the stage's folder; see `StageRecord` for `inputs`."""
+        self.run, self.directory, self.header = run, directory, header
+        self.record = StageRecord(directory, inputs)
+        self.manifest: dict[str, Any] = {"modules": [], "counts": {}, "loss": []}
+        self._model: Model = run.model
 
-    with clock.phase("fold"):
-        table = from_main(lambda: module_table(stage, factors))
-        folded = fold(work.method, stage.accumulated, factors, stage.folded_scales)
-        model = attach(work.model, ACCUMULATED, folded, dict.fromkeys(folded, 1))
-        from_main(lambda: save_adapter(work.run_dir / ADAPTER, model, work.config.model))
-    with clock.phase("feature_basis"):
-        protect(stage, model, table, factors)
-    with clock.phase("evaluation"):
-        scores = evaluate_stage(work, model, directory, header["data"])
-    detach(model)
+    def phase(self, name: str, compute: Callable[[], Outcome], key: str = "") -> Phase:
+        """See `StageRecord.phase`."""
+        return self.record.phase(name, compute, key)
 
-    from_main(lambda: shutil.rmtree(directory / "checkpoints", ignore_errors=True))
-    manifest = {
-        **header,
-        "probe_indices": stage.probe_indices,
-        "modules": list(table.values()),
-        "counts": counts(stage, factors, account),
-        "timings": clock.total(),
-        "peak_memory_bytes": peak_memory(work.device),
-        "adapter": from_main(lambda: adapter_hash(work.run_dir)),
-        "loss": account["loss"],
-        "scores": scores,
-    }
-    return StageResult(from_main(lambda: write_manifest(directory, manifest)), folded)
+    def note(self, **entries: Any) -> None:
+        """Adds entries to the manifest."""
+        self.manifest |= entries
+
+    def current_model(self, accumulated: Factors) -> Model:
+        """The base with the accumulated factors (E7), in place of what was on it."""
+        detach(self._model)
+        self._model = attach_accumulated(self.run.model, accumulated)
+        return self._model
+
+    def save_adapter(self) -> None:
+        """Writes the current model's factors as the run's adapter."""
+        model = cast(PeftModel, self._model)  # a stage that learns leaves factors, zeros at least
+        from_main(lambda: save_adapter(self.run.directory.adapter, model, self.run.config.model))
+
+    def evaluate(self, model: Model) -> None:
+        """The row of the accuracy matrix: every task of the stream and every general benchmark.
+
+        A row measured on other data (the stage was interrupted) is measured again.
+        """
+        key = sha256_json(self.header["data"])
+        row = self.phase("evaluate", lambda: Outcome(facts=evaluate(self.run, model, self.directory)), key)
+        self.note(scores=row.facts)
+
+    def finish(self) -> dict[str, Any]:
+        """Leaves the base without adapters and writes the manifest, last; returns it."""
+        detach(self._model)
+        timings = {**self.record.timings, "total": sum(self.record.timings.values())}
+        self.note(timings=timings, peak_memory_bytes=peak_memory(self.run.device))
+        return from_main(self._write_manifest)
+
+    def _write_manifest(self) -> dict[str, Any]:
+        shutil.rmtree(self.directory.checkpoints, ignore_errors=True)
+        self.note(adapter=adapter_hash(self.run.directory))
+        return write_manifest(self.directory, {**self.header, **self.manifest})
 
 
-def learn(stage: Stage, model: Model, lora_a: Mapping[str, Tensor] | None) -> tuple[Factors, dict[str, Any]]:
-    """Trains the method's factors: B from zero with A frozen for KeepLoRA++ (E6).
+def open_context(run: RunContext, method: Method, number: int, accumulated: Factors) -> StageContext:
+    """Stage `number` (1-based) with everything resolved that its method decides.
 
     Args:
-        stage, model: what learns.
-        lora_a: module name -> A; None where the method learns nothing in this stage.
+        run: that the stage belongs to.
+        method: of the run.
+        number: of the stage.
+        accumulated: factors of all earlier stages.
+    """
+    task, config = run.stream.tasks[number - 1], run.config
+    samples = method.samples(run, number)
+    media = {sample.media for sample in samples if sample.media is not None}
+    targets = [target for target in run.targets if target.is_reached_by(media)]
+    earlier = [run.directory.stage(n, run.stream.tasks[n - 1].name) for n in range(1, number)]
+    return StageContext(
+        run=run,
+        number=number,
+        task=task,
+        accumulated=accumulated,
+        earlier=earlier,
+        samples=samples,
+        train=method.train_config(run, config.train_for(task.name)),
+        targets=targets,
+        layer_scales={t.name: method.layer_scale(config, t) for t in targets},
+        folded_layer_scales={t.name: method.folded_layer_scale(config, t) for t in targets},
+    )
+
+
+def check_no_leakage(
+    stage: StageContext, factors: Factors, bases: ProtectedBases
+) -> dict[str, dict[str, Any]]:
+    """Makes sure that the update does not reach what is protected: dW M = 0.
 
     Returns:
-        Module name -> (A, B) of the modules that had room for at least one direction, and `train_stage`'s
-        account.
+        Module name -> its row in the manifest.
 
     Raises:
-        StageError: no module has room, attaching the new adapter changed the model's function, or processes
-            learnt different factors.
-        TrainingError: training diverged.
+        StageError: an update that does.
     """
-    path, account = stage.directory / FACTORS, stage.directory / "training.json"
-    if not from_main(lambda: path.exists() and account.exists()):
-        factors, training = no_update(stage) if lora_a is None else _train(stage, model, lora_a)
-        named = {f"{n}.A": a for n, (a, _) in factors.items()} | {
-            f"{n}.B": b for n, (_, b) in factors.items()
-        }
-        _check_agreement(stage, named)
-        from_main(lambda: save_tensors(path, named))
-        from_main(lambda: write_json(account, training))
-    return read_stage_factors(stage.directory), read_json(account)
+    return {t.name: _module_row(stage, t, factors, bases) for t in stage.targets}
 
 
-def read_stage_factors(directory: Path) -> Factors:
-    """What the stage of that directory learnt: module name -> (A [r, in], B [out, r]), fp32."""
-    stored = load_tensors(directory / FACTORS)
-    names = [name.removesuffix(".A") for name in stored if name.endswith(".A")]
-    return {name: (stored[f"{name}.A"], stored[f"{name}.B"]) for name in names}
-
-
-def _check_agreement(stage: Stage, tensors: Mapping[str, Tensor]) -> None:
-    """Bit for bit: DDP starts all processes from the same factors and gives them the same gradients."""
-    digest = hashlib.sha256()
-    for tensor in tensors.values():
-        digest.update(tensor.contiguous().numpy().data)
-    found = gather(digest.hexdigest()[:12])
-    if len(set(found)) > 1:
+def _module_row(stage: StageContext, t: Target, factors: Factors, bases: ProtectedBases) -> dict[str, Any]:
+    basis, k_w = bases.load(t), bases.weight_basis(t).shape[1]
+    a, b = factors.get(t.name, (torch.zeros(0, t.in_features), torch.zeros(t.out_features, 0)))
+    leak = leakage(a.to(basis.device), b.to(basis.device), basis)
+    if leak > LEAKAGE_TOLERANCE:
         raise StageError(
-            f"stage {stage.number} ({stage.task.name}): the processes learnt different factors (hashes "
-            f"{', '.join(found)}, expected one); run all of them on the same hardware and package versions"
+            f"{stage.name}: the update of {t.name} reaches {leak:.1e} of its norm into the protected subspace, at "
+            f"most {LEAKAGE_TOLERANCE:.0e} is allowed; the stage is not folded"
         )
-
-
-def _train(stage: Stage, model: Model, lora_a: Mapping[str, Tensor]) -> tuple[Factors, dict[str, Any]]:
-    work = stage.work
-    method, start = work.method, _start(stage, lora_a)
-    if not start:
-        raise StageError(
-            f"stage {stage.number} ({stage.task.name}): no adapted module has residual space left; "
-            "lower eps_w or eps_f"
-        )
-    # A continued past is in the stage's own factors, up to the rounding of B / s * s.
-    continued = method.continues and bool(stage.accumulated)
-    before, past = _first_logits(stage, model), [] if continued else active_adapters(model)
-    adapted = attach(model, STAGE, start, stage.scales, dropout=stage.train.lora_dropout)
-    activate(adapted, [*past, STAGE], STAGE, method.trains)
-    if not continued and not torch.equal(before, _first_logits(stage, adapted)):
-        raise StageError(f"stage {stage.number}: attaching the new adapter changed the output although B = 0")
-    with past_in_base(adapted, past) as beside:
-        activate(adapted, [*beside, STAGE], STAGE, method.trains)
-        training = train_stage(
-            adapted,
-            SampleDataset(stage.samples),
-            stage.collator,
-            stage.train,
-            seed=stage.seed,
-            directory=stage.directory / "checkpoints",
-            log_dir=work.run_dir / "tensorboard" / stage.directory.name,
-            mixed=len({sample.media for sample in stage.samples}) > 1,
-            report_to=work.config.report_to,
-            device=work.device,
-            hooks=method.hooks(stage, adapted),
-        )
-    factors = read_factors(adapted, STAGE, list(start))
-    detach(adapted)
-    return factors, training
-
-
-def _start(stage: Stage, lora_a: Mapping[str, Tensor]) -> Factors:
-    """B = 0 beside the given A; what a continuing method has learnt so far, where there is any."""
-    start = {
-        t.name: (lora_a[t.name], torch.zeros(t.out_features, len(lora_a[t.name])))
-        for t in stage.targets
-        if len(lora_a[t.name]) > 0
-    }
-    if stage.work.method.continues:
-        past = {name: stage.accumulated[name] for name in start if name in stage.accumulated}
-        start |= {name: (a, b / stage.scales[name]) for name, (a, b) in past.items()}
-    return start
-
-
-def no_update(stage: Stage) -> tuple[Factors, dict[str, Any]]:
-    """What a stage without learning hands on; the first one's factors are zeros, since an adapter needs
-    some."""
-    account: dict[str, Any] = {"steps": 0, "repeated_samples": 0, "loss": []}
-    if stage.accumulated:
-        return {}, account
     return {
-        t.name: (torch.zeros(1, t.in_features), torch.zeros(t.out_features, 1)) for t in stage.targets
-    }, account
-
-
-@torch.no_grad()
-def _first_logits(stage: Stage, model: Model) -> Tensor:
-    model.eval()
-    return model(**stage.work.to_device(stage.collator(stage.samples[:1]))).logits.cpu()
-
-
-def fold(method: Method, accumulated: Factors, factors: Factors, scales: Mapping[str, float]) -> Factors:
-    """The past and the new update as one (E7); a module of rank 0 in this stage is in the past alone.
-
-    Where the method trains on one adapter throughout, the new factors hold their modules' past already.
-    """
-    folded = {}
-    for name in dict.fromkeys([*accumulated, *factors]):
-        new = [(*factors[name], scales[name])] if name in factors else []
-        replaced = new and method.continues
-        past = [(*accumulated[name], 1.0)] if name in accumulated and not replaced else []
-        folded[name] = fold_factors(past + new)
-    return folded
-
-
-def accumulated_after(method: Method, initial: Factors, directories: Sequence[Path]) -> Factors:
-    """The accumulated factors once the stages of these directories are learnt, bit for bit as they were.
-
-    Args:
-        method: of the run.
-        initial: what the first stage started from.
-        directories: of complete stages, in the order of learning.
-    """
-    accumulated = initial
-    for directory in directories:
-        scales = {m["name"]: m["scale"] for m in read_json(directory / MANIFEST)["modules"]}
-        accumulated = fold(method, accumulated, read_stage_factors(directory), scales)
-    return accumulated
-
-
-def adapter_hash(run_dir: Path) -> str | None:
-    """sha256 of the accumulated adapter's tensors, which lie outside the stages; None without an adapter."""
-    file = run_dir / ADAPTER / "adapter_model.safetensors"
-    return sha256_file(file) if file.exists() else None
+        "name": t.name,
+        "tower": t.tower,
+        "depth": t.depth,
+        "in_features": t.in_features,
+        "out_features": t.out_features,
+        "k_w": k_w,
+        "k_f": basis.shape[1] - k_w,
+        "rank": len(a),
+        "lambda": stage.folded_layer_scales[t.name],
+        "scale": stage.folded_scales[t.name],
+        "leakage": leak,
+        "orthonormality_error": orthonormality_error(basis),
+    }
 
 
 def leakage(a: Tensor, b: Tensor, basis: Tensor) -> float:
@@ -295,105 +175,70 @@ def leakage(a: Tensor, b: Tensor, basis: Tensor) -> float:
     return float((update @ basis.double()).norm()) / norm if norm > 0.0 else 0.0
 
 
-def module_table(stage: Stage, factors: Factors) -> Table:
-    """One row per adapted module.
-
-    Raises:
-        StageError: an update that reaches what is protected.
-    """
-    table, bases, scales = {}, stage.bases, stage.folded_scales
-    layer_scale = stage.work.method.folded_layer_scale
-    for t in stage.targets:
-        basis, k_w = bases.load(t), bases.weight_basis(t).shape[1]
-        a, b = factors.get(t.name, (torch.zeros(0, t.in_features), torch.zeros(t.out_features, 0)))
-        leak = leakage(a.to(basis.device), b.to(basis.device), basis)
-        if leak > LEAKAGE_TOLERANCE:
-            raise StageError(
-                f"stage {stage.number}: the update of {t.name} reaches {leak:.1e} of its norm into "
-                "the protected "
-                f"subspace, at most {LEAKAGE_TOLERANCE:.0e} is allowed; the stage is not folded"
-            )
-        table[t.name] = {
-            "name": t.name,
-            "tower": t.tower,
-            "depth": t.depth,
-            "in_features": t.in_features,
-            "out_features": t.out_features,
-            "k_w": k_w,
-            "k_f": basis.shape[1] - k_w,
-            "rank": len(a),
-            "lambda": layer_scale(stage.work.config, t),
-            "scale": scales[t.name],
-            "leakage": leak,
-            "orthonormality_error": orthonormality_error(basis),
-        }
-    return table
-
-
-def protect(stage: Stage, model: Model, table: Table, factors: Factors) -> None:
-    """Keeps what later stages need of the task just learnt, feature directions (E8) above all; completes the
-    rows of `table`."""
-    method, account = stage.work.method, stage.directory / "feature_basis.json"
-    if not from_main(account.exists):
-        features, memory = method.features(stage, model), method.remember(stage, model, factors)
-        from_main(lambda: save_tensors(stage.directory / MEMORY, memory) if memory else None)
-        from_main(lambda: save_tensors(stage.directory / FEATURES, features.directions))
-        from_main(lambda: write_json(account, features.facts))
-    for name, facts in read_json(account).items():
-        table[name].update(facts)
-
-
-def counts(stage: Stage, factors: Factors, account: Mapping[str, Any]) -> dict[str, Any]:
-    """Numbers of what went into a stage, and which records did not."""
-    both = stage.work.method.trains == "both"
-    return {
-        "train_samples": len(stage.samples) if account["steps"] else 0,
-        "steps": account["steps"],
-        "repeated_samples": account["repeated_samples"],
-        "trainable_parameters": sum(b.numel() + both * a.numel() for a, b in factors.values()),
-        "skipped_records": [vars(record) for record in stage.work.records[stage.task.name][1]],
-    }
-
-
-def check_ranks(work: Workplace) -> None:
+def check_ranks(run: RunContext) -> None:
     """E9 before the first stage: a rank that the residual space cannot hold is a mistake in the settings.
 
     Raises:
         StageError: names the module, its residual space and the settings that decide it.
     """
-    bases = ProtectedBases(work.weight_files, [], work.device)
-    for t in work.targets:
-        rank, k = work.config.towers()[t.tower].rank, bases.weight_basis(t).shape[1]
+    bases = ProtectedBases(run.weight_files, [], run.device)
+    for t in run.targets:
+        rank, k = run.rank(t), bases.weight_basis(t).shape[1]
         if rank > t.in_features - k:
             raise StageError(
-                f"{t.name}: rank {rank} exceeds its residual space of {t.in_features} - {k} = "
-                f"{t.in_features - k} directions; lower {t.tower}.rank or {t.tower}.eps_w"
+                f"{t.name}: rank {rank} exceeds its residual space of {t.in_features} - {k} = {t.in_features - k} "
+                f"directions; lower {t.tower}.rank or {t.tower}.eps_w"
             )
 
 
-def evaluate_stage(work: Workplace, model: Model, directory: Path, data: Mapping[str, str]) -> dict[str, Any]:
-    """The full row: every task of the stream and every general benchmark; kept in a file once measured.
+def counts(
+    stage: StageContext, method: Method, factors: Factors, account: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Numbers of what went into a stage, and the records that did not.
 
     Args:
-        work, model: what is evaluated.
-        directory: of the stage.
-        data: name -> hash of the data; a row measured on other data (an interrupted stage) is measured again.
+        stage: what has learnt.
+        method: how.
+        factors: what it has learnt.
+        account: of the training, as `train_stage` returns it.
     """
-    path, measured = directory / "evaluation.json", sha256_json(data)
-    if not from_main(lambda: path.exists() and read_json(path)["data"] == measured):
-        scores = evaluate_row(
+    _, skipped = stage.run.records[stage.task.name]
+    both = method.trains == "both"
+    return {
+        "train_samples": len(stage.samples) if account["steps"] else 0,
+        "steps": account["steps"],
+        "repeated_samples": account["repeated_samples"],
+        "trainable_parameters": sum(b.numel() + both * a.numel() for a, b in factors.values()),
+        "skipped_records": [vars(record) for record in skipped],
+    }
+
+
+def evaluate(
+    run: RunContext, model: Model, stage: StageDirectory, names: Iterable[str] | None = None
+) -> dict[str, Any]:
+    """Scores of a model, and every question with its reply under the stage's folder.
+
+    Args:
+        run: the run.
+        model: what is evaluated.
+        stage: whose row it is.
+        names: cells of the row that were left out; None for the whole row.
+    """
+    settings = run.config.evaluation
+    return dict(
+        evaluate_row(
             model,
-            work.processor,
-            work.stream,
-            work.run_dir / "eval_tasks",
-            directory / "evaluation",
-            reader=work.reader,
-            batch_size=work.config.evaluation.batch_size,
-            limit=work.config.evaluation.limit,
-            general_limit=work.config.evaluation.general_limit,
+            run.processor,
+            run.stream,
+            run.directory.task_files,
+            stage.replies if names is None else stage.backfilled_replies,
+            reader=run.reader,
+            names=None if names is None else list(names),
+            batch_size=settings.batch_size,
+            limit=settings.limit,
+            general_limit=settings.general_limit,
         )
-        from_main(lambda: write_json(path, {"data": measured, "scores": scores}))
-    return dict(read_json(path)["scores"])
+    )
 
 
 def peak_memory(device: torch.device) -> int:

@@ -14,8 +14,7 @@ from mllm_keeplora.data.records import Sample, Turn
 from mllm_keeplora.data.video.reader import Clip, VideoError, VideoReader
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.modeling.families import Media
-
-IGNORED_LABEL = -100  # what torch's cross entropy and every transformers loss leave out
+from mllm_keeplora.modeling.loss import IGNORED_LABEL
 
 
 class ProcessorError(KeepLoRAError, ValueError):
@@ -67,7 +66,8 @@ def process_media(
 
     Args:
         processor: the base model's.
-        images, clips: in the order of the prompts that show them.
+        images: in the order of the prompts that show them.
+        clips: likewise.
         text: prompts, None for the media alone.
         **settings: for the tokenizer (padding_side).
 

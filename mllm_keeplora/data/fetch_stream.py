@@ -1,17 +1,12 @@
-"""Downloads the data that a stream's YAML names (`hub`) and unpacks them under its data root.
+"""Fetches the data that a stream's YAML names (`hub`) from the Hugging Face hub, and unpacks them.
 
-    bash scripts/fetch_stream.sh recipes/streams/FILE.yaml data_root=/where/the/data/shall/be
-
-A dropped connection is continued where it stopped. After an interruption the same command keeps the files
-that have arrived whole, begins the others anew, and does nothing where all is there. Archives are kept:
-without them the next call would download them again. Exit status: 0, or 1 where files that the stream names
-are still missing (from other sources, or lying elsewhere in the repository), 2 where it could not go on.
+Files that have arrived whole are kept after an interruption, the others are begun anew. Archives are kept
+too: without them the next call would download them again.
 """
 
 import fcntl
 import os
 import shutil
-import sys
 import tarfile
 import zipfile
 import zlib
@@ -31,17 +26,13 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from jsonargparse import ArgumentError, ArgumentParser
 from tqdm import tqdm
 
-from mllm_keeplora.commands.program import command, with_dashes
-from mllm_keeplora.config import ConfigError
 from mllm_keeplora.data.media import file_state
 from mllm_keeplora.data.stream import (
     Hub,
     Stream,
     StreamError,
-    load_stream,
     named_paths,
 )
 from mllm_keeplora.errors import KeepLoRAError
@@ -93,8 +84,10 @@ def fetch_stream(stream: Stream) -> Fetched:
 
 @contextmanager
 def _alone(root: Path) -> Iterator[None]:
-    """Keeps others from fetching to the folder, and removes what a killed fetch left of unfinished files: the
-    hub's client gives each a name of its own, so it would neither use nor remove them."""
+    """Keeps others from fetching to the folder, and removes the incomplete files of a fetch that was killed.
+
+    The hub's client gives each incomplete file a new name, so it would neither use nor remove them.
+    """
     root.mkdir(parents=True, exist_ok=True)
     with (root / ".fetch.lock").open("w") as lock:
         try:
@@ -256,33 +249,14 @@ def _elsewhere(stream: Stream) -> Iterator[str]:
             yield f"{path} is missing; the repository does not have it, get it from {source}"
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command line."""
-    with command():
-        parser = ArgumentParser(prog="fetch_stream.sh", description=__doc__, exit_on_error=False)
-        parser.add_argument("stream", type=str, help="the stream's YAML")
-        parser.add_argument("--data_root", type=str, default=None, help="folder that the data go to")
-        try:
-            given = parser.parse_args(with_dashes(sys.argv[1:] if argv is None else argv))
-        except ArgumentError as error:
-            raise ConfigError(f"{error} (--help lists every setting)") from error
-        root = None if given.data_root is None else Path(given.data_root)
-        stream = load_stream(Path(given.stream), root, check_files=False)
-        fetched = fetch_stream(stream)
-        left = left_to_do(stream)
-        _print_result(stream, given.stream, fetched, left)
-    sys.exit(1 if left else 0)
-
-
-def _print_result(stream: Stream, yaml: str, fetched: Fetched, left: Sequence[str]) -> None:
+def format_fetched(stream: Stream, fetched: Fetched, left: Sequence[str]) -> str:
+    """What has arrived, the commit that it is, and what is left to do."""
     hub = stream.hub
-    print(f"{len(fetched.files)} files ({fetched.size / 1e9:.2f} GB) are in {stream.data_root}.")
+    lines = [f"{len(fetched.files)} files ({fetched.size / 1e9:.2f} GB) are in {stream.data_root}."]
     if hub is not None and hub.revision != fetched.commit:
-        print(f"They are commit {fetched.commit} of {hub.repo_id}; 'revision: {fetched.commit}' pins it.")
+        lines.append(
+            f"They are commit {fetched.commit} of {hub.repo_id}; 'revision: {fetched.commit}' pins it."
+        )
     if left:
-        print("\nStill to do:", *(f"  {line}" for line in left), sep="\n")
-    print(f"\nThen check them: bash scripts/check_stream.sh {yaml} data_root={stream.data_root}")
-
-
-if __name__ == "__main__":
-    main()
+        lines += ["\nStill to do:", *(f"  {line}" for line in left)]
+    return "\n".join(lines)

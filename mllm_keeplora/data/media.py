@@ -85,7 +85,8 @@ class MediaChecker:
         """The reason for each file that cannot be used. Reads all files once, in threads.
 
         Args:
-            images, videos: paths.
+            images: paths.
+            videos: paths.
             label: what the progress bar calls them.
         """
         return self.problems_of([(images, videos)], label)

@@ -1,19 +1,13 @@
-"""Scores the replies that a finished run saved with a judge model, as CL-VISTA's published scores are given.
+"""Grades the replies that a run saved by a judge model, as CL-VISTA's published scores are given.
 
-    bash scripts/judge_replies.sh runs/video_cl_vista --judge Qwen/Qwen3-30B-A3B-Instruct-2507
-
-A step of its own, because judge and trained model rarely fit one GPU together. The judge, any chat model of
-transformers, reads question, reference answer and reply (it sees no video) and grades the reply from 0 to 5;
-a task's score is the mean grade times 20. Where the judge's text holds no such grade, the reply scores 0 and
-is counted. The run's own scores stay as they are; <run>/judged.json has the form of its retention.json.
+The judge, any chat model of transformers, reads question, reference answer and reply (it sees no video) and
+grades the reply from 0 to 5; a task's score is the mean grade times 20. Where the judge's text holds no such
+grade, the reply scores 0 and is counted.
 
 As in CL-VISTA: what the judge is shown, the scale, and 0 for a grade that cannot be read. Different: decoding
 is greedy, not sampled at temperature 0.1, and the instruction is in our words.
-
-Interrupted, the same command continues: verdicts are kept in <run>/judge/ by what was judged and by whom.
 """
 
-import argparse
 import ast
 import json
 import logging
@@ -22,7 +16,7 @@ import re
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,23 +25,21 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mllm_keeplora.commands.program import command
+from mllm_keeplora.config import JudgeConfig
 from mllm_keeplora.data.records import clean_question
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.evaluation.metrics import summarize
 from mllm_keeplora.evaluation.score import Score
-from mllm_keeplora.methods.context import stage_directory
 from mllm_keeplora.modeling.linear4bit import guard_linear4bit
-from mllm_keeplora.modeling.loading import DTYPES, MODEL_FILES, base_model_hash
-from mllm_keeplora.reports.report import format_table
+from mllm_keeplora.modeling.loading import DTYPES, MODEL_FILES, base_model_hash, nf4_config
 from mllm_keeplora.runs.files import ArtifactError, atomic_path, read_json, sha256_json, write_json
 from mllm_keeplora.runs.manifests import SCHEMA_VERSION
+from mllm_keeplora.runs.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
 
-JUDGED_FILE = "judged.json"
 TOP_GRADE = 5
 NATIVE_MAX = 100.0
 SAVE_SECONDS = 30.0  # a judge that is killed loses that much
@@ -87,27 +79,6 @@ Cells = dict[tuple[int, str], list[Reply]]
 
 
 @dataclass(frozen=True)
-class JudgeSettings:
-    """Which judge, and how it decodes.
-
-    Attributes:
-        judge: directory or hub id of a chat model with safetensors weights.
-        revision: of a hub id.
-        quantization: "nf4" keeps the judge's linear layers in 4 bits, "none" all in `dtype`.
-        dtype: "bfloat16", "float32", or "auto": bfloat16 on a GPU.
-        max_new_tokens: longest verdict, in tokens.
-        batch_size: replies judged together.
-    """
-
-    judge: str
-    revision: str | None = None
-    quantization: str = "none"
-    dtype: str = "auto"
-    max_new_tokens: int = 48
-    batch_size: int = 16
-
-
-@dataclass(frozen=True)
 class Judge:
     """A loaded judge; `identity` is everything that its verdicts depend on."""
 
@@ -141,8 +112,8 @@ class Judge:
         return [str(text).strip() for text in texts]
 
 
-def judge_run(run_dir: Path, settings: JudgeSettings, tasks: Sequence[str] | None = None) -> dict[str, Any]:
-    """Judges a finished run's replies and writes <run>/judged.json; returns its content.
+def judge_run(run_dir: Path, settings: JudgeConfig, tasks: Sequence[str] | None = None) -> dict[str, Any]:
+    """Judges the replies of a run that is at its end, and writes `judged.json`; returns its content.
 
     Verdicts that an earlier call with the same judge left are used again, of other tasks too.
 
@@ -152,23 +123,24 @@ def judge_run(run_dir: Path, settings: JudgeSettings, tasks: Sequence[str] | Non
         tasks: tasks of the stream; None judges all.
 
     Raises:
-        ArtifactError: no finished run there, or one of its files is damaged.
+        ArtifactError: no run there, one that is not at its end, or one of its files is damaged.
         JudgeError: no replies, an unknown task, or a judge that cannot be loaded.
     """
-    retention = read_json(run_dir / "retention.json")
-    cells = read_replies(run_dir, retention)
-    wanted = _wanted_replies(run_dir, retention, cells, tasks)
-    judge = load_judge(settings, Path(read_json(run_dir / "config.json")["cache_dir"]))
+    run = RunDirectory(run_dir)
+    retention = read_json(run.retention)
+    cells = read_replies(run, retention)
+    wanted = _wanted_replies(run, retention, cells, tasks)
+    judge = load_judge(settings, Path(read_json(run.config)["cache_dir"]))
     # Where the judge lies does not matter, what it is does.
     name = sha256_json({k: v for k, v in judge.identity.items() if k not in ("judge", "revision")})[:16]
-    verdicts = _Verdicts(run_dir / "judge" / f"{name}.jsonl")
+    verdicts = _Verdicts(run.verdicts / f"{name}.jsonl")
     _judge_missing(judge, verdicts, wanted, settings.batch_size)
     judged = build_judged(retention, cells, verdicts.texts, judge.identity)
-    write_json(run_dir / JUDGED_FILE, judged)
+    write_json(run.judged, judged)
     return judged
 
 
-def read_replies(run_dir: Path, retention: Mapping[str, Any]) -> Cells:
+def read_replies(run: RunDirectory, retention: Mapping[str, Any]) -> Cells:
     """(stage, task) -> the replies of that stage, where the run saved any.
 
     Raises:
@@ -176,10 +148,10 @@ def read_replies(run_dir: Path, retention: Mapping[str, Any]) -> Cells:
     """
     cells: Cells = {}
     for row in retention["rows"]:
-        stage = stage_directory(run_dir, row["stage"], row["task"])
+        stage = run.stage(row["stage"], row["task"])
         for task in retention["tasks"]:
             # Cells that were measured later (backfill) lie beside those of the stage itself.
-            files = (stage / folder / f"{task}.jsonl" for folder in ("backfill", "evaluation"))
+            files = (folder / f"{task}.jsonl" for folder in (stage.backfilled_replies, stage.replies))
             path = next((file for file in files if file.is_file()), None)
             if path is not None:
                 cells[row["stage"], task] = [_read_reply(line, path) for line in _json_lines(path)]
@@ -187,23 +159,23 @@ def read_replies(run_dir: Path, retention: Mapping[str, Any]) -> Cells:
 
 
 def _wanted_replies(
-    run_dir: Path, retention: Mapping[str, Any], cells: Cells, tasks: Sequence[str] | None
+    run: RunDirectory, retention: Mapping[str, Any], cells: Cells, tasks: Sequence[str] | None
 ) -> list[Reply]:
     known = retention["tasks"]
     unknown = [task for task in tasks or () if task not in known]
     if unknown:
-        raise JudgeError(f"{run_dir} has no task {', '.join(unknown)}; its tasks are {', '.join(known)}")
+        raise JudgeError(f"{run.path} has no task {', '.join(unknown)}; its tasks are {', '.join(known)}")
     names = list(tasks or known)
     silent = [task for task in names if not any(task == name for _, name in cells)]
     if silent:
         raise JudgeError(
-            f"no replies of {', '.join(silent)} in {run_dir / 'stages'}: expected */evaluation/<task>.jsonl, "
+            f"no replies of {', '.join(silent)} in {run.stages}: expected */evaluation/<task>.jsonl, "
             "which a run writes as it evaluates; copy them with the run, or evaluate again"
         )
     return [reply for (_, task), replies in cells.items() if task in names for reply in replies]
 
 
-def load_judge(settings: JudgeSettings, cache: Path) -> Judge:
+def load_judge(settings: JudgeConfig, cache: Path) -> Judge:
     """Loads a judge: safetensors weights and no code of the repository.
 
     Args:
@@ -225,7 +197,7 @@ def load_judge(settings: JudgeSettings, cache: Path) -> Judge:
         model = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=DTYPES[dtype],
-            quantization_config=_quantization(settings, dtype),
+            quantization_config=nf4_config(dtype) if settings.quantization == "nf4" else None,
             use_safetensors=True,
             trust_remote_code=False,
             device_map={"": device},
@@ -253,7 +225,7 @@ def load_judge(settings: JudgeSettings, cache: Path) -> Judge:
     return Judge(model.eval(), tokenizer, identity)
 
 
-def _judge_directory(settings: JudgeSettings) -> Path:
+def _judge_directory(settings: JudgeConfig) -> Path:
     directory = Path(settings.judge)
     if not directory.is_dir():
         try:
@@ -272,18 +244,7 @@ def _judge_directory(settings: JudgeSettings) -> Path:
     return directory
 
 
-def _quantization(settings: JudgeSettings, dtype: str) -> BitsAndBytesConfig | None:
-    if settings.quantization == "none":
-        return None
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=DTYPES[dtype],
-    )
-
-
-def _report_size(model: Any, settings: JudgeSettings) -> None:
+def _report_size(model: Any, settings: JudgeConfig) -> None:
     """The experts of a mixture, Qwen3-30B-A3B among them, are no linear layers and stay as they are."""
     sizes = [(parameter.dtype, parameter.nbytes) for parameter in model.parameters()]
     total, packed = sum(size for _, size in sizes), sum(size for kind, size in sizes if kind == torch.uint8)
@@ -310,7 +271,7 @@ def _judge_missing(judge: Judge, verdicts: "_Verdicts", replies: Sequence[Reply]
                 progress.update(len(batch))
     except torch.cuda.OutOfMemoryError as error:
         raise JudgeError(
-            f"the judge ran out of GPU memory on {batch_size} replies together; give a smaller --batch-size "
+            f"the judge ran out of GPU memory on {batch_size} replies together; give a smaller --batch_size "
             f"(verdicts so far are kept): {error}"
         ) from error
     finally:
@@ -409,15 +370,6 @@ def _score(grades: Sequence[int]) -> Score:
     return Score(value=native / NATIVE_MAX, native=native, native_max=NATIVE_MAX, stderr=stderr, n=n)
 
 
-def format_judged(judged: Mapping[str, Any]) -> str:
-    """The table of the report, and what could not be read of the judge."""
-    lines = [format_table(judged), "", f"judge: {judged['judge']['judge']}, mean grade of 0..5 times 20"]
-    for task, counts in judged["parse_failures"].items():
-        if counts["of"]:
-            lines.append(f"unreadable verdicts, scored 0: {task} {counts['failed']} of {counts['of']}")
-    return "\n".join(lines)
-
-
 def _messages(reply: Reply) -> list[dict[str, str]]:
     return [
         {"role": "system", "content": INSTRUCTION},
@@ -442,39 +394,3 @@ def _read_reply(line: Mapping[str, Any], path: Path) -> Reply:
     except (KeyError, TypeError) as error:
         raise ArtifactError(f"{path}: expected lines with doc.text, target and reply, no {error}") from error
     return Reply(clean_question(str(question)), str(truth), str(reply))
-
-
-def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    defaults = asdict(JudgeSettings(""))
-    parser.add_argument("run", type=Path, help="directory of a finished run")
-    parser.add_argument("--judge", required=True, help="hub id or directory of a chat model")
-    parser.add_argument("--revision", help="of a hub id")
-    parser.add_argument("--tasks", nargs="+", help="(default: all tasks of the stream)")
-    parser.add_argument("--quantization", choices=["none", "nf4"], default=defaults["quantization"])
-    parser.add_argument("--dtype", choices=["auto", *DTYPES], default=defaults["dtype"])
-    for name in ("batch_size", "max_new_tokens"):
-        flag = "--" + name.replace("_", "-")
-        parser.add_argument(flag, type=_positive, default=defaults[name], help="(default: %(default)s)")
-    return parser.parse_args(arguments)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
-    return int(text)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    values = vars(_parse_arguments(arguments))
-    run, tasks = values.pop("run"), values.pop("tasks")
-    with command():
-        judged = judge_run(run, JudgeSettings(**values), tasks)
-        print(f"{format_judged(judged)}\njudged: {run / JUDGED_FILE}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Metrics of continual learning from one accuracy matrix.
 
-A[j][i] is the score on task i after stage j, 1-based in the formulas. Row 0, the untouched base, enters none
+`A[j][i]` is the score on task i after stage j, 1-based in the formulas. Row 0, the untouched base, enters none
 of the published formulas; it is accepted so that a caller can pass the matrix as it stands.
 """
 
@@ -25,13 +25,13 @@ def summarize(matrix: Matrix) -> dict[str, float | None]:
 
     | key | formula | source |
     |---|---|---|
-    | last | mean_i A[T][i] (= MFN) | MTIL, MCITlib |
-    | mft | mean_i A[i][i] | MCITlib |
-    | maa | mean_j mean_{i<=j} A[j][i] | MCITlib |
-    | bwt | mean_{i<T} (A[T][i] - A[i][i]) | GEM (arXiv 1706.08840), MCITlib |
-    | forgetting | mean_{i<T} (max_{i<=j<T} A[j][i] - A[T][i]) | Chaudhry et al., arXiv 1801.10112 |
-    | transfer | mean_{i>=2} mean_{1<=j<i} A[j][i] | ZSCL (arXiv 2303.06628), MTIL |
-    | average | mean_i mean_{j>=1} A[j][i] | MTIL |
+    | last | `mean_i A[T][i]` (= MFN) | MTIL, MCITlib |
+    | mft | `mean_i A[i][i]` | MCITlib |
+    | maa | `mean_j mean_{i<=j} A[j][i]` | MCITlib |
+    | bwt | `mean_{i<T} (A[T][i] - A[i][i])` | GEM (arXiv 1706.08840), MCITlib |
+    | forgetting | `mean_{i<T} (max_{i<=j<T} A[j][i] - A[T][i])` | Chaudhry et al., arXiv 1801.10112 |
+    | transfer | `mean_{i>=2} mean_{1<=j<i} A[j][i]` | ZSCL (arXiv 2303.06628), MTIL |
+    | average | `mean_i mean_{j>=1} A[j][i]` | MTIL |
 
     Args:
         matrix: T x T rows (stage by stage), or (T+1) x T with the base row first; any unit. Cells that are

@@ -25,7 +25,8 @@ from tqdm import tqdm
 from mllm_keeplora.data.stream import Stream
 from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.distributed.processes import from_main
-from mllm_keeplora.evaluation.errors import MODEL_ID, EvaluationError
+from mllm_keeplora.evaluation.entry_point import MODEL_ID
+from mllm_keeplora.evaluation.errors import EvaluationError
 from mllm_keeplora.evaluation.task_files import ScoredTask, scored_tasks, write_text
 
 # lmms-eval's and our mean of the same per-sample scores differ by the order of summation only.
@@ -67,7 +68,7 @@ def evaluate_row(
         processor: its processor.
         stream: what to evaluate.
         task_directory: where `write_task_files` wrote this stream's tasks.
-        output: folder that gets one <task>.jsonl with every question's reply and score.
+        output: folder that gets one `<task>.jsonl` with every question's reply and score.
         reader: decodes clips; None where no task shows any.
         names: a subset of task and benchmark names; None evaluates all.
         batch_size: questions generated together.

@@ -11,7 +11,8 @@ import yaml
 
 from mllm_keeplora.data.records import Sample, load_records
 from mllm_keeplora.data.stream import GeneralSpec, Stream, TaskSpec
-from mllm_keeplora.evaluation.errors import MODEL_ID, EvaluationError
+from mllm_keeplora.evaluation.entry_point import MODEL_ID
+from mllm_keeplora.evaluation.errors import EvaluationError
 from mllm_keeplora.resources import shipped
 from mllm_keeplora.runs.files import atomic_path, read_json, write_json
 

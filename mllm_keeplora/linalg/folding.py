@@ -8,7 +8,7 @@ from torch import Tensor
 
 @torch.no_grad()
 def fold_factors(stages: Sequence[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor]:
-    """Concatenates LoRA factors along the rank: sum_t s_t B_t A_t = [s_1 B_1 .. s_T B_T] [A_1; ..; A_T].
+    """Concatenates LoRA factors along the rank: `sum_t s_t B_t A_t = [s_1 B_1 .. s_T B_T] [A_1; ..; A_T]`.
 
     Nothing is recompressed or requantised, so the past is kept bit for bit up to the fp32 product s_t B_t;
     the scale is absorbed in B, hence the folded adapter has scale 1 (PEFT: alpha = rank).

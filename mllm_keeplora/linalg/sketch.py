@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mllm_keeplora.linalg.energy import check_energy
 from mllm_keeplora.linalg.subspace import (
     ENERGY_TOLERANCE,
     RANK_TOLERANCE,
     append_columns,
-    check_energy,
     project_to_residual,
     residual_directions,
 )

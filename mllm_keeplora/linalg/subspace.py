@@ -9,20 +9,14 @@ Torch only; every decomposition runs in the precision stated beside it with auto
 import torch
 from torch import Tensor
 
+from mllm_keeplora.linalg.energy import check_energy
+
 # Relative slack on energy thresholds: an fp32 Gram matrix gives sums of squares to about 1e-7, so a threshold
 # met exactly (energy 0.6 where one direction holds exactly 60 %) would otherwise take one direction too many.
 ENERGY_TOLERANCE = 1e-6
 # A direction whose energy is below this share of the largest is rounding noise of the decomposition, not
 # signal.
 RANK_TOLERANCE = 1e-12
-
-
-def check_energy(energy: float, name: str = "energy") -> None:
-    """Raises ValueError unless `energy` is a fraction in (0, 1]."""
-    if not 0.0 < energy <= 1.0:
-        raise ValueError(
-            f"{name} must lie in (0, 1], got {energy!r}: it is the share of squared singular values to keep"
-        )
 
 
 def _check_matrix(matrix: Tensor, name: str) -> None:

@@ -5,11 +5,10 @@ that `method_options` may hold, and `method: NAME` is the file's name. What it d
 LoRA: a fresh adapter for each task, A and B trained, folded into the past, nothing protected.
 """
 
-import difflib
 import importlib
 import math
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -23,14 +22,18 @@ import mllm_keeplora.methods
 from mllm_keeplora.config import ConfigError, RunConfig, TrainConfig
 from mllm_keeplora.data.records import Sample
 from mllm_keeplora.distributed.processes import is_main
+from mllm_keeplora.errors import did_you_mean
+from mllm_keeplora.linalg.folding import fold_factors
 from mllm_keeplora.linalg.sketch import extend_basis_from_sketch
-from mllm_keeplora.methods.context import Model, Stage
+from mllm_keeplora.methods.context import RunContext, StageContext
 from mllm_keeplora.methods.hooks import Hooks
-from mllm_keeplora.modeling.adapters import Factors, Trainable
+from mllm_keeplora.modeling.adapters import Factors, Model, Trainable
 from mllm_keeplora.modeling.targets import Target
 from mllm_keeplora.probes.gradients import module_generator
 
 logger = get_logger(__name__)
+
+NO_METHODS = ("base", "context", "hooks")  # the files of this folder that are none
 
 
 class Features(NamedTuple):
@@ -38,6 +41,13 @@ class Features(NamedTuple):
 
     directions: dict[str, Tensor]  # module name -> [in, added] fp32, orthonormal to what was protected
     facts: dict[str, dict[str, Any]]  # module name -> entries of its row in the manifest
+
+
+class Start(NamedTuple):
+    """Where a stage's training begins."""
+
+    factors: Factors  # module name -> (A [r, in], B [out, r]) of every module that has room
+    replaces_past: bool = False  # the factors hold the accumulated adapter, which is then left out
 
 
 @dataclass(frozen=True)
@@ -49,8 +59,6 @@ class Method:
         protects_weights: the principal subspaces of the pre-trained weights are protected from the start
             (E1).
         protects_features: a stage adds feature directions to what is protected.
-        continues: one adapter is trained on throughout: a stage starts from the past's factors and replaces
-            them, where other methods add a fresh adapter to them.
         gradient_passes: passes over the probe sample with gradients, per stage.
         gradients_of: what these passes differentiate: the weights (sketched, E2) or the accumulated factors.
         input_passes: forward passes over it, per stage.
@@ -59,7 +67,6 @@ class Method:
     trains: ClassVar[Trainable] = "both"
     protects_weights: ClassVar[bool] = False
     protects_features: ClassVar[bool] = False
-    continues: ClassVar[bool] = False
     gradient_passes: ClassVar[int] = 0
     gradients_of: ClassVar[Literal["weights", "factors"]] = "weights"
     input_passes: ClassVar[int] = 0
@@ -72,12 +79,12 @@ class Method:
         """Whether stage `number` (1-based) trains at all; one that does not leaves the model as it is."""
         return True
 
-    def samples(self, stage: Stage) -> list[Sample]:
-        """What the stage trains on: the task's own samples."""
-        return stage.task_samples(stage.task.name)
+    def samples(self, run: RunContext, number: int) -> list[Sample]:
+        """What stage `number` trains on: the task's own samples."""
+        return run.task_samples(run.stream.tasks[number - 1].name)
 
-    def train_config(self, stage: Stage, config: TrainConfig) -> TrainConfig:
-        """The stage's training settings, from those of its task."""
+    def train_config(self, run: RunContext, config: TrainConfig) -> TrainConfig:
+        """A stage's training settings, from those of its task."""
         return config
 
     def layer_scale(self, config: RunConfig, target: Target) -> float:
@@ -88,22 +95,36 @@ class Method:
         """lambda_l once the stage is folded."""
         return self.layer_scale(config, target)
 
-    def initial_a(self, stage: Stage, model: Model) -> dict[str, Tensor]:
+    def initial_a(self, stage: StageContext, model: Model) -> dict[str, Tensor]:
         """A of every module before training, [r, in] fp32; the main process's counts. PEFT's default here."""
-        return {t.name: kaiming_a(t, stage.rank(t), stage.seed) for t in stage.targets}
+        return {t.name: kaiming_a(t, stage.run.rank(t), stage.seed) for t in stage.targets}
 
-    def hooks(self, stage: Stage, model: PeftModel) -> Hooks:
+    def start(self, stage: StageContext, lora_a: Mapping[str, Tensor]) -> Start:
+        """The given A beside B = 0, for the modules that have room (E9)."""
+        named = ((t, lora_a[t.name]) for t in stage.targets)
+        return Start({t.name: (a, torch.zeros(t.out_features, len(a))) for t, a in named if len(a) > 0})
+
+    def hooks(self, stage: StageContext, model: PeftModel) -> Hooks:
         """What happens at each training step beside the loss and the optimizer's step."""
         return Hooks()
 
-    def features(self, stage: Stage, model: Model) -> Features:
+    def fold(self, accumulated: Factors, factors: Factors, scales: Mapping[str, float]) -> Factors:
+        """The past and the new update as one (E7); a module of rank 0 in this stage is in the past alone."""
+        folded = {}
+        for name in dict.fromkeys([*accumulated, *factors]):
+            earlier = [(*accumulated[name], 1.0)] if name in accumulated else []
+            new = [(*factors[name], scales[name])] if name in factors else []
+            folded[name] = fold_factors(earlier + new)
+        return folded
+
+    def features(self, stage: StageContext, model: Model) -> Features:
         """What the stage adds to the protected bases, measured at the model that has learnt the task."""
         nothing = {"k_f_added": 0, "captured": None, "saturated": False}
         empty = {t.name: torch.zeros(t.in_features, 0) for t in stage.targets}
         return Features(empty, {t.name: dict(nothing) for t in stage.targets})
 
-    def remember(self, stage: Stage, model: Model, factors: Factors) -> dict[str, Tensor]:
-        """Anything else that later stages need (`Stage.memory` gives it to them); fp32 on the CPU."""
+    def remember(self, stage: StageContext, model: Model) -> dict[str, Tensor]:
+        """Anything else that later stages need; `StageContext.rehearsals` gives it to them. fp32 on the CPU."""
         return {}
 
 
@@ -114,7 +135,7 @@ def kaiming_a(target: Target, rank: int, seed: int) -> Tensor:
     return a
 
 
-def per_module(stage: Stage, decompose: Callable[[Target], Tensor]) -> dict[str, Tensor]:
+def per_module(stage: StageContext, decompose: Callable[[Target], Tensor]) -> dict[str, Tensor]:
     """`decompose` of every module, on the main process alone: rounding differs between machines, A must not.
 
     Returns:
@@ -130,7 +151,7 @@ def on_cpu(part: Tensor) -> Tensor:
     return part.to("cpu", copy=True)
 
 
-def extended_features(stage: Stage, sketches: Mapping[str, Tensor]) -> Features:
+def extended_features(stage: StageContext, sketches: Mapping[str, Tensor]) -> Features:
     """E8 on every module: the directions that bring what is protected to eps_f of a sketch's energy.
 
     Args:
@@ -139,7 +160,7 @@ def extended_features(stage: Stage, sketches: Mapping[str, Tensor]) -> Features:
     """
     directions: dict[str, Tensor] = {}
     facts: dict[str, dict[str, Any]] = {}
-    bases, towers = stage.bases, stage.work.config.towers()
+    bases, towers = stage.bases, stage.run.config.towers()
     for t in stage.targets if is_main() else ():
         basis = bases.load(t)
         extended = extend_basis_from_sketch(basis, sketches[t.name].to(bases.device), towers[t.tower].eps_f)
@@ -162,7 +183,7 @@ def extended_features(stage: Stage, sketches: Mapping[str, Tensor]) -> Features:
 def method_names() -> list[str]:
     """The values of `method:`."""
     found = pkgutil.iter_modules(mllm_keeplora.methods.__path__)
-    return sorted(module.name for module in found if module.name not in ("base", "context", "hooks"))
+    return sorted(module.name for module in found if module.name not in NO_METHODS)
 
 
 def load_method(config: RunConfig) -> Method:
@@ -174,7 +195,7 @@ def load_method(config: RunConfig) -> Method:
     names = method_names()
     if config.method not in names:
         raise ConfigError(
-            f"method {config.method!r} is none of {', '.join(names)}{_did_you_mean(config.method, names)}"
+            f"method {config.method!r} is none of {', '.join(names)}{did_you_mean(config.method, names)}"
         )
     module = importlib.import_module(f"{mllm_keeplora.methods.__name__}.{config.method}")
     chosen = next(
@@ -187,15 +208,10 @@ def load_method(config: RunConfig) -> Method:
         if key not in known:
             raise ConfigError(
                 f"method_options.{key}: method {config.method} takes {', '.join(known) or 'no options'}"
-                f"{_did_you_mean(key, known)}"
+                f"{did_you_mean(key, known)}"
             )
     try:
         method: Method = chosen(**config.method_options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"method_options of {config.method}: {error}") from error
     return method
-
-
-def _did_you_mean(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""

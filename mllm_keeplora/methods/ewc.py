@@ -8,23 +8,23 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from mllm_keeplora.data.collator import IGNORED_LABEL
 from mllm_keeplora.distributed.processes import sum_of_all
-from mllm_keeplora.methods.base import Method
-from mllm_keeplora.methods.context import Model, Stage
+from mllm_keeplora.methods.context import StageContext
 from mllm_keeplora.methods.hooks import Hooks
+from mllm_keeplora.methods.lora_throughout import LoraThroughout
 from mllm_keeplora.modeling.adapters import (
     ACCUMULATED,
     STAGE,
-    Factors,
+    Model,
     activate,
     factor_parameters,
     without_dropout,
 )
+from mllm_keeplora.modeling.loss import summed_token_loss, supervised_positions
 
 
 @dataclass(frozen=True)
-class Ewc(Method):
+class Ewc(LoraThroughout):
     """One adapter trained on throughout; loss + strength / 2 * sum_i F_i (theta_i - theta*_i)^2 (its eq. 3).
 
     theta are the entries of A and B, theta* their values after the last task, F the sum over past tasks of
@@ -37,7 +37,6 @@ class Ewc(Method):
         strength: lambda, at least 0.
     """
 
-    continues: ClassVar[bool] = True
     gradient_passes: ClassVar[int] = 1
     gradients_of: ClassVar[Literal["weights", "factors"]] = "factors"
 
@@ -47,29 +46,30 @@ class Ewc(Method):
         if not self.strength >= 0.0:
             raise ValueError(f"strength must be at least 0, got {self.strength!r}")
 
-    def hooks(self, stage: Stage, model: PeftModel) -> Hooks:
+    def hooks(self, stage: StageContext, model: PeftModel) -> Hooks:
         """The penalty at each step; none before there is a past."""
-        memories = stage.memories()
-        if not memories:
+        rehearsals = stage.rehearsals()
+        if not rehearsals:
             return Hooks()
-        device = stage.work.device
-        fisher = {name: value.to(device) for name, value in memories[-1].items()}
+        device = stage.run.device
+        fisher = {name: value.to(device) for name, value in rehearsals[-1].items()}
         anchor = {n: p.detach().clone() for n, p in _named_factors(model, STAGE, stage).items()}
         parameters = _named_factors(model, STAGE, stage)
         return Hooks(penalty=lambda: self.strength / 2 * weighted_distance(parameters, anchor, fisher))
 
-    def remember(self, stage: Stage, model: Model, factors: Factors) -> dict[str, Tensor]:
+    def remember(self, stage: StageContext, model: Model) -> dict[str, Tensor]:
         """F of all tasks so far, for each factor as training sees it."""
         own = fisher_diagonal(stage, cast(PeftModel, model))
         for t in stage.targets:  # the accumulated B is s times the trained one: dL/dB = s dL/d(sB)
             own[f"{t.name}.B"] *= stage.scales[t.name] ** 2
-        past = stage.memories()[-1] if stage.memories() else {}
+        earlier = stage.rehearsals()
+        past = earlier[-1] if earlier else {}
         return {name: value + past.get(name, 0.0) for name, value in own.items()} | {
             name: value for name, value in past.items() if name not in own
         }
 
 
-def _named_factors(model: PeftModel, adapter: str, stage: Stage) -> dict[str, Tensor]:
+def _named_factors(model: PeftModel, adapter: str, stage: StageContext) -> dict[str, Tensor]:
     named: dict[str, Tensor] = {}
     for t in stage.targets:
         named[f"{t.name}.A"], named[f"{t.name}.B"] = factor_parameters(model, adapter, t.name)
@@ -84,7 +84,7 @@ def weighted_distance(
     return torch.stack([(fisher[n] * (parameters[n] - anchor[n]).square()).sum() for n in names]).sum()
 
 
-def fisher_diagonal(stage: Stage, model: PeftModel) -> dict[str, Tensor]:
+def fisher_diagonal(stage: StageContext, model: PeftModel) -> dict[str, Tensor]:
     """Mean over the probe sample of the squared gradient of a sample's summed token losses.
 
     Returns:
@@ -99,13 +99,13 @@ def fisher_diagonal(stage: Stage, model: PeftModel) -> dict[str, Tensor]:
     with without_dropout(model):
         for batch in stage.probe_batches(batch_size=1):
             model.zero_grad()
-            model(**batch, num_items_in_batch=1).loss.backward()
+            summed_token_loss(model, batch).backward()
             for name, parameter in parameters.items():
                 if parameter.grad is not None:
                     sums[name] += parameter.grad.square()
-            samples += int((batch["labels"] != IGNORED_LABEL).any())
+            samples += int(supervised_positions(batch["labels"]).any())
     model.zero_grad()
     model.eval()
     activate(model, [ACCUMULATED])
-    total = int(sum_of_all(torch.tensor(samples, device=stage.work.device)))
+    total = int(sum_of_all(torch.tensor(samples, device=stage.run.device)))
     return {name: (sum_of_all(value) / total).cpu() for name, value in sums.items()}

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from mllm_keeplora.linalg.subspace import project_to_residual
 from mllm_keeplora.methods.base import Features, Method, extended_features
-from mllm_keeplora.methods.context import Model, Stage
+from mllm_keeplora.methods.context import StageContext
 from mllm_keeplora.methods.hooks import Hooks
-from mllm_keeplora.modeling.adapters import STAGE, factor_parameters
+from mllm_keeplora.modeling.adapters import STAGE, Model, factor_parameters
 
 
 @dataclass(frozen=True)
@@ -27,17 +27,17 @@ class Gpm(Method):
     protects_features: ClassVar[bool] = True
     input_passes: ClassVar[int] = 1
 
-    def initial_a(self, stage: Stage, model: Model) -> dict[str, Tensor]:
+    def initial_a(self, stage: StageContext, model: Model) -> dict[str, Tensor]:
         """PEFT's default, projected."""
         start, bases = super().initial_a(stage, model), stage.bases
         return {t.name: project_to_residual(start[t.name], bases.load(t).cpu()) for t in stage.targets}
 
-    def hooks(self, stage: Stage, model: PeftModel) -> Hooks:
+    def hooks(self, stage: StageContext, model: PeftModel) -> Hooks:
         """Projects every A after each step."""
         bases = {t.name: stage.bases.load(t) for t in stage.targets}
         return Hooks(after_step=lambda: project_factors(model, bases))
 
-    def features(self, stage: Stage, model: Model) -> Features:
+    def features(self, stage: StageContext, model: Model) -> Features:
         """Input directions of the task at the model that has learnt it."""
         return extended_features(stage, stage.sketch_inputs(model, 1))
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from mllm_keeplora.linalg.lora_init import lora_a_from_gradient
 from mllm_keeplora.methods.base import Features, Method, extended_features, per_module
-from mllm_keeplora.methods.context import Model, Stage
-from mllm_keeplora.modeling.adapters import Trainable
+from mllm_keeplora.methods.context import StageContext
+from mllm_keeplora.modeling.adapters import Model, Trainable
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,14 @@ class InfLora(Method):
     input_passes: ClassVar[int] = 2
     protects_features: ClassVar[bool] = True
 
-    def initial_a(self, stage: Stage, model: Model) -> dict[str, Tensor]:
+    def initial_a(self, stage: StageContext, model: Model) -> dict[str, Tensor]:
         """The residual directions of the task's inputs at the model before it."""
         inputs, bases = stage.sketch_inputs(model, 0), stage.bases
         return per_module(
             stage,
-            lambda t: lora_a_from_gradient(inputs[t.name].to(bases.device), bases.load(t), stage.rank(t)),
+            lambda t: lora_a_from_gradient(inputs[t.name].to(bases.device), bases.load(t), stage.run.rank(t)),
         )
 
-    def features(self, stage: Stage, model: Model) -> Features:
+    def features(self, stage: StageContext, model: Model) -> Features:
         """Input directions of the task at the model that has learnt it."""
         return extended_features(stage, stage.sketch_inputs(model, 1))

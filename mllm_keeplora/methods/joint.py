@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from mllm_keeplora.config import TrainConfig
 from mllm_keeplora.data.records import Sample
 from mllm_keeplora.methods.base import Method
-from mllm_keeplora.methods.context import Stage
+from mllm_keeplora.methods.context import RunContext
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,10 @@ class Joint(Method):
         """The first stage alone."""
         return number == 1
 
-    def samples(self, stage: Stage) -> list[Sample]:
+    def samples(self, run: RunContext, number: int) -> list[Sample]:
         """Those of all tasks; the Trainer shuffles them."""
-        return [sample for task in stage.work.stream.tasks for sample in stage.task_samples(task.name)]
+        return [sample for task in run.stream.tasks for sample in run.task_samples(task.name)]
 
-    def train_config(self, stage: Stage, config: TrainConfig) -> TrainConfig:
+    def train_config(self, run: RunContext, config: TrainConfig) -> TrainConfig:
         """A number of steps is a stage's: times the number of tasks. Epochs grow by themselves."""
-        return replace(config, max_steps=max(config.max_steps * len(stage.work.stream.tasks), -1))
+        return replace(config, max_steps=max(config.max_steps * len(run.stream.tasks), -1))

@@ -15,8 +15,8 @@ from mllm_keeplora.linalg.layer_scaling import layer_scales
 from mllm_keeplora.linalg.lora_init import lora_a_from_gradient
 from mllm_keeplora.linalg.sketch import refined_directions
 from mllm_keeplora.methods.base import Features, Method, extended_features, per_module
-from mllm_keeplora.methods.context import Model, Stage
-from mllm_keeplora.modeling.adapters import Trainable
+from mllm_keeplora.methods.context import StageContext
+from mllm_keeplora.modeling.adapters import Model, Trainable
 from mllm_keeplora.modeling.targets import Target
 from mllm_keeplora.probes.gradients import back_project_gradients
 
@@ -50,25 +50,25 @@ class KeepLora(Method):
         """lambda_l rises from gamma to 1 within the tower (E5)."""
         return layer_scales(target.num_layers, config.towers()[target.tower].gamma)[target.depth]
 
-    def initial_a(self, stage: Stage, model: Model) -> dict[str, Tensor]:
+    def initial_a(self, stage: StageContext, model: Model) -> dict[str, Tensor]:
         """The leading directions of the residual gradient (E2-E4)."""
         gradients = stage.sketch(model, 0)
-        if stage.work.config.probe.refine:
+        if stage.run.config.probe.refine:
             gradients = _refine(stage, model, gradients)
-        return per_module(stage, lambda t: _residual_rows(stage, t, gradients[t.name], stage.rank(t)))
+        return per_module(stage, lambda t: _residual_rows(stage, t, gradients[t.name], stage.run.rank(t)))
 
-    def features(self, stage: Stage, model: Model) -> Features:
+    def features(self, stage: StageContext, model: Model) -> Features:
         """Directions of the task at the new model that M does not hold yet (E8)."""
         measure = stage.sketch if self.features_from == "gradients" else stage.sketch_inputs
         return extended_features(stage, measure(model, 1))
 
 
-def _residual_rows(stage: Stage, target: Target, sketch: Tensor, rank: int) -> Tensor:
+def _residual_rows(stage: StageContext, target: Target, sketch: Tensor, rank: int) -> Tensor:
     bases = stage.bases
     return lora_a_from_gradient(sketch.to(bases.device), bases.load(target), rank)
 
 
-def _refine(stage: Stage, model: Model, sketches: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _refine(stage: StageContext, model: Model, sketches: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The optional second pass: the projected sketch, ordered by what G really holds along it."""
     rows = from_main(
         lambda: per_module(stage, lambda t: _residual_rows(stage, t, sketches[t.name], len(sketches[t.name])))

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from mllm_keeplora.linalg.subspace import orthonormal_columns
 from mllm_keeplora.methods.base import Method, per_module
-from mllm_keeplora.methods.context import Model, Stage
-from mllm_keeplora.modeling.adapters import Factors, Trainable
+from mllm_keeplora.methods.context import StageContext
+from mllm_keeplora.modeling.adapters import Model, Trainable
 
 
 @dataclass(frozen=True)
@@ -35,20 +35,20 @@ class Loda(Method):
         if not self.ridge > 0.0:
             raise ValueError(f"ridge must be above 0, got {self.ridge!r}")
 
-    def initial_a(self, stage: Stage, model: Model) -> dict[str, Tensor]:
+    def initial_a(self, stage: StageContext, model: Model) -> dict[str, Tensor]:
         """The directions of the largest energy ratio."""
-        new, memories, device = stage.sketch_inputs(model, 0), stage.memories(), stage.work.device
+        new, earlier, device = stage.sketch_inputs(model, 0), stage.rehearsals(), stage.run.device
         return per_module(
             stage,
             lambda t: energy_ratio_rows(
                 new[t.name].to(device),
-                [memory[t.name].to(device) for memory in memories if t.name in memory],
+                [sketches[t.name].to(device) for sketches in earlier if t.name in sketches],
                 self.ridge,
-                stage.rank(t),
+                stage.run.rank(t),
             ),
         )
 
-    def remember(self, stage: Stage, model: Model, factors: Factors) -> dict[str, Tensor]:
+    def remember(self, stage: StageContext, model: Model) -> dict[str, Tensor]:
         """The task's inputs, sketched, at the model that has learnt it."""
         return stage.sketch_inputs(model, 1)
 

@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from mllm_keeplora.methods.base import Method
-from mllm_keeplora.methods.context import Stage
+from mllm_keeplora.methods.context import StageContext
 from mllm_keeplora.methods.hooks import Hooks
 from mllm_keeplora.modeling.adapters import STAGE, factor_parameters
 
@@ -29,9 +29,9 @@ class OLora(Method):
         if not self.strength >= 0.0:
             raise ValueError(f"strength must be at least 0, got {self.strength!r}")
 
-    def hooks(self, stage: Stage, model: PeftModel) -> Hooks:
+    def hooks(self, stage: StageContext, model: PeftModel) -> Hooks:
         """The penalty at each step; none in the first stage."""
-        past = {n: a.to(stage.work.device) for n, (a, _) in stage.accumulated.items()}
+        past = {n: a.to(stage.run.device) for n, (a, _) in stage.accumulated.items()}
         reached = {t.name: past[t.name] for t in stage.targets if t.name in past}
         return Hooks(penalty=lambda: self.strength * overlap(model, reached)) if reached else Hooks()
 

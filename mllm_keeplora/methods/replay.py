@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from mllm_keeplora.data.records import Sample, select_evenly
 from mllm_keeplora.methods.base import Method
-from mllm_keeplora.methods.context import Stage
+from mllm_keeplora.methods.context import RunContext
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,10 @@ class Replay(Method):
         if not 0.0 < self.share <= 1.0:
             raise ValueError(f"share must lie in (0, 1], got {self.share!r}")
 
-    def samples(self, stage: Stage) -> list[Sample]:
+    def samples(self, run: RunContext, number: int) -> list[Sample]:
         """The task's own, then those kept of the earlier tasks."""
-        found = list(super().samples(stage))
-        for task in stage.work.stream.tasks[: stage.number - 1]:
-            past = stage.task_samples(task.name)
+        found = list(super().samples(run, number))
+        for task in run.stream.tasks[: number - 1]:
+            past = run.task_samples(task.name)
             found += [past[i] for i in select_evenly(len(past), self.share, len(past))]
         return found

@@ -15,6 +15,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mllm_keeplora.errors import KeepLoRAError
 
@@ -24,6 +25,9 @@ STAGE = "stage"
 # Module name -> (A [r, in], B [out, r]), the update being scale * B A.
 Factors = dict[str, tuple[Tensor, Tensor]]
 Trainable = Literal["none", "A", "B", "both"]
+
+
+Model = PreTrainedModel | PeftModel
 
 
 class AdapterError(KeepLoRAError, ValueError):
@@ -143,6 +147,27 @@ def read_factors(model: PeftModel, adapter: str, names: Sequence[str]) -> Factor
         a, b = factor_parameters(model, adapter, name)
         factors[name] = (a.detach().float().cpu().clone(), b.detach().float().cpu().clone())
     return factors
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The base model, whether or not adapters are on it; its layers carry them."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def attach_accumulated(model: PreTrainedModel, accumulated: Factors) -> Model:
+    """The current model: the base, or the base with the folded past (E7)."""
+    return attach(model, ACCUMULATED, accumulated, dict.fromkeys(accumulated, 1)) if accumulated else model
+
+
+def detach(model: Model) -> None:
+    """Takes every adapter off again."""
+    if isinstance(model, PeftModel):
+        model.unload()
+
+
+def active_adapters(model: Model) -> list[str]:
+    """The adapters that take part in the forward result; none on the bare base."""
+    return list(model.active_adapters) if isinstance(model, PeftModel) else []
 
 
 @contextmanager

@@ -6,9 +6,10 @@ it. Declaring the two schemas first is enough for everything that does not call 
 no MLLM uses).
 
 `import mllm_keeplora` installs the guard. `accelerate launch` and `lmms-eval` import torchvision before any
-code of ours, so scripts/_setup.sh has Python itself run this file at every start, by a .pth file in .venv. No
-index offers a torchvision built for a CPU-only torch under the version that the lock file names, or that .pth
-file could go. The guard does nothing where torch has CUDA.
+code of ours, so there Python itself has to import the package first: `install_at_every_start`, which
+scripts/_setup.sh calls for .venv, leaves a .pth file that Python reads whenever it starts. The file could go
+if PyPI had a torchvision built for a CPU-only torch; for the versions of constraints.txt it has none.
+The guard does nothing where torch has CUDA.
 """
 
 import importlib.abc
@@ -56,3 +57,11 @@ def install() -> None:
 def _is_no_missing_kernel(record: logging.LogRecord) -> bool:
     """An optional CPU kernel that is absent is no failure."""
     return "gemm_4bit_forward" not in record.getMessage()
+
+
+def install_at_every_start() -> None:
+    """Has Python import the package, and with it this guard, at every start in this environment."""
+    import sysconfig
+    from pathlib import Path
+
+    Path(sysconfig.get_path("purelib"), "keeplora_startup.pth").write_text("import mllm_keeplora\n")

@@ -121,14 +121,22 @@ def _say_commit(base_model: str, commit: str) -> None:
 
 def quantization_config(config: ModelConfig, not_quantised: tuple[str, ...]) -> BitsAndBytesConfig | None:
     """NF4 with double quantisation, or None."""
-    if config.quantization == "none":
-        return None
+    return None if config.quantization == "none" else nf4_config(config.compute_dtype, not_quantised)
+
+
+def nf4_config(compute_dtype: str, not_quantised: Sequence[str] | None = None) -> BitsAndBytesConfig:
+    """NF4 with double quantisation.
+
+    Args:
+        compute_dtype: a name in `DTYPES`.
+        not_quantised: modules that stay as they are; None leaves the choice to transformers.
+    """
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=DTYPES[config.compute_dtype],
-        llm_int8_skip_modules=list(not_quantised),
+        bnb_4bit_compute_dtype=DTYPES[compute_dtype],
+        llm_int8_skip_modules=None if not_quantised is None else list(not_quantised),
     )
 
 

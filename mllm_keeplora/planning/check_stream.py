@@ -1,14 +1,10 @@
-"""Reads a stream's data completely before a run is paid for, and reports everything that is wrong at once.
+"""Reads a stream's data completely and finds everything that is wrong with them, all in one pass.
 
-    bash scripts/check_stream.sh recipes/streams/FILE.yaml data_root=/where/the/data/are
-
-Every record is read and every image and clip decoded, as a run does before its first stage; what was found
-sound is remembered where the run looks (`cache_dir`), so it need not decode them again. Beyond what a run
+Every record is read and every image and clip decoded, as a run does before its first stage. Beyond what a run
 refuses, it looks for what would make scores worth less: ids and records that repeat, and test questions that
-training has shown. Exit status: 0 nothing found, 1 something found, 2 it could not begin.
+training has shown.
 """
 
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,10 +12,6 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
-from jsonargparse import ArgumentError, ArgumentParser
-
-from mllm_keeplora.commands.program import command, with_dashes
-from mllm_keeplora.config import ConfigError, RunConfig, VideoConfig
 from mllm_keeplora.data.media import MediaChecker, file_state
 from mllm_keeplora.data.records import (
     RecordError,
@@ -29,7 +21,7 @@ from mllm_keeplora.data.records import (
     read_records,
     select_evenly,
 )
-from mllm_keeplora.data.stream import GeneralSpec, Stream, TaskSpec, load_stream, named_paths
+from mllm_keeplora.data.stream import GeneralSpec, Stream, TaskSpec, named_paths
 from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.evaluation.errors import EvaluationError
 from mllm_keeplora.evaluation.task_files import write_task_files
@@ -129,11 +121,6 @@ def check_stream(stream: Stream, checker: MediaChecker) -> Report:
             _cache_notes(checker.reader, {p for f in files for p in f.videos} - damaged.keys(), sizes)
         ),
     )
-
-
-def _specs(stream: Stream) -> list[Spec]:
-    """The entries with files of their own."""
-    return [*stream.tasks, *(spec for spec in stream.general if spec.test is not None)]
 
 
 def _read_files(stream: Stream, spec: Spec) -> Iterator[_DataFile]:
@@ -317,8 +304,7 @@ def _advice(stream: Stream, missing: Sequence[Path]) -> Iterator[str]:
     if rest:
         yield (
             f"{len(rest)} files or folders, the first {rest[0]}: published as {hub.url} (revision "
-            f"{hub.revision}); bash scripts/fetch_stream.sh STREAM.yaml data_root={stream.data_root} gets "
-            "what is there"
+            f"{hub.revision}); keeplora fetch STREAM.yaml --data_root {stream.data_root} gets what is there"
         )
 
 
@@ -401,27 +387,3 @@ def _bytes(number: float) -> str:
             return f"{number:.3g} {unit}"
         number /= 1000
     return f"{number:.3g} {_UNITS[-1]}"
-
-
-def main(argv: list[str] | None = None) -> None:
-    """The command line."""
-    with command():
-        parser = ArgumentParser(prog="check_stream.sh", description=__doc__, exit_on_error=False)
-        parser.add_argument("stream", type=str, help="the stream's YAML")
-        parser.add_argument("--data_root", type=str, default=None, help="folder of the data")
-        parser.add_argument("--cache_dir", type=str, default=RunConfig().cache_dir, help="as of the run")
-        parser.add_class_arguments(VideoConfig, "video", help="as of the run")
-        try:
-            given = parser.instantiate(parser.parse_args(with_dashes(sys.argv[1:] if argv is None else argv)))
-        except ArgumentError as error:
-            raise ConfigError(f"{error} (--help lists every setting)") from error
-        root = None if given.data_root is None else Path(given.data_root)
-        stream = load_stream(Path(given.stream), root, check_files=False)
-        checker = MediaChecker(VideoReader(given.video, None), Path(given.cache_dir) / "checked_media")
-        report = check_stream(stream, checker)
-        print(format_report(report), end="")
-    sys.exit(1 if report.problems else 0)
-
-
-if __name__ == "__main__":
-    main()

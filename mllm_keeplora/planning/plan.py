@@ -34,13 +34,12 @@ from mllm_keeplora.planning.memory_model import MemoryModel, optimizer_state
 from mllm_keeplora.probes.protected_bases import weight_basis_directory, weight_basis_file
 from mllm_keeplora.resources import find
 from mllm_keeplora.runs.files import read_json
-from mllm_keeplora.runs.manifests import MANIFEST
 from mllm_keeplora.runs.run_directory import RunDirectory
 from mllm_keeplora.units import GB
 
 # Share of a device's free memory that the estimate leaves alone: CUDA context, fragmentation, and its error.
 HEADROOM = 0.1
-PROBING = ("probe", "feature_basis")  # the timed phases of a stage that hold its probe passes
+PROBING = ("probe", "protect", "rehearse")  # the timed phases of a stage that hold its probe passes
 # Settings that an earlier run shares with this one where its seconds are used.
 _pace = attrgetter(
     *("method", "method_options", "probe.refine"),
@@ -223,10 +222,10 @@ def measured_rates(config: RunConfig, base_hash: str | None) -> Rates | None:
 def _comparable(manifest: Mapping[str, Any], config: RunConfig, base_hash: str | None) -> bool:
     """Whether a stage learnt something on the same base at the same pace."""
     try:
-        same_pace = _pace(config_from_dict(manifest["config"], Path(MANIFEST))) == _pace(config)
+        same_pace = _pace(config_from_dict(manifest["config"], Path(config.run_dir))) == _pace(config)
     except ConfigError:  # of another version
         return False
-    timed = manifest["timings"].keys() >= {*PROBING, "train", "evaluation"}
+    timed = manifest["timings"].keys() >= {*PROBING, "train", "evaluate"}
     learnt = manifest["stage"] > 0 and manifest["counts"]["steps"] > 0
     return same_pace and timed and learnt and manifest["base_model"]["hash"] == base_hash
 
@@ -238,7 +237,7 @@ def stage_rates(manifest: Mapping[str, Any], probe_passes: int) -> tuple[float, 
     return (
         timings["train"] / manifest["counts"]["steps"],
         sum(timings[phase] for phase in PROBING) / probed if probed else 0.0,
-        timings["evaluation"] / max(1, questions),
+        timings["evaluate"] / max(1, questions),
     )
 
 

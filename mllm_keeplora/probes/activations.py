@@ -6,17 +6,17 @@ E8) reads these: the directions that a task's inputs occupy, in place of those a
 weight.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from mllm_keeplora.distributed.processes import process_index, sum_of_all
+from mllm_keeplora.modeling.loss import supervised_positions
 from mllm_keeplora.modeling.targets import Target
 from mllm_keeplora.probes.gradients import Batches, GradientError, module_generator
+from mllm_keeplora.probes.hooks import hooked
 
 
 @torch.no_grad()
@@ -42,16 +42,16 @@ def sketch_inputs(
     Raises:
         GradientError: a module that no token reaches, or inputs with NaN.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
     device = next(model.parameters()).device
     sums = {t.name: torch.zeros(columns[t.name], t.in_features, device=device) for t in targets}
     tokens = dict.fromkeys(sums, 0)
     generators = {name: module_generator(seed, f"{process_index()}/{name}") for name in sums}
     mask: list[Tensor] = []  # the current batch's; empty for a batch that only keeps a collective going
 
-    def add(name: str, inputs: Tensor) -> None:
+    def add(name: str, _: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         if not mask:
             return
+        inputs = arguments[0]
         rows = inputs.reshape(-1, inputs.shape[-1])
         if inputs.shape[:-1] == mask[0].shape:
             rows = rows[mask[0].flatten().bool()]
@@ -61,25 +61,11 @@ def sketch_inputs(
         tokens[name] += len(rows)
 
     model.eval()
-    with _reading_inputs(base, list(sums), add):
+    with hooked(model, {name: partial(add, name) for name in sums}, "before"):
         for batch in batches():
-            mask[:] = [batch["attention_mask"]] if (batch["labels"] != -100).any() else []
+            mask[:] = [batch["attention_mask"]] if supervised_positions(batch["labels"]).any() else []
             model(**{key: value for key, value in batch.items() if key != "labels"})
     return {name: _mean(name, sums[name], tokens[name]) for name in sums}
-
-
-@contextmanager
-def _reading_inputs(base: nn.Module, names: Sequence[str], add: Any) -> Iterator[None]:
-    """Calls add(name, inputs) whenever one of the modules is about to compute."""
-    handles = [
-        base.get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: add(name, inputs[0]))
-        for name in names
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _mean(name: str, own: Tensor, tokens: int) -> Tensor:

@@ -16,18 +16,18 @@ different numbers of batches, or none, and batches that leave a tower out.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from mllm_keeplora.distributed.processes import sum_of_all
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.modeling.adapters import without_dropout
+from mllm_keeplora.modeling.loss import summed_token_loss, supervised_positions
 from mllm_keeplora.modeling.targets import Target
+from mllm_keeplora.probes.hooks import hooked
 
 Batches = Callable[[], Iterable[Mapping[str, Any]]]
 
@@ -82,9 +82,10 @@ def back_project_gradients(
     """The refining pass: G Q of every target.
 
     Args:
-        model, batches: as for `sketch_gradients`.
+        model: as for `sketch_gradients`.
         directions: module name -> Q^T [q, in], orthonormal rows.
         out_features: module name -> out.
+        batches: as for `sketch_gradients`.
 
     Returns:
         Module name -> G Q [out, q], fp32 on the CPU.
@@ -151,38 +152,26 @@ class _Watch(torch.autograd.Function):
 def _probe_pass(model: nn.Module, sums: Mapping[str, _ThinGradient], batches: Batches) -> dict[str, Tensor]:
     model.train()  # transformers checkpoints activations in train() only
     try:
-        with without_dropout(model), _watching(model, sums):
+        watchers = {name: thin.watch for name, thin in sums.items()}
+        with without_dropout(model), hooked(model, watchers, "after"):
             tokens = _accumulate(model, batches())
     finally:
         model.eval()
     return _mean_gradients({name: gradient.sum for name, gradient in sums.items()}, tokens)
 
 
-@contextmanager
-def _watching(model: nn.Module, sums: Mapping[str, _ThinGradient]) -> Iterator[None]:
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    handles = [base.get_submodule(name).register_forward_hook(s.watch) for name, s in sums.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _accumulate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> int:
     """Back-propagates the summed token losses of the batches; returns the number of supervised tokens."""
     tokens = 0
     for batch in batches:
-        # A divisor of 1 makes transformers' own loss the sum over tokens: means of batches would weigh short
-        # batches more.
-        loss = model(**batch, num_items_in_batch=1).loss
+        loss = summed_token_loss(model, batch)
         if not torch.isfinite(loss):
             raise GradientError(
                 f"the loss of a probe batch is {loss.item()}: check the data and the learning rate "
                 "of the last stage"
             )
         loss.backward()
-        tokens += int((batch["labels"][:, 1:] != -100).sum())
+        tokens += int(supervised_positions(batch["labels"]).sum())
     return tokens
 
 

@@ -1,13 +1,12 @@
 """Finished runs over one stream side by side, from their directories: one page, one picture, one table.
 
-    bash scripts/compare_runs.sh runs/vqa_small runs/lora --out runs/comparison
+    keeplora compare runs/vqa_small runs/lora --out runs/comparison
 
 Runs with one label (their method) and different seeds become one line: mean and standard error over the
 seeds. A label with one run keeps that run's numbers, with the standard error that its test questions give;
 changes and ratios (BWT, forgetting, retention) compare two answers to the same question and have none there.
 """
 
-import argparse
 import base64
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,6 @@ from typing import Any, Literal, NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mllm_keeplora.commands.program import command
 from mllm_keeplora.evaluation.metrics import Cell, Estimate, mean_of_scores, mean_over_seeds
 from mllm_keeplora.reports.page import (
     TEXT_WIDTH,
@@ -461,24 +459,3 @@ def _render(groups: Sequence[Group], runs: Sequence[FoundRun], labels: Sequence[
             for name in differing_settings(runs)
         ],
     )
-
-
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", type=Path, nargs="+", help="directories of finished runs over one stream")
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/comparison"), help="directory (default: %(default)s)"
-    )
-    arguments = parser.parse_args()
-    with command():
-        groups = compare_runs(arguments.runs, arguments.out)
-        print(
-            f"{format_comparison(groups)}\n\npage: {arguments.out / PAGE}\npicture: {arguments.out / PICTURE}"
-        )
-
-
-if __name__ == "__main__":
-    main()

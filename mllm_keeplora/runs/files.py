@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mllm_keeplora.distributed.processes import from_main
 from mllm_keeplora.errors import KeepLoRAError
 
 _WRITE_REMEDY = "Nothing complete is lost: make room (or fix the permission) and run the same command again"
@@ -104,17 +103,6 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (FileNotFoundError, SafetensorError) as error:
         raise ArtifactError(f"cannot read {path}: {error}; delete it to have it computed again") from error
-
-
-def load_or_compute(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Tensors of a finished phase from its file, or computed and written; so a stage can be resumed.
-
-    `compute` runs on every process; what the main one returns is written, and read by all.
-    """
-    if not from_main(path.exists):
-        tensors = compute()
-        from_main(lambda: save_tensors(path, tensors))
-    return load_tensors(path)
 
 
 def sha256_file(path: Path) -> str:

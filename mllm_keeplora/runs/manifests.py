@@ -1,7 +1,6 @@
 """The chain of stage manifests: each names its files by hash, and the manifest before it."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from mllm_keeplora.runs.files import (
@@ -12,35 +11,34 @@ from mllm_keeplora.runs.files import (
     sha256_json,
     write_json,
 )
+from mllm_keeplora.runs.run_directory import StageDirectory
 
-SCHEMA_VERSION = 2
-
-
-MANIFEST = "manifest.json"
+SCHEMA_VERSION = 3
 
 
-def read_manifest(stage_dir: Path, previous: str | None) -> dict[str, Any] | None:
+def read_manifest(stage: StageDirectory, previous: str | None) -> dict[str, Any] | None:
     """The manifest of a complete stage, checked against its files and its predecessor; None where there is
     none yet.
 
     Args:
-        stage_dir: the stage's directory.
+        stage: where it lies.
         previous: sha256 of the predecessor's manifest file, None for stage 0.
 
     Raises:
         ArtifactError: the manifest or a file it names was edited or removed, or it follows another
             predecessor.
     """
-    path = stage_dir / MANIFEST
+    path = stage.manifest
     if not path.exists():
         return None
     manifest = read_json(path)
-    remedy = f"restore it, or delete {stage_dir} and the stages after it to have them computed again"
+    remedy = f"restore it, or delete {stage.path} and the stages after it to have them computed again"
     if not isinstance(manifest, dict) or manifest.get("self") != _self_hash(manifest):
         raise ArtifactError(f"{path} was edited: its own hash does not match; {remedy}")
     if manifest.get("schema_version") != SCHEMA_VERSION:
         raise ArtifactError(
-            f"{path}: schema_version {manifest.get('schema_version')}, expected {SCHEMA_VERSION}; {remedy}"
+            f"{path}: schema_version {manifest.get('schema_version')}, expected {SCHEMA_VERSION}: another version "
+            f"of mllm-keeplora wrote this run. Continue it with that version, or use another run_dir"
         )
     if manifest.get("previous") != previous:
         raise ArtifactError(
@@ -49,7 +47,7 @@ def read_manifest(stage_dir: Path, previous: str | None) -> dict[str, Any] | Non
             f"{str(previous)[:12]}: an earlier manifest was edited or redone; {remedy}"
         )
     for name, expected in manifest["files"].items():
-        file = stage_dir / name
+        file = stage.path / name
         found = sha256_file(file) if file.exists() else "no file"
         if found != expected:
             raise ArtifactError(
@@ -58,15 +56,15 @@ def read_manifest(stage_dir: Path, previous: str | None) -> dict[str, Any] | Non
     return manifest
 
 
-def write_manifest(stage_dir: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+def write_manifest(stage: StageDirectory, manifest: dict[str, Any]) -> dict[str, Any]:
     """Completes a stage: hashes its files and writes the manifest last. Returns the manifest as written."""
     complete = {
         **manifest,
         "schema_version": SCHEMA_VERSION,
-        "files": hash_files(stage_dir, skip=(MANIFEST,)),
+        "files": hash_files(stage.path, skip=(stage.manifest.name,)),
     }
     complete["self"] = _self_hash(complete)
-    write_json(stage_dir / MANIFEST, complete)
+    write_json(stage.manifest, complete)
     return complete
 
 

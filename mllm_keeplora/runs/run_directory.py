@@ -144,6 +144,11 @@ class RunDirectory:
         return self.path / "judge"
 
     @property
+    def leaderboard(self) -> Path:
+        """Folder of lmms-eval's own results, where the run was evaluated again for the leaderboard."""
+        return self.path / "leaderboard"
+
+    @property
     def stages(self) -> Path:
         """Folder of the stages."""
         return self.path / "stages"

@@ -1,4 +1,4 @@
-"""What the training scripts of the two embedded base models share."""
+"""What the training scripts of the two small base models share."""
 
 import argparse
 import json
@@ -9,21 +9,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-# First of all imports: the package lets torchvision import beside a CPU-only torch, which transformers needs.
 from mllm_keeplora.modeling.linear4bit import guard_linear4bit
+from mllm_keeplora.modeling.loading import nf4_config
+
+# First of all imports: the package lets torchvision import beside a CPU-only torch, which transformers needs.
+from mllm_keeplora.modeling.loss import IGNORED_LABEL
 
 # isort: split
 import bitsandbytes.functional as bnb
 import numpy as np
 import torch
 import transformers
-from mllm_keeplora.recipes.small.draw import NUMBERS, Question
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoProcessor, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoProcessor, PreTrainedModel, PreTrainedTokenizerFast
 
-IGNORE = -100  # the label that cross entropy skips
+from mllm_keeplora.recipes.small.draw import NUMBERS, Question
+
 NOT_QUANTISED = ["model.multi_modal_projector", "lm_head"]
 # Words that no drawing uses but a user's own questions may; anything else is spelt letter by letter.
 COMMON_WORDS = (
@@ -136,7 +139,7 @@ class Conversations:
         pad = self.tokenizer.pad_token_id
         return (
             torch.tensor([ids + [pad] * (length - len(ids)) for ids, _ in rows]),
-            torch.tensor([labels + [IGNORE] * (length - len(labels)) for _, labels in rows]),
+            torch.tensor([labels + [IGNORED_LABEL] * (length - len(labels)) for _, labels in rows]),
         )
 
     def _row(self, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
@@ -147,7 +150,7 @@ class Conversations:
             prompt = self._tokens(f"USER: {medium}{question} ASSISTANT:")
             completion = self._tokens(f" {answer}</s>")
             ids += prompt + completion
-            labels += [IGNORE] * len(prompt) + completion
+            labels += [IGNORED_LABEL] * len(prompt) + completion
         return ids, labels
 
     def _tokens(self, text: str) -> list[int]:
@@ -227,13 +230,7 @@ def measure(
         quantised: load it in NF4, else in fp32.
     """
     processor = AutoProcessor.from_pretrained(folder)
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-        llm_int8_skip_modules=NOT_QUANTISED,
-    )
+    quantization = nf4_config("float32", NOT_QUANTISED)
     model = model_class.from_pretrained(
         folder, dtype=torch.float32, quantization_config=quantization if quantised else None
     ).eval()

@@ -1,6 +1,6 @@
-"""Writes the embedded video stream: H.264 files and JSON in the layout of CL-VISTA.
+"""Writes the small video stream: H.264 files and JSON in the layout of CL-VISTA.
 
-    python recipes/small/build_video_data.py --out data/small_video
+    python -m mllm_keeplora.recipes.small.build_video_data --out data/small_video
 
     <out>/{drift,lamps,beacons,race}/json_row/train_data.json     conversations of several turns each
     <out>/<task>/json_row/{test_questions,test_answers}.json      single questions, paired by position
@@ -16,8 +16,11 @@ from typing import Any
 
 import av
 import numpy as np
+from tqdm import tqdm
+
 from mllm_keeplora.recipes.small import draw_video
 from mllm_keeplora.recipes.small.build_vqa_data import (
+    SEED,
     Draw,
     build_command,
     conversation,
@@ -30,7 +33,6 @@ from mllm_keeplora.recipes.small.build_vqa_data import (
 )
 from mllm_keeplora.recipes.small.draw import Question
 from mllm_keeplora.recipes.small.draw_video import Clip, Pixels
-from tqdm import tqdm
 
 TRAIN_CLIPS = 1000  # a task
 TEST_QUESTIONS = 200  # a task
@@ -38,7 +40,7 @@ GENERAL_QUESTIONS = 304  # a multiple of the kinds of question
 
 
 def main() -> None:
-    build_command(__doc__, Path("data/small_video"), _write_all)
+    build_command(__doc__, Path("data/small_video"), write_all)
 
 
 def write_mp4(path: Path, frames: Pixels) -> None:
@@ -63,7 +65,8 @@ def read_mp4(path: Path) -> Pixels:
     return np.stack(frames)
 
 
-def _write_all(root: Path, seed: int) -> None:
+def write_all(root: Path, seed: int = SEED) -> None:
+    """Writes the whole stream into an empty folder."""
     halves: list[tuple[str, str, Draw[Clip], int]] = [
         ("motions", "test", draw_video.asked_scene, GENERAL_QUESTIONS),
         ("drift", "train", digit_drawer(draw_video.drift, seed, offset=0), TRAIN_CLIPS),

@@ -1,6 +1,6 @@
-"""Writes the embedded stream: PNG images and JSON in the LLaVA layout of the published streams.
+"""Writes the small stream: PNG images and JSON in the LLaVA layout of the published streams.
 
-    python recipes/small/build_vqa_data.py --out data/small_vqa
+    python -m mllm_keeplora.recipes.small.build_vqa_data --out data/small_vqa
 
     <out>/{digits,charts,clocks,grounds}/{train.json,test.json,images/{train,test}/*.png}
     <out>/scenes/{test.json,images/test/*.png}                    the general benchmark has no training half
@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from mllm_keeplora.recipes.small import draw
-from mllm_keeplora.recipes.small.folders import whole_folder
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from sklearn.utils import Bunch
 from tqdm import tqdm
+
+from mllm_keeplora.recipes.small import draw
+from mllm_keeplora.recipes.small.folders import whole_folder
 
 SEED = 2026
 TRAIN_IMAGES = 1200  # a task; digits has 1797 scans in all
@@ -35,7 +36,7 @@ Draw = Callable[[np.random.Generator, int], T]  # draws from a generator the ite
 
 
 def main() -> None:
-    build_command(__doc__, Path("data/small_vqa"), _write_all)
+    build_command(__doc__, Path("data/small_vqa"), write_all)
 
 
 # What build_video_data.py shares.
@@ -111,7 +112,8 @@ def write_json(path: Path, records: list[dict[str, Any]]) -> None:
 # The images.
 
 
-def _write_all(root: Path, seed: int) -> None:
+def write_all(root: Path, seed: int = SEED) -> None:
+    """Writes the whole stream into an empty folder."""
     halves: list[tuple[str, str, Draw[draw.Drawing], int]] = [
         ("scenes", "test", unnumbered(lambda rng: draw.scene(rng)[0]), GENERAL_QUESTIONS),
         ("digits", "train", digit_drawer(draw.digit, seed, offset=0), TRAIN_IMAGES),

@@ -1,7 +1,7 @@
-"""Drawings and questions of the embedded default: one kind of general image and four new domains.
+"""Drawings and questions of the small default: one kind of general image and four new domains.
 
 Every function is pure: what it returns depends on its arguments and on the numpy generator it is given. An
-image is 64x64 RGB. Objects sit in the cells of a 4x4 grid because the embedded model's vision tower reads
+image is 64x64 RGB. Objects sit in the cells of a 4x4 grid because the small model's vision tower reads
 patches of 16x16 pixels.
 
 The domains look different from the scenes and from each other, but share answer words with them (colours,
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 SIZE = 64  # pixels a side
-CELL = 16  # pixels a side of one grid cell, the patch size of the embedded model
+CELL = 16  # pixels a side of one grid cell, the patch size of the small model
 GRID = SIZE // CELL
 
 COLORS = {

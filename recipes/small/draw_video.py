@@ -1,4 +1,4 @@
-"""Clips and questions of the embedded video default: one kind of general clip and four new domains.
+"""Clips and questions of the small video default: one kind of general clip and four new domains.
 
 Every function is pure: what it returns depends on its arguments and on the numpy generator it is given. A
 clip is `FRAMES` frames of 64x64 RGB; readers take the `SAMPLED` ones, so all events happen in slots of two
@@ -17,10 +17,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from mllm_keeplora.recipes.small import draw
-from mllm_keeplora.recipes.small.draw import COLORS, NUMBERS, SHAPES, Question
 from numpy.typing import NDArray
 from PIL import Image
+
+from mllm_keeplora.recipes.small import draw
+from mllm_keeplora.recipes.small.draw import COLORS, NUMBERS, SHAPES, Question
 
 SIZE = draw.SIZE  # pixels a side
 FRAMES = 16  # of a clip

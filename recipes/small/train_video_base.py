@@ -1,6 +1,6 @@
-"""Trains the embedded video base model from scratch on drawn clips and measures what it learnt.
+"""Trains the small video base model from scratch on drawn clips and measures what it learnt.
 
-    python recipes/small/train_video_base.py --out recipes/small/video_base
+    python -m mllm_keeplora.recipes.small.train_video_base --out recipes/small/video_base
 
 A real `LlavaNextVideoForConditionalGeneration` of about 1.5 M parameters: a CLIP tower of 4 layers (features
 of the third) whose 16 patches a frame are pooled to 4 tokens, a Llama language model of 4 layers, 8 frames.
@@ -31,12 +31,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from mllm_keeplora.recipes.small import base_training as common
-from mllm_keeplora.recipes.small import draw, draw_video
-from mllm_keeplora.recipes.small.build_video_data import read_mp4, write_mp4
-from mllm_keeplora.recipes.small.draw import Question
-from mllm_keeplora.recipes.small.draw_video import SIZE, SLOTS, Clip, Pixels, Thing
-from mllm_keeplora.recipes.small.folders import whole_folder
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -52,6 +46,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from mllm_keeplora.modeling.loss import IGNORED_LABEL
+from mllm_keeplora.recipes.small import base_training as common
+from mllm_keeplora.recipes.small import draw, draw_video
+from mllm_keeplora.recipes.small.build_video_data import read_mp4, write_mp4
+from mllm_keeplora.recipes.small.draw import Question
+from mllm_keeplora.recipes.small.draw_video import SIZE, SLOTS, Clip, Pixels, Thing
+from mllm_keeplora.recipes.small.folders import whole_folder
 
 WIDTH = 128  # of both towers
 LAYERS = 4  # of the language model
@@ -136,7 +138,7 @@ def train_base(out: Path, setup: Setup) -> None:
         accuracy = _measure_all(staging, setup)
         minutes = (time.monotonic() - started) / 60
         common.write_account(
-            staging, "Embedded video base model", _DESCRIPTION, setup, accuracy, model, minutes, [_NOTE]
+            staging, "Small video base model", _DESCRIPTION, setup, accuracy, model, minutes, [_NOTE]
         )
     print(f"wrote {out}: {json.dumps(accuracy)}")
 
@@ -393,7 +395,7 @@ def _states(things: list[Thing]) -> NDArray[np.int64]:
                 )
             elif now or before:
                 states[slot, quarters[slot], traits] = STATES.index(act if now else "gone")
-    states[0] = common.IGNORE
+    states[0] = IGNORED_LABEL
     return states
 
 
@@ -459,7 +461,7 @@ def _language_loss(
     middle = output.hidden_states[LAYERS // 2]
     states = head(middle[batch.input_ids == model.config.video_token_index]).view(-1, len(STATES))
     weights = torch.tensor([0.1, *[1.0] * (len(STATES) - 1)])  # most are elsewhere
-    motion = nn.functional.cross_entropy(states, batch.states.flatten(), weights, ignore_index=common.IGNORE)
+    motion = nn.functional.cross_entropy(states, batch.states.flatten(), weights, ignore_index=IGNORED_LABEL)
     return output.loss + motion_weight * motion
 
 

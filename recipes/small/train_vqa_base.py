@@ -1,6 +1,6 @@
-"""Trains the embedded base model from scratch on drawn scenes and measures what it learnt.
+"""Trains the small base model from scratch on drawn scenes and measures what it learnt.
 
-    python recipes/small/train_vqa_base.py --out recipes/small/vqa_base
+    python -m mllm_keeplora.recipes.small.train_vqa_base --out recipes/small/vqa_base
 
 A real `LlavaForConditionalGeneration` of about 1.5 M parameters: a CLIP tower of 5 layers (features of the
 fourth), a Llama language model of 4, 16 image tokens. Training has three phases, all on freshly drawn images:
@@ -22,9 +22,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from mllm_keeplora.recipes.small import base_training as common
-from mllm_keeplora.recipes.small import draw
-from mllm_keeplora.recipes.small.folders import whole_folder
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -37,6 +34,10 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
+
+from mllm_keeplora.recipes.small import base_training as common
+from mllm_keeplora.recipes.small import draw
+from mllm_keeplora.recipes.small.folders import whole_folder
 
 
 class Setup(NamedTuple):
@@ -97,7 +98,7 @@ def train_base(out: Path, setup: Setup) -> None:
         }
         minutes = (time.monotonic() - started) / 60
         description = "A LLaVA of {parameters} parameters trained from scratch on drawn scenes"
-        common.write_account(staging, "Embedded base model", description, setup, accuracy, model, minutes)
+        common.write_account(staging, "Small base model", description, setup, accuracy, model, minutes)
     print(f"wrote {out}: {json.dumps(accuracy)}")
 
 

@@ -8,21 +8,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from mllm_keeplora.studies import analysis
-from mllm_keeplora.studies.analysis import (
-    UNCHANGED,
-    AnalysisConfig,
-    Cell,
-    analyze,
-    cells_of,
-    draw_analysis,
-    format_analysis,
-    leading_directions,
-    parse_analysis,
-    rebuild,
-    rebuilt,
-    third_of,
-)
 from PIL import Image
 
 from mllm_keeplora.config import ConfigError, ModelConfig
@@ -31,6 +16,20 @@ from mllm_keeplora.modeling.loading import load_dense
 from mllm_keeplora.modeling.targets import Target
 from mllm_keeplora.probes.protected_bases import weight_basis_files
 from mllm_keeplora.runs.files import ArtifactError
+from mllm_keeplora.studies import analysis
+from mllm_keeplora.studies.analysis import (
+    UNCHANGED,
+    Cell,
+    analyze,
+    cells_of,
+    draw_analysis,
+    format_analysis,
+    leading_directions,
+    rebuild,
+    rebuilt,
+    third_of,
+)
+from mllm_keeplora.studies.analysis_config import AnalysisConfig, parse_analysis
 from tests.modules.conftest import all_targets, batch, model_config
 
 ENERGIES = [0.2, 0.6, 0.9, 0.99, 1.0]
@@ -256,7 +255,7 @@ def test_a_model_too_small_for_thirds_is_refused(config: AnalysisConfig, tiny_ll
 
 
 def parse(*argv: str) -> AnalysisConfig:
-    return parse_analysis("", EMBEDDED, list(argv))
+    return parse_analysis(argv)
 
 
 def test_a_recipe_gives_the_model_and_the_command_line_wins() -> None:
@@ -276,7 +275,7 @@ def test_a_recipe_gives_the_model_and_the_command_line_wins() -> None:
         (["--energies", "[]"], "energies is empty"),
         (["--depth_energy", "-0.1"], r"depth_energy must lie in \(0, 1\]"),
         (["--limit", "0"], "limit must be at least 1"),
-        (["--energy", "0.5"], "--help lists every setting"),
+        (["--energy", "0.5"], "did you mean 'energies'"),
         (["--run", "a", "--config", "b"], "both given"),
     ],
 )

@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader
 
 import mllm_keeplora  # noqa: F401  # prepares the environment for transformers
 from mllm_keeplora.data.collator import (
-    IGNORED_LABEL,
     ChatCollator,
     ProcessorError,
     SampleDataset,
@@ -23,6 +22,7 @@ from mllm_keeplora.data.collator import (
 )
 from mllm_keeplora.data.media import ImageError
 from mllm_keeplora.data.records import Sample, Turn
+from mllm_keeplora.modeling.loss import IGNORED_LABEL
 
 # isort: split
 from transformers import (

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mllm_keeplora.recipes.small import draw
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,6 +20,7 @@ from mllm_keeplora.modeling.linear4bit import computed_weight
 from mllm_keeplora.modeling.loading import load_base
 from mllm_keeplora.modeling.targets import Target, find_targets
 from mllm_keeplora.probes.gradients import back_project_gradients, sketch_gradients
+from mllm_keeplora.recipes.small import draw
 
 EMBEDDED = Path(__file__).resolve().parents[2] / "recipes" / "small"
 # The default q = 4 r. At so small an r, q = r holds 0.90 only and a pass without refinement 0.982, so that

@@ -1,7 +1,6 @@
 """Evaluation of live and saved tiny LLaVA models by lmms-eval, with the traps of both."""
 
 import importlib.metadata
-import importlib.util
 import json
 import math
 import random
@@ -10,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 # First of the third-party imports: the package lets torchvision import beside a CPU-only torch.
@@ -34,27 +32,16 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mllm_keeplora.config import ModelConfig, VideoConfig
+from mllm_keeplora.config import EvaluationConfig, ModelConfig, RunConfig
 from mllm_keeplora.data.stream import GeneralSpec, Stream, TaskSpec
+from mllm_keeplora.eval import leaderboard
 from mllm_keeplora.evaluation.errors import EvaluationError
 from mllm_keeplora.evaluation.lmms_model import KeepLoRAModel, inference_state
 from mllm_keeplora.evaluation.score import evaluate_row
-from mllm_keeplora.evaluation.task_files import TEMPLATES, read_index, write_task_files
+from mllm_keeplora.evaluation.task_files import read_index, write_task_files
 from mllm_keeplora.modeling.loading import load_base
+from mllm_keeplora.resources import shipped
 
-REPOSITORY = TEMPLATES.parents[1]
-
-
-def load_leaderboard() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("leaderboard", REPOSITORY / "eval" / "leaderboard.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["leaderboard"] = module  # its dataclass looks its module up
-    spec.loader.exec_module(module)
-    return module
-
-
-leaderboard = load_leaderboard()
 SPECIAL_TOKENS = ["<pad>", "<unk>", "<s>", "</s>", "<image>"]
 WORDS = ["USER", "ASSISTANT", ":", "?", "what", "is", "the", "colour", "of", "this", "thing", "and", "shape"]
 ANSWERS = [f"w{number}" for number in range(40)]
@@ -320,7 +307,7 @@ def test_task_files_name_everything(stream: Stream, tmp_path: Path) -> None:
     names = write_task_files(stream, tmp_path / "tasks")
     assert names == ["keeplora_tiny_birds", "keeplora_tiny_tools", "keeplora_tiny_scenes"]
     task = yaml.safe_load((tmp_path / "tasks" / "keeplora_tiny_tools.yaml").read_text())
-    assert task["include"] == str(TEMPLATES / "contains.yaml")
+    assert task["include"] == str(shipped("eval/tasks/contains.yaml"))
     assert task["dataset_kwargs"] == {"data_files": {"test": str(tmp_path / "data/tools/test.json")}}
     assert task["generation_kwargs"] == {"max_new_tokens": 4, "do_sample": False, "until": []}
     name, entries = read_index(tmp_path / "tasks")
@@ -492,7 +479,7 @@ def test_wrong_batch_size_is_an_error(live: tuple[Any, Any], batch_size: Any) ->
 
 def test_lmms_eval_knows_the_model_whatever_is_imported_first() -> None:
     points = importlib.metadata.entry_points(group="lmms_eval.models")
-    assert "mllm_keeplora.evaluation.errors:model_manifest" in {point.value for point in points}, (
+    assert "mllm_keeplora.evaluation.entry_point:model_manifest" in {point.value for point in points}, (
         "reinstall: pip install -e ."
     )
     script = (
@@ -502,7 +489,7 @@ def test_lmms_eval_knows_the_model_whatever_is_imported_first() -> None:
         "from lmms_eval.models import get_model\n"
         "assert get_model('keeplora') is ours.KeepLoRAModel\n"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=REPOSITORY)
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def make_run(base: Path, stream: Stream, directory: Path) -> Path:
@@ -514,25 +501,22 @@ def make_run(base: Path, stream: Stream, directory: Path) -> Path:
     scores = evaluate_row(
         adapted, processor, stream, directory / "eval_tasks", directory / "out", batch_size=3, limit=None
     )
-    settings = ModelConfig(base_model=str(base), device="cpu").__dict__
-    config = {
-        "model": settings,
-        "video": asdict(VideoConfig()),
-        "evaluation": {"batch_size": 3, "limit": None},
-    }
+    config = RunConfig(
+        model=ModelConfig(base_model=str(base), device="cpu"), evaluation=EvaluationConfig(batch_size=3)
+    )
     retention = {
         "method": "keeplora",
         "tasks": ["birds", "tools"],
         "general": ["scenes"],
         "rows": [{"stage": 0, "task": None, "scores": {}}, {"stage": 2, "task": "tools", "scores": scores}],
     }
-    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "config.json").write_text(json.dumps(asdict(config)))
     (directory / "retention.json").write_text(json.dumps(retention))
     return directory
 
 
 def run_leaderboard(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, REPOSITORY / "eval" / "leaderboard.py", *arguments]
+    command = [sys.executable, "-m", "mllm_keeplora.commands.main", "leaderboard", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
@@ -569,15 +553,14 @@ def write_run(directory: Path, **changes: Any) -> Path:
     stream = make_stream(directory / "data")
     write_task_files(stream, directory / "eval_tasks")
     score = {"value": 0.5, "native": 0.5, "native_max": 1.0, "stderr": 0.1, "n": 4}
-    config = {
-        "model": ModelConfig(base_model="base").__dict__,
-        "video": asdict(VideoConfig()),
-        "evaluation": {"batch_size": 3} | {k: changes.get(k) for k in ("limit", "general_limit")},
-    }
+    limits = {name: changes.get(name) for name in ("limit", "general_limit")}
+    config = RunConfig(
+        model=ModelConfig(base_model="base"), evaluation=EvaluationConfig(batch_size=3, **limits)
+    )
     row = {"stage": changes.get("stage", 2), "scores": dict.fromkeys(["birds", "tools", "scenes"], score)}
     row["scores"] |= changes.get("scores", {})
     retention = {"method": "lora", "tasks": ["birds", "tools"], "general": ["scenes"], "rows": [row]}
-    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "config.json").write_text(json.dumps(asdict(config)))
     (directory / "retention.json").write_text(json.dumps(retention))
     return directory
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 from mllm_keeplora.config import ModelConfig, ProbeConfig, RunConfig, TowerConfig, TrainConfig, VideoConfig
-from mllm_keeplora.continual.run import run_stream
+from mllm_keeplora.continual.run_stream import run_stream
 from mllm_keeplora.continual.saved_run import load_run
 from mllm_keeplora.data.collator import ChatCollator, ProcessorError, prepare_questions
 from mllm_keeplora.data.media import decode_image

@@ -12,7 +12,7 @@ from lmms_eval.tasks import TaskManager
 from lmms_eval.utils import load_yaml_config
 
 from mllm_keeplora.config import ConfigError, EvaluationConfig, ModelConfig, RunConfig, TrainConfig
-from mllm_keeplora.continual.run import run_stream
+from mllm_keeplora.continual.run_stream import run_stream
 from mllm_keeplora.data.stream import GeneralSpec, Stream, StreamError, TaskSpec, load_stream
 from mllm_keeplora.evaluation.errors import EvaluationError
 from mllm_keeplora.evaluation.score import _by_limit, read_score

@@ -15,21 +15,21 @@ from peft import PeftModel
 from PIL import Image
 
 from mllm_keeplora.config import ConfigError, ModelConfig, ProbeConfig, RunConfig, TowerConfig, TrainConfig
-from mllm_keeplora.continual.run import _History, _open_workplace, run_stream
-from mllm_keeplora.continual.stage import _start, accumulated_after, learn
+from mllm_keeplora.continual.learning import as_factors, learn
+from mllm_keeplora.continual.run import Run
+from mllm_keeplora.continual.run_stream import run_stream
 from mllm_keeplora.continual.trainer import train_stage
 from mllm_keeplora.data.collator import SampleDataset
-from mllm_keeplora.data.stream import load_stream
-from mllm_keeplora.distributed.processes import start_processes
 from mllm_keeplora.linalg.lora_init import lora_a_from_gradient
 from mllm_keeplora.linalg.subspace import orthonormality_error
 from mllm_keeplora.methods.base import load_method, method_names
-from mllm_keeplora.methods.context import FEATURES, MEMORY, Stage, attach_accumulated
+from mllm_keeplora.methods.context import StageContext
 from mllm_keeplora.methods.ewc import fisher_diagonal, weighted_distance
 from mllm_keeplora.methods.gpm import project_factors
 from mllm_keeplora.methods.hooks import Hooks
 from mllm_keeplora.methods.lines import Lines
 from mllm_keeplora.methods.loda import energy_ratio_rows
+from mllm_keeplora.methods.lora_throughout import LoraThroughout
 from mllm_keeplora.methods.olora import overlap
 from mllm_keeplora.modeling.adapters import (
     ACCUMULATED,
@@ -37,9 +37,11 @@ from mllm_keeplora.modeling.adapters import (
     Factors,
     activate,
     attach,
+    attach_accumulated,
     factor_parameters,
     read_factors,
 )
+from mllm_keeplora.modeling.loss import IGNORED_LABEL
 from mllm_keeplora.probes.activations import sketch_inputs
 from mllm_keeplora.probes.gradients import GradientError
 from mllm_keeplora.runs.files import load_tensors
@@ -107,13 +109,12 @@ def config(tiny_llava: Path, stream_file: Path, directory: Path, method: str, **
     )
 
 
-def open_stage(settings: RunConfig, number: int = 1) -> Stage:
-    """A stage of the run as the stream runner opens it; without a past."""
-    start_processes(cpu=True)
-    stream = load_stream(Path(settings.stream))
-    history = _History.read(settings, stream, Path(settings.run_dir))
-    work = _open_workplace(history, load_method(settings))
-    return Stage(work, number, stream.tasks[number - 1], {}, [])
+def open_stage(
+    settings: RunConfig, number: int = 1, accumulated: Factors | None = None
+) -> tuple[StageContext, Any]:
+    """A stage as a run opens it, and the run; the run is let go of again, so that others may open it."""
+    with Run.open(settings) as run:
+        return run.stage_context(number, accumulated or {}), run
 
 
 def stage_adapter(model: Any, rank: int = RANK) -> PeftModel:
@@ -171,11 +172,11 @@ def test_two_stages(method: str, tiny_llava: Path, stream_file: Path, tmp_path: 
     """The run itself refuses a function changed at the start and an update that reaches what is protected."""
     retention = run_stream(config(tiny_llava, stream_file, tmp_path, method))
     assert [set(row["scores"]) for row in retention["rows"]] == [set(TASKS)] * 3
-    stages = tmp_path / "run/stages"
-    chosen = load_method(RunConfig(method=method))
-    directories = [stages / "01-first", stages / "02-second"]
-    first, second = accumulated_after(chosen, {}, directories[:1]), read_adapter(tmp_path / "run/adapter")
-    assert_equal(accumulated_after(chosen, {}, directories), second)
+    with Run.open(config(tiny_llava, stream_file, tmp_path, method)) as run:
+        first, chosen = run.accumulated(1), run.method
+        second = read_adapter(run.directory.adapter)
+        assert_equal(run.accumulated(2), second)
+        manifest = run.history.manifests[2]
     adapter = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
     assert (adapter["rank_pattern"], adapter["alpha_pattern"]) == ({}, {})
     assert adapter["lora_alpha"] == adapter["r"] == len(next(iter(second.values()))[0])
@@ -184,7 +185,7 @@ def test_two_stages(method: str, tiny_llava: Path, stream_file: Path, tmp_path: 
         later_a, later_b = second[name]
         if not chosen.learns(2):  # the past is all there is
             assert torch.equal(later_a, a) and torch.equal(later_b, b)
-        elif chosen.continues:  # it was trained on, in place
+        elif isinstance(chosen, LoraThroughout):  # it was trained on, in place
             assert later_a.shape == a.shape
             assert not torch.equal(later_b, b)
         else:  # it is kept bit for bit beside the new factors
@@ -192,7 +193,6 @@ def test_two_stages(method: str, tiny_llava: Path, stream_file: Path, tmp_path: 
             assert len(later_a) == len(a) + RANK
     assert any(b.abs().max() > 0 for _, b in second.values()) == (method != "zero_shot")
 
-    manifest = json.loads((stages / "02-second/manifest.json").read_text())
     assert manifest["counts"]["steps"] == (3 if chosen.learns(2) else 0)
     protected = sum(m["k_w"] + m["k_f"] for m in manifest["modules"])
     assert (protected > 0) == (chosen.protects_weights or chosen.protects_features)
@@ -202,10 +202,10 @@ def test_what_a_stage_collects_over_all_modules_keeps_nothing_else_alive(
     tiny_llava: Path, stream_file: Path, tmp_path: Path
 ) -> None:
     """A slice of a module's basis would hold all of it, on a 7B model gigabytes over all modules."""
-    stage = open_stage(config(tiny_llava, stream_file, tmp_path, "keeplora"))
-    model = stage.work.model
-    kept = [*stage.work.method.initial_a(stage, model).values()]
-    kept += stage.work.method.features(stage, model).directions.values()
+    stage, run = open_stage(config(tiny_llava, stream_file, tmp_path, "keeplora"))
+    model = stage.run.model
+    kept = [*run.method.initial_a(stage, model).values()]
+    kept += run.method.features(stage, model).directions.values()
     assert sum(t.untyped_storage().nbytes() for t in kept) == sum(t.nbytes for t in kept) > 0
 
 
@@ -215,7 +215,7 @@ def test_a_killed_stage_that_remembers_continues(tiny_llava: Path, stream_file: 
     run_stream(settings)
     expected = read_adapter(tmp_path / "run/adapter")
     second = tmp_path / "run/stages/02-second"
-    for name in ("manifest.json", "factors.safetensors", "training.json", "feature_basis.json"):
+    for name in ("manifest.json", "factors.safetensors", "factors.json", "feature_basis.json"):
         (second / name).unlink()
     (tmp_path / "run/retention.json").unlink()
     run_stream(settings)
@@ -263,7 +263,7 @@ def test_padding_does_not_count(nf4_model: Any) -> None:
 
     def sketch(pad_word: int) -> dict[str, torch.Tensor]:
         padded = dict(inputs)
-        for key, value in (("input_ids", pad_word), ("attention_mask", 0), ("labels", -100)):
+        for key, value in (("input_ids", pad_word), ("attention_mask", 0), ("labels", IGNORED_LABEL)):
             padded[key] = torch.cat([inputs[key], torch.full((2, 3), value)], dim=1)
         assert padded["input_ids"].shape[1] == width + 3
         columns = {t.name: 16 for t in targets}
@@ -306,10 +306,10 @@ def test_the_penalty_is_added_once_a_step_whatever_the_accumulation(
     found = []
     for number, (size, accumulation) in enumerate(((4, 1), (2, 2))):
         settings = config(tiny_llava, stream_file, tmp_path / str(number), "lora")
-        stage = open_stage(settings)
+        stage, _ = open_stage(settings)
         targets = stage.targets
         adapted = attach(
-            stage.work.model,
+            stage.run.model,
             STAGE,
             {t.name: (torch.ones(RANK, t.in_features), torch.zeros(t.out_features, RANK)) for t in targets},
             {t.name: 1.0 for t in targets},
@@ -350,7 +350,7 @@ def test_gpm_keeps_a_trained_update_out_of_the_protected_space(
     settings = config(tiny_llava, stream_file, tmp_path, "gpm")
     run_stream(settings)
     first = tmp_path / "run/stages/01-first"
-    directions = load_tensors(first / FEATURES)
+    directions = load_tensors(first / "feature_basis.safetensors")
     second = load_tensors(tmp_path / "run/stages/02-second/factors.safetensors")
     untouched = load_tensors(tmp_path / "run/stages/02-second/lora_a.safetensors")
     assert sum(m.shape[1] for m in directions.values()) > 0
@@ -399,10 +399,10 @@ def test_inflora_learns_where_the_inputs_are_and_the_past_is_not(
     settings = config(tiny_llava, stream_file, tmp_path, "inflora")
     run_stream(settings)
     first = tmp_path / "run/stages/01-first"
-    past = load_tensors(first / FEATURES)
+    past = load_tensors(first / "feature_basis.safetensors")
     a = load_tensors(tmp_path / "run/stages/02-second/lora_a.safetensors")
-    stage = open_stage(replace(settings, run_dir=str(tmp_path / "other")), 2)
-    model = attach_accumulated(stage.work.model, accumulated_after(stage.work.method, {}, [first]))
+    stage, run = open_stage(settings, 2)
+    model = attach_accumulated(stage.run.model, run.accumulated(1))
     inputs = stage.sketch_inputs(model, 0)
     for name, rows in a.items():
         assert (rows @ past[name]).norm() < 1e-6 * max(1.0, float(rows.norm()))
@@ -434,11 +434,11 @@ def test_loda_without_a_past_takes_the_leading_inputs() -> None:
 def test_fisher_is_the_mean_squared_gradient_of_single_samples(
     tiny_llava: Path, stream_file: Path, tmp_path: Path
 ) -> None:
-    stage = open_stage(config(tiny_llava, stream_file, tmp_path, "ewc"))
-    start = stage_adapter(stage.work.model)
+    stage, _ = open_stage(config(tiny_llava, stream_file, tmp_path, "ewc"))
+    start = stage_adapter(stage.run.model)
     factors = read_factors(start, STAGE, [t.name for t in stage.targets])
     start.unload()
-    model = attach(stage.work.model, ACCUMULATED, factors, dict.fromkeys(factors, 1.0))
+    model = attach(stage.run.model, ACCUMULATED, factors, dict.fromkeys(factors, 1.0))
     found = fisher_diagonal(stage, model)
     assert not any(p.requires_grad for p in model.parameters())
 
@@ -467,7 +467,9 @@ def test_ewc_adds_up_the_information_of_past_tasks(
     tiny_llava: Path, stream_file: Path, tmp_path: Path
 ) -> None:
     run_stream(config(tiny_llava, stream_file, tmp_path, "ewc"))
-    first, second = (load_tensors(tmp_path / "run/stages" / d / MEMORY) for d in ("01-first", "02-second"))
+    first, second = (
+        load_tensors(tmp_path / "run/stages" / d / "rehearsal.safetensors") for d in ("01-first", "02-second")
+    )
     assert first.keys() == second.keys()
     assert all((second[name] >= first[name]).all() for name in first)
     assert any((second[name] > first[name]).any() for name in first)
@@ -477,11 +479,12 @@ def test_a_continuing_method_starts_where_the_past_ended(
     tiny_llava: Path, stream_file: Path, tmp_path: Path
 ) -> None:
     """The scale that folding put into B is taken out again: start * scale is the past."""
-    stage = open_stage(config(tiny_llava, stream_file, tmp_path, "lora_throughout"), 2)
-    model = stage_adapter(stage.work.model)
-    stage.accumulated = read_factors(model, STAGE, [t.name for t in stage.targets])
+    stage, run = open_stage(config(tiny_llava, stream_file, tmp_path, "lora_throughout"), 2)
+    model = stage_adapter(stage.run.model)
+    stage = replace(stage, accumulated=read_factors(model, STAGE, [t.name for t in stage.targets]))
     model.unload()
-    start = _start(stage, load_method(stage.work.config).initial_a(stage, stage.work.model))
+    start, replaces_past = run.method.start(stage, run.method.initial_a(stage, stage.run.model))
+    assert replaces_past
     for name, (a, b) in stage.accumulated.items():
         assert torch.equal(start[name][0], a)
         assert torch.allclose(start[name][1] * stage.scales[name], b)
@@ -491,11 +494,11 @@ def test_lines_scales_what_was_learnt_not_how(tiny_llava: Path, stream_file: Pat
     """The same seed trains the same factors as sequential LoRA; folding scales them by depth."""
     learnt = {}
     for method in ("lora", "lines"):
-        stage = open_stage(config(tiny_llava, stream_file, tmp_path / method, method))
-        start = stage.work.method.initial_a(stage, stage.work.model)
-        learnt[method], _ = learn(stage, stage.work.model, start)
+        stage, run = open_stage(config(tiny_llava, stream_file, tmp_path / method, method))
+        start = run.method.initial_a(stage, stage.run.model)
+        learnt[method] = as_factors(learn(stage, run.method, stage.run.model, start).tensors)
     assert all(torch.equal(learnt["lora"][n][1], learnt["lines"][n][1]) for n in learnt["lora"])
-    assert isinstance(stage.work.method, Lines)
+    assert isinstance(run.method, Lines)
     for t in stage.targets:
         deepest, gamma = t.depth == t.num_layers - 1, 0.2
         share = stage.folded_scales[t.name] / stage.scales[t.name]
@@ -507,21 +510,23 @@ def test_replay_adds_a_share_of_every_earlier_task(
     tiny_llava: Path, stream_file: Path, tmp_path: Path
 ) -> None:
     settings = config(tiny_llava, stream_file, tmp_path, "replay", share=0.5)
-    first, second = open_stage(settings, 1), open_stage(settings, 2)
-    own = [s.id for s in second.task_samples("second")]
-    assert [s.id for s in first.samples] == [s.id for s in first.task_samples("first")]
+    (first, _), (second, _) = open_stage(settings, 1), open_stage(settings, 2)
+    own = [s.id for s in second.run.task_samples("second")]
+    assert [s.id for s in first.samples] == [s.id for s in first.run.task_samples("first")]
     assert [s.id for s in second.samples[:6]] == own
     kept = second.samples[6:]
     assert len(kept) == 3
-    assert {s.image for s in kept} < {s.image for s in second.task_samples("first")}
+    assert {s.image for s in kept} < {s.image for s in second.run.task_samples("first")}
 
 
 def test_joint_training_sees_all_tasks_for_the_steps_of_all(
     tiny_llava: Path, stream_file: Path, tmp_path: Path
 ) -> None:
-    stage = open_stage(config(tiny_llava, stream_file, tmp_path, "joint"))
-    assert {s.image for s in stage.samples} == {s.image for task in TASKS for s in stage.task_samples(task)}
+    stage, run = open_stage(config(tiny_llava, stream_file, tmp_path, "joint"))
+    assert {s.image for s in stage.samples} == {
+        s.image for task in TASKS for s in stage.run.task_samples(task)
+    }
     assert stage.train.max_steps == 2 * 3
-    epochs = replace(stage.work.config.train, max_steps=-1)
-    assert stage.work.method.train_config(stage, epochs).max_steps == -1
-    assert [stage.work.method.learns(n) for n in (1, 2, 3)] == [True, False, False]
+    epochs = replace(stage.run.config.train, max_steps=-1)
+    assert run.method.train_config(stage.run, epochs).max_steps == -1
+    assert [run.method.learns(n) for n in (1, 2, 3)] == [True, False, False]

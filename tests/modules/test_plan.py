@@ -21,7 +21,7 @@ from torch import nn
 
 from mllm_keeplora.commands.run import parse_flags
 from mllm_keeplora.config import ConfigError, ModelConfig, ProbeConfig, RunConfig, TowerConfig, TrainConfig
-from mllm_keeplora.continual.run import run_stream
+from mllm_keeplora.continual.run_stream import run_stream
 from mllm_keeplora.data.collator import ChatCollator
 from mllm_keeplora.methods.base import method_names
 from mllm_keeplora.modeling.adapters import STAGE, attach
@@ -283,7 +283,7 @@ def test_probe_passes_are_the_methods(method: str, bases: Any, media_files: Path
         probe=ProbeConfig(fraction=1.0),
         cache_dir=str(tmp_path / "cache"),
     )
-    timings = {"train": 20.0, "evaluation": 3.0, **dict.fromkeys(PROBING, 5.0)}
+    timings = {"train": 20.0, "evaluate": 3.0, **dict.fromkeys(PROBING, 5.0)}
     manifest = {
         "stage": 1,
         "config": asdict(config),
@@ -317,7 +317,7 @@ def test_rates_come_from_stages_at_the_same_pace_alone(tmp_path: Path) -> None:
         "config": asdict(config),
         "base_model": {"hash": "base"},
         "counts": {"steps": 10},
-        "timings": {"train": 20.0, "evaluation": 3.0, **dict.fromkeys(PROBING, 5.0)},
+        "timings": {"train": 20.0, "evaluate": 3.0, **dict.fromkeys(PROBING, 5.0)},
         "probe_indices": [0],
         "scores": {},
     }

@@ -14,18 +14,18 @@ from typing import Any
 
 import torch
 
-from mllm_keeplora.commands.program import command
+from mllm_keeplora.command_line import command
 from mllm_keeplora.config import RunConfig, parse_config
-from mllm_keeplora.continual.run import _History, _open_workplace
-from mllm_keeplora.continual.stage import StageError, _train
+from mllm_keeplora.continual.learning import as_factors, learn
+from mllm_keeplora.continual.run import Run
+from mllm_keeplora.continual.stage import StageError
 from mllm_keeplora.continual.trainer import FiniteGradients
-from mllm_keeplora.data.stream import load_stream
 from mllm_keeplora.distributed.processes import from_main, start_processes, wait_for_everyone
 from mllm_keeplora.evaluation.score import evaluate_row
-from mllm_keeplora.evaluation.task_files import write_task_files
-from mllm_keeplora.methods.base import load_method
-from mllm_keeplora.methods.context import Stage
-from mllm_keeplora.runs.files import load_or_compute, save_tensors
+from mllm_keeplora.methods.base import Method
+from mllm_keeplora.methods.context import StageContext
+from mllm_keeplora.modeling.loss import IGNORED_LABEL
+from mllm_keeplora.runs.files import load_tensors, save_tensors
 
 RANK = int(os.environ.get("RANK", "0"))
 # Batches of 8: one process reads them all; of two, the second has images, text alone, or nothing.
@@ -33,24 +33,18 @@ PROBES = {"three_batches": range(24), "text_on_one": range(24, 40), "one_batch":
 LIMITS = (7, 1)  # questions that two processes cannot share evenly, or at all
 
 
-def open_stages(config: RunConfig) -> list[Stage]:
-    """The stream's stages as the stream runner opens them, each on the bare base."""
-    stream = load_stream(Path(config.stream))
-    history = from_main(lambda: _History.read(config, stream, Path(config.run_dir)))
-    work = _open_workplace(history, load_method(config))
-    return [Stage(work, number, task, {}, []) for number, task in enumerate(stream.tasks, 1)]
-
-
-def sketches(stage: Stage) -> dict[str, torch.Tensor]:
+def sketches(stage: StageContext) -> dict[str, torch.Tensor]:
     """The probe's sketches of several samples, and the protected bases."""
     found = {}
     for probe, indices in PROBES.items():
         stage.__dict__["probe_indices"] = list(indices)
-        found |= {f"{probe}/{name}": y for name, y in stage.sketch(stage.work.model, 0).items()}
+        found |= {f"{probe}/{name}": y for name, y in stage.sketch(stage.run.model, 0).items()}
     return found | {f"basis/{t.name}": stage.bases.load(t) for t in stage.targets}
 
 
-def train(stage: Stage, lora_a: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def train(
+    stage: StageContext, method: Method, lora_a: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Trains as the stage does; the factors and first gradients, and what this process saw."""
     found: dict[str, torch.Tensor] = {}
     seen: dict[str, Any] = {"tokens": [], "without_image": 0}
@@ -59,7 +53,7 @@ def train(stage: Stage, lora_a: dict[str, torch.Tensor]) -> tuple[dict[str, torc
     def collate(samples: Any) -> Any:
         batch = collator(samples)
         if len(samples) > 1:  # not the sample on which the stage checks that attaching changes nothing
-            seen["tokens"].append(int((batch["labels"] != -100).sum()))
+            seen["tokens"].append(int((batch["labels"] != IGNORED_LABEL).sum()))
             seen["without_image"] += "pixel_values" not in batch
         return batch
 
@@ -71,35 +65,38 @@ def train(stage: Stage, lora_a: dict[str, torch.Tensor]) -> tuple[dict[str, torc
 
     stage.__dict__["collator"] = collate
     FiniteGradients.on_pre_optimizer_step = record  # type: ignore[method-assign]
-    factors, account = _train(stage, stage.work.model, lora_a)
+    learnt = learn(stage, method, stage.run.model, lora_a)
     FiniteGradients.on_pre_optimizer_step = check  # type: ignore[method-assign]
-    for name, (a, b) in factors.items():
+    for name, (a, b) in as_factors(learnt.tensors).items():
         found |= {f"A/{name}": a, f"B/{name}": b}
-    return found, {**seen, "steps": account["steps"], "repeated": account["repeated_samples"]}
+    return found, {**seen, "steps": learnt.facts["steps"], "repeated": learnt.facts["repeated_samples"]}
 
 
 def compare(config: RunConfig, out: Path) -> None:
     """Everything that must agree between one process and several."""
-    stage, uneven = open_stages(config)
-    found = sketches(stage)
-    work = stage.work
-    own = load_or_compute(
-        stage.directory / "lora_a.safetensors", lambda: work.method.initial_a(stage, work.model)
-    )
-    shared = load_or_compute(out.parent / "lora_a.safetensors", lambda: own)
-    trained, seen = train(stage, shared)
-    found |= trained | {f"own_A/{name}": a for name, a in own.items()}
-    _, seen["uneven"] = train(uneven, shared)
-    tasks = Path(config.run_dir) / "eval_tasks"
-    from_main(lambda: write_task_files(work.stream, tasks))
-    for limit in LIMITS:
-        folder = Path(config.run_dir) / f"limit_{limit}"
-        ask = partial(
-            evaluate_row, work.model, work.processor, work.stream, tasks, folder, reader=work.reader
-        )
-        seen[f"row_{limit}"] = ask(batch_size=3, limit=limit)
-    save_tensors(out / f"process-{RANK}.safetensors", found)
-    (out / f"process-{RANK}.json").write_text(json.dumps(seen))
+    with Run.open(config) as run:
+        context, method = run.context, run.method
+        stage, uneven = run.stage_context(1, {}), run.stage_context(2, {})
+        found = sketches(stage)
+        own = of_main(method.initial_a(stage, context.model), Path(config.run_dir) / "own_a.safetensors")
+        shared = of_main(own, out.parent / "lora_a.safetensors")
+        trained, seen = train(stage, method, shared)
+        found |= trained | {f"own_A/{name}": a for name, a in own.items()}
+        _, seen["uneven"] = train(uneven, method, shared)
+        for limit in LIMITS:
+            folder = Path(config.run_dir) / f"limit_{limit}"
+            ask = partial(
+                evaluate_row, context.model, context.processor, run.stream, run.directory.task_files
+            )
+            seen[f"row_{limit}"] = ask(folder, reader=context.reader, batch_size=3, limit=limit)
+        save_tensors(out / f"process-{RANK}.safetensors", found)
+        (out / f"process-{RANK}.json").write_text(json.dumps(seen))
+
+
+def of_main(own: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
+    """The main process's tensors, or those that an earlier run left there."""
+    from_main(lambda: None if path.exists() else save_tensors(path, own))
+    return load_tensors(path)
 
 
 def fail(config: RunConfig, out: Path) -> None:

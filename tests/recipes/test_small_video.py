@@ -11,7 +11,6 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from mllm_keeplora.recipes.small import base_training, build_video_data, draw, draw_video, train_video_base
 from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -20,6 +19,7 @@ from sklearn.linear_model import RidgeClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from mllm_keeplora.recipes.small import base_training, build_video_data, draw, draw_video, train_video_base
 from tests.recipes.conftest import ROOT
 
 EMBEDDED = ROOT / "recipes" / "small"

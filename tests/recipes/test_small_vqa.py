@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from mllm_keeplora.recipes.small import train_vqa_base
 from PIL import Image
 
 from mllm_keeplora.config import ModelConfig
@@ -15,6 +14,7 @@ from mllm_keeplora.data.stream import load_stream, load_training_records
 from mllm_keeplora.evaluation.score import evaluate_row
 from mllm_keeplora.evaluation.task_files import write_task_files
 from mllm_keeplora.modeling.loading import load_base
+from mllm_keeplora.recipes.small import train_vqa_base
 from tests.recipes.conftest import ROOT
 
 BASE = ROOT / "recipes" / "small" / "vqa_base"

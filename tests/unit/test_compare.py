@@ -7,6 +7,11 @@ from typing import Any
 
 import pytest
 import yaml
+from scipy import stats
+
+from mllm_keeplora.config import ConfigError, RunConfig
+from mllm_keeplora.data.stream import load_stream
+from mllm_keeplora.methods.base import load_method
 from mllm_keeplora.studies import methods as compare
 from mllm_keeplora.studies.methods import (
     Job,
@@ -26,11 +31,6 @@ from mllm_keeplora.studies.methods import (
     standard_error,
     write_results,
 )
-from scipy import stats
-
-from mllm_keeplora.config import ConfigError, RunConfig
-from mllm_keeplora.data.stream import load_stream
-from mllm_keeplora.methods.base import load_method
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDIES = sorted((ROOT / "recipes/studies").glob("*.yaml"))

@@ -15,11 +15,13 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from mllm_keeplora.commands import judge as command
+from mllm_keeplora.commands.main import main
+from mllm_keeplora.config import ConfigError, JudgeConfig
 from mllm_keeplora.evaluation import judge as judging
 from mllm_keeplora.evaluation.judge import (
     Judge,
     JudgeError,
-    JudgeSettings,
     Reply,
     judge_run,
     load_judge,
@@ -76,8 +78,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def settings(judge: Path | str, **changes: Any) -> JudgeSettings:
-    return JudgeSettings(str(judge), **{"max_new_tokens": 6, "batch_size": 3, **changes})
+def settings(judge: Path | str, **changes: Any) -> JudgeConfig:
+    return JudgeConfig(str(judge), **{"max_new_tokens": 6, "batch_size": 3, **changes})
 
 
 def write_replies(path: Path, replies: Sequence[Reply]) -> None:
@@ -200,7 +202,7 @@ def test_unreadable_verdicts_score_0_and_are_counted(
 ) -> None:
     Asked(monkeypatch, lambda reply: "no idea" if "birds 1" in reply.reply else '{"score": 5}')
     run = write_run(tmp_path / "run")
-    judging.main([str(run), "--judge", str(tiny)])
+    command.main([str(run), "--judge", str(tiny)])
     judged = json.loads((run / "judged.json").read_text())
     assert judged["parse_failures"] == {"birds": {"failed": 3, "of": 9}, "tools": {"failed": 0, "of": 9}}
     assert judged["rows"][0]["scores"]["birds"]["value"] == pytest.approx(2 / 3)
@@ -297,7 +299,7 @@ def test_tasks_can_be_judged_one_after_the_other(
     judged = judge_run(run, settings(tiny), ["tools"])
     assert [row["scores"]["birds"] for row in judged["rows"]] == [None] * 3
     assert judged["metrics"]["last"] is None and judged["parse_failures"]["birds"]["of"] == 0
-    assert "birds" not in judging.format_judged(judged).split("unreadable")[1]
+    assert "birds" not in command.format_judged(judged).split("unreadable")[1]
     judged = judge_run(run, settings(tiny), ["birds"])
     assert judged["metrics"]["last"] == pytest.approx(0.7)
 
@@ -387,12 +389,13 @@ def test_judges_that_cannot_be_loaded_are_named(
             load_judge(settings(broken), cache)
 
     with pytest.raises(SystemExit) as stopped:
-        judging.main([str(write_run(tmp_path / "run")), "--judge", str(pickled)])
+        main(["judge", str(write_run(tmp_path / "run")), "--judge", str(pickled)])
     assert stopped.value.code == 2 and "error: judge" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--batch-size", "--max-new-tokens"])
-def test_sizes_have_to_be_positive(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        judging.main(["run", "--judge", "x", flag, "0"])
-    assert "'0' is no whole number of at least 1" in capsys.readouterr().err
+def test_sizes_have_to_be_positive(flag: str) -> None:
+    with pytest.raises(ConfigError, match=f"{flag[2:].replace('-', '_')} must be at least 1, got 0"):
+        command.main(["run", "--judge", "x", flag, "0"])
+    with pytest.raises(ConfigError, match="many"):
+        command.main(["run", "--judge", "x", flag, "many"])

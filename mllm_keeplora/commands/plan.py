@@ -1,0 +1,57 @@
+"""Says what a run will need: memory, disk, steps and passes.
+
+    keeplora plan --config recipes/configs/vqa/llava15_7b_ucit.yaml --data_root /where/UCIT/is
+    keeplora plan --config FILE.yaml --memory_gb 24      fails where the run does not fit 24 GB
+
+No weights are loaded and nothing is written. It takes the settings of `keeplora run`; `keeplora run --plan`
+is the same.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from mllm_keeplora.command_line import with_underscores
+from mllm_keeplora.config import ConfigError, RunConfig, parse_config
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command line."""
+    flags, settings = parse_flags(["--plan", *argv])
+    default = Path("recipes/configs/vqa/small.yaml")
+    config = parse_config(__doc__, default, settings, "keeplora plan", "[--memory_gb GB]")
+    print_plan(config, flags.memory_gb)
+
+
+def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Splits a command line into `--plan` and `--memory_gb`, which no YAML has, and the settings of a run.
+
+    Raises:
+        ConfigError: a value that is no size, or a size without a plan.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--plan", action="store_true")
+    parser.add_argument("--memory_gb", type=float)
+    try:
+        flags, rest = parser.parse_known_args(with_underscores(argv))
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"{error}; --memory_gb takes a device's memory in GB, such as 24") from error
+    if flags.memory_gb is not None and not (flags.plan and flags.memory_gb > 0):
+        raise ConfigError(
+            f"--memory_gb {flags.memory_gb:g}: a positive size that --plan compares with; it goes with --plan"
+        )
+    return flags, rest
+
+
+def print_plan(config: RunConfig, memory_gb: float | None) -> None:
+    """Prints what a run will need.
+
+    Raises:
+        PlanError: it does not fit the device's memory; after printing.
+    """
+    from mllm_keeplora.planning.plan import check_fits, make_plan
+    from mllm_keeplora.planning.text import format_plan
+
+    plan = make_plan(config, memory_gb)
+    print(format_plan(plan), flush=True)
+    check_fits(plan)

@@ -1,0 +1,160 @@
+"""KeepLoRA++ over a stream: learn a task in the residual subspace, fold it, protect it, measure everything.
+
+`run_stage` is the algorithm. Where methods differ it asks `Run.method`; the order of the steps is the same for all.
+docs/equations.md says what E1 to E9 are.
+"""
+
+from functools import partial
+from statistics import median
+from typing import Any
+
+from accelerate.logging import get_logger
+
+from mllm_keeplora.config import RunConfig
+from mllm_keeplora.continual.history import add_backfill
+from mllm_keeplora.continual.learning import as_factors, learn, measure_a
+from mllm_keeplora.continual.run import Run
+from mllm_keeplora.continual.stage import check_no_leakage, counts, evaluate
+from mllm_keeplora.distributed.processes import from_main, num_processes
+from mllm_keeplora.modeling.adapters import Factors, attach_accumulated, detach
+from mllm_keeplora.runs.files import write_json
+from mllm_keeplora.runs.record import Outcome
+
+logger = get_logger(__name__)
+
+
+def run_stage(run: Run, number: int, past: Factors) -> Factors:
+    """Learns the stream's task `number` (1-based); phases that an interrupted stage has finished are not repeated.
+
+    Args:
+        run: its base model carries no adapter before and after.
+        number: of the stage, the first that is missing.
+        past: factors of all earlier stages, scales absorbed in B.
+
+    Returns:
+        The factors with what the stage has learnt.
+
+    Raises:
+        StageError: no residual space left, a function changed by attaching, or an update that reaches what is
+            protected.
+    """
+    method, context = run.method, run.stage_context(number, past)
+    with run.stage(number) as stage:  # claims the folder; writes the manifest when all went well
+        model = stage.current_model(past)  # the base and what was learnt so far (E7)
+        bases = context.bases  # M: principal subspaces of the weights (E1), features of past tasks (E8)
+
+        probe = stage.phase("probe", lambda: measure_a(context, method, model))  # A (E2-E4)
+        train = stage.phase("train", lambda: learn(context, method, model, probe.tensors))  # B (E5, E6)
+        factors = as_factors(train.tensors)
+
+        with stage.record.timed("fold"):
+            table = check_no_leakage(context, factors, bases)  # dW M = 0
+            past = method.fold(past, factors, context.folded_scales)  # E7
+            model = stage.current_model(past)
+            stage.save_adapter()
+
+        protect = stage.phase("protect", lambda: Outcome(*method.features(context, model)))  # E8
+        stage.phase("rehearse", lambda: Outcome(method.remember(context, model) or None))
+        stage.evaluate(model)
+
+        rows = [{**row, **protect.facts[name]} for name, row in table.items()]
+        stage.note(
+            modules=rows, counts=counts(context, method, factors, train.facts), loss=train.facts["loss"]
+        )
+        stage.note(probe_indices=context.probe_indices)
+    return past
+
+
+def run_stream(config: RunConfig) -> dict[str, Any]:
+    """Runs, or continues, a stream; returns the content of `retention.json`.
+
+    Complete stages are checked against their manifests and kept. The first incomplete one continues from its last
+    finished phase. `Run.open` says what several processes need.
+
+    Raises:
+        KeepLoRAError: see `Run.open`, `Run.context` and `run_stage`; what was complete is kept.
+        TrainingError, EvaluationError, WriteError: a stage that failed; what was complete is kept.
+    """
+    with Run.open(config) as run:
+        cells = from_main(run.history.missing_cells) if config.backfill else {}
+        if run.history.missing_stages or cells or not from_main(run.history.has_its_adapter):
+            _run_missing_stages(run)
+            if config.backfill:
+                _backfill(run)
+        return from_main(lambda: _write_retention(run))
+
+
+def _run_missing_stages(run: Run) -> None:
+    _say_other_process_count(run)
+    past = run.accumulated(len(run.history.manifests) - 1)
+    for number in run.history.missing_stages:
+        task = run.history.task_name(number)
+        if task is None:
+            logger.info("stage 0: measuring the starting model")
+            _measure_start(run, past)
+        else:
+            logger.info(f"stage {number} of {len(run.stream.tasks)}: {task}")
+            past = run_stage(run, number, past)
+        logger.info(stage_summary(run.history.manifests[-1]))
+    if not from_main(
+        run.history.has_its_adapter
+    ):  # somebody removed it, or the stages that it was written after
+        logger.info("putting the adapter together from the stages' factors")
+        run.write_adapter(past)
+
+
+def _say_other_process_count(run: Run) -> None:
+    """It decides no identity, but the samples of a step are per_device_train_batch_size times as many."""
+    manifests = run.history.manifests
+    before = manifests[-1].get("num_processes", 1) if manifests else num_processes()
+    if before != num_processes():
+        logger.warning(
+            f"the stages so far ran on {before} process(es), these on {num_processes()}: with the same "
+            "settings a training step now takes another number of samples"
+        )
+
+
+def _measure_start(run: Run, past: Factors) -> None:
+    """Row 0: what the starting model can do."""
+    with run.stage(0) as stage:
+        stage.evaluate(stage.current_model(past))
+
+
+def _backfill(run: Run) -> None:
+    """Evaluates what earlier rows lack, from the factors that the stages stored."""
+    for number, names in from_main(run.history.missing_cells).items():
+        logger.info(f"backfilling stage {number}: {', '.join(names)}")
+        stage = run.history.stage(number)
+        model = attach_accumulated(run.context.model, run.accumulated(number))
+        scores = evaluate(run.context, model, stage, names)
+        detach(model)
+        cells = {name: {"data": run.history.data[name], "score": score} for name, score in scores.items()}
+        from_main(partial(add_backfill, stage, cells))
+
+
+def _write_retention(run: Run) -> dict[str, Any]:
+    retention = run.history.retention()
+    write_json(run.directory.retention, retention)
+    return retention
+
+
+def stage_summary(manifest: dict[str, Any]) -> str:
+    """One table a stage: per tower the ranks, bases and leakage, and the row of scores."""
+    lines = [f"stage {manifest['stage']} ({manifest['task'] or 'base'})"]
+    for tower in ("vision", "language"):
+        rows = [m for m in manifest["modules"] if m["tower"] == tower]
+        if rows:
+            columns = [
+                f"{key} {_spread([m[key] for m in rows])}" for key in ("k_w", "k_f", "k_f_added", "rank")
+            ]
+            leak = max(m["leakage"] for m in rows)
+            lines.append(f"  {tower:8s} {len(rows):3d} modules  {'  '.join(columns)}  leakage <= {leak:.1e}")
+    lines.append(
+        "  scores   " + "  ".join(f"{n} {score['value']:.3f}" for n, score in manifest["scores"].items())
+    )
+    lines.append("  seconds  " + "  ".join(f"{name} {s:.1f}" for name, s in manifest["timings"].items()))
+    return "\n".join(lines)
+
+
+def _spread(values: list[int]) -> str:
+    return f"{min(values)}..{median(values):g}..{max(values)}"

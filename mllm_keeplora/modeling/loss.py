@@ -1,0 +1,22 @@
+"""The token loss as transformers computes it, and which tokens count in it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+IGNORED_LABEL = -100  # the label of tokens that transformers' losses leave out
+
+
+def supervised_positions(labels: Tensor) -> Tensor:
+    """Where the next token counts: [batch, length] labels -> [batch, length - 1] bool, to index logits."""
+    return labels[:, 1:] != IGNORED_LABEL
+
+
+def summed_token_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """The sum of the supervised tokens' losses, a scalar.
+
+    transformers divides the sum by `num_items_in_batch`. Means of batches would weigh short batches more.
+    """
+    loss: Tensor = model(**batch, num_items_in_batch=1).loss
+    return loss

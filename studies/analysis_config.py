@@ -1,0 +1,101 @@
+"""Settings of an analysis (`analysis`). They are read before torch is imported, so that `--help` is quick."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from mllm_keeplora.command_line import read_settings, settings_parser
+from mllm_keeplora.config import ConfigError, ModelConfig, VideoConfig, parse_config
+from mllm_keeplora.linalg.energy import check_energy
+
+DEFAULT_RECIPE = "recipes/configs/vqa/small.yaml"
+
+
+@dataclass(frozen=True)
+class AnalysisConfig:
+    """What is analysed, and how finely.
+
+    Args:
+        out: Directory of the results; the same command on the same directory continues.
+        run: Directory of a run: its base with its adapter is analysed. None takes the base alone.
+        stream: YAML file with the tasks and the general benchmarks that are asked.
+        data_root: Folder of the stream's data; None takes the stream file's own.
+        model: The base model. Its compute_dtype is also that of the rebuilt weights.
+        video: How clips become frames.
+        batch_size: Questions generated together.
+        limit: Questions per task, None = all.
+        energies: Shares of a weight's energy that its principal subspace holds, each in (0, 1].
+        depth_energy: The share at which thirds of the depth are compared.
+        cache_dir: Hashes of base models, and decoded frames.
+    """
+
+    out: str = "runs/analysis"
+    run: str | None = None
+    stream: str = "recipes/streams/small_vqa.yaml"
+    data_root: str | None = None
+    model: ModelConfig = field(default_factory=ModelConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
+    batch_size: int = 32
+    limit: int | None = 100
+    energies: list[float] = field(default_factory=lambda: [0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.99])
+    depth_energy: float = 0.6
+    cache_dir: str = "cache"
+
+    def __post_init__(self) -> None:
+        if not self.energies:
+            raise ConfigError("energies is empty: name at least one share, such as [0.6]")
+        try:
+            for energy in self.energies:
+                check_energy(energy, "energies")
+            check_energy(self.depth_energy, "depth_energy")
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        for name in ("batch_size", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+
+
+def parse_analysis(argv: Sequence[str], description: str | None = None) -> AnalysisConfig:
+    """Reads the settings; a run, or a recipe's YAML, gives the model, the stream and the video settings.
+
+    Args:
+        argv: the command line.
+        description: for `--help`.
+
+    Raises:
+        SystemExit: after `--help`.
+        ConfigError: an unknown setting, one of the wrong type or out of range; both a run and a YAML.
+        ArtifactError: a run that is not there, or has not learnt anything yet.
+    """
+    parser = settings_parser("keeplora analyze", description, "[--run RUN | --config FILE]")
+    recipe_help = f"settings of a run, for its base (default: {DEFAULT_RECIPE})"
+    parser.add_argument("--config", type=str, help=recipe_help)
+    parser.add_class_arguments(AnalysisConfig)
+    parser.set_defaults(_defaults(None, DEFAULT_RECIPE))
+    given = read_settings(parser, argv)
+    if given.run and given.config:
+        raise ConfigError(
+            "--config and --run were both given; a run brings its own settings: leave --config out"
+        )
+    parser.set_defaults(_defaults(given.run, given.config or DEFAULT_RECIPE))
+    values = read_settings(parser, argv)
+    return AnalysisConfig(**{f.name: getattr(values, f.name) for f in fields(AnalysisConfig)})
+
+
+def _defaults(run: str | None, recipe: str) -> dict[str, Any]:
+    """What the run, or else the recipe, says of the model and of what it is asked."""
+    if run is None:
+        config = parse_config("", Path(recipe), ["--config", recipe])
+    else:
+        from mllm_keeplora.continual.saved_run import load_run
+
+        saved = load_run(run)
+        _ = saved.adapter  # says what is wrong with a run that has none
+        config = saved.config
+    taken = {name: getattr(config, name) for name in ("stream", "data_root", "cache_dir")}
+    for group in ("model", "video"):
+        taken |= {f"{group}.{name}": value for name, value in asdict(getattr(config, group)).items()}
+    taken["batch_size"] = config.evaluation.batch_size
+    return taken if run is None else {**taken, "out": str(Path(run) / "analysis")}
