@@ -110,7 +110,12 @@ def _read_row(
     results: Mapping[str, Any] | None, entries: Sequence[ScoredTask], output: Path
 ) -> dict[str, Score]:
     """The scores of all entries, and their files; on the main process, where lmms-eval gathers."""
-    assert results is not None
+    if results is None:
+        names = ", ".join(entry.name for entry in entries)
+        raise EvaluationError(
+            f"lmms-eval gave the main process no results for {names}: it took another process for the main "
+            "one. Start all processes by accelerate launch or by torchrun"
+        )
     output.mkdir(parents=True, exist_ok=True)
     scores: dict[str, Score] = {}
     for entry in entries:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from mllm_keeplora.evaluation.errors import EvaluationError
-from mllm_keeplora.evaluation.score import read_score
+from mllm_keeplora.evaluation.score import _read_row, read_score
 from mllm_keeplora.evaluation.task_files import TEMPLATES, ScoredTask
 
 TASK = ScoredTask("birds", "task", "keeplora_s_birds", "exact", 1.0)
@@ -169,3 +169,8 @@ def test_group_counts_the_samples_of_its_subtasks() -> None:
     found["group_subtasks"]["group"] = ["keeplora_s_birds"]
     score = read_score(found, ScoredTask("g", "general", "group", "exact", 1.0))
     assert score["n"] == 2 and score["stderr"] == pytest.approx(0.5)
+
+
+def test_results_that_another_process_has_are_missed(tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match="no results for birds: .*accelerate launch"):
+        _read_row(None, [TASK], tmp_path)
