@@ -27,12 +27,12 @@ import mllm_keeplora  # noqa: F401  # its guards come before the libraries they 
 # isort: split
 import torch
 from measure import Options, Row, benchmark, in_turns, ratio
-from mllm_keeplora.eval.leaderboard import lmms_eval_arguments, read_results, read_run
 from small_streams import small_config
 
 from mllm_keeplora.config import RunConfig
 from mllm_keeplora.continual.run_stream import run_stream
 from mllm_keeplora.continual.saved_run import SavedRun, load_run
+from mllm_keeplora.eval.leaderboard import lmms_eval_arguments, read_results, read_run
 from mllm_keeplora.evaluation.score import Score, evaluate_row
 
 # The first import prepares the environment for lmms-eval's.

@@ -69,7 +69,7 @@ from mllm_keeplora.linalg.subspace import extend_basis, project_to_residual
 from mllm_keeplora.methods.context import StageContext
 from mllm_keeplora.modeling.loss import supervised_positions
 from mllm_keeplora.modeling.targets import Target
-from mllm_keeplora.planning.plan import skeleton_of
+from mllm_keeplora.planning.skeleton import skeleton_of
 from mllm_keeplora.probes.gradients import back_project_gradients, sketch_gradients
 
 Gradients = dict[str, Tensor]

@@ -20,7 +20,7 @@ from mllm_keeplora.modeling.linear4bit import guard_linear4bit
 from mllm_keeplora.modeling.loading import DTYPES, quantization_config
 from mllm_keeplora.modeling.loss import IGNORED_LABEL
 from mllm_keeplora.modeling.targets import Target, find_targets
-from mllm_keeplora.planning.plan import skeleton_of
+from mllm_keeplora.planning.skeleton import skeleton_of
 from mllm_keeplora.probes.gradients import module_generator
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "<video>", "USER:", "ASSISTANT:"]

@@ -7,9 +7,8 @@ import mllm_keeplora  # noqa: F401  # its guards come before the libraries they 
 # isort: split
 from dataclasses import replace
 
-from mllm_keeplora.recipes import video, vqa
-
 from mllm_keeplora.config import RunConfig, parse_config
+from mllm_keeplora.recipes import video, vqa
 from mllm_keeplora.resources import shipped
 
 

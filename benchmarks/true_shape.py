@@ -38,8 +38,9 @@ from shapes import TRUE, Shape, random_model
 from mllm_keeplora.config import ModelConfig, RunConfig, TrainConfig
 from mllm_keeplora.continual.run_stream import run_stage
 from mllm_keeplora.modeling.loading import resolve_device
-from mllm_keeplora.planning.plan import GB, make_plan
+from mllm_keeplora.planning.plan import make_plan
 from mllm_keeplora.runs.record import StageRecord
+from mllm_keeplora.units import GB
 
 # Measured phase -> the plan's.
 PLANNED = {"weight bases": "weight bases", "probe": "probe", "train": "train", "protect": "probe"}
