@@ -6,10 +6,10 @@ import mllm_keeplora  # noqa: F401  # its guards come before the libraries they 
 
 # isort: split
 from dataclasses import replace
+from pathlib import Path
 
 from mllm_keeplora.config import RunConfig, parse_config
-from mllm_keeplora.recipes import video, vqa
-from mllm_keeplora.resources import shipped
+from mllm_keeplora.recipes.small.streams import draw_small_stream
 
 
 def small_config(kind: Literal["vqa", "video"], **settings: Any) -> RunConfig:
@@ -19,6 +19,6 @@ def small_config(kind: Literal["vqa", "video"], **settings: Any) -> RunConfig:
         kind: of the stream.
         settings: fields of `RunConfig`.
     """
-    {"vqa": vqa, "video": video}[kind].EMBEDDED.build()
-    file = shipped(f"recipes/configs/{kind}/small.yaml")
-    return replace(parse_config("", file, []), **settings)
+    config = parse_config("", Path(f"recipes/configs/{kind}/small.yaml"), [])
+    draw_small_stream(config.stream)
+    return replace(config, **settings)
