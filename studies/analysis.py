@@ -41,7 +41,7 @@ from mllm_keeplora.linalg.subspace import project_to_residual, smallest_rank
 from mllm_keeplora.modeling.loading import base_model_hash, load_dense, resolve_model_directory
 from mllm_keeplora.modeling.targets import Target, find_targets
 from mllm_keeplora.probes.protected_bases import weight_basis_files
-from mllm_keeplora.reports.page import picture_style, png
+from mllm_keeplora.reports.figures import picture_style, png
 from mllm_keeplora.runs.files import (
     ArtifactError,
     atomic_path,
