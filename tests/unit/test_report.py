@@ -21,6 +21,7 @@ from mllm_keeplora.reports.page import write_report
 from mllm_keeplora.reports.results import ReportError
 from mllm_keeplora.reports.tables import METRICS, TEXT_WIDTH, format_table, matrix_csv
 from mllm_keeplora.runs.files import ArtifactError
+from mllm_keeplora.runs.manifests import SCHEMA_VERSION
 from mllm_keeplora.runs.run_directory import RunDirectory
 
 TASKS = ["digits", "glyphs", "signs"]
@@ -56,8 +57,8 @@ def make_retention(tasks=TASKS, general=("scenes",), method="keeplora"):
     if len(tasks) == 1:
         metrics |= {"bwt": None, "forgetting": None, "transfer": None}
     return {
-        "schema_version": 2, "method": method, "tasks": list(tasks), "general": list(general), "rows": rows,
-        "metrics": metrics,
+        "schema_version": SCHEMA_VERSION, "method": method, "tasks": list(tasks), "general": list(general),
+        "rows": rows, "metrics": metrics,
     }  # fmt: skip
 
 
@@ -82,7 +83,7 @@ def make_manifest(row, method="keeplora", steps=300):
     timings = {"probe": 2.9, "train": 31.0, "protect": 2.4} if trained else {}
     skipped = [{"file": "train.json", "row": 7, "reason": "image <b>missing</b>"}] if stage == 2 else []
     return {
-        "schema_version": 2, "stage": stage, "task": row["task"], "method": method, "previous": None,
+        "schema_version": SCHEMA_VERSION, "stage": stage, "task": row["task"], "method": method, "previous": None,
         "config": {}, "seeds": {"run": 99, "stage": 100 + stage}, "probe_indices": [0, 5], "data": {},
         "packages": {"torch": "2.9.0", "peft": "0.18.0"}, "base_model": {"name": "base", "hash": "abc123"},
         "modules": make_modules(stage, method) if trained else [],
@@ -499,8 +500,8 @@ def test_settings_that_are_missing_are_named(tmp_path):
         (lambda text: text[:40], "not valid JSON"),
         (lambda text: "[]", "holds a list"),
         (
-            lambda text: text.replace('"schema_version": 2', '"schema_version": 9'),
-            "has schema_version 9, expected 2",
+            lambda text: text.replace(f'"schema_version": {SCHEMA_VERSION}', '"schema_version": 9'),
+            f"has schema_version 9, expected {SCHEMA_VERSION}",
         ),
         (lambda text: text.replace('"counts"', '"count"'), "lacks counts"),
         (lambda text: text.replace('"stage": 1,', '"stage": 2,', 1), "has stage 2, expected 1"),
