@@ -3,12 +3,9 @@
 Importing this package is cheap: lmms-eval loads it through the entry point below before it knows any model.
 """
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from mllm_keeplora.errors import KeepLoRAError
-
-if TYPE_CHECKING:
-    from lmms_eval.models.registry_v2 import ModelManifest
 
 MODEL_ID = "keeplora"
 
@@ -17,7 +14,7 @@ class EvaluationError(KeepLoRAError, RuntimeError):
     """An evaluation that could not be completed; never turned into a score."""
 
 
-def model_manifest() -> "ModelManifest":
+def model_manifest() -> Any:
     """Tells lmms-eval where the model behind `--model keeplora` lives (entry-point group `lmms_eval.models`).
 
     A function and not a module-level object: lmms-eval reads its entry points while its own model registry is

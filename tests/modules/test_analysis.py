@@ -285,5 +285,5 @@ def test_bad_settings_are_named(argv: list[str], message: str) -> None:
 
 
 def test_an_unknown_run_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"nowhere holds no adapter/"):
+    with pytest.raises(ArtifactError, match=r"nowhere is no directory of a run"):
         parse("--run", str(tmp_path / "nowhere"))

@@ -2,17 +2,16 @@
 
 import json
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-from tests.recipes.conftest import ROOT, TEST, Recipe
+from tests.recipes.conftest import KEEPLORA, ROOT, TEST, Recipe
 
 
-def run(recipe: Recipe, *command: str) -> subprocess.CompletedProcess[str]:
-    """The command, in the repository's folder."""
+def run(recipe: Recipe, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`keeplora` with these arguments, in the repository's folder."""
     return subprocess.run(
-        [sys.executable, *command],
+        [*KEEPLORA, *arguments],
         cwd=ROOT,
         env=recipe.environment(),
         capture_output=True,
@@ -24,7 +23,7 @@ def run(recipe: Recipe, *command: str) -> subprocess.CompletedProcess[str]:
 def test_the_unchanged_model_of_an_analysis_is_that_of_the_run(finished: Recipe, tmp_path: Path) -> None:
     out = tmp_path / "analysis"
     command = [
-        "studies/analyze.py",
+        "analyze",
         "--run",
         str(finished.run_dir),
         "--out",
@@ -49,19 +48,19 @@ def test_the_unchanged_model_of_an_analysis_is_that_of_the_run(finished: Recipe,
 def test_an_analysis_refuses_bad_input_in_one_line(finished: Recipe) -> None:
     for arguments, expected in (
         (["--energies", "[2]"], "error: energies must lie in (0, 1], got 2.0"),
-        (["--run", "runs/nowhere"], "error: runs/nowhere holds no adapter/"),
+        (["--run", "runs/nowhere"], "error: runs/nowhere is no directory of a run"),
     ):
-        done = run(finished, "studies/analyze.py", *arguments)
+        done = run(finished, "analyze", *arguments)
         assert done.returncode == 2
         assert done.stderr.startswith(expected) and done.stderr.count("\n") == 1
 
 
 def test_a_run_is_compared_by_the_command(copied: Recipe, tmp_path: Path) -> None:
     out = tmp_path / "comparison"
-    command = ["-m", "mllm_keeplora.reports.comparison", str(copied.run_dir), "--out", str(out)]
+    command = ["compare", str(copied.run_dir), "--out", str(out)]
     done = run(copied, *command)
     assert done.returncode == 0, done.stderr
     assert "keeplora     1" in done.stdout
     assert sorted(path.name for path in out.iterdir()) == ["comparison.html", "comparison.png"]
-    again = run(copied, *command[:2], str(copied.run_dir), *command[2:])
+    again = run(copied, *command, str(copied.run_dir))
     assert again.returncode == 2 and "two runs are 'keeplora' with seed 0" in again.stderr

@@ -12,6 +12,7 @@ PACKAGE = ROOT / "mllm_keeplora"
 LAYERS = (
     "errors",
     "resources",
+    "command_line",
     "linalg",
     "config",
     "distributed",
