@@ -10,7 +10,7 @@ For example:
         test: birds/test.json
         media_root: birds          # the records' image paths are relative to data_root/media_root
         metric: exact              # a scoring function of eval/tasks
-    hub:                           # optional: where scripts/fetch_stream.sh gets the data from
+    hub:                           # optional: where `keeplora fetch` gets the data from
       repo_id: somebody/birds
     general:                       # watched, never trained on: an own file, or a stock lmms-eval task
       - name: pope

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
+KEEPLORA = [sys.executable, "-m", "mllm_keeplora.commands.main"]  # the command, not depending on PATH
 TASKS = ("digits", "charts", "clocks")
 VIDEO_TASKS = ("drift", "lamps")
 TRAIN, TEST = 64, 20

@@ -3,7 +3,6 @@
 import json
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.recipes.conftest import ROOT, TEST, VIDEO_TASKS, VideoRecipe
+from tests.recipes.conftest import KEEPLORA, ROOT, TEST, VIDEO_TASKS, VideoRecipe
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +74,7 @@ def test_a_killed_run_continues_to_the_same_result(finished: VideoRecipe, fresh:
 
 
 def test_the_leaderboard_repeats_the_run_in_a_fresh_process(finished: VideoRecipe, tmp_path: Path) -> None:
-    command = [sys.executable, "eval/leaderboard.py", str(finished.run_dir), "--table", str(tmp_path)]
+    command = [*KEEPLORA, "leaderboard", str(finished.run_dir), "--table", str(tmp_path)]
     environment = finished.environment()
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -89,14 +88,7 @@ def test_chat_gives_the_evaluated_reply(finished: VideoRecipe) -> None:
     question = json.loads(rows.read_text())[0]
     replies = (finished.run_dir / "stages/02-lamps/evaluation/drift.jsonl").read_text().splitlines()
     clip = finished.data_root / "drift/videos" / f"{question['video_name']}.mp4"
-    command = [
-        sys.executable,
-        "-m",
-        "mllm_keeplora.commands.chat",
-        str(finished.run_dir),
-        "--video",
-        str(clip),
-    ]
+    command = [*KEEPLORA, "chat", str(finished.run_dir), "--video", str(clip)]
     done = subprocess.run(
         [*command, "--max-new-tokens", "4", question["question"]],
         cwd=ROOT,
@@ -110,14 +102,7 @@ def test_chat_gives_the_evaluated_reply(finished: VideoRecipe) -> None:
 
 def test_the_export_answers_like_the_run(finished: VideoRecipe, tmp_path: Path) -> None:
     out = tmp_path / "merged"
-    command = [
-        sys.executable,
-        "-m",
-        "mllm_keeplora.continual.export",
-        str(finished.run_dir),
-        "--out",
-        str(out),
-    ]
+    command = [*KEEPLORA, "export", str(finished.run_dir), "--out", str(out)]
     done = subprocess.run(
         command, cwd=ROOT, env=finished.environment(), capture_output=True, text=True, check=False
     )
