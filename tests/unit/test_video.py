@@ -661,7 +661,7 @@ def test_no_cache_is_written_where_none_is_wanted(plain: Path, tmp_path: Path) -
     assert not (tmp_path / "frames").exists()
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "header", "other"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "facts", "name", "empty", "header", "other"])
 def test_a_damaged_entry_is_decoded_again_and_replaced(damage: str, plain: Path, tmp_path: Path) -> None:
     reader = VideoReader(_config(cache_gb=1.0), tmp_path)
     cold = reader.read(plain)
@@ -670,10 +670,13 @@ def test_a_damaged_entry_is_decoded_again_and_replaced(damage: str, plain: Path,
     broken = {
         "cut": whole[:-1000],
         "flip": whole[:-500] + bytes([whole[-500] ^ 1]) + whole[-499:],
+        "facts": whole.replace(b'fps\\": 8.0', b'fps\\": 9.0'),
+        "name": whole.replace(b"fps", b"fpz"),
         "empty": b"",
         "header": bytes([255]) * len(whole),
         "other": (2).to_bytes(8, "little") + b"[]",
     }[damage]
+    assert broken != whole
     entry.write_bytes(broken)
     np.testing.assert_array_equal(reader.read(plain).frames, cold.frames)
     assert entry.read_bytes() == whole
