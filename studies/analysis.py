@@ -13,7 +13,6 @@ Replacing needs weights that can be written: a 4-bit base is dequantised to its 
 gives the numbers that it computes with.
 """
 
-import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -41,7 +40,8 @@ from mllm_keeplora.linalg.subspace import project_to_residual, smallest_rank
 from mllm_keeplora.modeling.loading import base_model_hash, load_dense, resolve_model_directory
 from mllm_keeplora.modeling.targets import Target, find_targets
 from mllm_keeplora.probes.protected_bases import weight_basis_files
-from mllm_keeplora.reports.figures import picture_style, png
+from mllm_keeplora.reports.figures import picture_style, plot_estimates, png, start_at_zero
+from mllm_keeplora.reports.tables import percent, with_error
 from mllm_keeplora.runs.files import (
     ArtifactError,
     atomic_path,
@@ -269,36 +269,25 @@ def _check_thirds(targets: Sequence[Target]) -> None:
 # showing
 
 
-def scores_of(config: AnalysisConfig, results: Mapping[str, Any]) -> pd.DataFrame:
-    """All mean scores in %, one row a cell by its name, the unchanged model first; NaN where undefined.
-
-    Returns:
-        Columns: kept, the share of directions in the principal part; general and tasks, the means over the
-        general benchmarks and over the tasks; general_error and tasks_error, their standard errors.
-    """
-    rows: dict[str, dict[str, float | None]] = {}
-    for name in (UNCHANGED, *(cell.name for cell in cells_of(config))):
-        found = results["cells"][name]
-        rows[name] = {"kept": found["directions"]}
-        for kind in KINDS:
-            scores = [found["scores"][asked] for asked in results[kind]]
-            mean = mean_of_scores([Estimate(score["value"], score["stderr"]) for score in scores])
-            rows[name] |= {kind: mean.value, f"{kind}_error": mean.stderr}
-    return 100 * pd.DataFrame.from_dict(rows, orient="index").astype(float)
+def accuracy(results: Mapping[str, Any], name: str, kind: str) -> Estimate:
+    """A cell's mean score over the tasks, or over the general benchmarks, with its standard error."""
+    scores = [results["cells"][name]["scores"][asked] for asked in results[kind]]
+    return mean_of_scores([Estimate(score["value"], score["stderr"]) for score in scores])
 
 
 def format_analysis(config: AnalysisConfig, results: Mapping[str, Any]) -> str:
     """Every cell as plain text, without final newline."""
-    scores = scores_of(config, results)
-    shown = {
-        name: [_text(row[kind], row[f"{kind}_error"]) for kind in KINDS] for name, row in scores.iterrows()
-    }
-    rows = {UNCHANGED: ["", *shown[UNCHANGED], "", ""]}
+
+    def shown(name: str) -> list[str]:
+        return [with_error(accuracy(results, name, kind)) for kind in KINDS]
+
+    rows = {UNCHANGED: ["", *shown(UNCHANGED), "", ""]}
     for cell in cells_of(config):
         if cell.subspace == "principal":
+            kept = percent(results["cells"][cell.name]["directions"])
+            residual = cell._replace(subspace="residual")
             place = f"{cell.tower:9} {cell.depth:8} eps {cell.energy:g}"
-            other = cell._replace(subspace="residual")
-            rows[place] = [_text(scores.kept[cell.name]), *shown[cell.name], *shown[other.name]]
+            rows[place] = [kept, *shown(cell.name), *shown(residual.name)]
     heads = ["kept", *(f"{subspace}: {kind}" for subspace in SUBSPACES for kind in KINDS)]
     asked = sum(score["n"] for score in results["cells"][UNCHANGED]["scores"].values())
     return (
@@ -310,50 +299,39 @@ def format_analysis(config: AnalysisConfig, results: Mapping[str, Any]) -> str:
     )
 
 
-def _text(value: float, error: float = math.nan) -> str:
-    """Numbers in %, one decimal; NaN is undefined."""
-    return "-" if math.isnan(value) else f"{value:.1f}" + ("" if math.isnan(error) else f" ± {error:.1f}")
-
-
+@picture_style()
 def draw_analysis(config: AnalysisConfig, results: Mapping[str, Any]) -> bytes:
     """The picture as PNG: general benchmarks above, tasks below; over eps left, over depth right."""
-    scores = scores_of(config, results)
     kinds = [kind for kind in KINDS if results[kind]]
     energies, eps = sorted(set(config.energies)), config.depth_energy
-    kept = [scores.kept[Cell("principal", energy, "both", "all").name] for energy in energies]
-    over_energy: list[tuple[float, Depth]] = [(energy, "all") for energy in energies]
-    over_depth: list[tuple[float, Depth]] = [(eps, depth) for depth in DEPTHS]
-    shares = [f"{energy:g}\n{share:.0f} %" for energy, share in zip(energies, kept, strict=True)]
-    with picture_style():
-        figure = Figure(figsize=(13.0, 3.9 * len(kinds)), layout="constrained")
-        for kind, (left, right) in zip(
-            kinds, figure.subplots(len(kinds), 2, sharey="row", squeeze=False), strict=True
-        ):
-            _plot(left, scores, kind, over_energy)
-            left.set_xticks(range(len(shares)), shares)
-            left.set_title(f"{KINDS[kind]}: part of every layer", fontsize=11)
-            left.set_xlabel("eps: energy in the principal part; below, its share of the directions")
-            _plot(right, scores, kind, over_depth)
-            right.set_xticks(range(len(DEPTHS)), DEPTHS)
-            right.set_title(f"{KINDS[kind]}: part of one third of the layers, eps {eps:g}", fontsize=11)
-            right.set_xlabel("third of the depth that is rebuilt; last, all of it")
-        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-        return png(figure)
+    kept = [results["cells"][Cell("principal", e, "both", "all").name]["directions"] for e in energies]
+    shares = [f"{energy:g}\n{share:.0%}" for energy, share in zip(energies, kept, strict=True)]
+    figure = Figure(figsize=(13.0, 3.9 * len(kinds)), layout="constrained")
+    axes = figure.subplots(len(kinds), 2, sharey="row", squeeze=False)
+    for kind, (left, right) in zip(kinds, axes, strict=True):
+        _plot(left, results, kind, [(energy, "all") for energy in energies])
+        left.set_xticks(range(len(shares)), shares)
+        left.set_title(f"{KINDS[kind]}: part of every layer", fontsize=11)
+        left.set_xlabel("eps: energy in the principal part; below, its share of the directions")
+        _plot(right, results, kind, [(eps, depth) for depth in DEPTHS])
+        right.set_xticks(range(len(DEPTHS)), DEPTHS)
+        right.set_title(f"{KINDS[kind]}: part of one third of the layers, eps {eps:g}", fontsize=11)
+        right.set_xlabel("third of the depth that is rebuilt; last, all of it")
+        start_at_zero(left)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    return png(figure)
 
 
-def _plot(axes: Axes, scores: pd.DataFrame, kind: str, along: Sequence[tuple[float, Depth]]) -> None:
+def _plot(axes: Axes, results: Mapping[str, Any], kind: str, along: Sequence[tuple[float, Depth]]) -> None:
     """Mean scores with each part of each tower, one point for every eps and depth."""
     for tower, line in zip(TOWERS, ("-", "--", ":"), strict=True):
         for subspace, colour, marker in zip(SUBSPACES, ("#12456b", "#f0a13a"), "os", strict=True):
-            rows = scores.loc[[Cell(subspace, energy, tower, depth).name for energy, depth in along]]
+            cells = [Cell(subspace, energy, tower, depth) for energy, depth in along]
+            scores = [accuracy(results, cell.name, kind) for cell in cells]
             label = f"{subspace} part, {'both towers' if tower == 'both' else tower}"
-            axes.errorbar(
-                range(len(rows)), rows[kind], yerr=rows[f"{kind}_error"], label=label, color=colour,
-                linestyle=line, marker=marker, markersize=5, capsize=2, elinewidth=1,
-            )  # fmt: skip
-    axes.axhline(scores.loc[UNCHANGED, kind], color="#566672", linestyle="-.", label="unchanged model")
+            style = {"color": colour, "linestyle": line, "marker": marker, "markersize": 5}
+            plot_estimates(axes, range(len(scores)), scores, label=label, **style)
+    unchanged = Estimate(accuracy(results, UNCHANGED, kind).value, None)
+    style = {"color": "#566672", "linestyle": "-.", "label": "unchanged model"}
+    plot_estimates(axes, range(len(along)), [unchanged] * len(along), **style)
     axes.set_ylabel("mean score, %")
-    axes.set_ylim(bottom=0)
-    axes.grid(axis="y", color="#d9e0e6")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)

@@ -1,6 +1,5 @@
 """What a study found: its runs collected, the arms tested against the reference, a table and a picture."""
 
-import math
 import platform
 import shutil
 import subprocess
@@ -8,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
@@ -16,7 +15,9 @@ from scipy import stats
 
 from mllm_keeplora.continual.history import PACKAGES
 from mllm_keeplora.continual.saved_run import SavedRun
+from mllm_keeplora.evaluation.metrics import Estimate, mean_over_seeds
 from mllm_keeplora.reports.comparison import Run, draw_comparison, grouped
+from mllm_keeplora.reports.tables import with_error
 from mllm_keeplora.runs.files import atomic_path, sha256_file, write_json
 from mllm_keeplora.runs.manifests import SCHEMA_VERSION
 from mllm_keeplora.studies.methods import (
@@ -137,13 +138,8 @@ def add_statistics(arms: Mapping[str, Any], reference: str) -> None:
 
 def summary(values: Sequence[float]) -> dict[str, Any]:
     """Mean over the seeds, its standard error from their spread, and their number; None where undefined."""
-    n = len(values)
-    # `statistics` sums without rounding: a mean that lies between two decimals shows the same one everywhere.
-    return {
-        "mean": fmean(values) if n else None,
-        "standard_error": stdev(values) / math.sqrt(n) if n > 1 else None,
-        "n": n,
-    }
+    mean, error = mean_over_seeds([Estimate(value, None) for value in values])
+    return {"mean": mean, "standard_error": error, "n": len(values)}
 
 
 def paired_test(first: pd.Series, second: pd.Series) -> dict[str, Any]:
@@ -173,18 +169,12 @@ def format_results(results: Mapping[str, Any]) -> str:
     lines = ["| | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
     for name, arm in results["arms"].items():
         rates = sorted({f"{run['learning_rate']:g}" for run in arm["seeds"].values()})
-        means = [_mean(arm["summary"][metric]) for metric in METRICS]
+        summaries = [arm["summary"][metric] for metric in METRICS]
+        means = [with_error(Estimate(s["mean"], s["standard_error"])) for s in summaries]
         tests = arm.get("against_reference", {})
         ps = [_p(tests.get(metric, {}).get("p_holm")) for metric in TESTED]
         lines.append("| " + " | ".join([name, str(len(arm["seeds"])), "/".join(rates), *means, *ps]) + " |")
     return "\n".join(lines) + "\n"
-
-
-def _mean(found: Mapping[str, Any]) -> str:
-    mean, error = found["mean"], found["standard_error"]
-    if mean is None:
-        return ""
-    return f"{100 * mean:.1f}" if error is None else f"{100 * mean:.1f} ± {100 * error:.1f}"
 
 
 def _p(value: float | None) -> str:

@@ -29,7 +29,7 @@ from mllm_keeplora.reports.figures import (
     svg,
 )
 from mllm_keeplora.reports.page import Charts, render, score_charts, write_atomically
-from mllm_keeplora.reports.results import ReportError, Results, flatten, names_of, read_results, score_of
+from mllm_keeplora.reports.results import ReportError, Results, names_of, read_results, score_of, written
 from mllm_keeplora.reports.tables import METRICS, TEXT_WIDTH, shorten, with_error
 
 PAGE, PICTURE = "comparison.html", "comparison.png"
@@ -190,7 +190,7 @@ def differing_settings(runs: Sequence[Results]) -> pd.DataFrame:
     """The settings (columns) that are not the same in all runs (rows); a dash where a run lacks one."""
     found = []
     for manifest in (run.manifests[-1] for run in runs):  # as the last stage was trained
-        settings = flatten({k: value for k, value in manifest["config"].items() if k not in NOT_COMPARED})
+        settings = written({k: value for k, value in manifest["config"].items() if k not in NOT_COMPARED})
         packages = {f"package {name}": str(version) for name, version in manifest["packages"].items()}
         found.append({**settings, "base model's content": manifest["base_model"]["hash"][:12], **packages})
     frame = pd.DataFrame(found).fillna("-")

@@ -24,7 +24,7 @@ from mllm_keeplora.reports.figures import (
     styles,
     time_chart,
 )
-from mllm_keeplora.reports.results import Json, Results, flatten, names_of, read_results, score_of
+from mllm_keeplora.reports.results import Json, Results, names_of, read_results, score_of, written
 from mllm_keeplora.reports.tables import (
     duration,
     metric_frame,
@@ -107,7 +107,7 @@ def _page(results: Results, name: str) -> str:
         phases=list(zip(seconds, styles(seconds.shape[1]), strict=True)),
         time_chart=time_chart(seconds),
         times=_times(manifests, seconds),
-        config=flatten(results.config),
+        config=written(results.config),
         packages=_packages(manifests),
     )
 
@@ -170,13 +170,11 @@ def _counts(manifests: Sequence[Json]) -> pd.DataFrame:
 
 
 def _seconds(manifests: Sequence[Json]) -> pd.DataFrame:
-    """Seconds by stage and phase; `other` is what the total holds beside them (loading, checks, files)."""
+    """Seconds by stage and phase."""
     # Columns come in the order in which they are met first: the last stage goes through every phase.
     found = pd.DataFrame([manifest["timings"] for manifest in reversed(manifests)], dtype=float)[::-1]
-    other = found.pop("total") - found.sum(axis=1)
-    return found.assign(other=other.clip(lower=0.0)).set_axis(
-        pd.Index(map(stage_label, manifests), name="stage")
-    )
+    stages = pd.Index(map(stage_label, manifests), name="stage")
+    return found.drop(columns="total").set_axis(stages)
 
 
 def _times(manifests: Sequence[Json], seconds: pd.DataFrame) -> pd.DataFrame:

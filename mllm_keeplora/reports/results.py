@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mllm_keeplora.config import flatten
 from mllm_keeplora.continual.saved_run import SavedRun
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.evaluation.metrics import Estimate
@@ -96,12 +97,9 @@ def score_of(row: Mapping[str, Any], name: str) -> Estimate:
     return Estimate(score.get("value"), score.get("stderr"))
 
 
-def flatten(value: Any, prefix: str = "") -> dict[str, str]:
-    """Nested settings as dotted name -> text, JSON where the value is not text itself."""
-    if isinstance(value, dict) and value:
-        items = {f"{prefix}.{key}".lstrip("."): item for key, item in value.items()}
-    elif isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
-        items = {f"{prefix}[{index}]": item for index, item in enumerate(value)}
-    else:
-        return {prefix: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}
-    return {name: text for key, item in items.items() for name, text in flatten(item, key).items()}
+def written(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Settings by their dotted names, as text: JSON where the value is not text itself."""
+    return {
+        name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for name, value in flatten(settings).items()
+    }

@@ -60,10 +60,10 @@ def test_an_analysis_refuses_bad_input_in_one_line(finished: Recipe) -> None:
 
 def test_a_run_is_compared_by_the_command(copied: Recipe, tmp_path: Path) -> None:
     out = tmp_path / "comparison"
-    command = ["-m", "mllm_keeplora.reports.comparison", str(copied.run_dir), "--out", str(out)]
-    done = run(copied, *command)
+    command = ["-m", "mllm_keeplora.commands.main", "compare", str(copied.run_dir)]
+    done = run(copied, *command, "--out", str(out))
     assert done.returncode == 0, done.stderr
     assert "keeplora     1" in done.stdout
     assert sorted(path.name for path in out.iterdir()) == ["comparison.html", "comparison.png"]
-    again = run(copied, *command[:2], str(copied.run_dir), *command[2:])
+    again = run(copied, *command, str(copied.run_dir), "--out", str(out))
     assert again.returncode == 2 and "two runs are 'keeplora' with seed 0" in again.stderr
