@@ -17,6 +17,7 @@ What Gram product and eigenproblem leave of the time is, for a wide weight, the 
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -104,8 +105,15 @@ def smaller_gram(weight: Tensor) -> Tensor:
     return weight @ weight.T if weight.shape[1] > weight.shape[0] else weight.T @ weight
 
 
-def judge(weight: Tensor, energies: Tensor, basis: Tensor, other: Tensor) -> Exactness:
-    """Args: W [out, in], its squared singular values (fp64, descending), the basis and the SVD's."""
+def judge(weight: Tensor, energies: Tensor, share: float) -> Exactness:
+    """Judges both bases.
+
+    Args:
+        weight: W [out, in].
+        energies: its squared singular values, fp64, descending.
+        share: of the energy that a basis holds.
+    """
+    basis, other = principal_basis(weight, share), svd_basis(weight, share)
     k = basis.shape[1]
     energy = float((weight.double() @ basis.double()).square().sum() / energies[:k].sum())
     outside = basis.double() - other.double() @ (other.double().T @ basis.double())
@@ -133,33 +141,44 @@ def measure(shape: tuple[int, int], spectrum: str, options: Options) -> tuple[li
     weight = make_weight(shape, spectrum, device)
     gram = smaller_gram(weight)
     energies = torch.linalg.eigvalsh(smaller_gram(weight.double())).flip(0).clamp(min=0.0)
-    large = device.type == "cpu" and min(shape) >= ONE_ROUND
-    repeats = 1 if large else options.repeats
-    parts = {"gram": partial(smaller_gram, weight), "eigh": partial(torch.linalg.eigh, gram)}
-    ours = {str(energy): partial(principal_basis, weight, energy) for energy in ENERGIES}
-    seconds = in_turns({"svd": partial(svd_basis, weight, ENERGIES[0]), **ours, **parts}, repeats, device)
+    repeats = 1 if device.type == "cpu" and min(shape) >= ONE_ROUND else options.repeats
+    ways = {
+        "svd": partial(svd_basis, weight, ENERGIES[0]),
+        "gram": partial(smaller_gram, weight),
+        "eigh": partial(torch.linalg.eigh, gram),
+        **{str(share): partial(principal_basis, weight, share) for share in ENERGIES},
+    }
+    seconds = in_turns(ways, repeats, device)
     note = "" if repeats == options.repeats else f", {repeats} round"
-    found, ratios = [], {}
-    for energy in ENERGIES:
-        own = seconds[str(energy)]
-        ratios[energy] = ratio(seconds["svd"], own)
-        exactness = judge(weight, energies, principal_basis(weight, energy), svd_basis(weight, energy))
-        fast = device.type == "cpu" or ratios[energy].median >= WANTED_ON_A_GPU
-        shares = [100 * ratio(seconds[part], own).median for part in parts]
-        arithmetic = flops(shape, exactness.k)
-        found.append(
-            Row(
-                number=1,
-                what=f"weight basis, {shape[0]}x{shape[1]}, {spectrum}, eps_w {energy}{note}",
-                ours=f"{milliseconds(own)}: Gram {shares[0]:.0f} %, eigenproblem {shares[1]:.0f} %",
-                beside=f"SVD {milliseconds(seconds['svd'])}",
-                result=f"{ratios[energy]} times as fast; {exactness}",
-                goal="exact" if device.type == "cpu" else f">= {WANTED_ON_A_GPU:.0f} times as fast, exact",
-                met=exactness.holds and fast,
-                floor=f"operations alone: {arithmetic[1] / arithmetic[0]:.1f} times",
-            )
-        )
-    return found, ratios
+    what = f"weight basis, {shape[0]}x{shape[1]}, {spectrum}, eps_w "
+    found = [
+        _row(f"{what}{share}{note}", shape, judge(weight, energies, share), seconds, str(share), device)
+        for share in ENERGIES
+    ]
+    return found, {share: ratio(seconds["svd"], seconds[str(share)]) for share in ENERGIES}
+
+
+def _row(
+    what: str,
+    shape: tuple[int, int],
+    exactness: Exactness,
+    seconds: Mapping[str, Sequence[float]],
+    ours: str,
+    device: torch.device,
+) -> Row:
+    own, faster = seconds[ours], ratio(seconds["svd"], seconds[ours])
+    gram, eigh = (100 * ratio(seconds[part], own).median for part in ("gram", "eigh"))
+    arithmetic = flops(shape, exactness.k)
+    return Row(
+        number=1,
+        what=what,
+        ours=f"{milliseconds(own)}: Gram {gram:.0f} %, eigenproblem {eigh:.0f} %",
+        beside=f"SVD {milliseconds(seconds['svd'])}",
+        result=f"{faster} times as fast; {exactness}",
+        goal="exact" if device.type == "cpu" else f">= {WANTED_ON_A_GPU:.0f} times as fast, exact",
+        met=exactness.holds and (device.type == "cpu" or faster.median >= WANTED_ON_A_GPU),
+        floor=f"operations alone: {arithmetic[1] / arithmetic[0]:.1f} times",
+    )
 
 
 def draw(ratios: dict[tuple[tuple[int, int], str], dict[float, Ratio]], title: str, file: Path) -> None:

@@ -31,8 +31,7 @@ from small_streams import small_config
 
 from mllm_keeplora.config import RunConfig
 from mllm_keeplora.continual.run_stream import run_stream
-from mllm_keeplora.continual.saved_run import SavedRun, load_run
-from mllm_keeplora.eval.leaderboard import lmms_eval_arguments, read_results, read_run
+from mllm_keeplora.eval.leaderboard import CompleteRun, lmms_eval_arguments, read_results, read_run
 from mllm_keeplora.evaluation.score import Score, evaluate_row
 
 # The first import prepares the environment for lmms-eval's.
@@ -54,9 +53,9 @@ def settings(root: Path) -> RunConfig:
 class Inside:
     """The run's last row as a stage measures it: model, adapter and libraries are there already."""
 
-    def __init__(self, run: SavedRun, output: Path) -> None:
-        self.run, self.output = run, output
-        self.model, self.processor = run.load_model()
+    def __init__(self, run: CompleteRun, output: Path) -> None:
+        self.run, self.output = run.saved, output
+        self.model, self.processor = run.saved.load_model()
         self.scores: dict[str, Score] = {}
 
     def __call__(self) -> None:
@@ -82,8 +81,8 @@ class Fresh:
         limit: questions a task; None for all.
     """
 
-    def __init__(self, run: SavedRun, root: Path, limit: int | None) -> None:
-        self.run, self.root, self.limit = read_run(run.directory.path), root, limit
+    def __init__(self, run: CompleteRun, root: Path, limit: int | None) -> None:
+        self.run, self.root, self.limit = run, root, limit
         self.scores: dict[str, Score] = {}
 
     def __call__(self) -> None:
@@ -110,24 +109,25 @@ def rows(options: Options) -> list[Row]:
     """
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        own = run_stream(settings(root))["rows"][-1]["scores"]
-        run = load_run(root / "run")
+        config = settings(root)
+        run_stream(config)
+        run = read_run(Path(config.run_dir))
         inside, fresh = Inside(run, root / "row"), Fresh(run, root, None)
         ways: dict[str, Callable[[], None]] = {"inside": inside, "fresh": fresh}
         if not options.quick:
             ways["start-up"] = Fresh(run, root, 1)
         # The run has warmed this process up, and a fresh one has nothing to warm up.
         seconds = in_turns(ways, options.repeats, options.device, warm_up=False)
-    if not inside.scores == fresh.scores == own:
+    if not inside.scores == fresh.scores == run.scores:
         raise SystemExit(
-            f"the scores differ:\n{inside.scores} inside,\n{fresh.scores} fresh,\n{own} in the run"
+            f"the scores differ:\n{inside.scores} inside,\n{fresh.scores} fresh,\n{run.scores} in the run"
         )
-    return [row(run.config.evaluation.batch_size, own, seconds)]
+    return [row(run, seconds)]
 
 
-def row(batch: int, scores: dict[str, Score], seconds: dict[str, list[float]]) -> Row:
+def row(run: CompleteRun, seconds: dict[str, list[float]]) -> Row:
     """The line of the table."""
-    questions = sum(score["n"] for score in scores.values())
+    questions = sum(score["n"] for score in run.scores.values())
 
     def side(name: str) -> str:
         middle = statistics.median(seconds[name])
@@ -139,8 +139,8 @@ def row(batch: int, scores: dict[str, Score], seconds: dict[str, list[float]]) -
     faster = ratio(seconds["fresh"], seconds["inside"])
     return Row(
         8,
-        f"a retention row of the embedded default: {questions} questions of {len(scores)} tasks, batch {batch}; "
-        "beside lmms-eval's command line on the saved model",
+        f"a retention row of the embedded default: {questions} questions of {len(run.scores)} tasks, "
+        f"batch {run.saved.config.evaluation.batch_size}; beside lmms-eval's command line on the saved model",
         side("inside"),
         side("fresh") + start_up,
         f"{faster} times as fast, equal scores",

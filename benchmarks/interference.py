@@ -11,7 +11,7 @@ X_i are a layer's inputs on task i at the model before stage t, sketched from th
 stage added, M_t its protected basis. A layer with 0 reached computes on task i's inputs what it did before.
 """
 
-import argparse
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ import mllm_keeplora  # noqa: F401  # its guards come before the libraries they 
 from measure import energy
 from torch import Tensor
 
-from mllm_keeplora.commands.program import command
+from mllm_keeplora.command_line import OptionParser, command
 from mllm_keeplora.config import Tower
 from mllm_keeplora.continual.learning import read_stage_factors
 from mllm_keeplora.continual.run import Run
@@ -95,12 +95,10 @@ def check_measurable(run: Run) -> None:
 
 def main() -> None:
     """Prints one line per stage and earlier task."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = OptionParser("python benchmarks/interference.py", __doc__)
     parser.add_argument("run", type=Path, help="directory of a complete run")
-    path = parser.parse_args().run
-    with command(), Run.open(replace(load_run(path).config, run_dir=str(path))) as run:
+    path = parser.read(sys.argv[1:]).run
+    with Run.open(replace(load_run(path).config, run_dir=str(path))) as run:
         check_measurable(run)
         print(f"{'stage':12s}{'inputs of':12s}{'tower':10s}{'reached %':>12s}{'protected %':>13s}")
         for number, task in enumerate(run.stream.tasks[1:], 2):
@@ -111,4 +109,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command():
+        main()

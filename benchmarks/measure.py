@@ -4,7 +4,6 @@ A benchmark is a script with `rows(options) -> list[Row]`; `benchmark(__doc__, r
 `benchmarks/run.py` runs the scripts one after the other and prints all their rows as one table.
 """
 
-import argparse
 import contextlib
 import gc
 import inspect
@@ -19,7 +18,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import mllm_keeplora  # noqa: F401  # its guards come before the libraries they guard
+
+# isort: split
 import torch
+
+from mllm_keeplora.command_line import OptionParser, command
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURES = ROOT / "docs" / "benchmarks"
@@ -232,21 +236,20 @@ def device_name(device: torch.device) -> str:
 
 def benchmark(description: str, rows: Callable[[Options], list[Row]]) -> None:
     """A benchmark's main function: reads the command line, measures, prints the table."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = OptionParser(f"python benchmarks/{Path(sys.argv[0]).name}", description)
     parser.add_argument("--repeats", type=int, default=5, help="rounds that count (default: 5)")
     parser.add_argument("--threads", type=int, default=1, help="of torch on a CPU (default: 1)")
     parser.add_argument(
         "--quick", action="store_true", help="tiny sizes, one round: only shows that it works"
     )
     parser.add_argument("--json", type=Path, help="write the rows there, too")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    options = Options(device, 1 if arguments.quick else arguments.repeats, arguments.quick)
-    found = rows(options)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps([asdict(row) for row in found], indent=1))
-    print(f"{device_name(device)}; medians of {options.repeats} rounds (smallest to largest)\n")
-    print(table(found), flush=True)
+    with command():
+        given = parser.read(sys.argv[1:])
+        torch.set_num_threads(given.threads)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        options = Options(device, 1 if given.quick else given.repeats, given.quick)
+        found = rows(options)
+        if given.json is not None:
+            given.json.write_text(json.dumps([asdict(row) for row in found], indent=1))
+        print(f"{device_name(device)}; medians of {options.repeats} rounds (smallest to largest)\n")
+        print(table(found), flush=True)

@@ -7,7 +7,7 @@ dW = B A of every adapted layer after the last stage, in fp64. For an error e th
 the rank that is stored, by exact concatenation. Means over the layers of a tower.
 """
 
-import argparse
+import sys
 from pathlib import Path
 from statistics import fmean
 
@@ -18,7 +18,7 @@ import torch
 from peft import load_peft_weights
 from torch import Tensor
 
-from mllm_keeplora.commands.program import command
+from mllm_keeplora.command_line import OptionParser, command
 from mllm_keeplora.continual.saved_run import load_run
 
 ERRORS = (0.1, 0.03, 0.01, 0.001)
@@ -34,13 +34,10 @@ def rank_shares(a: Tensor, b: Tensor) -> list[float]:
 
 def main() -> None:
     """Prints one line a tower."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = OptionParser("python benchmarks/recompression.py", __doc__)
     parser.add_argument("run", type=Path, help="directory of a run that has learnt a task")
-    path = parser.parse_args().run
-    with command():
-        factors = load_peft_weights(str(load_run(path).adapter), device="cpu")
+    path = parser.read(sys.argv[1:]).run
+    factors = load_peft_weights(str(load_run(path).adapter), device="cpu")
     shares: dict[str, list[list[float]]] = {}
     for name in (key for key in factors if ".lora_A." in key):
         a, b = factors[name], factors[name.replace(".lora_A.", ".lora_B.")]
@@ -51,4 +48,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command():
+        main()

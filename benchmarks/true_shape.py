@@ -16,9 +16,10 @@ model was made: of torch's allocations on a GPU, of the resident set on a CPU (L
 above 1 MB return to the system at once.
 """
 
-import argparse
 import json
+import sys
 import tempfile
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -35,6 +36,7 @@ from measure import Peaks, device_name, in_own_process
 from noise_run import FAMILIES, Noise, NoiseRun, noise_config
 from shapes import TRUE, Shape, random_model
 
+from mllm_keeplora.command_line import OptionParser, command
 from mllm_keeplora.config import ModelConfig, RunConfig, TrainConfig
 from mllm_keeplora.continual.run_stream import run_stage
 from mllm_keeplora.modeling.loading import resolve_device
@@ -47,7 +49,7 @@ PLANNED = {"weight bases": "weight bases", "probe": "probe", "train": "train", "
 PLANNED |= {"evaluate": "evaluation"}
 
 
-def true_shape(options: argparse.Namespace) -> Shape:
+def true_shape(options: Namespace) -> Shape:
     """LLaVA-1.5-7B's, the numbers of layers scaled."""
     return replace(
         TRUE,
@@ -58,14 +60,14 @@ def true_shape(options: argparse.Namespace) -> Shape:
     )
 
 
-def noise_of(options: argparse.Namespace) -> Noise:
+def noise_of(options: Namespace) -> Noise:
     """A stream of one task whose samples have --length tokens."""
     return Noise(
         true_shape(options), options.length, options.samples, options.questions, family=options.family
     )
 
 
-def run_config(root: Path, options: argparse.Namespace, batch: int) -> RunConfig:
+def run_config(root: Path, options: Namespace, batch: int) -> RunConfig:
     """Settings of the stage; those of a GPU where it is only planned."""
     return noise_config(
         root,
@@ -92,7 +94,7 @@ def measure(root: str, batch: int, options: dict[str, Any]) -> dict[str, Any]:
         batch: samples.
         options: the command line's.
     """
-    config = run_config(Path(root), argparse.Namespace(**options), batch)
+    config = run_config(Path(root), Namespace(**options), batch)
     plan = make_plan(config)
     run, device = NoiseRun(config), resolve_device(config.model)
     cached = Path(config.cache_dir).exists()  # by the batch size before
@@ -152,11 +154,9 @@ def print_result(result: dict[str, Any]) -> None:
     print(f"{'peak':29s}{peak / GB:13.3f}{planned / GB:12.3f}{planned / peak:20.2f}", flush=True)
 
 
-def parse_options() -> argparse.Namespace:
+def parse_options() -> Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = OptionParser("python benchmarks/true_shape.py", __doc__)
     parser.add_argument("--family", choices=FAMILIES, default="llava")
     parser.add_argument("--depth", type=float, default=1.0, help="share of the layers")
     parser.add_argument("--length", type=int, help="tokens of a sample, those of its media included")
@@ -171,7 +171,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--activation_checkpointing", action="store_true")
     parser.add_argument("--plan", action="store_true", help="measure nothing; print what the plan expects")
     parser.add_argument("--json", type=Path, help="write the results there, too")
-    options = parser.parse_args()
+    options = parser.read(sys.argv[1:])
     family = FAMILIES[options.family]
     options.length = options.length or family.length
     options.image_size = options.image_size or family.image_size
@@ -196,4 +196,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command():
+        main()

@@ -1,9 +1,10 @@
 """Methods: each one's property beside a reference, and all of them through two stages on NF4, both towers."""
 
-import importlib.util
+import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ from mllm_keeplora.modeling.adapters import (
 from mllm_keeplora.modeling.loss import IGNORED_LABEL
 from mllm_keeplora.probes.activations import sketch_inputs
 from mllm_keeplora.probes.gradients import GradientError
-from mllm_keeplora.runs.files import load_tensors
+from mllm_keeplora.runs.files import ArtifactError, load_tensors
 from tests.modules.conftest import WORDS, all_targets, batch, read_adapter
 
 RANK = 2
@@ -360,26 +361,44 @@ def test_gpm_keeps_a_trained_update_out_of_the_protected_space(
         assert not torch.equal(second[f"{name}.A"], untouched[name])
 
 
+@pytest.fixture
+def interference(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script of that name, which imports its neighbours."""
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "benchmarks")
+    return importlib.import_module("interference")
+
+
 def test_interference_is_measured_where_gpm_leaves_none(
-    tiny_llava: Path, stream_file: Path, tmp_path: Path
+    tiny_llava: Path, stream_file: Path, tmp_path: Path, interference: ModuleType
 ) -> None:
-    """What GPM protects holds eps_f of the past inputs' energy, so its update hardly answers them."""
-    path = Path(__file__).resolve().parents[2] / "benchmarks/interference.py"
-    spec = importlib.util.spec_from_file_location("interference", path)
-    assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    """What GPM protects holds eps_f of the earlier inputs' energy, so its update hardly answers them."""
     reached = {}
     for method in ("gpm", "lora"):
         settings = config(tiny_llava, stream_file, tmp_path / method, method)
         # As many columns as the noise images have directions.
-        run_stream(replace(settings, probe=replace(settings.probe, columns_per_rank=64)))
-        first, second = script.stages_of(tmp_path / method / "run")
-        for tower, shares in script.measure(second, first).items():
-            reached[method, tower] = shares["reached"]
-            assert (shares["protected"] > 0.95) == (method == "gpm")
+        settings = replace(settings, probe=replace(settings.probe, columns_per_rank=64))
+        run_stream(settings)
+        with Run.open(settings) as run:
+            interference.check_measurable(run)
+            measured = interference.measure(run, 2)
+        assert list(measured) == ["first"]
+        for tower, shares in measured["first"].items():
+            reached[method, tower] = shares.reached
+            assert (shares.protected > 0.95) == (method == "gpm")
     for tower in ("vision", "language"):
         assert reached["gpm", tower] < 0.4 * reached["lora", tower]
+
+
+def test_interference_is_refused_where_stages_add_no_updates(
+    tiny_llava: Path, stream_file: Path, tmp_path: Path, interference: ModuleType
+) -> None:
+    for method in ("lora_throughout", "joint", "zero_shot"):
+        settings = config(tiny_llava, stream_file, tmp_path / method, method)
+        with Run.open(settings) as run, pytest.raises(ArtifactError, match="3 of 3 stages are missing"):
+            interference.check_measurable(run)
+        run_stream(settings)
+        with Run.open(settings) as run, pytest.raises(ArtifactError, match=f"method {method} add no updates"):
+            interference.check_measurable(run)
 
 
 def test_gpm_projects_exactly_onto_the_complement(nf4_model: Any) -> None:
