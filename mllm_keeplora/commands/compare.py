@@ -1,6 +1,6 @@
 """Puts runs over one stream side by side: a page, a picture, a table.
 
-keeplora compare runs/vqa_small runs/lora --out runs/comparison
+    keeplora compare runs/vqa_small runs/lora --out runs/comparison
 
 Runs of one method that differ in the seed alone are averaged.
 """
