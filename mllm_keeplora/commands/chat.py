@@ -1,8 +1,9 @@
 """Answers questions about an image or a clip by a run's model.
 
-keeplora chat runs/vqa_small --image photo.png "What is shown?"
-keeplora chat runs/vqa_small --image photo.png      asks until an empty line
-keeplora chat runs/video_small --video clip.mp4 "What happens?"
+    keeplora chat runs/vqa_small --image photo.png "What is shown?"
+    keeplora chat runs/video_small --video clip.mp4 "What happens?"
+
+Without a question it asks for questions until an empty line.
 """
 
 import sys
