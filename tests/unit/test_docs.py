@@ -215,6 +215,16 @@ def test_options_by_themselves_exist(path: Path) -> None:
             assert normal(option) in known or option in text, f"{path.name}: {option}"
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_examples_in_the_help_stand_on_lines_of_their_own(name: str) -> None:
+    """Indented, so that neither the help nor the pages of the API run them together."""
+    text = importlib.import_module(f"mllm_keeplora.commands.{name}").__doc__ or ""
+    lines = re.sub(r"`[^`]*`", "", text).splitlines()[1:]
+    examples = [line for line in lines if "keeplora " in line]
+    assert examples
+    assert all(line.startswith("    ") and line.count("keeplora ") == 1 for line in examples)
+
+
 def test_the_commands_are_all_in_the_documents() -> None:
     text = "".join(path.read_text() for path in DOCUMENTS)
     named = {name for name, _ in keeplora_commands(text)}
