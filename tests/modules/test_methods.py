@@ -42,6 +42,7 @@ from mllm_keeplora.modeling.adapters import (
     read_factors,
 )
 from mllm_keeplora.modeling.loss import IGNORED_LABEL
+from mllm_keeplora.planning.plan import make_plan
 from mllm_keeplora.probes.activations import sketch_inputs
 from mllm_keeplora.probes.gradients import GradientError
 from mllm_keeplora.runs.files import load_tensors
@@ -168,15 +169,29 @@ def assert_equal(found: Factors, expected: Factors) -> None:
 
 
 @pytest.mark.parametrize("method", sorted(COVERED))
-def test_two_stages(method: str, tiny_llava: Path, stream_file: Path, tmp_path: Path) -> None:
+def test_two_stages(
+    method: str, tiny_llava: Path, stream_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The run itself refuses a function changed at the start and an update that reaches what is protected."""
+    passes, probe_batches = [], StageContext.probe_batches
+    monkeypatch.setattr(
+        StageContext,
+        "probe_batches",
+        lambda stage, **sizes: passes.append(stage.number) or probe_batches(stage, **sizes),
+    )
     retention = run_stream(config(tiny_llava, stream_file, tmp_path, method))
     assert [set(row["scores"]) for row in retention["rows"]] == [set(TASKS)] * 3
     with Run.open(config(tiny_llava, stream_file, tmp_path, method)) as run:
         first, chosen = run.accumulated(1), run.method
         second = read_adapter(run.directory.adapter)
         assert_equal(run.accumulated(2), second)
-        manifest = run.history.manifests[2]
+        stages = run.history.manifests[1:]
+        manifest = stages[1]
+    planned = make_plan(config(tiny_llava, stream_file, tmp_path, method), memory_gb=1.0).work
+    for number, (work, found) in enumerate(zip(planned, stages, strict=True), start=1):
+        assert work.probe_passes == passes.count(number)
+        assert (work.samples, work.steps) == (found["counts"]["train_samples"], found["counts"]["steps"])
+        assert not found["counts"]["steps"] or work.probe_samples == len(found["probe_indices"])
     adapter = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
     assert (adapter["rank_pattern"], adapter["alpha_pattern"]) == ({}, {})
     assert adapter["lora_alpha"] == adapter["r"] == len(next(iter(second.values()))[0])
