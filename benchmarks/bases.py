@@ -24,24 +24,12 @@ from pathlib import Path
 import mllm_keeplora  # noqa: F401  # its guards come before the libraries they guard
 
 # isort: split
-import matplotlib
 import torch
-from measure import (
-    Options,
-    Ratio,
-    Row,
-    benchmark,
-    device_name,
-    in_turns,
-    milliseconds,
-    ratio,
-)
+from matplotlib.figure import Figure
+from measure import Options, Ratio, Row, benchmark, device_name, in_turns, milliseconds, ratio
 from torch import Tensor
 
 from mllm_keeplora.linalg.subspace import orthonormality_error, principal_basis, smallest_rank
-
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
 
 # [out, in]
 GPU_SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (1024, 1024), (4096, 1024))
@@ -146,7 +134,7 @@ def measure(shape: tuple[int, int], spectrum: str, options: Options) -> tuple[li
     gram = smaller_gram(weight)
     energies = torch.linalg.eigvalsh(smaller_gram(weight.double())).flip(0).clamp(min=0.0)
     large = device.type == "cpu" and min(shape) >= ONE_ROUND
-    repeats = 1 if large or options.quick else options.repeats
+    repeats = 1 if large else options.repeats
     parts = {"gram": partial(smaller_gram, weight), "eigh": partial(torch.linalg.eigh, gram)}
     ours = {str(energy): partial(principal_basis, weight, energy) for energy in ENERGIES}
     seconds = in_turns({"svd": partial(svd_basis, weight, ENERGIES[0]), **ours, **parts}, repeats, device)
@@ -178,7 +166,8 @@ def draw(ratios: dict[tuple[tuple[int, int], str], dict[float, Ratio]], title: s
     """Bars per shape: how many times as fast as the SVD, from the slowest round to the fastest."""
     shapes = list(dict.fromkeys(shape for shape, _ in ratios))
     groups = [(spectrum, energy) for spectrum in SPECTRA for energy in ENERGIES]
-    figure, axes = pyplot.subplots(figsize=(9, 4))
+    figure = Figure(figsize=(9, 4), layout="tight")
+    axes = figure.subplots()
     for number, (spectrum, energy) in enumerate(groups):
         values = [ratios[shape, spectrum][energy] for shape in shapes]
         medians = [value.median for value in values]
@@ -192,9 +181,7 @@ def draw(ratios: dict[tuple[tuple[int, int], str], dict[float, Ratio]], title: s
     axes.set_xticks(range(len(shapes)), [f"{rows}x{columns}" for rows, columns in shapes])
     axes.set(xlabel="weight, out x in", ylabel="times as fast as torch.linalg.svd", title=title)
     axes.legend()
-    figure.tight_layout()
     figure.savefig(file, dpi=120)
-    pyplot.close(figure)
 
 
 def rows(options: Options) -> list[Row]:
@@ -206,12 +193,10 @@ def rows(options: Options) -> list[Row]:
         for spectrum in SPECTRA:
             measured, ratios[shape, spectrum] = measure(shape, spectrum, options)
             found += measured
-    if options.pictures is not None:
-        options.pictures.mkdir(parents=True, exist_ok=True)
-        title = f"Principal bases of weights ({device_name(options.device)})"
-        draw(ratios, title, options.pictures / "bases.png")
+    if (picture := options.picture("bases.png")) is not None:
+        draw(ratios, f"Principal bases of weights ({device_name(options.device)})", picture)
     return found
 
 
 if __name__ == "__main__":
-    benchmark(__doc__ or "", rows)
+    benchmark(__doc__, rows)

@@ -20,7 +20,7 @@ from pathlib import Path
 from measure import PICTURES, ROOT, Row, table
 
 from mllm_keeplora.runs.files import read_json, write_json
-from mllm_keeplora.studies.methods import environment
+from mllm_keeplora.studies.results import environment
 
 SCRIPTS = ("bases", "gradient_pass", "training", "switches", "stage", "evaluation", "growth")
 

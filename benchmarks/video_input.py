@@ -6,7 +6,8 @@
 One h264 clip of 300 frames at 854x480 is encoded first. Then every way of reading it takes its turn, again
 and again, so that a machine that slows down slows all of them; ratios are taken within a round and their
 median is printed. "cold" reads decode; with a cache they also write the entry, which is removed before.
-"cached" reads find it. What is decoded is checked to be the same everywhere.
+"cached" reads find it. Under `backend: decord` a clip is decoded by PyAV and by decord. What is decoded is
+checked to be the same everywhere.
 """
 
 import argparse

@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
 
 def format_judged(judged: Mapping[str, Any]) -> str:
     """The table of the report, and what could not be read of the judge."""
-    from mllm_keeplora.reports.report import format_table
+    from mllm_keeplora.reports.tables import format_table
 
     lines = [format_table(judged), "", f"judge: {judged['judge']['judge']}, mean grade of 0..5 times 20"]
     for task, counts in judged["parse_failures"].items():

@@ -35,10 +35,12 @@ def main(argv: Sequence[str], default_config: Path = Path("recipes/configs/vqa/s
 
 def _run(config: RunConfig) -> None:
     from mllm_keeplora.continual.run_stream import run_stream
+    from mllm_keeplora.continual.saved_run import load_run
     from mllm_keeplora.distributed.processes import from_main, is_main, start_processes
     from mllm_keeplora.modeling.loading import resolve_device
     from mllm_keeplora.recipes.small.streams import draw_small_stream
-    from mllm_keeplora.reports.report import format_table, write_report
+    from mllm_keeplora.reports.page import write_report
+    from mllm_keeplora.reports.tables import format_table
 
     start_processes(cpu=resolve_device(config.model).type == "cpu")
     from_main(lambda: draw_small_stream(config.stream, config.data_root))
@@ -46,5 +48,5 @@ def _run(config: RunConfig) -> None:
     retention = run_stream(config)
     if writes:
         run = RunDirectory(Path(config.run_dir))
-        write_report(run.path)
+        write_report(load_run(run.path))
         print(f"{format_table(retention)}\nreport: {run.report}\nadapter: {run.adapter}")

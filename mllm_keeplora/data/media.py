@@ -94,8 +94,14 @@ class MediaChecker:
     def problems_of(
         self, sets: Sequence[tuple[Collection[Path], Collection[Path]]], label: str
     ) -> dict[Path, str]:
-        """The same for the (images, videos) of several data files: each is remembered as a set of its own, as
-        a run asks for it, but a file that several sets share is read once."""
+        """The same for several data files.
+
+        A file that several of them share is read once. Each is remembered by itself, as a run asks for it.
+
+        Args:
+            sets: (images, videos) of each data file.
+            label: what the progress bar calls them.
+        """
         ordered = [(sorted(set(images)), sorted(set(videos))) for images, videos in sets]
         memories = [self._memory_file(images, videos) for images, videos in ordered]
         new = [

@@ -1,72 +1,50 @@
 """Finished runs over one stream side by side, from their directories: one page, one picture, one table.
 
-    keeplora compare runs/vqa_small runs/lora --out runs/comparison
-
 Runs with one label (their method) and different seeds become one line: mean and standard error over the
 seeds. A label with one run keeps that run's numbers, with the standard error that its test questions give;
 changes and ratios (BWT, forgetting, retention) compare two answers to the same question and have none there.
 """
 
-import base64
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mllm_keeplora.evaluation.metrics import Cell, Estimate, mean_of_scores, mean_over_seeds
-from mllm_keeplora.reports.page import (
-    TEXT_WIDTH,
-    Dot,
-    Json,
-    Line,
-    blocks,
-    chart,
-    index_ticks,
-    percent,
+from mllm_keeplora.continual.saved_run import load_run
+from mllm_keeplora.evaluation.metrics import Estimate, mean_of_scores, mean_over_seeds
+from mllm_keeplora.reports.figures import (
+    chart_style,
     picture_style,
+    plot_estimates,
     png,
-    points,
-    render,
-    shorten,
-    ticks,
-    write_atomically,
+    start_at_zero,
+    styles,
+    svg,
 )
-from mllm_keeplora.reports.report import (
-    MANIFEST_KEYS,
-    METRICS,
-    RETENTION_KEYS,
-    ReportError,
-    flatten,
-    load_json,
-    load_manifest,
-)
+from mllm_keeplora.reports.page import Charts, render, score_charts, write_atomically
+from mllm_keeplora.reports.results import ReportError, Results, flatten, names_of, read_results, score_of
+from mllm_keeplora.reports.tables import METRICS, TEXT_WIDTH, shorten, with_error
 
 PAGE, PICTURE = "comparison.html", "comparison.png"
-COMPARED_METRICS = ("mft", "last", "bwt", "forgetting")
-MARKERS = "osD^vPX*<>hp8d"
-COLOURS = ("#14213d", "#e69f00", "#b3246b", "#66c2e8", "#3f7d20", "#9b8cff", "#8a5a2b")
+COMPARED = ("mft", "last", "bwt", "forgetting")
+LEARNT, GENERAL = "tasks learnt so far", "general benchmarks"  # curves beside those of each task
+ERRORS = """Several runs: mean and standard error over their seeds.
+One run: the standard error of its test questions, where there is one."""
 LABEL_WIDTH = 36  # characters of a label in the table and in the picture
 # Decide no number, or are compared otherwise (seeds are averaged over, data by their hashes).
-NOT_COMPARED = (
-    "run_dir",
-    "cache_dir",
-    "report_to",
-    "seed",
-    "stream",
-    "data_root",
-    "backfill",
-    "on_bad_record",
-)
-
-Over = Literal["learnt", "general"]
+NOT_COMPARED = {"run_dir", "cache_dir", "report_to", "seed", "stream", "data_root"}
+NOT_COMPARED |= {"backfill", "on_bad_record"}
 
 
 class Run(NamedTuple):
-    """One finished run: what it is called, its seed, the content of its `retention.json`."""
+    """One finished run: what it is called, its seed, its accuracy matrix with the metrics."""
 
     label: str
     seed: int
@@ -80,32 +58,16 @@ class Group:
     Attributes:
         label: what they are called.
         seeds: one a run.
-        metrics: mft, last, bwt, forgetting; and kept, the mean of `retention`.
-        retention: general benchmark -> share of the base's score that is left at the end.
-        scores: task or benchmark -> its score after each stage, the base first.
-        learnt: mean score on the tasks learnt so far, after stages 1..T.
-        general: mean score on the general benchmarks, the base first; None without any.
+        metrics: those of `COMPARED`, and `kept`, the mean of the next.
+        kept: general benchmark -> share of the base's score that is left at the end.
+        curves: LEARNT, GENERAL, and each task and benchmark -> score after each stage, the base first.
     """
 
     label: str
     seeds: tuple[int, ...]
     metrics: dict[str, Estimate]
-    retention: dict[str, Estimate]
-    scores: dict[str, list[Estimate]]
-    learnt: list[Estimate]
-    general: list[Estimate]
-
-
-@dataclass(frozen=True)
-class FoundRun:
-    """A run directory: where it is, what it measured, and the settings that may set it apart."""
-
-    directory: Path
-    retention: Json
-    method: str
-    seed: int
-    settings: dict[str, str]
-    data: dict[str, str]
+    kept: dict[str, Estimate]
+    curves: dict[str, list[Estimate]]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -119,16 +81,8 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
         ReportError: runs that do not compare (see `check_comparable`), or two of one label and seed.
     """
     check_comparable({f"{run.label}, seed {run.seed}": run.retention for run in runs})
-    by_label: dict[str, dict[int, Mapping[str, Any]]] = {}
-    for label, seed, retention in runs:
-        same = by_label.setdefault(label, {})
-        if seed in same:
-            raise ReportError(
-                f"cannot compare: two runs are {label!r} with seed {seed}; a mean over seeds would count one "
-                "twice: leave one out"
-            )
-        same[seed] = retention
-    return [_group(label, same) for label, same in by_label.items()]
+    labels = dict.fromkeys(run.label for run in runs)
+    return [_over_seeds([_alone(run) for run in runs if run.label == label]) for label in labels]
 
 
 def check_comparable(runs: Mapping[str, Mapping[str, Any]]) -> None:
@@ -153,124 +107,105 @@ def check_comparable(runs: Mapping[str, Mapping[str, Any]]) -> None:
         done, wanted = len(retention["rows"]) - 1, len(retention["tasks"])
         if done < wanted:
             raise ReportError(
-                f"cannot compare: {name} is at stage {done} of {wanted}; run the same command again to "
-                "finish it"
+                f"cannot compare: {name} is at stage {done} of {wanted}; "
+                "run the same command again to finish it"
             )
 
 
-def _group(label: str, runs: Mapping[int, Mapping[str, Any]]) -> Group:
-    alone = [_alone(label, seed, retention) for seed, retention in runs.items()]
-
-    def by_name(read: Callable[[Group], Mapping[str, Estimate]]) -> dict[str, Estimate]:
-        return {name: mean_over_seeds([read(run)[name] for run in alone]) for name in read(alone[0])}
-
-    def by_stage(curves: Sequence[Sequence[Estimate]]) -> list[Estimate]:
-        return [mean_over_seeds(stage) for stage in zip(*curves, strict=True)]
-
-    return Group(
-        label,
-        tuple(runs),
-        by_name(lambda run: run.metrics),
-        by_name(lambda run: run.retention),
-        {name: by_stage([run.scores[name] for run in alone]) for name in alone[0].scores},
-        by_stage([run.learnt for run in alone]),
-        by_stage([run.general for run in alone]),
-    )
+def _alone(run: Run) -> Group:
+    """One run, with the standard errors that its questions give to means of scores."""
+    tasks, general, rows = run.retention["tasks"], run.retention["general"], run.retention["rows"]
+    curves = {name: [score_of(row, name) for row in rows] for name in (*tasks, *general)}
+    curves[LEARNT] = [mean_of_scores([curves[name][j] for name in tasks[:j]]) for j in range(len(rows))]
+    curves[GENERAL] = [mean_of_scores([curves[name][j] for name in general]) for j in range(len(rows))]
+    values = run.retention["metrics"]
+    kept = {name: Estimate(values["retention"].get(name), None) for name in general}
+    metrics = {key: Estimate(values[key], None) for key in COMPARED}
+    metrics["mft"] = mean_of_scores([curves[name][i] for i, name in enumerate(tasks, start=1)])
+    metrics["last"] = mean_of_scores([curves[name][-1] for name in tasks])
+    metrics["kept"] = mean_of_scores(list(kept.values()))
+    return Group(run.label, (run.seed,), metrics, kept, curves)
 
 
-def _alone(label: str, seed: int, retention: Mapping[str, Any]) -> Group:
-    """One run, with the standard errors that its questions give."""
-    tasks, general, rows = retention["tasks"], retention["general"], retention["rows"]
-    scores = {name: [_cell(row, name) for row in rows] for name in (*tasks, *general)}
-    values, ratios = retention["metrics"], retention["metrics"]["retention"]
-    shares = {name: Estimate(ratios.get(name), None) for name in general}
-    metrics = {key: Estimate(values[key], None) for key in COMPARED_METRICS}
-    metrics["mft"] = mean_of_scores([scores[name][i + 1] for i, name in enumerate(tasks)])
-    metrics["last"] = mean_of_scores([scores[name][-1] for name in tasks])
-    metrics["kept"] = mean_of_scores(list(shares.values()))
-    return Group(
-        label,
-        (seed,),
-        metrics,
-        shares,
-        scores,
-        [mean_of_scores([scores[name][j] for name in tasks[:j]]) for j in range(1, len(rows))],
-        [mean_of_scores([scores[name][j] for name in general]) for j in range(len(rows)) if general],
-    )
-
-
-def _cell(row: Mapping[str, Any], name: str) -> Estimate:
-    score = row["scores"].get(name)
-    return Estimate(None, None) if score is None else Estimate(score["value"], score["stderr"])
+def _over_seeds(runs: Sequence[Group]) -> Group:
+    label, seeds = runs[0].label, tuple(seed for run in runs for seed in run.seeds)
+    if twice := [seed for seed in seeds if seeds.count(seed) > 1]:
+        raise ReportError(
+            f"cannot compare: two runs are {label!r} with seed {twice[0]}; a mean over seeds would count one "
+            "twice: leave one out"
+        )
+    metrics = {key: mean_over_seeds([run.metrics[key] for run in runs]) for key in runs[0].metrics}
+    kept = {name: mean_over_seeds([run.kept[name] for run in runs]) for name in runs[0].kept}
+    curves = {
+        name: [mean_over_seeds(stage) for stage in zip(*(run.curves[name] for run in runs), strict=True)]
+        for name in runs[0].curves
+    }
+    return Group(label, seeds, metrics, kept, curves)
 
 
 # --------------------------------------------------------------------------------------------------
-# run directories
+# saved runs
 
 
 def compare_runs(directories: Sequence[Path], out: Path) -> list[Group]:
     """Writes `comparison.html` and `comparison.png` to `out`, each whole or not at all; returns the groups.
 
     Raises:
-        ReportError: a run that is missing, damaged or unfinished, runs over different streams or data, or two
-            runs that differ in nothing.
+        ArtifactError: a directory that is none of a run.
+        ReportError: a run that is damaged or unfinished, runs over different streams or data, or two runs
+            that differ in nothing.
     """
-    found = [read_run(directory) for directory in directories]
-    check_comparable({str(run.directory): run.retention for run in found})
-    _check_data(found)
-    labels = labels_of(found)
-    runs = [Run(label, run.seed, run.retention) for label, run in zip(labels, found, strict=True)]
-    groups = grouped(runs)
-    picture = draw_comparison(groups)
-    write_atomically(out / PICTURE, picture)
-    write_atomically(out / PAGE, _render(groups, found, labels, picture).encode())
+    found = [read_results(load_run(directory)) for directory in directories]
+    check_comparable({str(results.directory.path): results.retention for results in found})
+    check_data(found)
+    labelled = list(zip(labels_of(found), found, strict=True))
+    groups = grouped([Run(label, seed_of(results), results.retention) for label, results in labelled])
+    write_atomically(out / PICTURE, draw_comparison(groups))
+    write_atomically(out / PAGE, _page(groups, labelled).encode())
     return groups
 
 
-def read_run(directory: Path) -> FoundRun:
-    """A run from its `retention.json` and the manifest of its last stage.
+def check_data(runs: Sequence[Results]) -> None:
+    """Refuses runs that were trained or asked on other data than the first.
 
     Raises:
-        ReportError: a file is missing, damaged or of another schema version.
+        ReportError: names the runs and the data.
     """
-    retention = load_json(directory / "retention.json", RETENTION_KEYS)
-    if not retention["rows"]:
-        raise ReportError(f"cannot compare: {directory / 'retention.json'} has no rows; run the stream again")
-    keys = (*MANIFEST_KEYS, "config", "seeds", "data", "base_model")
-    manifest = load_manifest(directory, retention["rows"][-1], keys)
-    config = {key: value for key, value in manifest["config"].items() if key not in NOT_COMPARED}
-    settings = dict(flatten(config))
-    settings["base model's content"] = str(manifest["base_model"]["hash"])[:12]
-    settings |= {f"package {name}": str(version) for name, version in manifest["packages"].items()}
-    return FoundRun(
-        directory, retention, retention["method"], manifest["seeds"]["run"], settings, manifest["data"]
-    )
-
-
-def _check_data(runs: Sequence[FoundRun]) -> None:
-    first = runs[0]
+    first, expected = runs[0].directory.path, runs[0].manifests[-1]["data"]
     for run in runs[1:]:
-        names = [name for name, found in first.data.items() if run.data.get(name) != found]
-        if names:
+        found = run.manifests[-1]["data"]
+        if names := [name for name in expected if found.get(name) != expected[name]]:
             raise ReportError(
-                f"cannot compare: {', '.join(names)}: {run.directory} was trained or asked on other data "
-                f"than {first.directory} (the hashes in their manifests differ); compare runs on one"
+                f"cannot compare: {', '.join(names)}: {run.directory.path} was trained or asked on other "
+                f"data than {first} (the hashes in their manifests differ); compare runs on one"
             )
 
 
-def differing_settings(runs: Sequence[FoundRun]) -> list[str]:
-    """Names of the settings that are not the same in all runs; a setting that a run lacks differs."""
-    names = dict.fromkeys(name for run in runs for name in run.settings)
-    return [name for name in names if len({run.settings.get(name) for run in runs}) > 1]
+def seed_of(run: Results) -> int:
+    """The run's one seed."""
+    return int(run.manifests[-1]["seeds"]["run"])
 
 
-def labels_of(runs: Sequence[FoundRun]) -> list[str]:
+def differing_settings(runs: Sequence[Results]) -> pd.DataFrame:
+    """The settings (columns) that are not the same in all runs (rows); a dash where a run lacks one."""
+    found = []
+    for manifest in (run.manifests[-1] for run in runs):  # as the last stage was trained
+        settings = flatten({k: value for k, value in manifest["config"].items() if k not in NOT_COMPARED})
+        packages = {f"package {name}": str(version) for name, version in manifest["packages"].items()}
+        found.append({**settings, "base model's content": manifest["base_model"]["hash"][:12], **packages})
+    frame = pd.DataFrame(found).fillna("-")
+    return frame.loc[:, frame.nunique() > 1]
+
+
+def labels_of(runs: Sequence[Results]) -> list[str]:
     """A run's method; where runs of one method differ in more than the seed, with what differs."""
     labels = []
     for run in runs:
-        same_method = [other for other in runs if other.method == run.method]
-        apart = [f"{name} {run.settings.get(name, '-')}" for name in differing_settings(same_method)]
-        labels.append(f"{run.method}: {', '.join(apart)}" if apart else run.method)
+        method = run.retention["method"]
+        same = [other for other in runs if other.retention["method"] == method]
+        apart = differing_settings(same).iloc[same.index(run)]
+        details = ", ".join(f"{name} {value}" for name, value in apart.items())
+        labels.append(f"{method}: {details}" if details else method)
     return labels
 
 
@@ -278,91 +213,63 @@ def labels_of(runs: Sequence[FoundRun]) -> list[str]:
 # picture
 
 
-def plot_over_stages(axes: Axes, groups: Sequence[Group], over: Over) -> None:
-    """One line a group with its standard errors: the tasks learnt so far, or the general benchmarks."""
-    names = ["base", *(next(iter(groups)).scores)]
-    first = 1 if over == "learnt" else 0
-    for style, group in zip(styles(groups), groups, strict=True):
-        curve = group.learnt if over == "learnt" else group.general
-        stages = [first + i for i, estimate in enumerate(curve) if estimate.value is not None]
-        known = [estimate for estimate in curve if estimate.value is not None]
-        values, errors = zip(*map(_in_percent, known), strict=True) if known else ((), ())
-        axes.errorbar(stages, values, yerr=errors, label=shorten(group.label, LABEL_WIDTH), **style)
-    last = len(groups[0].learnt)
-    labels = [names[0] if i == 0 else f"{i} {shorten(names[i], 14)}" for i in range(first, last + 1)]
-    axes.set_xticks(range(first, last + 1), labels, rotation=30, ha="right", rotation_mode="anchor")
-    what = "tasks learnt so far" if over == "learnt" else "general benchmarks"
-    axes.set(title=f"Accuracy on the {what}", ylabel="mean score, %", ylim=(0, None))
-    _tidy(axes)
+def plot_over_stages(axes: Axes, groups: Sequence[Group], curve: str) -> None:
+    """One line a group with its standard errors: LEARNT or GENERAL over the stages."""
+    names = ["base", *(f"{i} {shorten(name, 14)}" for i, name in enumerate(groups[0].curves, start=1))]
+    stages = range(curve == LEARNT, len(groups[0].curves[curve]))  # nothing is learnt before stage 1
+    for group, style in zip(groups, styles(len(groups)), strict=True):
+        label, estimates = shorten(group.label, LABEL_WIDTH), group.curves[curve][stages.start :]
+        plot_estimates(axes, stages, estimates, label=label, **style)
+    axes.set_xticks(stages, [names[i] for i in stages], rotation=30, ha="right", rotation_mode="anchor")
+    axes.set_ylabel("mean score, %")
+    start_at_zero(axes)
 
 
 def plot_plasticity_retention(axes: Axes, groups: Sequence[Group]) -> None:
     """What a method can learn (MFT) against what it keeps of the base; better is right and up."""
-    for style, group in zip(styles(groups), groups, strict=True):
-        mft, kept = group.metrics["mft"], group.metrics["kept"]
-        if mft.value is not None and kept.value is not None:
-            (x, x_error), (y, y_error) = _in_percent(mft), _in_percent(kept)
-            label = shorten(group.label, LABEL_WIDTH)
-            axes.errorbar([x], [y], xerr=[x_error], yerr=[y_error], label=label, **{**style, "markersize": 9})
-    axes.set(
-        title="Learning against keeping",
-        xlabel="MFT: score right after learning, %",
-        ylabel="general ability kept, %",
-        ylim=(0, None),
-    )
+    for group, style in zip(groups, styles(len(groups)), strict=True):
+        both = np.array([group.metrics["mft"], group.metrics["kept"]], dtype=float)  # None becomes NaN
+        (x, x_error), (y, y_error) = 100 * both[..., None]
+        axes.errorbar(x, y, y_error, x_error, label=shorten(group.label, LABEL_WIDTH), capsize=2, **style)
+    axes.set(xlabel="MFT: score right after learning, %", ylabel="general ability kept, %")
+    start_at_zero(axes)
     axes.margins(x=0.15)
     axes.locator_params(axis="x", nbins=6)
-    _tidy(axes)
 
 
+def _panels(groups: Sequence[Group]) -> Mapping[str, Callable[[Axes], None]]:
+    """Title -> what draws it; without general benchmarks the first alone."""
+    learnt = {f"Accuracy on the {LEARNT}": partial(plot_over_stages, groups=groups, curve=LEARNT)}
+    general = {
+        f"Accuracy on the {GENERAL}": partial(plot_over_stages, groups=groups, curve=GENERAL),
+        "Learning against keeping": partial(plot_plasticity_retention, groups=groups),
+    }
+    return learnt | general if groups[0].kept else learnt
+
+
+@picture_style()
 def draw_comparison(groups: Sequence[Group]) -> bytes:
-    """The three plots as PNG; without general benchmarks the first alone."""
-    panels: list[Callable[[Axes], None]] = [lambda axes: plot_over_stages(axes, groups, "learnt")]
-    if groups[0].general:
-        panels.append(lambda axes: plot_over_stages(axes, groups, "general"))
-        panels.append(lambda axes: plot_plasticity_retention(axes, groups))
-    with picture_style():
-        columns = min(len(groups), 2 * len(panels))
-        height = 4.0 + 0.25 * math.ceil(len(groups) / columns)  # inches; the legend stands below the plots
-        figure = Figure(figsize=(5.0 * len(panels), height), layout="constrained")
-        for index, panel in enumerate(panels):
-            panel(figure.add_subplot(1, len(panels), index + 1))
-        handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
-        return png(figure)
+    """The panels as one PNG."""
+    panels = _panels(groups)
+    columns = min(len(groups), 2 * len(panels))
+    height = 4.0 + 0.25 * math.ceil(len(groups) / columns)  # inches; the legend stands below the plots
+    figure = Figure(figsize=(5.0 * len(panels), height), layout="constrained")
+    for place, (title, draw) in enumerate(panels.items(), start=1):
+        draw(figure.add_subplot(1, len(panels), place, title=title))
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+    return png(figure)
 
 
-def styles(groups: Sequence[Group]) -> list[Json]:
-    """How each group is drawn: colours that differ in lightness too; hollow and dashed when they repeat."""
-    return [
-        {
-            "color": colour,
-            "marker": MARKERS[index % len(MARKERS)],
-            "markersize": 6,
-            "markerfacecolor": "white" if hollow else colour,
-            "linestyle": "--" if hollow else "-",
-            "linewidth": 2,
-            "capsize": 3,
-            "elinewidth": 1.2,
-        }
-        for index, (colour, hollow) in enumerate(_colours(len(groups)))
-    ]
-
-
-def _colours(count: int) -> list[tuple[str, bool]]:
-    """Colour, and whether it repeats one."""
-    return [(COLOURS[index % len(COLOURS)], index >= len(COLOURS)) for index in range(count)]
-
-
-def _in_percent(estimate: Estimate) -> tuple[float, float]:
-    """Value and error bar; an unknown error draws none."""
-    return 100 * (estimate.value or 0.0), math.nan if estimate.stderr is None else 100 * estimate.stderr
-
-
-def _tidy(axes: Axes) -> None:
-    axes.grid(color="#d9e0e6", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+@chart_style()
+def panel_charts(groups: Sequence[Group]) -> Charts:
+    """The panels for the page; its legend stands above them."""
+    charts = []
+    for title, draw in _panels(groups).items():
+        axes = Figure(figsize=(3.6, 2.6), layout="constrained").add_subplot()  # inches
+        draw(axes)
+        charts.append((title, "", svg(axes, title)))
+    return charts
 
 
 # --------------------------------------------------------------------------------------------------
@@ -370,92 +277,45 @@ def _tidy(axes: Axes) -> None:
 
 
 def format_comparison(groups: Sequence[Group]) -> str:
-    """The metrics of every group as plain text, at most `TEXT_WIDTH` columns, without final newline."""
-    labels = [shorten(group.label, LABEL_WIDTH) for group in groups]
-    width = max(map(len, labels))
-    columns = [
-        [f"  {text:>{size}}" for text in column]
-        for column in _columns(groups)
-        for size in [max(map(len, column))]
+    """The metrics of every group as plain text, at most `TEXT_WIDTH` columns."""
+    table = metric_table(groups).rename(index=partial(shorten, width=LABEL_WIDTH)).rename_axis(None)
+    title = "Runs side by side, in % and points, ± standard error"
+    return "\n".join([title, "", table.to_string(line_width=TEXT_WIDTH), "", ERRORS])
+
+
+def metric_table(groups: Sequence[Group]) -> pd.DataFrame:
+    """A row for each group: number of runs, metrics, retention of each general benchmark."""
+    rows = []
+    for group in groups:
+        row = {"method": group.label, "runs": str(len(group.seeds))}
+        for key in COMPARED:
+            row[METRICS[key][0]] = with_error(group.metrics[key], signed=key == "bwt")
+        rows.append(row | {f"{shorten(n, 40)} kept": with_error(kept) for n, kept in group.kept.items()})
+    return pd.DataFrame(rows).set_index("method")
+
+
+def _page(groups: Sequence[Group], runs: Sequence[tuple[str, Results]]) -> str:
+    labels, results = zip(*runs, strict=True)
+    retention = results[0].retention
+    curves = {name: [group.curves[name] for group in groups] for name in names_of(retention)}
+    scores = [
+        {"task": name, "method": group.label} | {f"stage {i}": with_error(e) for i, e in enumerate(curve)}
+        for name, found in curves.items()
+        for group, curve in zip(groups, found, strict=True)
     ]
-    lines = ["Runs side by side, in % and points, ± standard error"]
-    for block in blocks(columns, TEXT_WIDTH - width):
-        lines.append("")
-        for index, label in enumerate(["", *labels]):
-            lines.append((f"{label:<{width}}" + "".join(column[index] for column in block)).rstrip())
-    return "\n".join([*lines, "", *error_sentences(groups)])
-
-
-def error_sentences(groups: Sequence[Group]) -> list[str]:
-    """Where the standard errors come from."""
-    several = any(len(group.seeds) > 1 for group in groups)
-    single = any(len(group.seeds) == 1 for group in groups)
-    return [
-        *(["Several runs: mean and standard error over their seeds."] if several else []),
-        *(["One run: the standard error of its test questions, where there is one."] if single else []),
-    ]
-
-
-def _columns(groups: Sequence[Group]) -> list[list[str]]:
-    """Header and one cell for each group: number of runs, metrics, retention of each general benchmark."""
-    names = {key: name for key, name, _, _ in METRICS}
-    columns = [["runs", *(str(len(group.seeds)) for group in groups)]]
-    for key in COMPARED_METRICS:
-        shown = points if key == "bwt" else percent
-        columns.append([names[key], *(_text(group.metrics[key], shown) for group in groups)])
-    for name in groups[0].retention:
-        header = f"{shorten(name, 16)} kept"
-        columns.append([header, *(_text(group.retention[name], percent) for group in groups)])
-    return columns
-
-
-def _text(estimate: Estimate, shown: Callable[[Cell], str]) -> str:
-    error = "" if estimate.stderr is None else f" ± {percent(estimate.stderr)}"
-    return shown(estimate.value) + error
-
-
-def _score_charts(groups: Sequence[Group]) -> list[Json]:
-    """Each task and benchmark over the stages, one line for each group."""
-    stages, colours = len(groups[0].learnt), _colours(len(groups))
-    x_ticks = index_ticks(["base", *map(str, range(1, stages + 1))])
-    charts = []
-    for index, name in enumerate(groups[0].scores):
-        curves = [group.scores[name] for group in groups]
-        highest = max((e.value for curve in curves for e in curve if e.value is not None), default=1.0)
-        y_ticks = [(value, f"{100 * value:g}") for value, _ in ticks(max(highest, 1.0))]
-        lines = [
-            Line(
-                [
-                    Dot(j, e.value, f"{group.label}, stage {j}: {_text(e, percent)} %", hollow)
-                    for j, e in enumerate(curve)
-                ],
-                colour,
-            )
-            for group, curve, (colour, hollow) in zip(groups, curves, colours, strict=True)
-        ]
-        own = index + 1 if index < stages else None
-        note = "general benchmark" if own is None else f"learnt in stage {own}"
-        charts.append(chart(name, lines, x_ticks=x_ticks, y_ticks=y_ticks, note=note, mark_x=own))
-    return charts
-
-
-def _render(groups: Sequence[Group], runs: Sequence[FoundRun], labels: Sequence[str], picture: bytes) -> str:
-    header, *rows = zip(*_columns(groups), strict=True)
-    first = {label: run for label, run in reversed(list(zip(labels, runs, strict=True)))}
+    settings = differing_settings(results).set_axis(labels)
+    places = [(label, str(seed_of(run)), str(run.directory.path)) for label, run in runs]
     return render(
         "comparison.html.j2",
-        tasks=runs[0].retention["tasks"],
-        general=runs[0].retention["general"],
-        runs=list(zip(labels, runs, strict=True)),
-        legend=[(g.label, *c) for g, c in zip(groups, _colours(len(groups)), strict=True)],
-        header=header,
-        rows=[(group.label, row) for group, row in zip(groups, rows, strict=True)],
-        meanings=[(name, meaning) for key in COMPARED_METRICS for k, name, _, meaning in METRICS if k == key],
-        sentences=error_sentences(groups),
-        picture=base64.b64encode(picture).decode(),
-        score_charts=_score_charts(groups),
-        settings=[
-            (name, [first[group.label].settings.get(name, "-") for group in groups])
-            for name in differing_settings(runs)
-        ],
+        retention=retention,
+        styles=styles(len(groups)),
+        metrics=metric_table(groups),
+        meanings=[METRICS[key] for key in COMPARED],
+        errors=ERRORS,
+        panels=panel_charts(groups),
+        score_charts=score_charts(retention, curves),
+        scores=pd.DataFrame(scores).set_index("task"),
+        # Runs of one label differ in no setting.
+        settings=settings[~settings.index.duplicated()].T.rename_axis("setting"),
+        runs=pd.DataFrame(places, columns=["method", "seed", "directory"]).set_index("method"),
     )

@@ -1,88 +1,65 @@
-"""What every report is made of: numbers as text, pictures as PNG, charts as coordinates, filled templates.
+"""The page of a run: what a stream learnt and what it kept.
 
-Scores are fractions and are shown in percent, differences of scores in percentage points; what is undefined
-is None and becomes a dash.
+It is a pure function of the files in a run directory: it can be written again at any time and comes out byte
+for byte the same. Prose and tables are in `report.html.j2`.
 """
 
-from __future__ import annotations
-
-import io
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from markupsafe import Markup
 
+from mllm_keeplora.continual.saved_run import SavedRun
+from mllm_keeplora.evaluation.metrics import Estimate, mean_of_scores
+from mllm_keeplora.reports import figures, tables
+from mllm_keeplora.reports.figures import (
+    PANELS,
+    layer_chart,
+    loss_chart,
+    module_frame,
+    score_chart,
+    styles,
+    time_chart,
+)
+from mllm_keeplora.reports.results import Json, Results, flatten, names_of, read_results, score_of
+from mllm_keeplora.reports.tables import (
+    duration,
+    metric_frame,
+    number,
+    percent,
+    points,
+    shown,
+    size,
+    stage_label,
+)
 from mllm_keeplora.runs.files import atomic_path
 
-Json = dict[str, Any]
+Charts = list[tuple[str, str, Markup]]  # title, note, figure
 
-TEXT_WIDTH = 100  # columns of a terminal that a table may use
-LINE_COLOUR = "#1b6f9c"
+
+def write_report(run: SavedRun) -> None:
+    """Writes the accuracy matrix as CSV and as a picture, and the page, into a run's directory.
+
+    Each file is replaced atomically: a reader sees the old one or the new one, never a part.
+
+    Raises:
+        ReportError: the run lacks something (see `read_results`); nothing is written.
+        WriteError: a file cannot be written (disk full, no permission); earlier versions stay as they were.
+    """
+    results = read_results(run)
+    directory, name = results.directory, results.directory.path.resolve().name
+    write_atomically(directory.matrix_table, tables.matrix_csv(results.retention).encode())
+    write_atomically(directory.matrix_picture, figures.matrix_picture(results.retention, name))
+    write_atomically(directory.report, _page(results, name).encode())
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Replaces a file: a reader sees the old one or the new one, never a part."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
-
-
-def percent(value: float | None) -> str:
-    """A fraction in %, one decimal."""
-    return "-" if value is None else f"{round(100 * value, 1) + 0.0:.1f}"  # + 0.0 turns -0.0 into 0.0
-
-
-def points(value: float | None) -> str:
-    """A difference of fractions in percentage points, with its sign."""
-    return "-" if value is None else f"{round(100 * value, 1) + 0.0:+.1f}".replace("+0.0", "0.0")
-
-
-def printable(text: object) -> str:
-    """Names come from data: no control character may reach a terminal."""
-    return "".join(character if character.isprintable() else "?" for character in str(text))
-
-
-def shorten(text: object, width: int) -> str:
-    """At most `width` characters; the middle goes, because names of one family differ at their ends."""
-    text = printable(text)
-    if len(text) <= width:
-        return text
-    head = (width - 2) // 2
-    return f"{text[:head]}..{text[len(text) - (width - 2 - head) :]}"
-
-
-def blocks(columns: Sequence[list[str]], width: int) -> Iterable[list[list[str]]]:
-    """Columns in groups that fit side by side into `width` characters."""
-    block: list[list[str]] = []
-    for column in columns:
-        if block and sum(len(other[0]) for other in block) + len(column[0]) > width:
-            yield block
-            block = []
-        block.append(column)
-    yield block
-
-
-def png(figure: Figure) -> bytes:
-    """The figure as PNG, with what lies outside its axes. Equal figures give equal bytes."""
-    FigureCanvasAgg(figure)
-    buffer = io.BytesIO()
-    metadata: Json = {"Software": None}  # no version of matplotlib in the file
-    figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight", pad_inches=0.2, metadata=metadata)
-    return buffer.getvalue()
-
-
-@contextmanager
-def picture_style() -> Iterator[None]:
-    """For every picture. Names are data: a dollar sign in one must not start a formula."""
-    with matplotlib.rc_context({"text.parse_math": False, "font.family": "DejaVu Sans"}):
-        yield
 
 
 def render(template: str, **values: Any) -> str:
@@ -94,97 +71,121 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters |= {f.__name__: f for f in (percent, number, duration, shown, stage_label)}
+    environment.filters["breakable"] = _breakable
     return environment.get_template(template).render(**values)
 
 
-# --------------------------------------------------------------------------------------------------
-# charts: coordinates here, SVG in the template
+def _breakable(name: str) -> Markup:
+    """A long name may break after its underscores."""
+    return Markup("_<wbr>" if len(name) > 8 else "_").join(name.split("_"))
 
 
-@dataclass(frozen=True)
-class Dot:
-    """A point of a line in data coordinates; y None is a gap."""
-
-    x: float
-    y: float | None
-    title: str
-    is_hollow: bool = False
-
-
-@dataclass(frozen=True)
-class Line:
-    """A curve of a chart."""
-
-    dots: Sequence[Dot]
-    colour: str = LINE_COLOUR
-    has_markers: bool = True
-
-
-# Units of the SVG's view box (report.html.j2 repeats them); INSET keeps markers off the labels of the y axis.
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM, INSET = 300, 170, 44, 12, 10, 24, 7
-
-
-def chart(
-    title: str,
-    lines: Sequence[Line],
-    *,
-    x_ticks: Sequence[tuple[float, str]],
-    y_ticks: Sequence[tuple[float, str]],
-    note: str = "",
-    mark_x: float | None = None,
-    mark_y: float | None = None,
-) -> Json:
-    """Coordinates of one chart; the first and last tick of each axis are the ends of that axis."""
-
-    def across(x: float) -> float:
-        low, high = x_ticks[0][0], x_ticks[-1][0]
-        share = (x - low) / (high - low) if high > low else 0.5
-        return round(LEFT + INSET + share * (WIDTH - LEFT - RIGHT - 2 * INSET), 1)
-
-    def down(y: float) -> float:
-        low, high = y_ticks[0][0], y_ticks[-1][0]
-        return round(TOP + (high - min(max(y, low), high)) / (high - low) * (HEIGHT - TOP - BOTTOM), 1)
-
-    return {
-        "title": title,
-        "note": note,
-        "x_ticks": [(across(x), label) for x, label in x_ticks if label],
-        "y_ticks": [(down(y), label) for y, label in y_ticks],
-        "mark_x": None if mark_x is None else across(mark_x),
-        "mark_y": None if mark_y is None else down(mark_y),
-        "lines": [_line(line, across, down) for line in lines],
-    }
-
-
-def _line(line: Line, across: Callable[[float], float], down: Callable[[float], float]) -> Json:
-    pieces: list[list[str]] = [[]]
-    dots = []
-    for dot in line.dots:
-        if dot.y is None:
-            pieces.append([])
-            continue
-        x, y = across(dot.x), down(dot.y)
-        pieces[-1].append(f"{x},{y}")
-        dots.append({"x": x, "y": y, "title": dot.title, "is_hollow": dot.is_hollow})
-    # A piece of one point has no extent and is seen by its marker alone.
-    return {
-        "colour": line.colour,
-        "pieces": [" ".join(piece) for piece in pieces if len(piece) > 1],
-        "dots": dots if line.has_markers or len(dots) == 1 else [],
-    }
-
-
-def ticks(highest: float, *, integer: bool = False) -> list[tuple[float, str]]:
-    """Round values from 0 to at least `highest`."""
-    values = MaxNLocator(nbins=5, integer=integer, min_n_ticks=2).tick_values(
-        0.0, max(highest, 1.0 if integer else 1e-3)
+def _page(results: Results, name: str) -> str:
+    retention, manifests = results.retention, results.manifests
+    rows, trained = retention["rows"], [manifest for manifest in manifests if manifest["modules"]]
+    curves = {name: [score_of(row, name) for row in rows] for name in names_of(retention)}
+    modules = {stage_label(manifest): module_frame(manifest) for manifest in trained}
+    seconds = _seconds(manifests)
+    return render(
+        "report.html.j2",
+        name=name,
+        retention=retention,
+        manifests=manifests,
+        base_score=mean_of_scores([curves[name][0] for name in retention["tasks"]]).value,
+        largest_error=max((score.stderr or 0.0 for curve in curves.values() for score in curve), default=0.0),
+        subset_note=tables.subset_note(retention),
+        metrics=metric_frame(retention),
+        score_charts=score_charts(retention, {name: [curve] for name, curve in curves.items()}),
+        shares=_shares(retention),
+        trained=trained,
+        styles=styles(len(trained)),
+        modules=modules,
+        towers=_tower_charts(modules),
+        loss_charts=_loss_charts(manifests),
+        counts=_counts(manifests),
+        phases=list(zip(seconds, styles(seconds.shape[1]), strict=True)),
+        time_chart=time_chart(seconds),
+        times=_times(manifests, seconds),
+        config=flatten(results.config),
+        packages=_packages(manifests),
     )
-    return [(float(value), f"{value:g}") for value in values if value >= 0]
 
 
-def index_ticks(labels: Sequence[str]) -> list[tuple[float, str]]:
-    """One tick for each index, labelled so that neighbours do not touch; both ends stay."""
-    step = math.ceil(len(labels) / 10)
-    last = len(labels) - 1
-    kept = [i == last or (i % step == 0 and last - i >= step / 2) for i in range(len(labels))]
-    return [(float(i), label if kept[i] else "") for i, label in enumerate(labels)]
+def score_charts(retention: Mapping[str, Any], curves: Mapping[str, Sequence[Sequence[Estimate]]]) -> Charts:
+    """A chart over the stages for each task and each general benchmark.
+
+    Args:
+        retention: what was learnt, and in which stage.
+        curves: task or benchmark -> curves, each a score for each stage, the base first.
+    """
+    own_stages = {row["task"]: row["stage"] for row in retention["rows"]}
+    charts = []
+    for name in names_of(retention):
+        own = own_stages.get(name)
+        note = "not learnt yet" if own is None else f"learnt in stage {own}"
+        note = "general benchmark" if name in retention["general"] else note
+        charts.append((name, note, score_chart(name, curves[name], own)))
+    return charts
+
+
+def _loss_charts(manifests: Sequence[Json]) -> Charts:
+    """The training loss of each stage, on one scale."""
+    curves = {stage_label(m): [point for point in m["loss"] if point[1] is not None] for m in manifests}
+    highest = max((loss for curve in curves.values() for _, loss in curve), default=1.0)
+    return [
+        (stage, f"{curve[0][1]:.3g} to {curve[-1][1]:.3g}", loss_chart(stage, curve, highest))
+        for stage, curve in curves.items()
+        if curve
+    ]
+
+
+def _tower_charts(modules: Mapping[str, pd.DataFrame]) -> dict[str, Charts]:
+    """Each tower's quantities over depth, one curve a stage."""
+    towers = pd.concat(modules, names=["stage"]).groupby("tower", sort=False) if modules else []
+    return {
+        tower: [(*words, layer_chart(tower, column, found)) for column, words in PANELS.items()]
+        for tower, found in towers
+    }
+
+
+def _shares(retention: Mapping[str, Any]) -> pd.DataFrame:
+    """For each general benchmark: the base's score, the share kept after each stage, the final change."""
+    general, rows = retention["general"], retention["rows"]
+    values = [[score_of(row, name).value for row in rows] for name in general]
+    scores = pd.DataFrame(values, pd.Index(general, name="benchmark"), range(len(rows)), dtype=float)
+    base, change = scores[0], scores.iloc[:, -1] - scores[0]
+    shares = scores.drop(columns=0).div(base.where(base != 0), axis=0).map(percent).add_prefix("stage ")
+    shares.insert(0, "base score, %", base.map(percent))
+    return shares.assign(**{"change to the end, points": change.map(points)})
+
+
+def _counts(manifests: Sequence[Json]) -> pd.DataFrame:
+    """What went into each stage."""
+    counts = [{"stage": stage_label(manifest), **manifest["counts"]} for manifest in manifests]
+    for count in counts:
+        if "skipped_records" in count:
+            count["skipped_records"] = len(count["skipped_records"])
+    return pd.DataFrame(counts).set_index("stage").rename(columns=lambda name: name.replace("_", " "))
+
+
+def _seconds(manifests: Sequence[Json]) -> pd.DataFrame:
+    """Seconds by stage and phase; `other` is what the total holds beside them (loading, checks, files)."""
+    # Columns come in the order in which they are met first: the last stage goes through every phase.
+    found = pd.DataFrame([manifest["timings"] for manifest in reversed(manifests)], dtype=float)[::-1]
+    other = found.pop("total") - found.sum(axis=1)
+    return found.assign(other=other.clip(lower=0.0)).set_axis(
+        pd.Index(map(stage_label, manifests), name="stage")
+    )
+
+
+def _times(manifests: Sequence[Json], seconds: pd.DataFrame) -> pd.DataFrame:
+    totals = [duration(manifest["timings"]["total"]) for manifest in manifests]
+    memory = [size(manifest["peak_memory_bytes"]) for manifest in manifests]
+    return seconds.map(duration).assign(total=totals, **{"peak memory": memory})
+
+
+def _packages(manifests: Sequence[Json]) -> dict[str, str]:
+    """Package versions; where stages ran under different ones, all of them in order of use."""
+    found = pd.DataFrame([manifest["packages"] for manifest in manifests])
+    return {name: ", then ".join(found[name].dropna().unique()) for name in sorted(found)}

@@ -17,7 +17,7 @@ from mllm_keeplora.data.stream import GeneralSpec, Stream, StreamError, TaskSpec
 from mllm_keeplora.evaluation.errors import EvaluationError
 from mllm_keeplora.evaluation.score import _by_limit, read_score
 from mllm_keeplora.evaluation.task_files import TEMPLATES, ScoredTask, _TemplateLoader, write_task_files
-from mllm_keeplora.reports.report import format_table, subset_note
+from mllm_keeplora.reports.tables import format_table, subset_note
 
 ROOT = Path(__file__).resolve().parents[2]
 STREAMS = ROOT / "recipes/streams"

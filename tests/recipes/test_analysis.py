@@ -8,6 +8,8 @@ from pathlib import Path
 
 from tests.recipes.conftest import ROOT, TEST, Recipe
 
+ANALYZE = ("-m", "mllm_keeplora.commands.main", "analyze")
+
 
 def run(recipe: Recipe, *command: str) -> subprocess.CompletedProcess[str]:
     """The command, in the repository's folder."""
@@ -24,7 +26,7 @@ def run(recipe: Recipe, *command: str) -> subprocess.CompletedProcess[str]:
 def test_the_unchanged_model_of_an_analysis_is_that_of_the_run(finished: Recipe, tmp_path: Path) -> None:
     out = tmp_path / "analysis"
     command = [
-        "studies/analyze.py",
+        *ANALYZE,
         "--run",
         str(finished.run_dir),
         "--out",
@@ -49,9 +51,9 @@ def test_the_unchanged_model_of_an_analysis_is_that_of_the_run(finished: Recipe,
 def test_an_analysis_refuses_bad_input_in_one_line(finished: Recipe) -> None:
     for arguments, expected in (
         (["--energies", "[2]"], "error: energies must lie in (0, 1], got 2.0"),
-        (["--run", "runs/nowhere"], "error: runs/nowhere holds no adapter/"),
+        (["--run", "runs/nowhere"], "error: runs/nowhere is no directory of a run"),
     ):
-        done = run(finished, "studies/analyze.py", *arguments)
+        done = run(finished, *ANALYZE, *arguments)
         assert done.returncode == 2
         assert done.stderr.startswith(expected) and done.stderr.count("\n") == 1
 

@@ -1,7 +1,6 @@
 """Runs side by side: what is averaged, what is refused, and a page that is safe and complete."""
 
 import html
-import itertools
 import json
 import math
 import re
@@ -10,20 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import ImageColor
 
+from mllm_keeplora.commands import compare
 from mllm_keeplora.evaluation.metrics import Estimate, retention_ratios, summarize
-from mllm_keeplora.reports import comparison, page
-from mllm_keeplora.reports.comparison import Run, compare_runs, format_comparison, grouped
-from mllm_keeplora.reports.report import ReportError
+from mllm_keeplora.reports import comparison, figures
+from mllm_keeplora.reports.comparison import GENERAL, LEARNT, Run, compare_runs, format_comparison, grouped
+from mllm_keeplora.reports.results import ReportError
+from mllm_keeplora.reports.tables import TEXT_WIDTH
+from mllm_keeplora.runs.run_directory import RunDirectory
 from tests.unit.test_report import HOSTILE, METRIC_KEYS, TASKS, Page, make_retention, make_score, write_run
 
-GENERAL = ("scenes",)
+BENCHMARKS = ("scenes",)
 
 
 def retention_of(own: float, kept: float, *, method: str = "keeplora", tasks: Any = TASKS) -> dict[str, Any]:
     """Each task scores `own` in its stage and `kept` afterwards; scenes loses 0.1 a stage."""
-    retention = make_retention(tasks, GENERAL, method)
+    retention = make_retention(tasks, BENCHMARKS, method)
     for row in retention["rows"]:
         for index, name in enumerate(tasks):
             learnt = row["stage"] - 1
@@ -48,7 +49,7 @@ def save_run(
 ) -> Path:
     """A run directory whose last manifest says what the stream runner's does."""
     write_run(run_dir, retention)
-    path = max((run_dir / "stages").glob("*/manifest.json"))
+    path = max(RunDirectory(run_dir).stages.glob("**/manifest.json"))
     manifest = json.loads(path.read_text())
     names = [*retention["tasks"], *retention["general"]]
     manifest |= {
@@ -81,18 +82,18 @@ def test_seeds_of_a_label_become_mean_and_standard_error() -> None:
     assert group.metrics["last"] == pytest.approx(expected)
     assert group.metrics["bwt"] == pytest.approx((statistics.fmean(finals) - 0.9, 0.05 / math.sqrt(3)))
     assert group.metrics["mft"] == pytest.approx((0.9, 0.0))
-    assert group.learnt[-1] == pytest.approx(expected)  # after the last stage all tasks are learnt
-    assert [e.value for e in group.general] == pytest.approx([0.9, 0.8, 0.7, 0.6])
-    assert group.retention["scenes"] == pytest.approx((0.6 / 0.9, 0.0))
-    assert len(group.learnt) == 3 and len(group.scores["digits"]) == 4
+    assert group.curves[LEARNT][-1] == pytest.approx(expected)  # after the last stage all tasks are learnt
+    assert [e.value for e in group.curves[GENERAL]] == pytest.approx([0.9, 0.8, 0.7, 0.6])
+    assert group.kept["scenes"] == pytest.approx((0.6 / 0.9, 0.0))
+    assert len(group.curves[LEARNT]) == len(group.curves["digits"]) == 4
 
 
 def test_a_single_run_has_the_error_of_its_questions_where_there_is_one() -> None:
     [group] = grouped([Run("keep", 5, retention_of(0.9, 0.8))])
     assert group.metrics["mft"] == pytest.approx((0.9, 0.03 / math.sqrt(3)))
-    assert group.learnt[1] == pytest.approx((0.85, 0.03 / math.sqrt(2)))
-    assert group.general[0] == pytest.approx((0.9, 0.02))
-    for paired in (group.metrics["bwt"], group.metrics["forgetting"], group.retention["scenes"]):
+    assert group.curves[LEARNT][2] == pytest.approx((0.85, 0.03 / math.sqrt(2)))
+    assert group.curves[GENERAL][0] == pytest.approx((0.9, 0.02))
+    for paired in (group.metrics["bwt"], group.metrics["forgetting"], group.kept["scenes"]):
         assert paired.value is not None and paired.stderr is None
 
 
@@ -101,13 +102,8 @@ def test_groups_come_in_the_order_of_their_labels_and_are_drawn_apart() -> None:
     groups = grouped([Run(label, 0, retention_of(0.9, 0.8)) for label in labels])
     assert [group.label for group in groups] == labels
     many = grouped([Run(f"method {i}", 0, retention_of(0.9, 0.8)) for i in range(14)])
-    looks = [(s["color"], s["linestyle"], s["marker"]) for s in comparison.styles(many)]
+    looks = [(s["color"], s["linestyle"], s["marker"]) for s in figures.styles(len(many))]
     assert len({look[:2] for look in looks}) == len({look[2] for look in looks}) == 14
-
-
-def test_neighbouring_colours_differ_in_lightness() -> None:
-    lightness = [ImageColor.getcolor(colour, "L") for colour in comparison.COLOURS]
-    assert min(abs(a - b) for a, b in itertools.pairwise(lightness)) > 25
 
 
 def test_undefined_numbers_stay_undefined() -> None:
@@ -139,22 +135,22 @@ def test_runs_that_do_not_compare_are_refused(runs: list[Run], message: str) -> 
 
 
 def test_an_unfinished_run_is_refused(runs: list[Path]) -> None:
-    path = runs[1] / "retention.json"
+    run = RunDirectory(runs[1])
+    path = run.retention
     retention = json.loads(path.read_text())
     retention["rows"] = retention["rows"][:3]
     path.write_text(json.dumps(retention))
-    manifest = runs[1] / "stages" / "02-glyphs" / "manifest.json"
-    last = json.loads((runs[1] / "stages" / "03-signs" / "manifest.json").read_text())
-    manifest.write_text(json.dumps({**last, "stage": 2, "task": "glyphs"}))
     with pytest.raises(ReportError, match=rf"{runs[1]} is at stage 2 of 3; .* to finish it"):
         compare_runs(runs, runs[0].parent / "out")
     assert not (runs[0].parent / "out").exists()
 
 
-@pytest.mark.parametrize("missing", ["retention.json", "stages/03-signs/manifest.json"])
+@pytest.mark.parametrize("missing", ["retention", "manifest"])
 def test_a_missing_file_is_named(runs: list[Path], missing: str) -> None:
-    (runs[2] / missing).unlink()
-    with pytest.raises(ReportError, match=rf"{runs[2] / missing} is missing"):
+    run = RunDirectory(runs[2])
+    path = run.retention if missing == "retention" else run.stage(3, "signs").manifest
+    path.unlink()
+    with pytest.raises(ReportError, match=rf"{path} is missing"):
         compare_runs(runs, runs[0].parent / "out")
 
 
@@ -189,7 +185,7 @@ def test_the_page_shows_what_differs_and_only_that(runs: list[Path], tmp_path: P
     for run in (*runs, other):
         assert str(run) in text
     assert "92.0 ± 2.0" in text  # MFT of 90 and 94
-    assert content.count("<svg") == len(TASKS) + 1
+    assert content.count("<svg") == 3 + len(TASKS) + 1
 
 
 def test_the_page_makes_no_requests_and_escapes_text(tmp_path: Path) -> None:
@@ -224,6 +220,29 @@ def test_table_shows_every_group_within_its_width(count: int) -> None:
         for seed in (0, 1)
     ]
     table = format_comparison(grouped(runs))
-    assert max(map(len, table.splitlines())) <= page.TEXT_WIDTH
+    assert max(map(len, table.splitlines())) <= TEXT_WIDTH
     assert len(re.findall(r"number-\d+ +2 +90\.0 ± 0\.0 +81\.7 ± 1\.7 +-12\.5 ± 2\.5", table)) == count
     assert "66.7 ± 0.0" in table and "mean and standard error over their seeds" in table
+
+
+def test_every_row_of_a_table_has_a_cell_under_each_header(runs: list[Path], tmp_path: Path) -> None:
+    other = save_run(tmp_path / "d", retention_of(0.9, 0.8), alpha=8.0)
+    compare_runs([*runs, other], tmp_path / "out")
+    page = Page((tmp_path / "out" / comparison.PAGE).read_text())
+    page.check_tables()
+    assert len(page.tables) == 4  # metrics, scores, settings, runs
+    assert page.column("runs") == ["2", "1", "1"]
+    assert page.column("seed") == ["0", "1", "0", "0"]
+    assert [cell.replace("\xa0", " ") for cell in page.column("BWT")] == ["-17.0 ± 7.0", "-75.0", "-10.0"]
+    assert len(set(page.ids)) == len(page.ids)
+
+
+def test_the_command_writes_the_files_and_prints_the_table(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    compare.main([*map(str, runs), "--out", str(out)])
+    printed = capsys.readouterr().out
+    assert re.search(r"^lora +1 +95\.0", printed, re.MULTILINE)
+    assert {path.name for path in out.iterdir()} == {comparison.PAGE, comparison.PICTURE}
+    assert all(str(path) in printed for path in out.iterdir())

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from mllm_keeplora.config import ConfigError, RunConfig, TrainConfig, identity, parse_config
+from mllm_keeplora.config import (
+    ConfigError,
+    RunConfig,
+    TrainConfig,
+    differences,
+    flatten,
+    identity,
+    parse_config,
+)
 from mllm_keeplora.data.stream import load_stream
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,3 +116,15 @@ def test_every_shipped_stream_is_read_by_the_real_loader(path: Path, tmp_path: P
     for name in re.findall(r"media_root: ([\w/.-]+)", path.read_text()):
         (tmp_path / name).mkdir(parents=True, exist_ok=True)
     assert load_stream(path, tmp_path).tasks
+
+
+def test_nested_settings_differ_by_their_dotted_names() -> None:
+    old = {"alpha": 32.0, "train": {"max_steps": 5, "optim": "adamw_torch"}, "report_to": ["a"]}
+    assert flatten(old)["train.max_steps"] == 5
+    assert differences(old, {**old}) == []
+    new = {"alpha": 32.0, "train": {"max_steps": 6}, "report_to": ["a"], "seed": 0}
+    assert differences(old, new) == [
+        "train.max_steps: 5 there, 6 now",
+        "train.optim: 'adamw_torch' there, None now",
+        "seed: None there, 0 now",
+    ]

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
+from mllm_keeplora.commands.main import COMMANDS
 from mllm_keeplora.data.stream import TaskSpec
 from tests.unit.test_layers import LAYERS, MODULES
 
@@ -176,7 +177,7 @@ def normal(option: str) -> str:
 def test_keeplora_commands_and_their_options_exist(path: Path) -> None:
     found = list(keeplora_commands(current(path)))
     for name, words in found:
-        assert (ROOT / f"mllm_keeplora/commands/{name}.py").exists(), f"{path.name}: keeplora {name}"
+        assert name in COMMANDS, f"{path.name}: keeplora {name}"
         for option in (word for word in words if word.startswith("--")):
             assert normal(option) in options(name), f"{path.name}: keeplora {name} {option}"
 
@@ -199,12 +200,25 @@ def test_options_of_other_programs_exist(path: Path) -> None:
             assert normal(option) in re.sub("-", "_", file.read_text()), f"{path.name}: {script} {option}"
 
 
+@each_document
+def test_options_by_themselves_exist(path: Path) -> None:
+    """`--seed 1` in a sentence belongs to some command of keeplora, or to a benchmark or script."""
+    known = frozenset().union(*(options(name) for name in COMMANDS))
+    sources = [
+        *(ROOT / "benchmarks").glob("*.py"),
+        *(ROOT / "studies").glob("*.py"),
+        ROOT / "scripts/test.sh",
+    ]
+    text = "\n".join(source.read_text() for source in sources)
+    for code in in_code(current(path)):
+        for option in re.findall(r"--[\w.-]+", code) if code.startswith("--") else ():
+            assert normal(option) in known or option in text, f"{path.name}: {option}"
+
+
 def test_the_commands_are_all_in_the_documents() -> None:
     text = "".join(path.read_text() for path in DOCUMENTS)
     named = {name for name, _ in keeplora_commands(text)}
-    for module in (ROOT / "mllm_keeplora/commands").glob("[!_]*.py"):
-        if module.stem != "main":
-            assert module.stem in named, f"no document shows keeplora {module.stem}"
+    assert set(COMMANDS) <= named
 
 
 # How they are written

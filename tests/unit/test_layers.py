@@ -13,6 +13,7 @@ LAYERS = (
     "errors",
     "units",
     "resources",
+    "command_line",
     "linalg",
     "config",
     "distributed",

@@ -3,21 +3,37 @@
 import csv
 import html
 import io
+import itertools
 import json
 import re
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from PIL import Image, ImageColor
 
-from mllm_keeplora.reports import page, report
-from mllm_keeplora.reports.report import ReportError, format_table, matrix_csv, write_report
+from mllm_keeplora.config import RunConfig, TowerConfig, TrainConfig
+from mllm_keeplora.continual.saved_run import load_run
+from mllm_keeplora.evaluation.metrics import Estimate
+from mllm_keeplora.reports import figures
+from mllm_keeplora.reports.page import write_report
+from mllm_keeplora.reports.results import ReportError
+from mllm_keeplora.reports.tables import METRICS, TEXT_WIDTH, format_table, matrix_csv
+from mllm_keeplora.runs.files import ArtifactError
+from mllm_keeplora.runs.manifests import SCHEMA_VERSION
+from mllm_keeplora.runs.run_directory import RunDirectory
 
 TASKS = ["digits", "glyphs", "signs"]
 HOSTILE = "<script>alert(1)</script>"
 METRIC_KEYS = ("last", "mft", "maa", "bwt", "forgetting", "transfer", "average")
-OUTPUTS = ("accuracy_matrix.csv", "accuracy_matrix.png", "report.html")
+PAPERS = ("#ffffff", "#12191f")  # of a page in light and in dark mode
+
+
+def outputs(run_dir: Path) -> list[Path]:
+    """What a report writes."""
+    run = RunDirectory(run_dir)
+    return [run.matrix_table, run.matrix_picture, run.report]
 
 
 def make_score(value, stderr=0.012, n=250):
@@ -41,8 +57,8 @@ def make_retention(tasks=TASKS, general=("scenes",), method="keeplora"):
     if len(tasks) == 1:
         metrics |= {"bwt": None, "forgetting": None, "transfer": None}
     return {
-        "schema_version": 2, "method": method, "tasks": list(tasks), "general": list(general), "rows": rows,
-        "metrics": metrics,
+        "schema_version": SCHEMA_VERSION, "method": method, "tasks": list(tasks), "general": list(general),
+        "rows": rows, "metrics": metrics,
     }  # fmt: skip
 
 
@@ -64,46 +80,46 @@ def make_modules(stage, method="keeplora", depths=4):
 
 def make_manifest(row, method="keeplora", steps=300):
     stage, trained = row["stage"], row["task"] is not None
-    timings = {"weight_bases": 0.4, "probe": 2.5, "train": 31.0, "feature_basis": 2.4} if trained else {}
+    timings = {"probe": 2.9, "train": 31.0, "protect": 2.4} if trained else {}
     skipped = [{"file": "train.json", "row": 7, "reason": "image <b>missing</b>"}] if stage == 2 else []
     return {
-        "schema_version": 2, "stage": stage, "task": row["task"], "method": method, "previous": None,
-        "config": {}, "seeds": {"stage": 100 + stage}, "probe_indices": [0, 5],
+        "schema_version": SCHEMA_VERSION, "stage": stage, "task": row["task"], "method": method, "previous": None,
+        "config": {}, "seeds": {"run": 99, "stage": 100 + stage}, "probe_indices": [0, 5], "data": {},
         "packages": {"torch": "2.9.0", "peft": "0.18.0"}, "base_model": {"name": "base", "hash": "abc123"},
         "modules": make_modules(stage, method) if trained else [],
         "counts": {
-            "train_samples": 1200 if trained else 0, "steps": steps if trained else 0,
-            "trainable_parameters": 43210, "skipped_records": skipped,
-        },
-        "timings": {**timings, "evaluation": 9.0, "total": 46.5 if trained else 9.5},
+            "train_samples": 1200, "steps": steps, "trainable_parameters": 43210, "skipped_records": skipped,
+        } if trained else {},
+        "timings": {**timings, "evaluate": 9.0, "total": 46.5 if trained else 9.5},
         "peak_memory_bytes": 900 * 2**20, "scores": row["scores"], "files": {},
         "loss": [[step, 2.5 * 0.98**step + 0.05] for step in range(1, steps + 1)] if trained else [],
     }  # fmt: skip
 
 
 def write_run(run_dir: Path, retention) -> Path:
+    run = RunDirectory(run_dir)
     for row in retention["rows"]:
-        name = (row["task"] or "base").replace("/", "_")
-        stage_dir = run_dir / "stages" / f"{row['stage']:02d}-{name}"
-        stage_dir.mkdir(parents=True)
-        (stage_dir / "manifest.json").write_text(json.dumps(make_manifest(row, retention["method"])))
-    config = {
-        "stream": "recipes/streams/small_vqa.yaml",
-        "method": {"name": retention["method"], "eps_w": {"vision": 0.6, "language": 0.6}, "gamma": 0.2},
-        "training": {"learning_rate": 2e-3, "rank": 8, "resume_from": None, "targets": ["q_proj", "fc1"]},
-    }
-    (run_dir / "config.json").write_text(json.dumps(config))
-    (run_dir / "retention.json").write_text(json.dumps(retention))
+        path = run.stage(row["stage"], row["task"]).manifest
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(make_manifest(row, retention["method"])))
+    config = RunConfig(
+        method=retention["method"],
+        method_options={"nested": [{"empty": {}}, None]},
+        vision=TowerConfig(eps_w=0.625),
+        train=TrainConfig(learning_rate=2e-3),
+    )
+    run.config.write_text(json.dumps(asdict(config)))
+    run.retention.write_text(json.dumps(retention))
     return run_dir
 
 
 def page_of(run_dir: Path, retention) -> str:
-    write_report(write_run(run_dir, retention))
-    return (run_dir / "report.html").read_text()
+    write_report(load_run(write_run(run_dir, retention)))
+    return RunDirectory(run_dir).report.read_text()
 
 
 class Page(HTMLParser):
-    """Collects tags and the text outside <style>, and checks that tags nest."""
+    """Collects tags, tables and the text outside <style>, and checks that tags nest."""
 
     VOID = frozenset({"meta", "link", "wbr", "br", "img"})
 
@@ -113,18 +129,27 @@ class Page(HTMLParser):
         self.tags: list[str] = []
         self.addresses: list[str] = []
         self.words: list[str] = []
+        self.ids: list[str] = []
+        self.tables: list[list[list[str]]] = []  # of rows of cells; a cell over n columns stands n times
         self.feed(text)
         self.close()
         assert not self.open
 
     def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.addresses += [value for name, value in attrs if name in {"src", "href", "xlink:href", "data"}]
+        self.handle_startendtag(tag, attrs)
         if tag not in self.VOID:
             self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in {"td", "th"}:
+            self.tables[-1][-1] += [""] * int(dict(attrs).get("colspan", 1))
 
     def handle_startendtag(self, tag, attrs):
         self.tags.append(tag)
+        self.addresses += [value for name, value in attrs if name in {"src", "href", "xlink:href", "data"}]
+        self.ids += [value for name, value in attrs if name == "id"]
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag, f"</{tag}> out of order"
@@ -132,10 +157,23 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if "style" not in self.open:
             self.words.append(data)
+        if {"td", "th"} & set(self.open):
+            self.tables[-1][-1][-1] += data
 
     @property
     def text(self) -> str:
         return re.sub(r"\s+", " ", "".join(self.words))
+
+    def check_tables(self) -> None:
+        """Every row of a table has a cell for each column."""
+        assert self.tables
+        for rows in self.tables:
+            assert len(rows) > 1 and len({len(row) for row in rows}) == 1, rows
+
+    def column(self, header: str) -> list[str]:
+        """The cells under the only header of that text."""
+        [(rows, index)] = [(t, t[0].index(header)) for t in self.tables if header in t[0]]
+        return [row[index] for row in rows[1:]]
 
 
 def test_csv_holds_every_number_and_reads_back():
@@ -159,8 +197,9 @@ def test_csv_puts_tasks_before_general_benchmarks():
 def test_table_shows_matrix_metrics_and_own_stages():
     table = format_table(make_retention())
     lines = table.splitlines()
-    rows = {line.split()[1]: line for line in lines if re.match(r" \d ", line)}
-    assert rows["base"].split() == ["0", "base", "20.0", "20.0", "20.0", "|", "87.0"]
+    rows = {line.split()[1]: line for line in lines if re.match(r"\d ", line)}
+    rows["base"] = next(line for line in lines if line.startswith("base"))
+    assert rows["base"].split() == ["base", "20.0", "20.0", "20.0", "|", "87.0"]
     assert rows["glyphs"].split() == ["2", "glyphs", "85.0", "90.0*", "20.0", "|", "85.0"]
     # numbers of one column end below each other
     assert len({rows[name].index("|") for name in rows}) == 1
@@ -181,8 +220,8 @@ def test_table_fits_its_width_and_drops_no_column(count, general):
         for column, name in enumerate((*tasks, *retention["general"])):
             row["scores"][name] = make_score(column / 100 if index == count else 0.5)
     table = format_table(retention)
-    assert max(map(len, table.splitlines())) <= page.TEXT_WIDTH
-    last = [line[24:] for line in table.splitlines() if line.startswith(f"{count:>2} ")]
+    assert max(map(len, table.splitlines())) <= TEXT_WIDTH
+    last = [line[24:] for line in table.splitlines() if line.startswith(f"{count} ")]
     cells = re.findall(r"\d+\.\d", " ".join(last))
     assert [float(cell) for cell in cells] == list(range(count + general))
 
@@ -200,17 +239,17 @@ def test_table_survives_nulls_and_control_characters():
 def test_report_writes_its_files_and_nothing_else(tmp_path):
     run_dir = write_run(tmp_path, make_retention())
     before = {path for path in run_dir.rglob("*")}
-    write_report(run_dir)
-    assert {path.name for path in set(run_dir.rglob("*")) - before} == set(OUTPUTS)
-    assert (run_dir / "accuracy_matrix.png").read_bytes().startswith(b"\x89PNG\r\n")
-    assert (run_dir / "accuracy_matrix.csv").read_text() == matrix_csv(make_retention())
+    write_report(load_run(run_dir))
+    assert set(run_dir.rglob("*")) - before == set(outputs(run_dir))
+    assert RunDirectory(run_dir).matrix_picture.read_bytes().startswith(b"\x89PNG\r\n")
+    assert RunDirectory(run_dir).matrix_table.read_text() == matrix_csv(make_retention())
 
 
 def test_heat_map_outlines_the_own_stage_cells():
     def share_of_outline(retention):
-        image = Image.open(io.BytesIO(report._heat_map_png(retention, "run"))).convert("RGB")
+        image = Image.open(io.BytesIO(figures.matrix_picture(retention, "run"))).convert("RGB")
         pixels = dict((colour, count) for count, colour in image.getcolors(maxcolors=2**24))
-        return pixels.get(ImageColor.getrgb(report.OWN_COLOUR), 0) / (image.width * image.height)
+        return pixels.get(ImageColor.getrgb(figures.OWN_COLOUR), 0) / (image.width * image.height)
 
     untrained = make_retention()
     untrained["rows"] = untrained["rows"][:1]
@@ -220,15 +259,15 @@ def test_heat_map_outlines_the_own_stage_cells():
 
 def test_heat_map_takes_names_literally():
     # A formula that is none would be an error.
-    assert report._heat_map_png(make_retention([r"$\frac{$"]), r"$\run{$").startswith(b"\x89PNG")
+    assert figures.matrix_picture(make_retention([r"$\frac{$"]), r"$\run{$").startswith(b"\x89PNG")
 
 
 def test_report_is_a_pure_function_of_its_files(tmp_path):
     run_dir = write_run(tmp_path, make_retention())
-    write_report(run_dir)
-    first = {name: (run_dir / name).read_bytes() for name in OUTPUTS}
-    write_report(run_dir)
-    assert {name: (run_dir / name).read_bytes() for name in OUTPUTS} == first
+    write_report(load_run(run_dir))
+    first = [path.read_bytes() for path in outputs(run_dir)]
+    write_report(load_run(run_dir))
+    assert [path.read_bytes() for path in outputs(run_dir)] == first
 
 
 def test_page_says_what_was_learnt_and_kept(tmp_path):
@@ -237,14 +276,16 @@ def test_page_says_what_was_learnt_and_kept(tmp_path):
     assert "a task scores 90.0 % on average, against 20.0 % for the untouched base" in text
     assert "5.0 points were lost" in text
     assert "On the general benchmark scenes it keeps 96.6 % of the untouched base's score." in text
-    for _, _, _, meaning in report.METRICS:
+    for _, _, meaning in METRICS.values():
         assert meaning in text
     for part in (
         "torch",
         "2.9.0",
         "abc123",
-        "training.learning_rate",
-        "method.eps_w.vision",
+        "train.learning_rate0.002",
+        "vision.eps_w0.625",
+        "method_options.nested[0].empty{}",
+        "method_options.nested[1]null",
         "900 MiB",
         "46.5 s",
     ):
@@ -259,7 +300,7 @@ def test_page_makes_no_requests_and_runs_no_scripts(tmp_path):
     assert not {"script", "iframe", "img", "object", "embed", "form"} & set(page.tags)
     assert page.addresses and all(address.startswith(("#", "data:")) for address in page.addresses)
     assert "default-src 'none'" in content
-    assert not re.search(r"url\(|@import|https?:", content)
+    assert not re.search(r"url\((?!#)|@import|https?:", content)
 
 
 def test_text_from_data_is_escaped(tmp_path):
@@ -288,13 +329,13 @@ def test_undefined_numbers_are_dashes(tmp_path):
     retention["rows"][2]["scores"]["digits"]["stderr"] = None
     retention["metrics"] |= dict.fromkeys(METRIC_KEYS) | {"retention": {"scenes": None}}
     run_dir = write_run(tmp_path, retention)
-    path = run_dir / "stages" / "01-digits" / "manifest.json"
+    path = RunDirectory(run_dir).stage(1, "digits").manifest
     manifest = json.loads(path.read_text())
     manifest["peak_memory_bytes"] = None
     manifest["modules"][0] |= {"leakage": None, "k_w": None, "lambda": None, "depth": None}
     path.write_text(json.dumps(manifest))
-    write_report(run_dir)
-    content = (run_dir / "report.html").read_text()
+    write_report(load_run(run_dir))
+    content = RunDirectory(run_dir).report.read_text()
     assert "None" not in content and "nan" not in re.findall("[a-z]+", content.lower())
     assert 'title="signs, after stage 1 (digits): not measured">-</td>' in content
 
@@ -313,6 +354,7 @@ def test_small_and_unusual_streams(tmp_path, tasks, general, method):
     if not tasks:
         retention["metrics"] |= dict.fromkeys(METRIC_KEYS)
     page = Page(page_of(tmp_path, retention))
+    page.check_tables()
     assert "None" not in page.text
     assert ("watches no general benchmark" in page.text) == (not general)
     assert ("No stage has been trained yet" in page.text) == (not tasks)
@@ -326,48 +368,130 @@ def test_unfinished_stream_says_so(tmp_path):
     assert "The model has learnt 1 of 3 tasks so far." in Page(page_of(tmp_path, retention)).text
 
 
+def markers(chart: str) -> list[tuple[float, float]]:
+    """Places of the points of a chart without error bars, in its own units."""
+    return [(float(x), float(y)) for x, y in re.findall(r'<use [^>]* x="([^"]*)" y="([^"]*)"', chart)]
+
+
+def curve(*values: float | None) -> list[Estimate]:
+    return [Estimate(value, None) for value in values]
+
+
 def test_scores_above_one_stay_inside_their_chart(tmp_path):
-    retention = make_retention()  # captions: CIDEr may exceed native_max
+    chart = figures.score_chart("signs", [curve(0.2, 0.9, 1.37)], own=None)  # CIDEr may exceed native_max
+    [height] = re.findall(r'viewBox="0 0 [0-9.]+ ([0-9.]+)"', chart)
+    (_, lowest), _, (_, highest) = markers(chart)
+    assert 0 < highest < lowest < float(height)
+    retention = make_retention()
     retention["rows"][3]["scores"]["signs"] = make_score(1.37)
-    for chart in report._score_charts(retention):
-        assert all(page.TOP <= dot["y"] <= page.HEIGHT - page.BOTTOM for dot in chart["lines"][0]["dots"])
-    highest = [dot["y"] for dot in report._score_charts(retention)[2]["lines"][0]["dots"]]
-    assert highest[3] < highest[2]
     assert "137.0" in page_of(tmp_path, retention)
 
 
 def test_curves_break_at_gaps():
-    retention = make_retention([f"t{i}" for i in range(5)])
-    retention["rows"][2]["scores"]["t0"] = None
-    line = report._score_charts(retention)[0]["lines"][0]
-    assert [len(piece.split()) for piece in line["pieces"]] == [2, 3]
-    assert [dot["is_hollow"] for dot in line["dots"]] == [True, False, False, False, False]
+    chart = figures.score_chart("digits", [curve(0.2, 0.9, None, 0.8, 0.8, 0.7)], own=None)
+    shapes = ["".join(re.findall("[A-Z]", path)) for path in re.findall(r'<path d="([^"]*)"', chart)]
+    assert "MLMLL" in shapes
+    assert len(markers(chart)) == 5
+
+
+def test_the_stage_in_which_a_task_is_learnt_is_marked():
+    own = rf'<path d="M ([0-9.]+) [^"]*" [^>]*stroke: {figures.OWN_COLOUR}'
+    chart = figures.score_chart("digits", [curve(0.2, 0.3, 0.9, 0.8)], own=2)
+    assert [float(x) for x in re.findall(own, chart)] == [markers(chart)[2][0]]
+    assert not re.findall(own, figures.score_chart("scenes", [curve(0.2, 0.3)], own=None))
+
+
+def test_standard_errors_are_drawn_where_they_are_known():
+    def bars(*errors):
+        chart = figures.score_chart("digits", [[Estimate(0.5, error) for error in errors]], own=None)
+        return len(markers(chart)) - len(errors)  # a bar ends in two caps
+
+    assert (bars(None, None), bars(0.1, None), bars(0.1, 0.1)) == (0, 2, 4)
+
+
+def test_charts_take_their_ink_from_the_page(tmp_path):
+    content = page_of(tmp_path, make_retention())
+    charts = re.findall("<svg.*?</svg>", content, re.DOTALL)
+    assert charts and "currentColor" not in content[: content.index("<svg")]
+    for chart in charts:
+        colours = set(re.findall("#[0-9a-f]{6}", chart))
+        assert colours <= {*figures.COLOURS, figures.OWN_COLOUR, figures.STYLE["grid.color"]}
+    assert "prefers-color-scheme: dark" in content
+    assert re.findall("--paper: (#[0-9a-f]+)", content) == list(PAPERS)
+
+
+def contrast(first: str, second: str) -> float:
+    """By WCAG 2.2."""
+
+    def luminance(colour):
+        channels = [value / 255 for value in ImageColor.getrgb(colour)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    high, low = sorted((luminance(first), luminance(second)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_curves_are_legible_in_light_and_in_dark_mode():
+    for colour, paper in itertools.product((*figures.COLOURS, figures.OWN_COLOUR), PAPERS):
+        assert contrast(colour, paper) >= 3, (colour, paper)
+    lightness = [ImageColor.getcolor(colour, "L") for colour in figures.COLOURS]
+    assert min(abs(a - b) for a, b in itertools.pairwise(lightness)) > 25
+
+
+def test_no_two_elements_of_a_page_have_one_id(tmp_path):
+    page = Page(page_of(tmp_path, make_retention()))
+    assert len(page.ids) > 20 and len(set(page.ids)) == len(page.ids)
+
+
+def test_every_row_of_a_table_has_a_cell_under_each_header(tmp_path):
+    page = Page(page_of(tmp_path, make_retention()))
+    page.check_tables()
+    # The matrix, metrics, general ability, training and time; and the modules of each stage.
+    assert len(page.tables) == 5 + len(TASKS)
+    assert page.column("trainable parameters") == ["-", "43,210", "43,210", "43,210"]
+    assert page.column("train samples") == ["-", "1,200", "1,200", "1,200"]
+    assert page.column("skipped records") == ["-", "0", "1", "0"]
+    assert [cell.replace("\xa0", " ") for cell in page.column("evaluate")] == ["9.0 s"] * 4
+    assert page.column("other") != page.column("total")
 
 
 def test_long_loss_curves_are_thinned_to_means():
     points = [[step, float(step % 7)] for step in range(10_000)]
-    thin = report._thin(points)
-    assert len(thin) <= report.LOSS_POINTS
+    thin = figures.thinned(points)
+    assert len(thin) <= figures.LOSS_POINTS
     assert sum(loss for _, loss in thin) / len(thin) == pytest.approx(3.0, abs=0.05)
-    assert report._thin(points[:50]) == [tuple(point) for point in points[:50]]
+    assert figures.thinned(points[:50]).tolist() == points[:50]
 
 
 def test_layer_panels_put_modules_of_a_depth_together():
     modules = make_modules(stage=2)
     modules[0]["k_f"], modules[0]["leakage"] = 30, 5e-7  # vision, depth 0, beside 10 and 10**-7.3
-    k_f = report._over_depth(report.PANELS[1], "vision", modules)
-    leakage = report._over_depth(report.PANELS[-1], "vision", modules)
-    assert (k_f[0], k_f[1]) == (20, 10)
-    assert leakage[0] == 5e-7
+    modules[1]["depth"] = None
+    frame = figures.module_frame({"modules": modules}).assign(stage="2 glyphs")
+    vision = frame[frame["tower"] == "vision"]
+    assert figures.over_depth(vision, "k_f")["2 glyphs"].tolist() == [30, 10, 10, 10]
+    modules[1]["depth"] = 0
+    frame = figures.module_frame({"modules": modules}).assign(stage="2 glyphs")
+    vision = frame[frame["tower"] == "vision"]
+    assert figures.over_depth(vision, "k_f")["2 glyphs"].tolist() == [20, 10, 10, 10]
+    assert figures.over_depth(vision, "leakage")["2 glyphs"][0] == 5e-7
 
 
-@pytest.mark.parametrize("missing", ["retention.json", "config.json", "stages/02-glyphs/manifest.json"])
+@pytest.mark.parametrize("missing", ["retention", "manifest"])
 def test_missing_file_is_named(tmp_path, missing):
-    run_dir = write_run(tmp_path, make_retention())
-    (run_dir / missing).unlink()
-    with pytest.raises(ReportError, match=re.escape(str(run_dir / missing)) + " is missing"):
-        write_report(run_dir)
-    assert not any((run_dir / name).exists() for name in OUTPUTS)
+    run = RunDirectory(write_run(tmp_path, make_retention()))
+    path = run.retention if missing == "retention" else run.stage(2, "glyphs").manifest
+    path.unlink()
+    with pytest.raises(ReportError, match=re.escape(str(path)) + " is missing"):
+        write_report(load_run(tmp_path))
+    assert not any(path.exists() for path in outputs(tmp_path))
+
+
+def test_settings_that_are_missing_are_named(tmp_path):
+    RunDirectory(write_run(tmp_path, make_retention())).config.unlink()
+    with pytest.raises(ArtifactError, match=re.escape(f"{tmp_path} is no directory of a run")):
+        write_report(load_run(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -376,16 +500,16 @@ def test_missing_file_is_named(tmp_path, missing):
         (lambda text: text[:40], "not valid JSON"),
         (lambda text: "[]", "holds a list"),
         (
-            lambda text: text.replace('"schema_version": 2', '"schema_version": 9'),
-            "schema version 9, expected 2",
+            lambda text: text.replace(f'"schema_version": {SCHEMA_VERSION}', '"schema_version": 9'),
+            f"has schema_version 9, expected {SCHEMA_VERSION}",
         ),
         (lambda text: text.replace('"counts"', '"count"'), "lacks counts"),
-        (lambda text: text.replace('"stage": 1,', '"stage": 2,', 1), "is of stage 2"),
+        (lambda text: text.replace('"stage": 1,', '"stage": 2,', 1), "has stage 2, expected 1"),
     ],
 )
 def test_damaged_manifest_is_named(tmp_path, change, message):
     run_dir = write_run(tmp_path, make_retention())
-    path = run_dir / "stages" / "01-digits" / "manifest.json"
+    path = RunDirectory(run_dir).stage(1, "digits").manifest
     path.write_text(change(path.read_text()))
     with pytest.raises(ReportError, match=f"{re.escape(str(path))}.*{message}"):
-        write_report(run_dir)
+        write_report(load_run(run_dir))

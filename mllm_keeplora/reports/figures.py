@@ -1,0 +1,227 @@
+"""Pictures, by matplotlib: PNG files, and SVG that a page carries inside it.
+
+An SVG takes its colours for text, lines and background from the page, so that it is readable in light and in
+dark mode; the colours of its curves are legible on both. Equal input gives equal bytes.
+"""
+
+import io
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, cast
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from markupsafe import Markup, escape
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+
+from mllm_keeplora.evaluation.metrics import Estimate
+from mllm_keeplora.reports.results import Json, names_of, score_of
+from mllm_keeplora.reports.tables import percent, shorten, stage_label
+
+# Legible on white and on black; neighbours differ in lightness too.
+COLOURS = ("#1f77b4", "#d07c00", "#c22d76", "#29a297", "#3f7d20", "#9182f5", "#8a5a2b")
+MARKERS = "osD^vPX*<>hp8d"
+OWN_COLOUR = "#d9541e"  # the task learnt in a stage
+HEAT = LinearSegmentedColormap.from_list("heat", ["#f7fafc", "#d7e8f1", "#a9d0e3", "#5fa8cb"])
+GENERAL_GAP = 0.35  # between tasks and general benchmarks, in cells
+MARKED_DEPTHS = 16  # deeper towers are drawn as lines without markers
+LOSS_POINTS = 240  # a wider curve would only repeat pixels
+LEAKAGE_BOUND = 1e-6  # what a stage promises: ||dW M||_F / ||dW||_F
+LEAKAGE_FLOOR = 1e-10  # smaller values, zero included, are drawn at the foot of the logarithmic axis
+
+STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "text.parse_math": False,  # names are data: a dollar sign in one must not start a formula
+    "svg.fonttype": "none",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#8896a0",
+    "grid.alpha": 0.3,
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
+}
+CHART = STYLE | {"font.size": 8, "axes.grid.axis": "y"}
+CHART |= dict.fromkeys(("axes.spines.left", "axes.spines.bottom", "xtick.bottom", "ytick.left"), False)
+
+# For pictures that become files, and for charts of a page: `with picture_style():` or `@picture_style()`.
+picture_style = partial(matplotlib.rc_context, STYLE)
+chart_style = partial(matplotlib.rc_context, CHART)
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as PNG, with what lies outside its axes."""
+    buffer = io.BytesIO()
+    metadata: Json = {"Software": None}  # no version of matplotlib in the file
+    figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight", pad_inches=0.2, metadata=metadata)
+    return buffer.getvalue()
+
+
+def svg(axes: Axes, label: str) -> Markup:
+    """The figure of `axes` as an element of a page; `label` describes it to who cannot see it.
+
+    Black becomes the page's text colour and white its background.
+    """
+    figure, buffer = cast(Figure, axes.figure), io.StringIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with matplotlib.rc_context({"svg.hashsalt": label}):  # ids are made of it, and differ between figures
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    # Groups have the same ids in every figure, and nobody reads the indentation.
+    text = re.sub(r' id="[^"]*_\d+"|(?<=\n) +', "", buffer.getvalue())
+    text = text.replace("#000000", "currentColor").replace("#ffffff", "var(--paper)")
+    body = text[text.index("</defs>") + len("</defs>") :]  # after the prolog and a style for all elements
+    width, height = 72 * figure.get_size_inches()
+    return Markup(f'<svg role="img" aria-label="{escape(label)}" viewBox="0 0 {width:g} {height:g}">{body}')
+
+
+def styles(count: int) -> list[Json]:
+    """How each of `count` curves is drawn; hollow and dashed where colours repeat."""
+    found = []
+    for index in range(count):
+        colour, repeats = COLOURS[index % len(COLOURS)], index >= len(COLOURS)
+        face, line = ("white", "--") if repeats else (colour, "-")
+        marker = MARKERS[index % len(MARKERS)]
+        found.append({"color": colour, "marker": marker, "markerfacecolor": face, "linestyle": line})
+    return found
+
+
+def plot_estimates(axes: Axes, xs: Iterable[float], estimates: Sequence[Estimate], **style: Any) -> None:
+    """A curve in % with its standard errors; it breaks where a value is undefined."""
+    values, errors = 100 * np.array(list(estimates), dtype=float).T  # None becomes NaN
+    axes.errorbar(list(xs), values, yerr=errors, capsize=2, elinewidth=1, **style)
+
+
+def start_at_zero(axes: Axes, least: float = 0.0) -> None:
+    """Sets the vertical axis from 0 to above what is drawn, and to `least` at least."""
+    axes.set_ylim(0, max(least, 1.03 * axes.get_ylim()[1]))
+
+
+@picture_style()
+def matrix_picture(retention: Mapping[str, Any], title: str) -> bytes:
+    """The accuracy matrix as PNG: base row first, own-stage cells outlined, general benchmarks set apart."""
+    rows, names, tasks = retention["rows"], names_of(retention), len(retention["tasks"])
+    lefts = {name: i + (GENERAL_GAP if i >= tasks else 0.0) for i, name in enumerate(names)}
+    width, height = max(lefts.values()) + 1, len(rows)
+    figure = Figure(figsize=(0.95 * width, 0.55 * height))  # inches; labels lie outside
+    axes = figure.add_axes((0, 0, 1, 1), frame_on=False)
+    axes.set(xlim=(-0.03, width + 0.03), ylim=(height + 0.03, -0.03))
+    axes.grid(False)
+    for top, row in enumerate(rows):
+        for name, left in lefts.items():
+            value, is_own = score_of(row, name).value, row["task"] == name
+            edge: Json = {"ec": OWN_COLOUR, "lw": 2.6, "zorder": 2} if is_own else {"ec": "white", "lw": 1.5}
+            colour = "#eeeeee" if value is None else HEAT(value)  # above 1 (captions) as 1
+            axes.add_patch(Rectangle((left, top), 1, 1, facecolor=colour, **edge))
+            axes.text(left + 0.5, top + 0.5, percent(value), ha="center", va="center", fontsize=12)
+    axes.tick_params(length=0, labelsize=11, labeltop=True, labelbottom=False)
+    slanted: Json = {"rotation": 35, "rotation_mode": "anchor", "ha": "left"}
+    axes.set_xticks([left + 0.4 for left in lefts.values()], [shorten(name, 28) for name in names], **slanted)
+    axes.set_yticks([top + 0.5 for top in range(height)], [shorten(stage_label(row), 28) for row in rows])
+    heading = f"{shorten(title, 40)}: score in % after each stage"
+    axes.set_title(heading, loc="left", fontsize=13, fontweight="bold", pad=12)
+    note = "outlined: the task learnt in that stage; -: not measured"
+    note += "; set apart: general benchmarks" if retention["general"] else ""
+    axes.annotate(note, (0, 0), (0, -8), "axes fraction", "offset points", va="top", fontsize=9.5)
+    return png(figure)
+
+
+def _chart(xlabel: str, height: float = 1.9) -> Axes:
+    axes = Figure(figsize=(3.6, height), layout="constrained").add_subplot(xlabel=xlabel)  # inches
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    return axes
+
+
+@chart_style()
+def score_chart(name: str, curves: Sequence[Sequence[Estimate]], own: int | None) -> Markup:
+    """Scores over the stages with their standard errors, one curve a run.
+
+    Args:
+        name: what the scores are of.
+        curves: a score for each stage, the base first.
+        own: the stage in which the task is learnt, marked by a line.
+    """
+    axes = _chart("after stage")
+    for curve, style in zip(curves, styles(len(curves)), strict=True):
+        plot_estimates(axes, range(len(curve)), curve, markersize=4, clip_on=False, **style)
+    if own is not None:
+        axes.axvline(own, color=OWN_COLOUR, linestyle="--", linewidth=1)
+    axes.xaxis.set_major_formatter(lambda x, _: "base" if x == 0 else f"{x:g}")
+    start_at_zero(axes, 100.0)  # captions score above 100
+    return svg(axes, f"score on {name}")
+
+
+@chart_style()
+def loss_chart(stage: str, curve: Sequence[Sequence[float]], highest: float) -> Markup:
+    """Training loss over the steps; `highest` is the top of the axis, so that stages compare."""
+    axes = _chart("step")
+    axes.plot(*thinned(curve).T, color=COLOURS[0])
+    axes.set_ylim(0, highest)
+    return svg(axes, f"training loss of stage {stage}")
+
+
+def thinned(curve: Sequence[Sequence[float]]) -> np.ndarray:
+    """At most LOSS_POINTS rows, each the mean of neighbouring ones."""
+    pieces = np.array_split(np.array(curve, dtype=float), min(len(curve), LOSS_POINTS))
+    return np.array([piece.mean(axis=0) for piece in pieces])
+
+
+@chart_style()
+def time_chart(seconds: pd.DataFrame) -> Markup:
+    """Seconds of each phase (columns), one bar a stage (index)."""
+    axes = _chart("seconds", 0.9 + 0.2 * len(seconds))
+    stages, ends = [shorten(stage, 20) for stage in seconds.index], seconds.cumsum(axis=1)
+    for phase, style in zip(seconds, styles(seconds.shape[1]), strict=True):
+        axes.barh(stages, seconds[phase], 0.7, ends[phase] - seconds[phase], color=style["color"])
+    axes.invert_yaxis()
+    axes.grid(False, axis="y")
+    axes.grid(True, axis="x")
+    return svg(axes, "seconds of each phase in each stage")
+
+
+# Quantities over depth: column of `module_frame` -> title and note. The modules of one depth are averaged; of
+# their leakage the largest is shown.
+PANELS = {
+    "k_w": ("k_w", "directions protected for the base's weights, mean"),
+    "k_f": ("k_f", "directions protected for learnt tasks, mean"),
+    "protected": ("protected share", "(k_w + k_f) / in_features, mean"),
+    "rank": ("rank", "directions the stage could train, mean"),
+    "lambda": ("lambda", "layer scale, mean"),
+    "leakage": ("max leakage", "||dW M|| / ||dW||, largest, log scale; dashed: the bound 1e-6"),
+}
+
+
+def module_frame(manifest: Mapping[str, Any]) -> pd.DataFrame:
+    """The modules of a stage by name, with the share of its inputs that each one must not answer."""
+    modules = pd.DataFrame(manifest["modules"]).set_index("name").rename_axis("module")
+    numbers = ["depth", "k_w", "k_f", "rank", "lambda", "leakage", "orthonormality_error"]
+    modules[numbers] = modules[numbers].astype(float)  # None becomes NaN
+    return modules.assign(protected=(modules["k_w"] + modules["k_f"]) / modules["in_features"])
+
+
+def over_depth(modules: pd.DataFrame, column: str) -> pd.DataFrame:
+    """A quantity by depth (index) and stage (columns); modules without a depth are left out."""
+    places = modules.groupby(["depth", "stage"], sort=False)[column]
+    return (places.max() if column == "leakage" else places.mean()).unstack().sort_index()
+
+
+@chart_style()
+def layer_chart(tower: str, column: str, modules: pd.DataFrame) -> Markup:
+    """A quantity over the depth of a tower, one curve a stage."""
+    axes, curves = _chart("depth"), over_depth(modules, column)
+    if column == "leakage":
+        curves = curves.clip(lower=LEAKAGE_FLOOR)
+        axes.axhline(LEAKAGE_BOUND, color=OWN_COLOUR, linestyle="--", linewidth=1)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:.0e}")
+    for stage, style in zip(curves, styles(curves.shape[1]), strict=True):
+        size = 4 if len(curves) <= MARKED_DEPTHS else 0
+        axes.plot(curves.index, curves[stage], markersize=size, clip_on=False, **style)
+    if column == "leakage":
+        axes.set_ylim(LEAKAGE_FLOOR, max(10 * LEAKAGE_BOUND, axes.get_ylim()[1]))
+    else:
+        start_at_zero(axes, 1.0 if column in ("lambda", "protected") else 0.0)
+    return svg(axes, f"{column} over the depth of the {tower} tower")
