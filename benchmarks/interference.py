@@ -24,7 +24,7 @@ import mllm_keeplora  # noqa: F401  # its guards come before the libraries they 
 from measure import energy
 from torch import Tensor
 
-from mllm_keeplora.commands.program import command
+from mllm_keeplora.command_line import command
 from mllm_keeplora.config import Tower
 from mllm_keeplora.continual.learning import read_stage_factors
 from mllm_keeplora.continual.run import Run

@@ -18,7 +18,7 @@ import torch
 from peft import load_peft_weights
 from torch import Tensor
 
-from mllm_keeplora.commands.program import command
+from mllm_keeplora.command_line import command
 from mllm_keeplora.continual.saved_run import load_run
 
 ERRORS = (0.1, 0.03, 0.01, 0.001)

@@ -376,10 +376,11 @@ def test_gpm_keeps_a_trained_update_out_of_the_protected_space(
 
 
 def test_interference_is_measured_where_gpm_leaves_none(
-    tiny_llava: Path, stream_file: Path, tmp_path: Path
+    tiny_llava: Path, stream_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What GPM protects holds eps_f of the past inputs' energy, so its update hardly answers them."""
     path = Path(__file__).resolve().parents[2] / "benchmarks/interference.py"
+    monkeypatch.syspath_prepend(str(path.parent))  # it imports its neighbours, as a script does
     spec = importlib.util.spec_from_file_location("interference", path)
     assert spec is not None and spec.loader is not None
     script = importlib.util.module_from_spec(spec)
@@ -388,11 +389,15 @@ def test_interference_is_measured_where_gpm_leaves_none(
     for method in ("gpm", "lora"):
         settings = config(tiny_llava, stream_file, tmp_path / method, method)
         # As many columns as the noise images have directions.
-        run_stream(replace(settings, probe=replace(settings.probe, columns_per_rank=64)))
-        first, second = script.stages_of(tmp_path / method / "run")
-        for tower, shares in script.measure(second, first).items():
-            reached[method, tower] = shares["reached"]
-            assert (shares["protected"] > 0.95) == (method == "gpm")
+        settings = replace(settings, probe=replace(settings.probe, columns_per_rank=64))
+        run_stream(settings)
+        with Run.open(settings) as run:
+            script.check_measurable(run)
+            measured = script.measure(run, 2)
+        assert list(measured) == [TASKS[0]]
+        for tower, shares in measured[TASKS[0]].items():
+            reached[method, tower] = shares.reached
+            assert (shares.protected > 0.95) == (method == "gpm")
     for tower in ("vision", "language"):
         assert reached["gpm", tower] < 0.4 * reached["lora", tower]
 
