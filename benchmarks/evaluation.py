@@ -119,9 +119,7 @@ def rows(options: Options) -> list[Row]:
         # The run has warmed this process up, and a fresh one has nothing to warm up.
         seconds = in_turns(ways, options.repeats, options.device, warm_up=False)
     if not inside.scores == fresh.scores == run.scores:
-        raise SystemExit(
-            f"the scores differ:\n{inside.scores} inside,\n{fresh.scores} fresh,\n{run.scores} in the run"
-        )
+        raise SystemExit(f"the scores differ:\n{inside.scores} inside,\n{fresh.scores} fresh,\n{run.scores} in the run")
     return [row(run, seconds)]
 
 
@@ -133,9 +131,7 @@ def row(run: CompleteRun, seconds: dict[str, list[float]]) -> Row:
         middle = statistics.median(seconds[name])
         return f"{middle:.1f} s, {questions / middle:.0f} questions/s"
 
-    start_up = (
-        f"; start-up {statistics.median(seconds['start-up']):.1f} s of it" if "start-up" in seconds else ""
-    )
+    start_up = f"; start-up {statistics.median(seconds['start-up']):.1f} s of it" if "start-up" in seconds else ""
     faster = ratio(seconds["fresh"], seconds["inside"])
     return Row(
         8,

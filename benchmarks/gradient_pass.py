@@ -146,9 +146,7 @@ def probe(model: Any, targets: Sequence[Target], batches: Sequence[Batch], colum
     return sketch_gradients(model, targets, every, lambda: batches, SEED)
 
 
-def running_means(
-    model: nn.Module, parameters: Sequence[nn.Parameter], batches: Sequence[Batch]
-) -> list[Tensor]:
+def running_means(model: nn.Module, parameters: Sequence[nn.Parameter], batches: Sequence[Batch]) -> list[Tensor]:
     """The public code's pass: full gradients, their running means over batches in the model's dtype."""
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -274,9 +272,7 @@ def time_row(options: Options) -> Row:
     }
     seconds = in_turns(ways, options.repeats, options.device)
     found = ratio(seconds["probe"], seconds["full"])
-    a_sample = {
-        way: milliseconds([s / (BATCHES * size.batch) for s in found_]) for way, found_ in seconds.items()
-    }
+    a_sample = {way: milliseconds([s / (BATCHES * size.batch) for s in found_]) for way, found_ in seconds.items()}
     return Row(
         number=2,
         what=f"gradient pass, time a sample, {size}",
@@ -335,17 +331,13 @@ class Task:
     def sketch(self, indices: Sequence[int], rank: int) -> Gradients:
         """Omega^T G [4 r, in] fp32."""
         columns = dict.fromkeys(self.bases, COLUMNS_PER_RANK * rank)
-        return sketch_gradients(
-            self.stage.run.model, self.stage.targets, columns, lambda: self.batches(indices), SEED
-        )
+        return sketch_gradients(self.stage.run.model, self.stage.targets, columns, lambda: self.batches(indices), SEED)
 
     def refine(self, sketches: Gradients, indices: Sequence[int]) -> Gradients:
         """The second pass over the same samples."""
         spans = {name: self.factor(name, sketch, len(sketch)) for name, sketch in sketches.items()}
         out_features = {t.name: t.out_features for t in self.stage.targets}
-        images = back_project_gradients(
-            self.stage.run.model, spans, out_features, lambda: self.batches(indices)
-        )
+        images = back_project_gradients(self.stage.run.model, spans, out_features, lambda: self.batches(indices))
         return {name: refined_directions(span, images[name]) for name, span in spans.items()}
 
     def factor(self, name: str, gradient: Tensor, rank: int) -> Tensor:
@@ -473,9 +465,7 @@ def sample_row(label: str, held: Mapping[int, Held]) -> Row:
     return Row(
         number=3,
         what=f"{label}: A (r = {RANKS[0]}) and feature basis from n samples",
-        ours="; ".join(
-            f"n {n}: A {held[n].factors}, features {held[n].features} by {held[n].directions}" for n in few
-        ),
+        ours="; ".join(f"n {n}: A {held[n].factors}, features {held[n].features} by {held[n].directions}" for n in few),
         beside=f"{reference} samples: 1 by {held[reference].directions} directions",
         result=f"both {ENOUGH} from {enough} samples on",
     )

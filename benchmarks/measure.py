@@ -239,9 +239,7 @@ def benchmark(description: str, rows: Callable[[Options], list[Row]]) -> None:
     parser = OptionParser(f"python benchmarks/{Path(sys.argv[0]).name}", description)
     parser.add_argument("--repeats", type=int, default=5, help="rounds that count (default: 5)")
     parser.add_argument("--threads", type=int, default=1, help="of torch on a CPU (default: 1)")
-    parser.add_argument(
-        "--quick", action="store_true", help="tiny sizes, one round: only shows that it works"
-    )
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, one round: only shows that it works")
     parser.add_argument("--json", type=Path, help="write the rows there, too")
     with command():
         given = parser.read(sys.argv[1:])

@@ -122,9 +122,7 @@ class Noise:
         asked = {"text": question, "answer": "w0"}
         records = {
             "train.json": [{"id": n, media: f, "conversations": turns} for n, f in enumerate(files)],
-            "test.json": [
-                {"question_id": n, media: f, **asked} for n, f in enumerate(files[: self.questions])
-            ],
+            "test.json": [{"question_id": n, media: f, **asked} for n, f in enumerate(files[: self.questions])],
         }
         for name, content in records.items():
             (root / name).write_text(json.dumps(content))
@@ -185,9 +183,7 @@ def _question(processor: Any, file: Path, length: int) -> str:
 
     words = 1 + length - tokens(1)
     if words < 1 or tokens(words) != length:
-        raise SystemExit(
-            f"--length {length} is too short: media, answer and template take {tokens(1)} tokens"
-        )
+        raise SystemExit(f"--length {length} is too short: media, answer and template take {tokens(1)} tokens")
     return " ".join(f"w{n % 100}" for n in range(words))
 
 

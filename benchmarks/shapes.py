@@ -171,14 +171,10 @@ def _random(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generat
     return dense.normal_(std=dense[0].numel() ** -0.5, generator=generator)
 
 
-def random_batch(
-    shape: Shape, size: int, length: int, device: torch.device, seed: int = 0
-) -> dict[str, Tensor]:
+def random_batch(shape: Shape, size: int, length: int, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
     """`size` samples of `length` tokens: an image, words, and at the end 16 supervised ones."""
     generator = torch.Generator().manual_seed(seed)
-    words = torch.randint(
-        len(SPECIAL), shape.vocabulary, (size, length - shape.image_tokens), generator=generator
-    )
+    words = torch.randint(len(SPECIAL), shape.vocabulary, (size, length - shape.image_tokens), generator=generator)
     image = torch.full((size, shape.image_tokens), SPECIAL.index("<image>"))
     input_ids = torch.cat([image, words], dim=1)
     labels = input_ids.clone()

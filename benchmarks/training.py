@@ -186,9 +186,7 @@ def rows_after_stages(options: Options, size: Size) -> list[Row]:
     beside = f"{megabytes(first.held_bytes())} + {megabytes(first.saved_bytes())}, no past"
     found = []
     for stages in STAGES:
-        steps: dict[str, Step] = {
-            form: Step(size, options.device, stages=stages, form=form) for form in FORMS
-        }
+        steps: dict[str, Step] = {form: Step(size, options.device, stages=stages, form=form) for form in FORMS}
         seconds = in_turns({"first": first, **steps}, options.repeats, options.device)
         for form in FORMS:
             step, times = steps[form], ratio(seconds[form], seconds["first"])

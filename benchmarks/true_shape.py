@@ -62,9 +62,7 @@ def true_shape(options: Namespace) -> Shape:
 
 def noise_of(options: Namespace) -> Noise:
     """A stream of one task whose samples have --length tokens."""
-    return Noise(
-        true_shape(options), options.length, options.samples, options.questions, family=options.family
-    )
+    return Noise(true_shape(options), options.length, options.samples, options.questions, family=options.family)
 
 
 def run_config(root: Path, options: Namespace, batch: int) -> RunConfig:

@@ -59,9 +59,7 @@ def remove_entries(cache: Path) -> None:
         entry.unlink()
 
 
-def measure(
-    ways: dict[str, Callable[[], Frames]], repeats: int, reset: Callable[[], None]
-) -> dict[str, list[float]]:
+def measure(ways: dict[str, Callable[[], Frames]], repeats: int, reset: Callable[[], None]) -> dict[str, list[float]]:
     """Seconds of every way in every round; the first round, with imports and page cache, is left out."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     reference: Frames | None = None

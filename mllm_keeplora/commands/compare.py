@@ -15,9 +15,7 @@ def main(argv: Sequence[str]) -> None:
     """The command line."""
     parser = OptionParser("keeplora compare", __doc__)
     parser.add_argument("runs", type=Path, nargs="+", help="directories of runs that are at their end")
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/comparison"), help="directory (default: %(default)s)"
-    )
+    parser.add_argument("--out", type=Path, default=Path("runs/comparison"), help="directory (default: %(default)s)")
     given = parser.read(argv)
 
     from mllm_keeplora.reports.comparison import PAGE, PICTURE, compare_runs, format_comparison

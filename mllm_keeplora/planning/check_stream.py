@@ -120,9 +120,7 @@ def check_stream(stream: Stream, checker: MediaChecker) -> Report:
         ),
         problems=tuple(problems),
         advice=tuple(_advice(stream, missing)),
-        notes=tuple(
-            _cache_notes(checker.reader, {p for f in files for p in f.videos} - damaged.keys(), sizes)
-        ),
+        notes=tuple(_cache_notes(checker.reader, {p for f in files for p in f.videos} - damaged.keys(), sizes)),
     )
 
 
@@ -204,9 +202,7 @@ def _problems_of_file(file: _DataFile, damaged: Mapping[Path, str]) -> Iterator[
     if bad:
         total = len(file.samples.keys() | bad.keys())
         details = (f"row {row}: {bad[row]}" for row in sorted(bad))
-        yield Problem(
-            file.spec.name, f"{file.path}: {len(bad)} of {total} records cannot be used", (*details,)
-        )
+        yield Problem(file.spec.name, f"{file.path}: {len(bad)} of {total} records cannot be used", (*details,))
 
 
 def _repetitions(file: _DataFile) -> Iterator[Problem]:
@@ -235,17 +231,13 @@ def _repeated(items: Iterable[tuple[int, object]]) -> list[tuple[int, int]]:
 
 def _overlap(spec: Spec, files: Sequence[_DataFile]) -> Iterator[Problem]:
     """Test questions that training shows too: the same file and the same words."""
-    shown = {
-        key: row for f in files if f.kind == "train" for row, s in f.samples.items() for key in _asked(s)
-    }
+    shown = {key: row for f in files if f.kind == "train" for row, s in f.samples.items() for key in _asked(s)}
     for file in files:
         if file.kind == "test":
             hits = [(row, shown[key]) for row, s in file.samples.items() for key in _asked(s) if key in shown]
             if hits:
                 details = (f"row {row} of the test is row {other} of the training" for row, other in hits)
-                title = (
-                    f"{file.path}: {len(hits)} questions are in the training file too (same media and words)"
-                )
+                title = f"{file.path}: {len(hits)} questions are in the training file too (same media and words)"
                 yield Problem(spec.name, title, (*details,), stops=False)
 
 
@@ -320,9 +312,7 @@ def _cache_notes(reader: VideoReader | None, clips: set[Path], sizes: Mapping[Pa
     decoded = len(clips) * sum(reader.read(path).frames.nbytes for path in sampled) // len(sampled)
     allowed = int(reader.config.cache_gb * 1e9)
     verdict = (
-        "all fit"
-        if decoded <= allowed
-        else f"{allowed / decoded:.0%} of them fit, the others are decoded every time"
+        "all fit" if decoded <= allowed else f"{allowed / decoded:.0%} of them fit, the others are decoded every time"
     )
     yield (
         f"{len(clips)} clips, {_bytes(sum(sizes.get(path, 0) for path in clips))}; decoded to "

@@ -81,9 +81,7 @@ def exact_gradients(model: Any, targets: list[Target], batch: dict[str, Tensor])
 def captured(residuals: dict[str, Tensor], factors: dict[str, Tensor]) -> float:
     """Energy of all residual gradients along the factors, over that of their leading directions, fraction."""
     held = sum(float((g @ factors[name].T).square().sum()) for name, g in residuals.items())
-    best = sum(
-        float(torch.linalg.svdvals(g)[: len(factors[name])].square().sum()) for name, g in residuals.items()
-    )
+    best = sum(float(torch.linalg.svdvals(g)[: len(factors[name])].square().sum()) for name, g in residuals.items())
     return held / best
 
 

@@ -43,6 +43,7 @@ from mllm_keeplora.modeling.adapters import (
     read_factors,
 )
 from mllm_keeplora.modeling.loss import IGNORED_LABEL
+from mllm_keeplora.planning.plan import make_plan
 from mllm_keeplora.probes.activations import sketch_inputs
 from mllm_keeplora.probes.gradients import GradientError
 from mllm_keeplora.runs.files import ArtifactError, load_tensors
@@ -110,9 +111,7 @@ def config(tiny_llava: Path, stream_file: Path, directory: Path, method: str, **
     )
 
 
-def open_stage(
-    settings: RunConfig, number: int = 1, accumulated: Factors | None = None
-) -> tuple[StageContext, Any]:
+def open_stage(settings: RunConfig, number: int = 1, accumulated: Factors | None = None) -> tuple[StageContext, Any]:
     """A stage as a run opens it, and the run; the run is let go of again, so that others may open it."""
     with Run.open(settings) as run:
         return run.stage_context(number, accumulated or {}), run
@@ -169,15 +168,29 @@ def assert_equal(found: Factors, expected: Factors) -> None:
 
 
 @pytest.mark.parametrize("method", sorted(COVERED))
-def test_two_stages(method: str, tiny_llava: Path, stream_file: Path, tmp_path: Path) -> None:
+def test_two_stages(
+    method: str, tiny_llava: Path, stream_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The run itself refuses a function changed at the start and an update that reaches what is protected."""
+    passes, probe_batches = [], StageContext.probe_batches
+    monkeypatch.setattr(
+        StageContext,
+        "probe_batches",
+        lambda stage, **sizes: passes.append(stage.number) or probe_batches(stage, **sizes),
+    )
     retention = run_stream(config(tiny_llava, stream_file, tmp_path, method))
     assert [set(row["scores"]) for row in retention["rows"]] == [set(TASKS)] * 3
     with Run.open(config(tiny_llava, stream_file, tmp_path, method)) as run:
         first, chosen = run.accumulated(1), run.method
         second = read_adapter(run.directory.adapter)
         assert_equal(run.accumulated(2), second)
-        manifest = run.history.manifests[2]
+        stages = run.history.manifests[1:]
+        manifest = stages[1]
+    planned = make_plan(config(tiny_llava, stream_file, tmp_path, method), memory_gb=1.0).work
+    for number, (work, found) in enumerate(zip(planned, stages, strict=True), start=1):
+        assert work.probe_passes == passes.count(number)
+        assert (work.samples, work.steps) == (found["counts"]["train_samples"], found["counts"]["steps"])
+        assert not found["counts"]["steps"] or work.probe_samples == len(found["probe_indices"])
     adapter = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
     assert (adapter["rank_pattern"], adapter["alpha_pattern"]) == ({}, {})
     assert adapter["lora_alpha"] == adapter["r"] == len(next(iter(second.values()))[0])
@@ -482,9 +495,7 @@ def test_ewc_pulls_back_to_the_past_in_proportion_to_its_fisher_information() ->
     assert torch.equal(gradient, torch.tensor([0.0, 14.0, 0.0]))
 
 
-def test_ewc_adds_up_the_information_of_past_tasks(
-    tiny_llava: Path, stream_file: Path, tmp_path: Path
-) -> None:
+def test_ewc_adds_up_the_information_of_past_tasks(tiny_llava: Path, stream_file: Path, tmp_path: Path) -> None:
     run_stream(config(tiny_llava, stream_file, tmp_path, "ewc"))
     first, second = (
         load_tensors(tmp_path / "run/stages" / d / "rehearsal.safetensors") for d in ("01-first", "02-second")
@@ -494,9 +505,7 @@ def test_ewc_adds_up_the_information_of_past_tasks(
     assert any((second[name] > first[name]).any() for name in first)
 
 
-def test_a_continuing_method_starts_where_the_past_ended(
-    tiny_llava: Path, stream_file: Path, tmp_path: Path
-) -> None:
+def test_a_continuing_method_starts_where_the_past_ended(tiny_llava: Path, stream_file: Path, tmp_path: Path) -> None:
     """The scale that folding put into B is taken out again: start * scale is the past."""
     stage, run = open_stage(config(tiny_llava, stream_file, tmp_path, "lora_throughout"), 2)
     model = stage_adapter(stage.run.model)
@@ -525,9 +534,7 @@ def test_lines_scales_what_was_learnt_not_how(tiny_llava: Path, stream_file: Pat
         assert gamma <= share <= 1.0
 
 
-def test_replay_adds_a_share_of_every_earlier_task(
-    tiny_llava: Path, stream_file: Path, tmp_path: Path
-) -> None:
+def test_replay_adds_a_share_of_every_earlier_task(tiny_llava: Path, stream_file: Path, tmp_path: Path) -> None:
     settings = config(tiny_llava, stream_file, tmp_path, "replay", share=0.5)
     (first, _), (second, _) = open_stage(settings, 1), open_stage(settings, 2)
     own = [s.id for s in second.run.task_samples("second")]
@@ -542,9 +549,7 @@ def test_joint_training_sees_all_tasks_for_the_steps_of_all(
     tiny_llava: Path, stream_file: Path, tmp_path: Path
 ) -> None:
     stage, run = open_stage(config(tiny_llava, stream_file, tmp_path, "joint"))
-    assert {s.image for s in stage.samples} == {
-        s.image for task in TASKS for s in stage.run.task_samples(task)
-    }
+    assert {s.image for s in stage.samples} == {s.image for task in TASKS for s in stage.run.task_samples(task)}
     assert stage.train.max_steps == 2 * 3
     epochs = replace(stage.run.config.train, max_steps=-1)
     assert run.method.train_config(stage.run, epochs).max_steps == -1

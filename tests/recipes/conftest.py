@@ -24,9 +24,7 @@ TRAIN, TEST = 64, 20
 def built_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded stream's data, built by its own script."""
     root = tmp_path_factory.mktemp("built") / "embedded"
-    subprocess.run(
-        [sys.executable, "recipes/small/build_vqa_data.py", "--out", str(root)], cwd=ROOT, check=True
-    )
+    subprocess.run([sys.executable, "recipes/small/build_vqa_data.py", "--out", str(root)], cwd=ROOT, check=True)
     return root
 
 

@@ -103,9 +103,7 @@ def test_chat_gives_the_evaluated_reply(finished: VideoRecipe) -> None:
 def test_the_export_answers_like_the_run(finished: VideoRecipe, tmp_path: Path) -> None:
     out = tmp_path / "merged"
     command = [*KEEPLORA, "export", str(finished.run_dir), "--out", str(out)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=finished.environment(), capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, cwd=ROOT, env=finished.environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     difference = json.loads((out / "export.json").read_text())
     assert difference["questions"] == TEST
@@ -120,9 +118,7 @@ def spoil(recipe: VideoRecipe, root: Path) -> VideoRecipe:
     return replace(recipe, data_root=root)
 
 
-def test_a_damaged_clip_is_refused_with_its_row_before_anything_runs(
-    fresh: VideoRecipe, tmp_path: Path
-) -> None:
+def test_a_damaged_clip_is_refused_with_its_row_before_anything_runs(fresh: VideoRecipe, tmp_path: Path) -> None:
     broken = spoil(fresh, tmp_path / "spoilt")
     done = broken.run()
     assert done.returncode == 2, done.stderr
@@ -133,9 +129,7 @@ def test_a_damaged_clip_is_refused_with_its_row_before_anything_runs(
     assert not (broken.run_dir / "stages").exists()
 
 
-def test_a_damaged_clip_is_left_out_and_counted_where_that_is_asked_for(
-    fresh: VideoRecipe, tmp_path: Path
-) -> None:
+def test_a_damaged_clip_is_left_out_and_counted_where_that_is_asked_for(fresh: VideoRecipe, tmp_path: Path) -> None:
     broken = replace(spoil(fresh, tmp_path / "spoilt"), tasks=VIDEO_TASKS[1:])
     done = broken.run("--on_bad_record", "skip", "--evaluation.limit", "2", "--train.max_steps", "2")
     assert done.returncode == 0, done.stderr
@@ -150,9 +144,7 @@ def test_accelerate_launch_runs_the_recipe_with_loader_workers(fresh: VideoRecip
     command = short.command(*arguments, "--video.cache_gb", "0")
     # The command itself, as a user types it: it imports torchvision before any code of ours.
     launched = [str(Path(command[0]).with_name("accelerate")), "launch", *command[1:]]
-    done = subprocess.run(
-        launched, cwd=ROOT, env=short.environment(), capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(launched, cwd=ROOT, env=short.environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert [row["task"] for row in short.retention()["rows"]] == [None, "drift"]
 

@@ -126,9 +126,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, bool]] = {
         True,
     ),
     "a wrong key": (
-        lambda r: change(
-            r / "birds/train.json", lambda x: x[2].update(conversation=x[2].pop("conversations"))
-        ),
+        lambda r: change(r / "birds/train.json", lambda x: x[2].update(conversation=x[2].pop("conversations"))),
         "row 3: no question: .*found 'id', 'image', 'conversation'",
         True,
     ),
@@ -158,9 +156,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, bool]] = {
         False,
     ),
     "an overlap": (
-        lambda r: change(
-            r / "birds/test.json", lambda x: x[1].update(image="3.png", text="Which is number 3?")
-        ),
+        lambda r: change(r / "birds/test.json", lambda x: x[1].update(image="3.png", text="Which is number 3?")),
         "1 questions are in the training file too.*row 2 of the test is row 4 of the training",
         False,
     ),
@@ -252,9 +248,7 @@ def test_decoded_clips_are_set_against_the_cache(root: Path) -> None:
 
 
 @pytest.mark.parametrize("spelling", ["data_root={}", "--data_root={}", "--data_root {}"])
-def test_the_command_line(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], spelling: str
-) -> None:
+def test_the_command_line(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], spelling: str) -> None:
     path = write_stream(root)
     arguments = [str(path), *spelling.format(root).split(), f"cache_dir={tmp_path / 'cache'}"]
     assert main(["check", *arguments]) == 0

@@ -71,9 +71,7 @@ def test_a_missing_config_file_is_named(tmp_path: Path) -> None:
         parse_config("test", tmp_path / "nowhere.yaml", [])
 
 
-def test_help_lists_every_setting_with_its_default(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_help_lists_every_setting_with_its_default(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         parse(tmp_path, "seed: 0", "--help")
     text = re.sub(r"\s+", " ", capsys.readouterr().out)

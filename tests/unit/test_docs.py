@@ -149,11 +149,7 @@ def keeplora_commands(text: str) -> Iterator[tuple[str, list[str]]]:
     """The subcommand and the words behind it, of every command that ends up in `keeplora`."""
     for words in commands(text):
         for position, word in enumerate(words):
-            name = (
-                words[position + 1]
-                if word == "keeplora" and words[position + 1 :]
-                else SAME_AS.get(Path(word).name)
-            )
+            name = words[position + 1] if word == "keeplora" and words[position + 1 :] else SAME_AS.get(Path(word).name)
             if name is not None and not name.startswith("-"):
                 yield name, words[position + 1 + (word == "keeplora") :]
                 break
@@ -186,9 +182,7 @@ def test_keeplora_commands_and_their_options_exist(path: Path) -> None:
 def test_options_of_other_programs_exist(path: Path) -> None:
     """Of benchmarks and studies: the program's source has the option."""
     for words in commands(current(path)):
-        script = next(
-            (w for w in words if re.match(r"benchmarks/\w+\.py$|mllm_keeplora\.studies\.", w)), None
-        )
+        script = next((w for w in words if re.match(r"benchmarks/\w+\.py$|mllm_keeplora\.studies\.", w)), None)
         if script is None:
             continue
         file = (
@@ -243,9 +237,7 @@ def test_no_document_names_a_place_of_one_machine(path: Path) -> None:
 def test_lines_are_short(path: Path) -> None:
     """Tables cannot be broken, and neither can lines of JSON."""
     text = re.sub(r"^```json\n.*?^```", "", path.read_text(), flags=re.S | re.M)
-    long = [
-        line for line in text.splitlines() if len(line) > LONGEST_LINE and not line.lstrip().startswith("|")
-    ]
+    long = [line for line in text.splitlines() if len(line) > LONGEST_LINE and not line.lstrip().startswith("|")]
     assert not long, f"{path.name}: {long[0]}"
 
 
@@ -294,9 +286,7 @@ def test_every_package_has_a_page_of_its_api() -> None:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The site, built with warnings as errors."""
-    pytest.importorskip(
-        "mkdocs", reason="the site needs mkdocs-material and mkdocstrings, which `.[dev]` has"
-    )
+    pytest.importorskip("mkdocs", reason="the site needs mkdocs-material and mkdocstrings, which `.[dev]` has")
     pytest.importorskip("mkdocstrings_handlers.python", reason="mkdocstrings[python] is not installed")
     folder = tmp_path_factory.mktemp("site")
     built = subprocess.run(

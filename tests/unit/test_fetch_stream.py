@@ -96,9 +96,7 @@ class _Handler(BaseHTTPRequestHandler):
         whole = not cut or self.command == "HEAD" or len(data) <= CUT
         self._answer(206 if asked else 200, data[start:], headers, None if whole else max(0, CUT - start))
 
-    def _answer(
-        self, status: int, body: bytes, headers: dict[str, str] | None = None, only: int | None = None
-    ) -> None:
+    def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None, only: int | None = None) -> None:
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(name, value)
@@ -219,9 +217,7 @@ def test_a_dropped_connection_is_continued_where_it_stopped(online: Hub, tmp_pat
 def test_after_a_broken_download_only_what_is_missing_is_loaded(online: Hub, tmp_path: Path) -> None:
     stream = load(tmp_path)
     online.mode = "broken"
-    with pytest.raises(
-        FetchError, match=r"somebody/birds.*have arrived are kept.*run the same command again"
-    ):
+    with pytest.raises(FetchError, match=r"somebody/birds.*have arrived are kept.*run the same command again"):
         fetch_stream(stream)
     assert not (tmp_path / "data/birds").exists()
     online.mode = "sound"

@@ -81,9 +81,7 @@ def test_public_names_are_documented(path: Path) -> None:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
             nested = any(
-                node in ast.walk(f) and node is not f
-                for f in ast.walk(tree)
-                if isinstance(f, ast.FunctionDef)
+                node in ast.walk(f) and node is not f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef)
             )
             assert nested or ast.get_docstring(node), f"{path.name}: {node.name} has no docstring"
 
@@ -96,9 +94,7 @@ def test_nothing_is_pickled(path: Path) -> None:
 
 
 SHIPPED = [
-    p
-    for top in (PACKAGE, *(ROOT / f for f in ("recipes", "eval", "studies", "benchmarks")))
-    for p in top.rglob("*.py")
+    p for top in (PACKAGE, *(ROOT / f for f in ("recipes", "eval", "studies", "benchmarks"))) for p in top.rglob("*.py")
 ]
 
 

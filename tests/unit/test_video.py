@@ -111,9 +111,7 @@ FAITHFUL: dict[str, Make] = {
 
 
 @pytest.mark.parametrize("name", FAITHFUL)
-def test_backends_agree_bit_for_bit(
-    name: str, plain: Path, tmp_path: Path, readers: dict[str, VideoReader]
-) -> None:
+def test_backends_agree_bit_for_bit(name: str, plain: Path, tmp_path: Path, readers: dict[str, VideoReader]) -> None:
     path = FAITHFUL[name](plain, tmp_path / "clip.mp4")
     read = {backend: reader.read(path) for backend, reader in readers.items()}
     np.testing.assert_array_equal(read["decord"].frames, read["pyav"].frames)
@@ -446,9 +444,7 @@ def test_without_decord_pyav_decodes(plain: Path, tmp_path: Path, monkeypatch) -
     (tmp_path / "decord.py").write_text("raise ImportError('no wheel')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     np.testing.assert_array_equal(VideoReader(_config(), None).read(plain).frames, expected.frames)
-    with pytest.raises(
-        VideoError, match="not decoded by decord: ImportError: no wheel.*set video.backend: pyav"
-    ):
+    with pytest.raises(VideoError, match="not decoded by decord: ImportError: no wheel.*set video.backend: pyav"):
         VideoReader(_config(backend="decord"), None).read(plain)
 
 
@@ -566,9 +562,7 @@ def test_no_decoder_outlives_its_parent(state: str, plain: Path, tmp_path: Path,
         "    time.sleep(0.3)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert _gone(int(done.stdout), seconds=4.0)
 
@@ -607,9 +601,7 @@ def test_threads_may_read_at_once(plain: Path) -> None:
     reader = VideoReader(_config(), None)
     expected = reader.read(plain).frames
     found: list[Clip] = []
-    threads = [
-        threading.Thread(target=lambda: found.extend(reader.read(plain) for _ in range(5))) for _ in range(4)
-    ]
+    threads = [threading.Thread(target=lambda: found.extend(reader.read(plain) for _ in range(5))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -683,9 +675,7 @@ def test_a_damaged_entry_is_decoded_again_and_replaced(damage: str, plain: Path,
 
 
 def test_the_cache_stays_within_its_bound(tmp_path: Path, folder: Path) -> None:
-    paths = [
-        clips.write_clip(folder / f"{seed}.mp4", clips.moving_frames(8, 32, 32, seed)) for seed in range(12)
-    ]
+    paths = [clips.write_clip(folder / f"{seed}.mp4", clips.moving_frames(8, 32, 32, seed)) for seed in range(12)]
     limit = 4.5 * 8 * 32 * 32 * 3
     readers = [VideoReader(_config(cache_gb=limit / 1e9), tmp_path) for _ in range(2)]
     decoded = {path: readers[0].read(path).frames.copy() for path in paths}

@@ -331,9 +331,7 @@ def _take(clip: _Clip, indices: Sequence[int], total: int) -> Frames:
             break
     if wanted or frames is None:
         missing = [indices[place] for place in wanted.values()]
-        raise Refused(
-            f"is damaged: no picture for {len(missing)} frames (the first is {missing[0]} of {total})"
-        )
+        raise Refused(f"is damaged: no picture for {len(missing)} frames (the first is {missing[0]} of {total})")
     return frames
 
 
