@@ -148,6 +148,7 @@ def score_chart(name: str, curves: Sequence[Sequence[Estimate]], own: int | None
     axes = _chart("after stage")
     for curve, style in zip(curves, styles(len(curves)), strict=True):
         plot_estimates(axes, range(len(curve)), curve, markersize=4, clip_on=False, **style)
+    axes.set_xlim(-0.25, len(curves[0]) - 0.75)  # whole, though the base was not measured
     if own is not None:
         axes.axvline(own, color=OWN_COLOUR, linestyle="--", linewidth=1)
     axes.xaxis.set_major_formatter(lambda x, _: "base" if x == 0 else f"{x:g}")
