@@ -21,7 +21,7 @@ _HOME = {
     "Run": "continual.run",
     "RunConfig": "config",
     "load_run": "continual.saved_run",
-    "run_stream": "continual.run",
+    "run_stream": "continual.run_stream",
 }
 __all__ = list(_HOME)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm_keeplora.command_line import read_settings, settings_parser
-from mllm_keeplora.config import ConfigError, ModelConfig, VideoConfig, parse_config
+from mllm_keeplora.config import ConfigError, ModelConfig, VideoConfig, flatten, parse_config
 from mllm_keeplora.linalg.energy import check_energy
 
 DEFAULT_RECIPE = "recipes/configs/vqa/small.yaml"
@@ -76,9 +76,7 @@ def parse_analysis(argv: Sequence[str], description: str | None = None) -> Analy
     parser.set_defaults(_defaults(None, DEFAULT_RECIPE))
     given = read_settings(parser, argv)
     if given.run and given.config:
-        raise ConfigError(
-            "--config and --run were both given; a run brings its own settings: leave --config out"
-        )
+        raise ConfigError("--config and --run were both given; a run brings its own settings: leave --config out")
     parser.set_defaults(_defaults(given.run, given.config or DEFAULT_RECIPE))
     values = read_settings(parser, argv)
     return AnalysisConfig(**{f.name: getattr(values, f.name) for f in fields(AnalysisConfig)})
@@ -87,15 +85,14 @@ def parse_analysis(argv: Sequence[str], description: str | None = None) -> Analy
 def _defaults(run: str | None, recipe: str) -> dict[str, Any]:
     """What the run, or else the recipe, says of the model and of what it is asked."""
     if run is None:
-        config = parse_config("", Path(recipe), ["--config", recipe])
+        config = parse_config(None, Path(recipe), ["--config", recipe])
     else:
-        from mllm_keeplora.continual.saved_run import load_run
+        from mllm_keeplora import load_run
 
         saved = load_run(run)
         _ = saved.adapter  # says what is wrong with a run that has none
         config = saved.config
     taken = {name: getattr(config, name) for name in ("stream", "data_root", "cache_dir")}
-    for group in ("model", "video"):
-        taken |= {f"{group}.{name}": value for name, value in asdict(getattr(config, group)).items()}
+    taken |= flatten({"model": asdict(config.model), "video": asdict(config.video)})
     taken["batch_size"] = config.evaluation.batch_size
     return taken if run is None else {**taken, "out": str(Path(run) / "analysis")}

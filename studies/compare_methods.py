@@ -26,20 +26,17 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--collect", action="store_true", help="run nothing, write results of complete runs")
     given = parser.read(argv)
 
-    from mllm_keeplora.config import parse_config
-    from mllm_keeplora.distributed.processes import start_processes
     from mllm_keeplora.recipes.small.streams import draw_small_stream
-    from mllm_keeplora.resources import find
-    from mllm_keeplora.studies.methods import jobs_of, load_study, run_study, write_results
+    from mllm_keeplora.studies.methods import config_of, jobs_of, load_study, run_study
+    from mllm_keeplora.studies.results import write_results
 
     shipped = STUDIES if given.all else STUDIES[:1]
     for path in [given.study] if given.study else shipped:
-        study = load_study(find(path))
+        study = load_study(Path(path))
         if not given.collect:
             jobs = jobs_of(study, given.all, given.only)
-            start_processes(cpu=False)
-            recipe = parse_config(None, Path(study.recipe), [])
-            draw_small_stream(recipe.stream, recipe.data_root)
+            config = config_of(study, study.reference, {})
+            draw_small_stream(config.stream, config.data_root)
             run_study(study, jobs)
         print(f"{write_results(study)}\nresults: {study.results}")
 

@@ -1,38 +1,41 @@
-"""Methods x seeds on one stream: runs, a learning rate per method, paired statistics.
+"""Methods x seeds on one stream: a learning rate for each method, then runs under several seeds.
 
-A study is a YAML file (recipes/studies). Every run is an ordinary run of `run_stream`, so it can be killed,
-continued and looked at like any other. One process runs them one after the other.
+    for every arm and seed:    chosen = tune(arm)      on records held out from training
+                               run(arm, seed, chosen)
+    mllm_keeplora.studies.results: collect the runs, test the arms against the reference, write the tables
+
+A study is a YAML file (recipes/studies). Its runs are ordinary ones: each can be killed, continued and looked
+at like any other. One process makes them one after the other.
 """
 
 import logging
-import math
-import platform
-import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
-from scipy import stats
 
-from mllm_keeplora.config import ConfigError, RunConfig, parse_config
-from mllm_keeplora.continual.run import PACKAGES, run_stream
-from mllm_keeplora.data.stream import TaskSpec, load_stream
-from mllm_keeplora.reports.comparison import Run, draw_comparison, grouped
-from mllm_keeplora.reports.page import write_atomically
-from mllm_keeplora.runs.files import read_json, replaced_directory, sha256_file, write_json
-from mllm_keeplora.runs.manifests import SCHEMA_VERSION
+from mllm_keeplora import RunConfig, load_run, run_stream
+from mllm_keeplora.config import ConfigError, parse_config
+from mllm_keeplora.continual.saved_run import SavedRun
+from mllm_keeplora.data.stream import Stream, TaskSpec, load_stream
+from mllm_keeplora.resources import find
+from mllm_keeplora.runs.files import read_json, replaced_directory, write_json
+from mllm_keeplora.runs.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
 
 Settings = dict[str, Any]  # dotted name of a run's setting -> value
 Arms = dict[str, Settings]  # name in tables -> what differs from the recipe
 
-METRICS = ("mft", "last", "bwt", "general")
+RATE = "train.learning_rate"
+
+
+# --------------------------------------------------------------------------------------------------
+# what a study is
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Study:
         tuning: learning rates; None keeps the recipe's.
         candidates: arm -> settings that it chooses among as well, at its learning rate, on the same split.
         more_methods: further methods.
-        ablations: changes of the reference, at its learning rate.
+        ablations: changes of the reference, which keep what was tuned for it.
     """
 
     recipe: str
@@ -89,28 +92,26 @@ class Study:
     def __post_init__(self) -> None:
         if self.reference not in self.methods:
             raise ConfigError(f"reference {self.reference!r} is none of methods: {', '.join(self.methods)}")
-        twice = [n for n in {**self.more_methods, **self.ablations} if n in self.methods]
-        if twice or set(self.more_methods) & set(self.ablations):
-            raise ConfigError(f"two arms of the study have one name: {', '.join(twice)}")
+        names = [*self.methods, *self.more_methods, *self.ablations]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ConfigError(f"two arms of the study have one name: {', '.join(sorted(twice))}")
         for name in self.candidates:
             if name not in {**self.methods, **self.more_methods} or self.tuning is None:
-                raise ConfigError(
-                    f"candidates of {name!r}: no method of the study, or a study without tuning"
-                )
+                raise ConfigError(f"candidates of {name!r}: no method of the study, or a study without tuning")
         for name in ("seeds", "more_seeds"):
             seeds = getattr(self, name)
             if len(set(seeds)) != len(seeds) or len(seeds) < 2:
                 raise ConfigError(f"{name} must be at least two different numbers, got {seeds}")
 
-    def arm(self, name: str) -> Settings:
-        """What an arm changes; an ablation changes the reference."""
-        if name in self.ablations:
-            return {**self.methods[self.reference], **self.ablations[name]}
-        return {**self.methods, **self.more_methods}[name]
+    @property
+    def arms(self) -> Arms:
+        """What each arm changes in the recipe; an ablation changes it in the reference's settings."""
+        reference = self.methods[self.reference]
+        ablations = {name: {**reference, **change} for name, change in self.ablations.items()}
+        return {**self.methods, **self.more_methods, **ablations}
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """One run of a study."""
 
     arm: str
@@ -126,7 +127,7 @@ def load_study(path: Path) -> Study:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Study)
     try:
-        values = parser.instantiate(parser.parse_object(yaml.safe_load(path.read_text())))
+        values = parser.instantiate(parser.parse_object(yaml.safe_load(find(path).read_text())))
     except OSError as error:
         raise ConfigError(f"cannot read the study {path}: {error}") from error
     except (ArgumentError, yaml.YAMLError, TypeError) as error:
@@ -135,21 +136,26 @@ def load_study(path: Path) -> Study:
 
 
 def jobs_of(study: Study, everything: bool, only: Sequence[str] = ()) -> list[Job]:
-    """The runs asked for, seed by seed, so that an interrupted study has seeds of every arm.
+    """The runs asked for, seed by seed, so that an interrupted study has the first seeds of every arm.
+
+    Args:
+        study: whose runs.
+        everything: the further methods and the ablations too.
+        only: these arms in place of the default set.
 
     Raises:
         ConfigError: an arm that the study does not have.
     """
-    arms = {name: study.seeds for name in study.methods}
-    further = dict.fromkeys([*study.more_methods, *study.ablations], study.more_seeds)
-    unknown = [name for name in only if name not in {**arms, **further}]
-    if unknown:
-        raise ConfigError(f"the study has no arm {unknown[0]!r}; it has {', '.join({**arms, **further})}")
-    chosen = {n: s for n, s in {**arms, **further}.items() if n in only} if only else arms
-    if everything:
-        chosen = {**chosen, **further}
-    order = list(dict.fromkeys([*study.more_seeds, *study.seeds]))
-    return [Job(name, seed) for seed in order for name, seeds in chosen.items() if seed in seeds]
+    if unknown := [name for name in only if name not in study.arms]:
+        raise ConfigError(f"the study has no arm {unknown[0]!r}; it has {', '.join(study.arms)}")
+    chosen = {*(only or study.methods), *(study.arms.keys() - study.methods.keys() if everything else ())}
+    seeds = {arm: study.seeds if arm in study.methods else study.more_seeds for arm in study.arms}
+    order = dict.fromkeys([*study.more_seeds, *study.seeds])
+    return [Job(arm, seed) for seed in order for arm in study.arms if arm in chosen and seed in seeds[arm]]
+
+
+# --------------------------------------------------------------------------------------------------
+# what a study does
 
 
 def run_study(study: Study, jobs: Sequence[Job]) -> None:
@@ -160,94 +166,94 @@ def run_study(study: Study, jobs: Sequence[Job]) -> None:
     """
     for number, job in enumerate(jobs, 1):
         logger.info(f"run {number} of {len(jobs)}: {job.arm}, seed {job.seed}")
-        rate = learning_rate(study, job.arm)
-        settings = best_candidate(study, job.arm, rate)
-        _run(_config(study, job.arm, job.seed, run_directory(study, job), rate, **settings))
+        place = {"run_dir": run_directory(study, job), "seed": job.seed}
+        _retention_of(config_of(study, job.arm, {**tune(study, job.arm), **place}))
+
+
+def tune(study: Study, arm: str) -> Settings:
+    """What the held-out records choose for an arm: its learning rate, then the best candidate at that rate.
+
+    The highest Last wins. Of equals it is the smaller rate, and the arm's own settings before a candidate's.
+    An ablation keeps what was chosen for the reference.
+    """
+    if study.tuning is None:
+        return {}
+    method = study.reference if arm in study.ablations else arm
+    score = partial(_held_out_score, study, study.tuning, method)
+    rates, candidates = choices(study, method)
+    rate = max(rates, key=score)  # the first of equals
+    return max([rate, *({**rate, **candidate} for candidate in candidates)], key=score)
+
+
+def choices(study: Study, method: str) -> tuple[list[Settings], list[Settings]]:
+    """The rates, rising, and the candidates that a method is tuned over; a rate of its own stands alone."""
+    if study.tuning is None:
+        return [], []
+    own = study.arms[method].get(RATE)
+    rates = sorted(study.tuning.learning_rates) if own is None else [own]
+    return [{RATE: rate} for rate in rates], study.candidates.get(method, [])
+
+
+def choice_name(choice: Settings) -> str:
+    """What a choice is called in results: its rate, or the settings of its candidate in YAML's flow style."""
+    candidate = {name: value for name, value in choice.items() if name != RATE}
+    return _yaml(candidate) if candidate else f"{choice[RATE]:g}"
+
+
+def _held_out_score(study: Study, tuning: Tuning, method: str, choice: Settings) -> float:
+    """Last after the split's tasks, a fraction; of the run that is there, or made now."""
+    split = held_out_stream(Path(config_of(study, method, {}).stream), tuning)
+    place = {"run_dir": tuning_directory(study, method, choice), "seed": tuning.seed}
+    data = {"stream": split, "data_root": "."}
+    retention = _retention_of(config_of(study, method, {**choice, **place, **data}))
+    return float(retention["metrics"]["last"])
+
+
+def config_of(study: Study, arm: str, chosen: Settings) -> RunConfig:
+    """A run's settings: the recipe's; over them the study's, the arm's, what was chosen, the ablation's.
+
+    Raises:
+        ConfigError: a setting that a run does not have or take.
+    """
+    settings = {**study.settings, **study.arms[arm], **chosen, **study.ablations.get(arm, {})}
+    argv = [part for name, value in settings.items() for part in (f"--{name}", _yaml(value))]
+    return parse_config(None, Path(study.recipe), ["--config", study.recipe, *argv])
+
+
+def _retention_of(config: RunConfig) -> dict[str, Any]:
+    """The accuracy matrix of a run, made or continued unless the run is complete under these settings."""
+    found = complete_run(Path(config.run_dir))
+    return run_stream(config) if found is None or found.config != config else found.retention
+
+
+def complete_run(directory: Path) -> SavedRun | None:
+    """The run, where one has come to its end."""
+    return load_run(directory) if RunDirectory(directory).retention.exists() else None
 
 
 def run_directory(study: Study, job: Job) -> Path:
     """Where a job's run writes."""
-    return Path(study.runs) / _slug(job.arm) / f"seed_{job.seed}"
+    return Path(study.runs) / _file_name(job.arm) / f"seed_{job.seed}"
 
 
-def _slug(name: str) -> str:
-    words = "".join(c if c.isalnum() or c in ".-" else "_" for c in name.replace("+", "p"))
-    return words.strip("_")
+def tuning_directory(study: Study, method: str, choice: Settings) -> Path:
+    """Where the run of a choice on the held-out split writes."""
+    return Path(study.runs) / _file_name(method) / f"tuning_{_file_name(choice_name(choice))}"
 
 
-def _config(
-    study: Study, arm: str, seed: int, directory: Path, rate: float | None, **extra: Any
-) -> RunConfig:
-    settings = {**study.settings, **study.arm(arm), **extra, "run_dir": directory, "seed": seed}
-    if rate is not None and "train.learning_rate" not in study.arm(arm):
-        settings["train.learning_rate"] = rate
-    argv = [part for name, value in settings.items() for part in (f"--{name}", _argument(value))]
-    return parse_config("", Path(study.recipe), ["--config", study.recipe, *argv])
+def _file_name(text: str) -> str:
+    return "".join(c if c.isalnum() or c in ".-" else "_" for c in text.replace("+", "p")).strip("_")
 
 
-def _argument(value: Any) -> str:
-    return (
-        str(value)
-        if isinstance(value, str | Path)
-        else yaml.safe_dump(value, default_flow_style=True).split("\n")[0]
-    )
+def _yaml(value: Any) -> str:
+    """A setting as the command line takes it, on one line."""
+    if isinstance(value, str | Path):
+        return str(value)
+    return str(yaml.safe_dump(value, default_flow_style=True, width=float("inf"))).splitlines()[0]
 
 
-def _run(config: RunConfig) -> dict[str, Any]:
-    """`retention.json` of a run, which is made or continued unless it is complete under these settings."""
-    finished, settings = Path(config.run_dir, "retention.json"), Path(config.run_dir, "config.json")
-    if finished.exists() and settings.exists() and read_json(settings) == asdict(config):
-        return dict(read_json(finished))
-    return run_stream(config)
-
-
-def learning_rate(study: Study, arm: str) -> float | None:
-    """The candidate with the highest Last on held-out training records; ties go to the smaller one.
-
-    An ablation has the reference's, and what does not learn has the first. An arm's own setting goes before.
-    """
-    if study.tuning is None:
-        return None
-    scores = tuning_scores(study, study.reference if arm in study.ablations else arm)
-    return max(sorted(scores), key=lambda rate: scores[rate])
-
-
-def tuning_scores(study: Study, arm: str) -> dict[float, float]:
-    """Candidate -> Last after the split's tasks, a fraction; runs what is missing."""
-    tuning = study.tuning
-    if tuning is None:
-        return {}
-    base = _config(study, arm, tuning.seed, Path(), None)
-    stream = held_out_stream(Path(base.stream), tuning)
-    scores = {}
-    for rate in tuning.learning_rates if base.method != "zero_shot" else tuning.learning_rates[:1]:
-        directory = Path(study.runs) / _slug(arm) / f"tuning_{rate:g}"
-        retention = _run(_config(study, arm, tuning.seed, directory, rate, stream=stream, data_root="."))
-        scores[rate] = float(retention["metrics"]["last"])
-    return scores
-
-
-def best_candidate(study: Study, arm: str, rate: float | None) -> Settings:
-    """The candidate settings with the highest Last on the split, at the arm's rate; empty for its own ones.
-
-    The arm's own settings, with which the rate was chosen, take part; ties go to them, then to the first.
-    """
-    tuning, candidates = study.tuning, study.candidates.get(arm, [])
-    if tuning is None or rate is None or not candidates:
-        return {}
-    stream = held_out_stream(Path(_config(study, arm, tuning.seed, Path(), None).stream), tuning)
-    chosen, best = {}, tuning_scores(study, arm)[rate]
-    for candidate in candidates:
-        extra = {"stream": stream, "data_root": ".", **candidate}
-        directory = _candidate_directory(study, arm, candidate)
-        score = float(_run(_config(study, arm, tuning.seed, directory, rate, **extra))["metrics"]["last"])
-        if score > best:
-            chosen, best = candidate, score
-    return chosen
-
-
-def _candidate_directory(study: Study, arm: str, candidate: Settings) -> Path:
-    return Path(study.runs) / _slug(arm) / f"tuning_{_slug(_argument(candidate))}"
+# --------------------------------------------------------------------------------------------------
+# held-out records
 
 
 def held_out_stream(stream_file: Path, tuning: Tuning) -> Path:
@@ -259,22 +265,20 @@ def held_out_stream(stream_file: Path, tuning: Tuning) -> Path:
     target = Path(tuning.data) / "stream.yaml"
     if target.exists():
         return target
-    stream = load_stream(stream_file, None)
+    stream = load_stream(stream_file)
     with replaced_directory(Path(tuning.data)) as folder:
-        tasks = [_split(stream.data_root, task, tuning, folder) for task in stream.tasks[: tuning.tasks]]
+        tasks = [_split(stream, task, tuning, folder) for task in stream.tasks[: tuning.tasks]]
         text = yaml.safe_dump({"name": f"{stream.name}_held_out", "data_root": ".", "tasks": tasks})
-        (folder / "stream.yaml").write_text(text)
+        (folder / target.name).write_text(text)
     return target
 
 
-def _split(root: Path, task: TaskSpec, tuning: Tuning, folder: Path) -> dict[str, Any]:
-    records = read_json(root / task.train)
+def _split(stream: Stream, task: TaskSpec, tuning: Tuning, folder: Path) -> dict[str, Any]:
+    """Writes a task's records to `folder`; its entry in the split's stream file."""
+    records = read_json(stream.train_file(task))
     kept, held_out = records[: -tuning.held_out], records[-tuning.held_out :]
     if not kept:
-        raise ConfigError(
-            f"tuning.held_out is {tuning.held_out}; {root / task.train} has {len(records)} records"
-        )
-    (folder / task.name).mkdir()
+        raise ConfigError(f"tuning.held_out is {tuning.held_out}; {stream.train_file(task)} has {len(records)} records")
     write_json(folder / task.name / "train.json", kept)
     write_json(folder / task.name / "test.json", [_question(i, r) for i, r in enumerate(held_out)])
     place = Path(tuning.data) / task.name
@@ -282,7 +286,8 @@ def _split(root: Path, task: TaskSpec, tuning: Tuning, folder: Path) -> dict[str
         "name": task.name,
         "train": str(place / "train.json"),
         "test": str(place / "test.json"),
-        "media_root": str(root / (task.media_root or ".")),
+        "media_root": str(stream.media_root(task)),
+        "prompt_suffix": task.prompt_suffix,
         "metric": task.metric,
         "max_new_tokens": task.max_new_tokens,
     }
@@ -295,187 +300,3 @@ def _question(number: int, record: Mapping[str, Any]) -> dict[str, Any]:
     text = turns[turn]["value"].removeprefix("<image>\n").removeprefix("<video>\n")
     medium = {key: record[key] for key in ("image", "video") if key in record}
     return {"question_id": number, **medium, "text": text, "answer": turns[turn + 1]["value"]}
-
-
-def collect(study: Study) -> dict[str, Any]:
-    """All complete runs of a study with their statistics: the content of `results.json`.
-
-    Runs that are not there are left out, never filled in.
-    """
-    arms: dict[str, Any] = {}
-    for name in [*study.methods, *study.more_methods, *study.ablations]:
-        seeds = dict(_complete_runs(study, name))
-        if seeds:
-            kind = "ablation" if name in study.ablations else "method"
-            arms[name] = {"kind": kind, "settings": study.arm(name), "tuning": _tuned(study, name)}
-            arms[name] |= {"seeds": seeds, "summary": _summary(seeds)}
-    if study.reference in arms:
-        for kind in ("method", "ablation"):  # one family of tests each
-            others = {n: a for n, a in arms.items() if n != study.reference and a["kind"] == kind}
-            _test_against(arms[study.reference]["seeds"], others)
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "study": asdict(study),
-        "reference": study.reference,
-        "arms": arms,
-        "environment": environment(),
-    }
-
-
-def _complete_runs(study: Study, arm: str) -> Iterator[tuple[str, Any]]:
-    for seed in dict.fromkeys([*study.seeds, *study.more_seeds]):
-        directory = run_directory(study, Job(arm, seed))
-        if (directory / "retention.json").exists():
-            retention, config = read_json(directory / "retention.json"), read_json(directory / "config.json")
-            last = [read_json(p) for p in sorted(directory.glob("stages/*/manifest.json"))]
-            yield (
-                str(seed),
-                {
-                    "learning_rate": config["train"]["learning_rate"],
-                    "rows": [{n: s["value"] for n, s in row["scores"].items()} for row in retention["rows"]],
-                    "tasks": retention["tasks"],
-                    "general_tasks": retention["general"],
-                    **_metrics(retention),
-                    "seconds": {k: sum(m["timings"].get(k, 0.0) for m in last) for k in ("train", "total")},
-                    "feature_directions": sum(m.get("k_f_added", 0) for s in last for m in s["modules"]),
-                },
-            )
-
-
-def _metrics(retention: Mapping[str, Any]) -> dict[str, float]:
-    """Fractions; `general` is the mean of the general benchmarks after the last stage."""
-    final = retention["rows"][-1]["scores"]
-    general = fmean(final[name]["value"] for name in retention["general"])
-    return {**{m: retention["metrics"][m] for m in METRICS if m != "general"}, "general": general}
-
-
-def _tuned(study: Study, arm: str) -> dict[str, float]:
-    """Learning rate, or settings in YAML's flow style -> score of the tuning runs that are there."""
-    if study.tuning is None or arm in study.ablations:
-        return {}
-    found = {}
-    for rate in study.tuning.learning_rates:
-        path = Path(study.runs) / _slug(arm) / f"tuning_{rate:g}" / "retention.json"
-        if path.exists():
-            found[f"{rate:g}"] = read_json(path)["metrics"]["last"]
-    for candidate in study.candidates.get(arm, []):
-        path = _candidate_directory(study, arm, candidate) / "retention.json"
-        if path.exists():
-            found[_argument(candidate)] = read_json(path)["metrics"]["last"]
-    return found
-
-
-def _summary(seeds: Mapping[str, Any]) -> dict[str, Any]:
-    values = {m: [run[m] for run in seeds.values()] for m in METRICS}
-    return {
-        m: {"mean": fmean(v), "standard_error": standard_error(v), "n": len(v)} for m, v in values.items()
-    }
-
-
-def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean, from the spread over seeds; None for one value."""
-    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-
-
-def _test_against(reference: Mapping[str, Any], others: Mapping[str, Any]) -> None:
-    """Adds paired t-tests over the shared seeds to each arm, with Holm's correction per metric."""
-    for metric in METRICS:
-        found = {}
-        for name, arm in others.items():
-            shared = [seed for seed in reference if seed in arm["seeds"]]
-            pairs = [(reference[seed][metric], arm["seeds"][seed][metric]) for seed in shared]
-            found[name] = paired_test(pairs)
-        corrected = holm({n: t["p"] for n, t in found.items() if t["p"] is not None})
-        for name, test in found.items():
-            others[name].setdefault("against_reference", {})[metric] = {**test, "p_holm": corrected.get(name)}
-
-
-def paired_test(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
-    """Two-sided paired t-test of first - second.
-
-    Returns:
-        {"n", "difference": mean of first - second, "p"}; None where it is undefined: under two pairs, or
-        differences that are all equal.
-    """
-    differences = [a - b for a, b in pairs]
-    mean = fmean(differences) if differences else None
-    if len(differences) < 2 or stdev(differences) == 0.0:
-        return {"n": len(differences), "difference": mean, "p": None}
-    p = float(stats.ttest_rel([a for a, _ in pairs], [b for _, b in pairs]).pvalue)
-    return {"n": len(differences), "difference": mean, "p": p}
-
-
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Holm's step-down correction (1979): adjusted p-values, at most 1, in the order of the p-values."""
-    adjusted, largest = {}, 0.0
-    for rank, name in enumerate(sorted(p_values, key=lambda n: p_values[n])):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[name]))
-        adjusted[name] = largest
-    return adjusted
-
-
-def environment() -> dict[str, Any]:
-    """What the runs ran on, as far as the collecting process sees it."""
-    git: Callable[..., str] = lambda *a: subprocess.run(  # noqa: E731
-        ["git", *a], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return {
-        "packages": {name: version(name) for name in PACKAGES},
-        "python": platform.python_version(),
-        "processor": processor(),
-        "commit": git("rev-parse", "HEAD") or None,
-        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "lock": sha256_file(Path("constraints.txt")),
-    }
-
-
-def processor() -> str:
-    """The CPU's name."""
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
-    return names[0].split(":", 1)[1].strip() if names else platform.machine()
-
-
-def format_results(results: Mapping[str, Any]) -> str:
-    """A table in Markdown: means and standard errors in percent and points, p-values by Holm."""
-    heads = {"mft": "MFT", "last": "Last", "bwt": "BWT", "general": "general, at the end"}
-    lines = ["| | seeds | rate | " + " | ".join(heads.values()) + " | p: Last | p: BWT | p: general |"]
-    lines.append("|---" * (6 + len(heads)) + "|")
-    for name, arm in results["arms"].items():
-        cells = [_cell(arm["summary"][m]) for m in heads]
-        tests = arm.get("against_reference", {})
-        ps = [_p(tests.get(m, {}).get("p_holm")) for m in ("last", "bwt", "general")]
-        rates = sorted({f"{run['learning_rate']:g}" for run in arm["seeds"].values()})
-        lines.append(" | ".join([f"| {name}", str(len(arm["seeds"])), "/".join(rates), *cells, *ps]) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _cell(summary: Mapping[str, Any]) -> str:
-    error = summary["standard_error"]
-    spread = f" ± {100 * error:.1f}" if error is not None else ""
-    return f"{100 * summary['mean']:.1f}{spread}"
-
-
-def _p(value: float | None) -> str:
-    return "" if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def write_results(study: Study) -> str:
-    """Writes `results.json`, `table.md` and `methods.png` (without the ablations); returns the table."""
-    results = collect(study)
-    folder = Path(study.results)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "results.json", results)
-    table = format_results(results)
-    (folder / "table.md").write_text(table)
-    if runs := _finished_runs(study, [*study.methods, *study.more_methods]):
-        write_atomically(folder / "methods.png", draw_comparison(grouped(runs)))
-    return table
-
-
-def _finished_runs(study: Study, arms: Sequence[str]) -> list[Run]:
-    seeds = dict.fromkeys([*study.seeds, *study.more_seeds])
-    places = [
-        (arm, seed, run_directory(study, Job(arm, seed)) / "retention.json") for arm in arms for seed in seeds
-    ]
-    return [Run(arm, seed, read_json(path)) for arm, seed, path in places if path.exists()]

@@ -107,8 +107,7 @@ def check_comparable(runs: Mapping[str, Mapping[str, Any]]) -> None:
         done, wanted = len(retention["rows"]) - 1, len(retention["tasks"])
         if done < wanted:
             raise ReportError(
-                f"cannot compare: {name} is at stage {done} of {wanted}; "
-                "run the same command again to finish it"
+                f"cannot compare: {name} is at stage {done} of {wanted}; run the same command again to finish it"
             )
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import torch
 import yaml
 from PIL import Image
 
-from mllm_keeplora.config import ConfigError, ModelConfig
+from mllm_keeplora.config import ConfigError, ModelConfig, RunConfig
 from mllm_keeplora.linalg.subspace import principal_basis
 from mllm_keeplora.modeling.loading import load_dense
 from mllm_keeplora.modeling.targets import Target
 from mllm_keeplora.probes.protected_bases import weight_basis_files
-from mllm_keeplora.runs.files import ArtifactError
+from mllm_keeplora.runs.files import ArtifactError, write_json
+from mllm_keeplora.runs.run_directory import RunDirectory
 from mllm_keeplora.studies import analysis
 from mllm_keeplora.studies.analysis import (
     UNCHANGED,
@@ -240,7 +242,7 @@ def test_another_model_does_not_join_the_results(config: AnalysisConfig, asked: 
     asked += ["killed"]
     analyze(config)
     other = AnalysisConfig(**{**vars(config), "model": ModelConfig(quantization="none", device="cpu")})
-    with pytest.raises(ArtifactError, match=r"something else .*model.quantization: nf4 there, none now"):
+    with pytest.raises(ArtifactError, match=r"something else .*model.quantization: 'nf4' there, 'none' now"):
         analyze(other)
 
 
@@ -276,6 +278,7 @@ def test_a_recipe_gives_the_model_and_the_command_line_wins() -> None:
         (["--depth_energy", "-0.1"], r"depth_energy must lie in \(0, 1\]"),
         (["--limit", "0"], "limit must be at least 1"),
         (["--energy", "0.5"], "did you mean 'energies'"),
+        (["--lim", "5"], "did you mean 'limit'"),
         (["--run", "a", "--config", "b"], "both given"),
     ],
 )
@@ -284,6 +287,13 @@ def test_bad_settings_are_named(argv: list[str], message: str) -> None:
         parse(*argv)
 
 
-def test_an_unknown_run_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"nowhere holds no adapter/"):
+def test_what_is_no_run_and_a_run_that_has_learnt_nothing_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"nowhere is no directory of a run"):
         parse("--run", str(tmp_path / "nowhere"))
+    started = RunDirectory(tmp_path / "started")
+    write_json(started.config, asdict(RunConfig()))
+    with pytest.raises(ArtifactError, match=r"started holds no adapter/"):
+        parse("--run", str(started.path))
+    started.adapter.mkdir()
+    started.adapter_config.write_text("{}")
+    assert parse("--run", str(started.path)).out == str(started.path / "analysis")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from tests.recipes.conftest import ROOT, TEST, Recipe
 
+ANALYZE = ("-m", "mllm_keeplora.commands.main", "analyze")
+
 
 def run(recipe: Recipe, *command: str) -> subprocess.CompletedProcess[str]:
     """The command, in the repository's folder."""
@@ -24,7 +26,7 @@ def run(recipe: Recipe, *command: str) -> subprocess.CompletedProcess[str]:
 def test_the_unchanged_model_of_an_analysis_is_that_of_the_run(finished: Recipe, tmp_path: Path) -> None:
     out = tmp_path / "analysis"
     command = [
-        "studies/analyze.py",
+        *ANALYZE,
         "--run",
         str(finished.run_dir),
         "--out",
@@ -49,19 +51,19 @@ def test_the_unchanged_model_of_an_analysis_is_that_of_the_run(finished: Recipe,
 def test_an_analysis_refuses_bad_input_in_one_line(finished: Recipe) -> None:
     for arguments, expected in (
         (["--energies", "[2]"], "error: energies must lie in (0, 1], got 2.0"),
-        (["--run", "runs/nowhere"], "error: runs/nowhere holds no adapter/"),
+        (["--run", "runs/nowhere"], "error: runs/nowhere is no directory of a run"),
     ):
-        done = run(finished, "studies/analyze.py", *arguments)
+        done = run(finished, *ANALYZE, *arguments)
         assert done.returncode == 2
         assert done.stderr.startswith(expected) and done.stderr.count("\n") == 1
 
 
 def test_a_run_is_compared_by_the_command(copied: Recipe, tmp_path: Path) -> None:
     out = tmp_path / "comparison"
-    command = ["-m", "mllm_keeplora.commands.main", "compare", str(copied.run_dir), "--out", str(out)]
-    done = run(copied, *command)
+    command = ["-m", "mllm_keeplora.commands.main", "compare", str(copied.run_dir)]
+    done = run(copied, *command, "--out", str(out))
     assert done.returncode == 0, done.stderr
     assert "keeplora     1" in done.stdout
     assert sorted(path.name for path in out.iterdir()) == ["comparison.html", "comparison.png"]
-    again = run(copied, *command[:3], str(copied.run_dir), *command[3:])
+    again = run(copied, *command, str(copied.run_dir), "--out", str(out))
     assert again.returncode == 2 and "two runs are 'keeplora' with seed 0" in again.stderr

@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import yaml
 from scipy import stats
@@ -12,27 +13,33 @@ from scipy import stats
 from mllm_keeplora.config import ConfigError, RunConfig
 from mllm_keeplora.data.stream import load_stream
 from mllm_keeplora.methods.base import load_method
-from mllm_keeplora.studies import methods as compare
+from mllm_keeplora.runs.run_directory import RunDirectory
+from mllm_keeplora.studies import methods
 from mllm_keeplora.studies.methods import (
     Job,
     Study,
     Tuning,
-    best_candidate,
-    collect,
-    format_results,
+    config_of,
     held_out_stream,
-    holm,
     jobs_of,
-    learning_rate,
     load_study,
-    paired_test,
     run_directory,
     run_study,
-    standard_error,
+    tune,
+)
+from mllm_keeplora.studies.results import (
+    METRICS,
+    add_statistics,
+    collect,
+    format_results,
+    holm,
+    paired_test,
+    summary,
     write_results,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
+RATE = "train.learning_rate"
 STUDIES = sorted((ROOT / "recipes/studies").glob("*.yaml"))
 
 
@@ -62,9 +69,9 @@ def study(tmp_path: Path, tuned: bool = True) -> Study:
 def test_every_shipped_study_names_runs_that_the_recipe_takes(path: Path) -> None:
     loaded = load_study(path)
     for job in jobs_of(loaded, everything=True):
-        config = compare._config(loaded, job.arm, job.seed, run_directory(loaded, job), 1e-3)
+        config = config_of(loaded, job.arm, {"train.learning_rate": 1e-3, "seed": job.seed})
         load_method(config)
-        own = loaded.arm(job.arm).get("train.learning_rate", 1e-3)
+        own = loaded.arms[job.arm].get("train.learning_rate", 1e-3)
         assert (config.seed, config.train.learning_rate) == (job.seed, own)
         assert config.train.max_steps == loaded.settings["train.max_steps"]
     directories = {run_directory(loaded, job) for job in jobs_of(loaded, everything=True)}
@@ -126,14 +133,14 @@ def fake_runs(monkeypatch: pytest.MonkeyPatch, last: Any) -> list[RunConfig]:
             "tasks": ["digits"],
             "general": ["scenes"],
         }
-        directory = Path(config.run_dir)
-        directory.mkdir(parents=True)
-        (directory / "retention.json").write_text(json.dumps(retention))
-        (directory / "config.json").write_text(json.dumps(asdict(config)))
+        directory = RunDirectory(Path(config.run_dir))
+        directory.path.mkdir(parents=True)
+        directory.retention.write_text(json.dumps(retention))
+        directory.config.write_text(json.dumps(asdict(config)))
         return retention
 
-    monkeypatch.setattr(compare, "run_stream", run)
-    monkeypatch.setattr(compare, "held_out_stream", lambda *_: Path("held_out.yaml"))
+    monkeypatch.setattr(methods, "run_stream", run)
+    monkeypatch.setattr(methods, "held_out_stream", lambda *_: Path("held_out.yaml"))
     return asked
 
 
@@ -143,15 +150,14 @@ def test_each_method_gets_its_best_rate_and_an_ablation_the_references(
     best = {"lora": 1e-3, "keeplora": 4e-3}
     asked = fake_runs(monkeypatch, lambda c: 0.8 - abs(c.train.learning_rate - best[c.method]))
     found = study(tmp_path)
-    assert [learning_rate(found, arm) for arm in ("plain", "ours", "rank 8")] == [1e-3, 4e-3, 4e-3]
-    assert len(asked) == 6, "an ablation is not tuned, and a finished run is not repeated"
+    chosen = [tune(found, arm) for arm in ("plain", "ours", "rank 8")]
+    assert chosen == [{RATE: 1e-3}, {RATE: 4e-3}, {RATE: 4e-3}]
+    assert len(asked) == 6, "an ablation is not tuned, and a complete run is not repeated"
     assert {c.seed for c in asked} == {9000}
     assert {c.stream for c in asked} == {"held_out.yaml"}
 
 
-def test_a_method_chooses_among_its_candidates_at_its_rate(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_method_chooses_among_its_candidates_at_its_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shares = {0.1: 0.5, 0.2: 0.6, 0.4: 0.7}
 
     def last(config: RunConfig) -> float:
@@ -163,9 +169,9 @@ def test_a_method_chooses_among_its_candidates_at_its_rate(
         "ours": [],
     }
     found = replace(study(tmp_path), candidates=candidates)
-    assert best_candidate(found, "again", learning_rate(found, "again")) == {"method_options": {"share": 0.4}}
+    assert tune(found, "again") == {RATE: 1e-3, "method_options": {"share": 0.4}}
     assert [(c.train.learning_rate, c.stream) for c in asked[3:]] == [(1e-3, "held_out.yaml")] * 2
-    assert best_candidate(found, "ours", 1e-3) == {}
+    assert tune(found, "ours") == {RATE: 1e-3}
     run_study(found, [Job("again", 0)])
     assert asked[-1].method_options == {"share": 0.4}
     assert collect(found)["arms"]["again"]["tuning"]["{method_options: {share: 0.4}}"] == pytest.approx(0.699)
@@ -176,12 +182,12 @@ def test_an_arms_own_settings_win_over_candidates_that_are_no_better(
 ) -> None:
     fake_runs(monkeypatch, lambda _: 0.5)
     found = replace(study(tmp_path), candidates={"again": [{"method_options": {"share": 0.1}}]})
-    assert best_candidate(found, "again", 1e-3) == {}
+    assert tune(found, "again") == {RATE: 1e-3}
 
 
 def test_equal_candidates_give_the_smaller_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_runs(monkeypatch, lambda _: 0.5)
-    assert learning_rate(study(tmp_path), "plain") == 1e-3
+    assert tune(study(tmp_path), "plain") == {RATE: 1e-3}
 
 
 def test_a_study_runs_what_is_missing_and_reports_what_is_there(
@@ -204,16 +210,11 @@ def test_a_study_runs_what_is_missing_and_reports_what_is_there(
     assert against["n"] == 3
     assert against["difference"] == pytest.approx(0.202)
     assert against["p"] < 0.001
-    assert against["p_holm"] == pytest.approx(2 * against["p"]), (
-        "of two comparisons the smaller p counts twice"
-    )
+    assert against["p_holm"] == pytest.approx(2 * against["p"]), "of two comparisons the smaller p counts twice"
     assert results["arms"]["again"]["against_reference"]["last"]["n"] == 2
     table = write_results(found)
     assert (Path(found.results) / "methods.png").read_bytes().startswith(b"\x89PNG")
-    assert (
-        json.loads((Path(found.results) / "results.json").read_text())["arms"].keys()
-        == results["arms"].keys()
-    )
+    assert json.loads((Path(found.results) / "results.json").read_text())["arms"].keys() == results["arms"].keys()
     assert table == format_results(results)
     assert "| plain | 3 | 0.002 | 90.0 ± 0.0 | 51.0 ± 0.6 |" in table
 
@@ -224,7 +225,7 @@ def test_a_run_under_other_settings_is_not_taken_for_the_study_s(
     asked = fake_runs(monkeypatch, lambda _: 0.5)
     found = study(tmp_path, tuned=False)
     run_study(found, [Job("plain", 0)])
-    stored = run_directory(found, Job("plain", 0)) / "config.json"
+    stored = RunDirectory(run_directory(found, Job("plain", 0))).config
     stored.write_text(json.dumps({**json.loads(stored.read_text()), "alpha": 1.0}))
     with pytest.raises(FileExistsError):  # the stand-in's refusal; run_stream names the settings
         run_study(found, [Job("plain", 0)])
@@ -234,10 +235,7 @@ def test_a_run_under_other_settings_is_not_taken_for_the_study_s(
 def test_the_split_asks_about_records_that_training_does_not_show(tmp_path: Path) -> None:
     root = tmp_path / "data"
     root.mkdir()
-    turns = [
-        {"from": f, "value": v}
-        for f, v in (("human", "<image>\nq"), ("gpt", "a"), ("human", "r"), ("gpt", "b"))
-    ]
+    turns = [{"from": f, "value": v} for f, v in (("human", "<image>\nq"), ("gpt", "a"), ("human", "r"), ("gpt", "b"))]
     records = [{"id": i, "image": f"{i}.png", "conversations": turns} for i in range(5)]
     (root / "t.json").write_text(json.dumps(records))
     task = {"name": "t", "train": "t.json", "test": "t.json", "metric": "exact"}
@@ -255,25 +253,50 @@ def test_the_split_asks_about_records_that_training_does_not_show(tmp_path: Path
         held_out_stream(stream, Tuning([1e-3], 1, 5, 0, str(tmp_path / "none")))
 
 
+def series(*values: float) -> pd.Series:
+    """Values under the seeds 0, 1, .."""
+    return pd.Series(values, dtype=float)
+
+
 def test_the_paired_test_is_scipys() -> None:
-    first, second = [0.5, 0.6, 0.9], [0.4, 0.45, 0.6]
-    found = paired_test(list(zip(first, second, strict=True)))
-    assert found["p"] == pytest.approx(stats.ttest_1samp([0.1, 0.15, 0.3], 0.0).pvalue)
+    first, second = series(0.5, 0.6, 0.9), series(0.4, 0.45, 0.6)
+    found = paired_test(first, second)
+    assert found["p"] == pytest.approx(stats.ttest_rel(first, second).pvalue)
     assert found["difference"] == pytest.approx(0.55 / 3)
-    assert paired_test([(0.5, 0.4)])["p"] is None
-    assert paired_test([(0.5, 0.25), (0.75, 0.5)])["p"] is None, "no spread, no test"
-    assert paired_test([]) == {"n": 0, "difference": None, "p": None}
+    assert paired_test(first, second.drop(1))["n"] == 2, "over the seeds that both have"
+    assert paired_test(series(0.5), series(0.4))["p"] is None
+    assert paired_test(series(0.5, 0.75), series(0.25, 0.5))["p"] is None, "no spread, no test"
+    assert paired_test(series(), series()) == {"n": 0, "difference": None, "p": None}
 
 
 def test_holm_steps_down() -> None:
     assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
     assert holm({"a": 0.6, "b": 0.5}) == pytest.approx({"a": 1.0, "b": 1.0})
+    assert holm({"a": 0.02, "b": None}) == pytest.approx({"a": 0.02}), "an undefined one is not counted"
     assert holm({}) == {}
 
 
 def test_one_seed_has_no_standard_error() -> None:
-    assert standard_error([0.5]) is None
-    assert standard_error([0.4, 0.6]) == pytest.approx(0.1)
+    assert summary([0.5]) == {"mean": 0.5, "standard_error": None, "n": 1}
+    assert summary([0.4, 0.6])["standard_error"] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "docs/results").iterdir()), ids=lambda p: p.name)
+def test_stored_runs_give_the_stored_statistics_and_table(folder: Path) -> None:
+    stored = json.loads((folder / "results.json").read_text())
+    kept = ("kind", "settings", "tuning", "seeds")
+    arms = {name: {key: arm[key] for key in kept} for name, arm in stored["arms"].items()}
+    add_statistics(arms, stored["reference"])
+    table = (folder / "table.md").read_text()
+    assert format_results({"arms": arms}) == table
+    methods_alone = {name: arm for name, arm in arms.items() if arm["kind"] == "method"}
+    page = (ROOT / "docs/results.md").read_text()
+    assert format_results({"arms": methods_alone}) in page, "the page shows what was generated"
+    for name, arm in arms.items():
+        assert set(arm) == set(stored["arms"][name])
+        for group in set(arm) - set(kept):
+            for metric in METRICS:
+                assert arm[group][metric] == pytest.approx(stored["arms"][name][group][metric])
 
 
 def test_the_shipped_split_is_a_stream_of_the_first_tasks() -> None:

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from mllm_keeplora.config import ConfigError, RunConfig, TrainConfig, identity, parse_config
+from mllm_keeplora.config import (
+    ConfigError,
+    RunConfig,
+    TrainConfig,
+    differences,
+    flatten,
+    identity,
+    parse_config,
+)
 from mllm_keeplora.data.stream import load_stream
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,7 +44,7 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     "text, message",
     [
         ("run_dirr: x", "run_dirr.*did you mean 'run_dir'"),
-        ("language: {epsw: 0.5}", "epsw.*did you mean 'eps_w'"),
+        ("language: {epsw: 0.5}", "epsw.*did you mean 'language.eps_w'"),
         ("language: {eps_w: 0}", r"language: eps_w must lie in \(0, 1\], got 0"),
         ("vision: {eps_f: 1.5}", r"vision: eps_f must lie in \(0, 1\], got 1.5"),
         ("vision: {gamma: 2}", r"vision: gamma must lie in \[0, 1\]"),
@@ -63,9 +71,7 @@ def test_a_missing_config_file_is_named(tmp_path: Path) -> None:
         parse_config("test", tmp_path / "nowhere.yaml", [])
 
 
-def test_help_lists_every_setting_with_its_default(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_help_lists_every_setting_with_its_default(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         parse(tmp_path, "seed: 0", "--help")
     text = re.sub(r"\s+", " ", capsys.readouterr().out)
@@ -108,3 +114,15 @@ def test_every_shipped_stream_is_read_by_the_real_loader(path: Path, tmp_path: P
     for name in re.findall(r"media_root: ([\w/.-]+)", path.read_text()):
         (tmp_path / name).mkdir(parents=True, exist_ok=True)
     assert load_stream(path, tmp_path).tasks
+
+
+def test_nested_settings_differ_by_their_dotted_names() -> None:
+    old = {"alpha": 32.0, "train": {"max_steps": 5, "optim": "adamw_torch"}, "report_to": ["a"]}
+    assert flatten(old)["train.max_steps"] == 5
+    assert differences(old, {**old}) == []
+    new = {"alpha": 32.0, "train": {"max_steps": 6}, "report_to": ["a"], "seed": 0}
+    assert differences(old, new) == [
+        "train.max_steps: 5 there, 6 now",
+        "train.optim: 'adamw_torch' there, None now",
+        "seed: None there, 0 now",
+    ]

@@ -45,9 +45,7 @@ def make_retention(tasks=TASKS, general=("scenes",), method="keeplora"):
     rows = []
     for stage in range(len(tasks) + 1):
         own = stage - 1
-        scores = {
-            name: make_score(0.9 if i == own else 0.85 if i < own else 0.2) for i, name in enumerate(tasks)
-        }
+        scores = {name: make_score(0.9 if i == own else 0.85 if i < own else 0.2) for i, name in enumerate(tasks)}
         scores |= {name: make_score(0.87 - 0.01 * stage) for name in general}
         rows.append({"stage": stage, "task": tasks[own] if stage else None, "scores": scores})
     metrics = {
@@ -214,9 +212,7 @@ def test_table_shows_matrix_metrics_and_own_stages():
 @pytest.mark.parametrize("general", [0, 1, 6])
 def test_table_fits_its_width_and_drops_no_column(count, general):
     tasks = [f"remote-sensing-visual-question-answering-part-{i}" for i in range(count)]
-    retention = make_retention(
-        tasks, [f"a-general-benchmark-with-a-rather-long-name-{i}" for i in range(general)]
-    )
+    retention = make_retention(tasks, [f"a-general-benchmark-with-a-rather-long-name-{i}" for i in range(general)])
     for index, row in enumerate(retention["rows"]):
         for column, name in enumerate((*tasks, *retention["general"])):
             row["scores"][name] = make_score(column / 100 if index == count else 0.5)
@@ -502,8 +498,8 @@ def test_settings_that_are_missing_are_named(tmp_path):
         (lambda text: text[:40], "not valid JSON"),
         (lambda text: "[]", "holds a list"),
         (
-            lambda text: text.replace('"schema_version": ', '"schema_version": 9'),
-            f"has schema_version 9{SCHEMA_VERSION}, expected {SCHEMA_VERSION}",
+            lambda text: text.replace(f'"schema_version": {SCHEMA_VERSION}', '"schema_version": 9'),
+            f"has schema_version 9, expected {SCHEMA_VERSION}",
         ),
         (lambda text: text.replace('"counts"', '"count"'), "lacks counts"),
         (lambda text: text.replace('"stage": 1,', '"stage": 2,', 1), "has stage 2, expected 1"),
