@@ -72,9 +72,7 @@ def svg(axes: Axes, label: str) -> Markup:
     # Groups have the same ids in every figure, and nobody reads the indentation.
     text = re.sub(r' id="[^"]*_\d+"|(?<=\n) +', "", buffer.getvalue())
     text = text.replace("#ffffff", "var(--paper)")
-    body = text[
-        text.index("</defs>") + len("</defs>") :
-    ]  # after the prolog, the date, a style for everything
+    body = text[text.index("</defs>") + len("</defs>") :]  # after the prolog, the date, a style for everything
     width, height = 72 * figure.get_size_inches()
     return Markup(f'<svg role="img" aria-label="{escape(label)}" viewBox="0 0 {width:g} {height:g}">{body}')
 
