@@ -17,6 +17,7 @@ What Gram product and eigenproblem leave of the time is, for a wide weight, the 
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,24 +25,12 @@ from pathlib import Path
 import mllm_keeplora  # noqa: F401  # its guards come before the libraries they guard
 
 # isort: split
-import matplotlib
 import torch
-from measure import (
-    Options,
-    Ratio,
-    Row,
-    benchmark,
-    device_name,
-    in_turns,
-    milliseconds,
-    ratio,
-)
+from matplotlib.figure import Figure
+from measure import Options, Ratio, Row, benchmark, device_name, in_turns, milliseconds, ratio
 from torch import Tensor
 
 from mllm_keeplora.linalg.subspace import orthonormality_error, principal_basis, smallest_rank
-
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
 
 # [out, in]
 GPU_SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (1024, 1024), (4096, 1024))
@@ -116,8 +105,15 @@ def smaller_gram(weight: Tensor) -> Tensor:
     return weight @ weight.T if weight.shape[1] > weight.shape[0] else weight.T @ weight
 
 
-def judge(weight: Tensor, energies: Tensor, basis: Tensor, other: Tensor) -> Exactness:
-    """Args: W [out, in], its squared singular values (fp64, descending), the basis and the SVD's."""
+def judge(weight: Tensor, energies: Tensor, share: float) -> Exactness:
+    """Judges both bases.
+
+    Args:
+        weight: W [out, in].
+        energies: its squared singular values, fp64, descending.
+        share: of the energy that a basis holds.
+    """
+    basis, other = principal_basis(weight, share), svd_basis(weight, share)
     k = basis.shape[1]
     energy = float((weight.double() @ basis.double()).square().sum() / energies[:k].sum())
     outside = basis.double() - other.double() @ (other.double().T @ basis.double())
@@ -145,40 +141,52 @@ def measure(shape: tuple[int, int], spectrum: str, options: Options) -> tuple[li
     weight = make_weight(shape, spectrum, device)
     gram = smaller_gram(weight)
     energies = torch.linalg.eigvalsh(smaller_gram(weight.double())).flip(0).clamp(min=0.0)
-    large = device.type == "cpu" and min(shape) >= ONE_ROUND
-    repeats = 1 if large or options.quick else options.repeats
-    parts = {"gram": partial(smaller_gram, weight), "eigh": partial(torch.linalg.eigh, gram)}
-    ours = {str(energy): partial(principal_basis, weight, energy) for energy in ENERGIES}
-    seconds = in_turns({"svd": partial(svd_basis, weight, ENERGIES[0]), **ours, **parts}, repeats, device)
+    repeats = 1 if device.type == "cpu" and min(shape) >= ONE_ROUND else options.repeats
+    ways = {
+        "svd": partial(svd_basis, weight, ENERGIES[0]),
+        "gram": partial(smaller_gram, weight),
+        "eigh": partial(torch.linalg.eigh, gram),
+        **{str(share): partial(principal_basis, weight, share) for share in ENERGIES},
+    }
+    seconds = in_turns(ways, repeats, device)
     note = "" if repeats == options.repeats else f", {repeats} round"
-    found, ratios = [], {}
-    for energy in ENERGIES:
-        own = seconds[str(energy)]
-        ratios[energy] = ratio(seconds["svd"], own)
-        exactness = judge(weight, energies, principal_basis(weight, energy), svd_basis(weight, energy))
-        fast = device.type == "cpu" or ratios[energy].median >= WANTED_ON_A_GPU
-        shares = [100 * ratio(seconds[part], own).median for part in parts]
-        arithmetic = flops(shape, exactness.k)
-        found.append(
-            Row(
-                number=1,
-                what=f"weight basis, {shape[0]}x{shape[1]}, {spectrum}, eps_w {energy}{note}",
-                ours=f"{milliseconds(own)}: Gram {shares[0]:.0f} %, eigenproblem {shares[1]:.0f} %",
-                beside=f"SVD {milliseconds(seconds['svd'])}",
-                result=f"{ratios[energy]} times as fast; {exactness}",
-                goal="exact" if device.type == "cpu" else f">= {WANTED_ON_A_GPU:.0f} times as fast, exact",
-                met=exactness.holds and fast,
-                floor=f"operations alone: {arithmetic[1] / arithmetic[0]:.1f} times",
-            )
-        )
-    return found, ratios
+    what = f"weight basis, {shape[0]}x{shape[1]}, {spectrum}, eps_w "
+    found = [
+        _row(f"{what}{share}{note}", shape, judge(weight, energies, share), seconds, str(share), device)
+        for share in ENERGIES
+    ]
+    return found, {share: ratio(seconds["svd"], seconds[str(share)]) for share in ENERGIES}
+
+
+def _row(
+    what: str,
+    shape: tuple[int, int],
+    exactness: Exactness,
+    seconds: Mapping[str, Sequence[float]],
+    ours: str,
+    device: torch.device,
+) -> Row:
+    own, faster = seconds[ours], ratio(seconds["svd"], seconds[ours])
+    gram, eigh = (100 * ratio(seconds[part], own).median for part in ("gram", "eigh"))
+    arithmetic = flops(shape, exactness.k)
+    return Row(
+        number=1,
+        what=what,
+        ours=f"{milliseconds(own)}: Gram {gram:.0f} %, eigenproblem {eigh:.0f} %",
+        beside=f"SVD {milliseconds(seconds['svd'])}",
+        result=f"{faster} times as fast; {exactness}",
+        goal="exact" if device.type == "cpu" else f">= {WANTED_ON_A_GPU:.0f} times as fast, exact",
+        met=exactness.holds and (device.type == "cpu" or faster.median >= WANTED_ON_A_GPU),
+        floor=f"operations alone: {arithmetic[1] / arithmetic[0]:.1f} times",
+    )
 
 
 def draw(ratios: dict[tuple[tuple[int, int], str], dict[float, Ratio]], title: str, file: Path) -> None:
     """Bars per shape: how many times as fast as the SVD, from the slowest round to the fastest."""
     shapes = list(dict.fromkeys(shape for shape, _ in ratios))
     groups = [(spectrum, energy) for spectrum in SPECTRA for energy in ENERGIES]
-    figure, axes = pyplot.subplots(figsize=(9, 4))
+    figure = Figure(figsize=(9, 4), layout="tight")
+    axes = figure.subplots()
     for number, (spectrum, energy) in enumerate(groups):
         values = [ratios[shape, spectrum][energy] for shape in shapes]
         medians = [value.median for value in values]
@@ -192,9 +200,7 @@ def draw(ratios: dict[tuple[tuple[int, int], str], dict[float, Ratio]], title: s
     axes.set_xticks(range(len(shapes)), [f"{rows}x{columns}" for rows, columns in shapes])
     axes.set(xlabel="weight, out x in", ylabel="times as fast as torch.linalg.svd", title=title)
     axes.legend()
-    figure.tight_layout()
     figure.savefig(file, dpi=120)
-    pyplot.close(figure)
 
 
 def rows(options: Options) -> list[Row]:
@@ -206,12 +212,10 @@ def rows(options: Options) -> list[Row]:
         for spectrum in SPECTRA:
             measured, ratios[shape, spectrum] = measure(shape, spectrum, options)
             found += measured
-    if options.pictures is not None:
-        options.pictures.mkdir(parents=True, exist_ok=True)
-        title = f"Principal bases of weights ({device_name(options.device)})"
-        draw(ratios, title, options.pictures / "bases.png")
+    if (picture := options.picture("bases.png")) is not None:
+        draw(ratios, f"Principal bases of weights ({device_name(options.device)})", picture)
     return found
 
 
 if __name__ == "__main__":
-    benchmark(__doc__ or "", rows)
+    benchmark(__doc__, rows)

@@ -4,19 +4,21 @@
     python benchmarks/gradient_pass.py --quick
 
 Row 2, cost, on a LLaVA-1.5 of random weights. Here: `sketch_gradients` on NF4, q = 128 = 4 r columns at 7B's
-width and in proportion at smaller ones. Beside, what the public code does: weights of all target layers
-trainable on a dense model (bf16 on a GPU, fp32 on a CPU), and after each batch their gradients added to one
-running mean per weight of the model's dtype, the gradients staying allocated. On a GPU the model is
-LLaVA-1.5-7B's shape, in batches of one sample of 640 tokens. On a CPU the language layers have half the width
-and the vision layers the true one. Time: two and one of them, batches of four samples of 128 tokens, since a
-4-bit weight is dequantised once a batch and pass. Memory: eight and six, so that what exists for one layer at
-a time weighs as little as at 7B, and batches of one sample of 320 tokens, for the width as many as 640 at 7B.
+width and in proportion at smaller ones. Beside stands what the public code does. It makes the weights of all
+target layers trainable on a dense model (bf16 on a GPU, fp32 on a CPU). After each batch it adds their
+gradients to one running mean per weight, in the model's dtype; the gradients stay allocated.
+
+On a GPU the model has LLaVA-1.5-7B's shape, and a batch is one sample of 640 tokens. On a CPU the language
+layers have half that width, the vision layers the true one. For the time there are two and one of them, and a
+batch is four samples of 128 tokens, since a 4-bit weight is dequantised once a batch and pass. For the memory
+there are eight and six, so that what exists for one layer at a time weighs as little as at 7B. A batch is then
+one sample of 320 tokens, which is for the width as many as 640 at 7B.
 
 Peak memory is beyond the model, each side in a process of its own. "The pass itself" is the peak when next to
 nothing is measured (q = 1; one trainable bias): activations and, here, the largest dequantised weight.
 
-Row 3, exactness, on the two embedded base models and two tasks of each, at the untouched base with M its
-weight bases. Exact gradients G come from autograd on a dequantised copy over the same probe sample.
+Row 3, exactness, on the two small base models and two tasks of each, at the untouched base with M its weight
+bases. Exact gradients G come from autograd on a dequantised copy over the same probe sample.
 
     A's energy          ||G^ A^T||^2 over that of the exact gradient's A, G^ = G (I - M M^T); fractions, over
                         all modules (sums above and below) and of the worst module
@@ -24,68 +26,57 @@ weight bases. Exact gradients G come from autograd on a dequantised copy over th
 
 With the config's r = 16, q = 64 is half of a layer's 128 inputs; r = 4, q = 16 is nearer to what 7B meets.
 
-How few samples do: A and the feature basis from n evenly spaced samples, judged on the exact gradient over
-all of the task's training samples, relative to A and feature basis from a sketch over all of them. Feature
-bases are meant for the model after training; the untouched base stands in, as the estimator is the same.
+How few samples do: A and the feature basis come from n evenly spaced samples. They are judged on the exact
+gradient over all of the task's training samples, relative to A and feature basis from a sketch over all of
+them. Feature bases are meant for the model after training; the untouched base stands in, as the estimator is
+the same.
 """
 
 import copy
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import mllm_keeplora  # noqa: F401  # its guards come before the libraries they guard
 
 # isort: split
-import matplotlib
 import torch
+from matplotlib.figure import Figure
 from measure import (
-    RETURN_FREED,
-    ROOT,
     Options,
     Peaks,
     Row,
     benchmark,
+    energy,
+    in_own_process,
     in_turns,
     megabytes,
     milliseconds,
     ratio,
 )
-from shapes import TINY, TRUE, Shape, llava_config, random_batch, random_model, settings_for
+from shapes import TINY, TRUE, Shape, all_linear, llava_config, random_batch, random_model, settings_for
+from small_streams import small_config
 from torch import Tensor, nn
 
-from mllm_keeplora.config import Tower, parse_config
-from mllm_keeplora.continual.run import _History, _open_workplace
+from mllm_keeplora.continual.run import Run
 from mllm_keeplora.data.records import select_evenly
-from mllm_keeplora.data.stream import load_stream
-from mllm_keeplora.distributed.processes import start_processes
 from mllm_keeplora.linalg.lora_init import lora_a_from_gradient
 from mllm_keeplora.linalg.sketch import extend_basis_from_sketch, refined_directions
 from mllm_keeplora.linalg.subspace import extend_basis, project_to_residual
-from mllm_keeplora.methods.base import load_method
-from mllm_keeplora.methods.context import Stage
+from mllm_keeplora.methods.context import StageContext
 from mllm_keeplora.modeling.loss import supervised_positions
-from mllm_keeplora.modeling.targets import Target, find_targets
+from mllm_keeplora.modeling.targets import Target
 from mllm_keeplora.planning.skeleton import skeleton_of
 from mllm_keeplora.probes.gradients import back_project_gradients, sketch_gradients
-from mllm_keeplora.recipes.small.streams import draw_small_stream  # noqa: E402
-
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
 
 Gradients = dict[str, Tensor]
 Batch = Mapping[str, Tensor]
 
 COLUMNS_PER_RANK = 4
 # Row 2
-TARGETS: dict[Tower, list[str]] = {"vision": ["all-linear"], "language": ["all-linear"]}
 WIDTH_OF_A_COLUMN = 32  # 4096 / 128
 BATCHES = 2
 HALF = Shape(2048, 5632, 8, 32, 1024, 4096, 7, 16, 112, 2048)
@@ -140,7 +131,7 @@ class Size:
 def make_model(device: torch.device, size: Size) -> tuple[Any, list[Target]]:
     """The NF4 model of random weights and the layers to measure."""
     model = random_model(llava_config(size.shape), settings_for(device), device)
-    return model, find_targets(model, TARGETS)
+    return model, all_linear(model)
 
 
 def dequantise(model: Any) -> Any:
@@ -151,14 +142,11 @@ def dequantise(model: Any) -> Any:
 
 def probe(model: Any, targets: Sequence[Target], batches: Sequence[Batch], columns: int) -> Gradients:
     """This project's pass."""
-    return sketch_gradients(
-        model, targets, dict.fromkeys((t.name for t in targets), columns), lambda: batches, SEED
-    )
+    every = dict.fromkeys((t.name for t in targets), columns)
+    return sketch_gradients(model, targets, every, lambda: batches, SEED)
 
 
-def running_means(
-    model: nn.Module, parameters: Sequence[nn.Parameter], batches: Sequence[Batch]
-) -> list[Tensor]:
+def running_means(model: nn.Module, parameters: Sequence[nn.Parameter], batches: Sequence[Batch]) -> list[Tensor]:
     """The public code's pass: full gradients, their running means over batches in the model's dtype."""
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -191,17 +179,18 @@ def target_weights(model: nn.Module, targets: Sequence[Target]) -> list[nn.Param
     return [model.get_parameter(f"{t.name}.weight") for t in targets]
 
 
-def peaks(side: str, device: torch.device, quick: bool, checkpointing: bool) -> dict[str, float]:
+def peaks(side: str, device: str, quick: bool, checkpointing: bool) -> dict[str, float]:
     """Bytes beyond the model, by a pass that measures nothing and by the true one, in this process.
 
     Args:
         side: `probe` or `full`.
-        device, quick: what `Size.for_memory` takes.
+        device: where the model lies.
+        quick: see `Options`.
         checkpointing: keep layers' inputs alone and compute their activations again.
     """
-    size = Size.for_memory(device, quick)
-    model, targets = make_model(device, size)
-    batches = size.batches(device)
+    size = Size.for_memory(torch.device(device), quick)
+    model, targets = make_model(torch.device(device), size)
+    batches = size.batches(torch.device(device))
     if side == "probe":
         passes: dict[str, Callable[[], Any]] = {
             "itself": partial(probe, model, targets, batches, 1),
@@ -216,29 +205,11 @@ def peaks(side: str, device: torch.device, quick: bool, checkpointing: bool) -> 
         }
     if checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    found = Peaks(device)
+    found = Peaks(torch.device(device))
     for name, run in passes.items():
         with found.phase(name):
             run()
     return {name: phase["bytes"] for name, phase in found.found.items()}
-
-
-def peaks_of_own_process(side: str, options: Options, checkpointing: bool) -> dict[str, float]:
-    """The same in a process of its own."""
-    arguments = f"{side!r}, torch.device({options.device.type!r}), {options.quick}, {checkpointing}"
-    code = (
-        "import json, torch, gradient_pass; torch.set_num_threads(1); "
-        f"print(json.dumps(gradient_pass.peaks({arguments})))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parent,
-        env={**os.environ, **RETURN_FREED},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def least_bytes(targets: Sequence[Target], columns: int, size: int) -> tuple[int, int]:
@@ -264,8 +235,9 @@ def pass_operations(targets: Sequence[Target], size: Size) -> float:
 def memory_row(options: Options, checkpointing: bool) -> Row:
     """Peaks of both sides."""
     size = Size.for_memory(options.device, options.quick)
-    targets = find_targets(skeleton_of(llava_config(size.shape), settings_for(options.device)), TARGETS)
-    ours, beside = (peaks_of_own_process(side, options, checkpointing) for side in ("probe", "full"))
+    targets = all_linear(skeleton_of(llava_config(size.shape), settings_for(options.device)))
+    arguments = (options.device.type, options.quick, checkpointing)
+    ours, beside = (in_own_process(peaks, side, *arguments) for side in ("probe", "full"))
     found = ours["all"] / beside["all"]
     dtype, itemsize = ("bf16", 2) if options.device.type == "cuda" else ("fp32", 4)
     least = least_bytes(targets, size.columns, itemsize)
@@ -298,11 +270,9 @@ def time_row(options: Options) -> Row:
         "on dense": partial(probe, dense, targets, batches, size.columns),
         "full": partial(running_means, dense, target_weights(dense, targets), batches),
     }
-    seconds = in_turns(ways, 1 if options.quick else options.repeats, options.device)
+    seconds = in_turns(ways, options.repeats, options.device)
     found = ratio(seconds["probe"], seconds["full"])
-    a_sample = {
-        way: milliseconds([s / (BATCHES * size.batch) for s in found_]) for way, found_ in seconds.items()
-    }
+    a_sample = {way: milliseconds([s / (BATCHES * size.batch) for s in found_]) for way, found_ in seconds.items()}
     return Row(
         number=2,
         what=f"gradient pass, time a sample, {size}",
@@ -329,21 +299,21 @@ class Task:
     """A task at the untouched base model.
 
     Attributes:
-        stage: the first stage of a run whose first task it is.
+        stage: its stage; the model is the untouched base.
         dense: the model, dequantised, weights of the targets trainable.
         bases: module name -> M [in, k].
     """
 
-    stage: Stage
+    stage: StageContext
     dense: Any
     bases: dict[str, Tensor]
 
     def batches(self, indices: Sequence[int]) -> Iterator[dict[str, Tensor]]:
         """These training samples as model inputs."""
-        size = self.stage.work.config.probe.batch_size
+        size = self.stage.run.config.probe.batch_size
         for start in range(0, len(indices), size):
             chosen = [self.stage.samples[i] for i in indices[start : start + size]]
-            yield self.stage.work.to_device(self.stage.collator(chosen))
+            yield self.stage.run.to_device(self.stage.collator(chosen))
 
     def exact(self, indices: Sequence[int]) -> Gradients:
         """G [out, in] fp32 by autograd."""
@@ -361,17 +331,13 @@ class Task:
     def sketch(self, indices: Sequence[int], rank: int) -> Gradients:
         """Omega^T G [4 r, in] fp32."""
         columns = dict.fromkeys(self.bases, COLUMNS_PER_RANK * rank)
-        return sketch_gradients(
-            self.stage.work.model, self.stage.targets, columns, lambda: self.batches(indices), SEED
-        )
+        return sketch_gradients(self.stage.run.model, self.stage.targets, columns, lambda: self.batches(indices), SEED)
 
     def refine(self, sketches: Gradients, indices: Sequence[int]) -> Gradients:
         """The second pass over the same samples."""
         spans = {name: self.factor(name, sketch, len(sketch)) for name, sketch in sketches.items()}
         out_features = {t.name: t.out_features for t in self.stage.targets}
-        images = back_project_gradients(
-            self.stage.work.model, spans, out_features, lambda: self.batches(indices)
-        )
+        images = back_project_gradients(self.stage.run.model, spans, out_features, lambda: self.batches(indices))
         return {name: refined_directions(span, images[name]) for name, span in spans.items()}
 
     def factor(self, name: str, gradient: Tensor, rank: int) -> Tensor:
@@ -380,12 +346,7 @@ class Task:
 
     def eps_f(self, target: Target) -> float:
         """Share of energy that the feature basis must hold."""
-        return self.stage.work.config.towers()[target.tower].eps_f
-
-
-def energy(matrix: Tensor) -> float:
-    """Squared Frobenius norm, fp64."""
-    return float(matrix.double().square().sum())
+        return self.stage.run.config.towers()[target.tower].eps_f
 
 
 @dataclass(frozen=True)
@@ -504,9 +465,7 @@ def sample_row(label: str, held: Mapping[int, Held]) -> Row:
     return Row(
         number=3,
         what=f"{label}: A (r = {RANKS[0]}) and feature basis from n samples",
-        ours="; ".join(
-            f"n {n}: A {held[n].factors}, features {held[n].features} by {held[n].directions}" for n in few
-        ),
+        ours="; ".join(f"n {n}: A {held[n].factors}, features {held[n].features} by {held[n].directions}" for n in few),
         beside=f"{reference} samples: 1 by {held[reference].directions} directions",
         result=f"both {ENOUGH} from {enough} samples on",
     )
@@ -514,7 +473,8 @@ def sample_row(label: str, held: Mapping[int, Held]) -> Row:
 
 def draw(curves: Mapping[str, Mapping[int, Held]], file: Path) -> None:
     """Two panels: energy held by A and by M with its feature basis, against the number of samples."""
-    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4))
+    figure = Figure(figsize=(11, 4), layout="tight")
+    panels = figure.subplots(1, 2)
     titles = ("energy along A", "energy inside M and feature basis")
     for place, (panel, title) in enumerate(zip(panels, titles, strict=True)):
         for number, (label, held) in enumerate(curves.items()):
@@ -525,35 +485,28 @@ def draw(curves: Mapping[str, Mapping[int, Held]], file: Path) -> None:
         panel.set_xticks(SAMPLES, [str(n) for n in SAMPLES])
         panel.set(xlabel="samples in the probe", ylabel="relative to all samples", title=title)
     panels[0].legend(title="all modules; dotted: the worst")
-    figure.tight_layout()
     figure.savefig(file, dpi=120)
-    pyplot.close(figure)
 
 
-def open_tasks(kind: str, folder: Path, quick: bool) -> Iterator[tuple[str, Task]]:
-    """The first and the third task of the embedded stream for `vqa` or `video`, data built where missing."""
-    os.chdir(ROOT)  # the configs' paths are relative to it
-    config = parse_config("", Path(f"recipes/configs/{kind}/small.yaml"), ["--run_dir", str(folder / kind)])
-    draw_small_stream(config.stream)
-    stream = load_stream(Path(config.stream), None)
-    wanted = stream.tasks[:1] if quick else stream.tasks[:3:2]
-    stream = replace(stream, tasks=wanted, general=())
-    work = _open_workplace(_History.read(config, stream, folder / kind), load_method(config))
-    dense = dequantise(copy.deepcopy(work.model))
-    for task in wanted:
-        stage = Stage(work, 1, task, {}, [])
-        for weight in target_weights(dense, stage.targets):
-            weight.requires_grad_(True)
-        bases = {t.name: stage.bases.load(t).cpu() for t in stage.targets}
-        yield f"{stream.name} / {task.name}", Task(stage, dense, bases)
+def open_tasks(kind: Literal["vqa", "video"], folder: Path, quick: bool) -> Iterator[tuple[str, Task]]:
+    """The first and the third task of a small stream; the first alone where `quick`."""
+    places = {"run_dir": str(folder / kind), "cache_dir": str(folder / "cache")}
+    with Run.open(small_config(kind, **places)) as run:
+        dense = dequantise(copy.deepcopy(run.context.model))
+        for number in (1,) if quick else (1, 3):
+            stage = run.stage_context(number, {})
+            for weight in target_weights(dense, stage.targets):
+                weight.requires_grad_(True)
+            bases = {t.name: stage.bases.weight_basis(t).cpu() for t in stage.targets}
+            yield f"{run.stream.name} / {stage.task.name}", Task(stage, dense, bases)
 
 
 def exactness_rows(options: Options) -> list[Row]:
     """Row 3."""
-    start_processes(cpu=options.device.type == "cpu")
+    kinds: tuple[Literal["vqa", "video"], ...] = ("vqa",) if options.quick else ("vqa", "video")
     found, curves = [], {}
     with tempfile.TemporaryDirectory() as folder:
-        for kind in ("vqa",) if options.quick else ("vqa", "video"):
+        for kind in kinds:
             for label, task in open_tasks(kind, Path(folder), options.quick):
                 indices = task.stage.probe_indices[: 8 if options.quick else None]
                 exact = task.exact(indices)
@@ -562,16 +515,15 @@ def exactness_rows(options: Options) -> list[Row]:
                 numbers = (8, 16) if options.quick else (*SAMPLES, len(task.stage.samples))
                 curves[label] = sample_shares(task, numbers)
                 found.append(sample_row(label, curves[label]))
-    if options.pictures is not None:
-        options.pictures.mkdir(parents=True, exist_ok=True)
-        draw(curves, options.pictures / "probe_samples.png")
+    if (picture := options.picture("probe_samples.png")) is not None:
+        draw(curves, picture)
     return found
 
 
 def rows(options: Options) -> list[Row]:
-    """Both."""
+    """Rows 2 and 3."""
     return [*cost_rows(options), *exactness_rows(options)]
 
 
 if __name__ == "__main__":
-    benchmark(__doc__ or "", rows)
+    benchmark(__doc__, rows)

@@ -4,28 +4,27 @@
 
 On a GPU the layers have the widths of LLaVA-1.5-7B. The model is random and nothing is trained: T stages'
 factors of rank 16 and T feature bases are drawn at random, since what they cost depends on their shapes
-alone. T runs from 1 to 16 on 4 layers a tower (of those that are adapted), the depth from 2 to 16 layers at
-T = 1. Measured at each point, all points in turns:
+alone. T runs from 1 to 16 on 4 adapted layers a tower, the depth from 2 to 16 layers at T = 1. Measured at
+each point, all points in turns:
 
     probe       both towers' sketches and A of every module (E2-E4), from two batches
     step        forward, backward and AdamW on one batch, without the Trainer's own time
     forward     prefill of one batch as an evaluation does it
     fold        the check of the new update, folding, attaching, writing the adapter (E7)
-    memory      what a step holds, added up from its tensors: a resident set also shows what the allocator
-                keeps, on a CPU tens of MB and another number in every process
+    memory      what a step holds, added up from its tensors. A resident set would also show what the
+                allocator keeps: on a CPU tens of MB, another number in every process
     disk        the adapter, the T stages' own factors, the T feature bases, the weight bases
 
 For each: the least-squares line a + b T, and the slope of log(cost) over log(T) between the two largest T,
 which is at most 1 where a cost is linear.
 """
 
-import argparse
 import math
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -35,26 +34,18 @@ import mllm_keeplora  # noqa: F401  # its guards come before the libraries they 
 
 # isort: split
 import torch
-import transformers
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from measure import Options, Row, benchmark, in_turns, megabytes, saved_bytes
-from shapes import Shape, llava_config, random_model
-from true_shape import run_config, write_files
+from noise_run import Noise, NoiseRun, noise_config
+from shapes import Shape, llava_config, random_factors, random_model
 
-from mllm_keeplora.continual.stage import fold, module_table
-from mllm_keeplora.data.stream import load_stream, load_training_records
-from mllm_keeplora.data.video.reader import VideoReader
-from mllm_keeplora.distributed.processes import end_processes, start_processes
+from mllm_keeplora.continual.stage import check_no_leakage
 from mllm_keeplora.evaluation.lmms_model import inference_state
 from mllm_keeplora.linalg.subspace import orthonormal_complement
-from mllm_keeplora.methods.base import load_method
-from mllm_keeplora.methods.context import FACTORS, FEATURES, Stage, Workplace, detach
-from mllm_keeplora.modeling.adapters import ACCUMULATED, STAGE, activate, attach
+from mllm_keeplora.modeling.adapters import ACCUMULATED, STAGE, activate, attach, detach
 from mllm_keeplora.modeling.fused_past import past_in_base
 from mllm_keeplora.modeling.loading import save_adapter
-from mllm_keeplora.modeling.targets import find_targets
-from mllm_keeplora.probes.protected_bases import weight_basis_files
 from mllm_keeplora.runs.files import save_tensors
 
 RANK = 16
@@ -63,7 +54,6 @@ RANK = 16
 DIRECTIONS = 8
 LINEAR = 1.05  # a slope of 1, and what is left of noise in a median
 Point = tuple[int, int]  # (layers a tower, stages learnt)
-Factor = tuple[torch.Tensor, torch.Tensor]
 Costs = dict[str, list[list[float]]]  # cost -> per point the rounds' figures; seconds or bytes
 TIMES = ("probe", "forward", "step", "fold")
 STYLES = {"probe": "o-C0", "forward": "s-C1", "step": "D-C2", "fold": "^-C3", "memory": "vC4--"}
@@ -94,27 +84,10 @@ class Sizes:
     lengths: tuple[int, ...] = (1, 2, 4, 8, 16)
     depths: tuple[int, ...] = (2, 4, 8, 16)
 
-    def options(self) -> argparse.Namespace:
-        """As benchmarks/true_shape.py takes them."""
-        return argparse.Namespace(
-            family="llava",
-            depth=0.0,
-            image_size=self.image_size,
-            length=self.length,
-            vocab=2048,
-            rank=RANK,
-            probe_batches=2,
-            steps=1,
-            samples=2 * self.batch,
-            questions=1,
-            activation_checkpointing=False,
-            plan=False,
-        )
-
-    def model(self, layers: int) -> transformers.LlavaConfig:
-        """LLaVA-1.5 in these widths, its heads as wide; the last vision layer takes no part in the result."""
+    def shape(self, layers: int) -> Shape:
+        """LLaVA-1.5's in these widths, its heads as wide; the last vision layer takes no part in the result."""
         (hidden, intermediate), (vision_hidden, vision_intermediate) = self.language, self.vision
-        shape = Shape(
+        return Shape(
             hidden,
             intermediate,
             layers,
@@ -124,20 +97,23 @@ class Sizes:
             layers + 1,
             vision_hidden // 64,
             self.image_size,
-            self.options().vocab,
+            2048,
         )
-        return llava_config(shape)
+
+    def noise(self) -> Noise:
+        """A task for each stage, and one to be learnt after them."""
+        return Noise(self.shape(self.layers), self.length, 2 * self.batch, 1, tasks=max(self.lengths) + 1)
 
 
 QUICK = Sizes((128, 256), (128, 256), 56, 48, 2, 2, (1, 2), (2, 4))
 GPU = Sizes((4096, 11008), (1024, 4096), 336, 640)
 
 
-class Past:
+class AfterStages:
     """A model that has learnt some stages, and what the next stage does with it.
 
     Args:
-        root: directory that `write_files` filled; bases are written there, too.
+        root: where the noise was written; the run, too, writes there.
         sizes: shapes.
         point: layers and stages.
         device: where the model is put.
@@ -145,49 +121,55 @@ class Past:
 
     def __init__(self, root: Path, sizes: Sizes, point: Point, device: torch.device) -> None:
         layers, stages = point
-        self.work = open_workplace(root, sizes, layers, device)
-        drawn = torch.Generator().manual_seed(0)
-        factors = {
-            t.name: random_factors(t.in_features, t.out_features, RANK * stages, drawn)
-            for t in self.work.targets
-        }
-        past = [Path(self.work.run_dir, str(stages), str(number)) for number in range(stages)]
-        self.stage = Stage(self.work, stages + 1, self.work.stream.tasks[0], factors, past)
-        self._write_features(drawn)
-        for number, directory in enumerate(past):
-            save_tensors(directory / FACTORS, factors_of_stage(factors, number))
-        self.model = attach(self.work.model, ACCUMULATED, factors, dict.fromkeys(factors, 1))
-        self.batch = self.work.to_device(self.stage.collator(self.stage.samples[: sizes.batch]))
-        self.lora_a = self.work.method.initial_a(self.stage, self.model)
+        run_dir, bases = str(root / f"run-{layers}-{stages}"), str(root / f"bases-{layers}")
+        self.run = NoiseRun(noise_config(root, sizes.batch, RANK, device, run_dir=run_dir, cache_dir=bases))
+        self.run.take(random_model(llava_config(sizes.shape(layers)), self.run.config.model, device))
+        base, targets = self.run.context.model, self.run.context.targets
+        factors = random_factors(targets, RANK * stages, "earlier", torch.device("cpu"))
+        self.stage = self.run.stage_context(stages + 1, factors)
+        self._write_stages()
+        self.model = attach(base, ACCUMULATED, factors, dict.fromkeys(factors, 1))
+        self.batch = self.run.context.to_device(self.stage.collator(self.stage.samples[: sizes.batch]))
+        self.start = self.run.method.start(self.stage, self.probe()).factors
         self.training = ExitStack()
 
-    def _write_features(self, drawn: torch.Generator) -> None:
-        """Feature bases of the past: random directions, orthonormal to the weight bases and one another."""
-        written: list[dict[str, torch.Tensor]] = [{} for _ in self.stage.past]
-        for t in self.work.targets:
-            noise = torch.randn(t.in_features, DIRECTIONS * len(written), generator=drawn)
+    def _write_stages(self) -> None:
+        """What each stage left: its part of the factors, and random directions orthonormal to all others."""
+        earlier, drawn = self.stage.earlier, torch.Generator().manual_seed(0)
+        factors: list[dict[str, torch.Tensor]] = [{} for _ in earlier]
+        features: list[dict[str, torch.Tensor]] = [{} for _ in earlier]
+        for t in self.stage.targets:
+            noise = torch.randn(t.in_features, DIRECTIONS * len(earlier), generator=drawn)
             basis = self.stage.bases.weight_basis(t)
-            directions = orthonormal_complement(noise.to(basis.device), basis).cpu()
-            for own, columns in zip(written, directions.split(DIRECTIONS, dim=1), strict=True):
-                own[t.name] = columns.contiguous()
-        for directory, own in zip(self.stage.past, written, strict=True):
-            save_tensors(directory / FEATURES, own)
+            directions = orthonormal_complement(noise.to(basis.device), basis).cpu().split(DIRECTIONS, dim=1)
+            a, b = self.stage.accumulated[t.name]
+            for n, (rows, columns) in enumerate(zip(a.split(RANK), b.split(RANK, dim=1), strict=True)):
+                factors[n] |= {f"{t.name}.A": rows, f"{t.name}.B": columns}
+                features[n][t.name] = directions[n].contiguous()
+        for directory, own_factors, own_features in zip(earlier, factors, features, strict=True):
+            save_tensors(directory.tensors("train"), own_factors)
+            save_tensors(directory.tensors("protect"), own_features)
 
     def disk(self) -> dict[str, float]:
-        """Bytes of the past's files."""
-        directory = self.stage.directory / "past"
-        save_adapter(directory, self.model, self.work.config.model)
-        adapter = (directory / "adapter_model.safetensors").stat().st_size
+        """Bytes of what the stages left."""
+        self._save_adapter()
+
+        def size(phase: str) -> float:
+            return sum(stage.tensors(phase).stat().st_size for stage in self.stage.earlier)
+
         return {
-            "disk: adapter": adapter,
-            "disk: factors of the stages": sum((past / FACTORS).stat().st_size for past in self.stage.past),
-            "disk: feature bases": sum((past / FEATURES).stat().st_size for past in self.stage.past),
-            "disk: weight bases": sum(file.stat().st_size for file in self.work.weight_files.values()),
+            "disk: adapter": self.run.directory.adapter_weights.stat().st_size,
+            "disk: factors of the stages": size("train"),
+            "disk: feature bases": size("protect"),
+            "disk: weight bases": sum(file.stat().st_size for file in self.run.context.weight_files.values()),
         }
 
-    def probe(self) -> None:
+    def _save_adapter(self) -> None:
+        save_adapter(self.run.directory.adapter, self.model, self.run.config.model)
+
+    def probe(self) -> dict[str, torch.Tensor]:
         """A of every module for the next task."""
-        self.work.method.initial_a(self.stage, self.model)
+        return self.run.method.initial_a(self.stage, self.model)
 
     @torch.no_grad()
     def forward(self) -> None:
@@ -198,11 +180,7 @@ class Past:
 
     def begin_training(self) -> None:
         """Attaches the stage's own adapter with B = 0, as `learn` does; `fold` takes it off."""
-        start = {
-            t.name: (self.lora_a[t.name], torch.zeros(t.out_features, len(self.lora_a[t.name])))
-            for t in self.stage.targets
-        }
-        attach(self.model, STAGE, start, self.stage.scales)
+        attach(self.model, STAGE, self.start, self.stage.scales)
         beside = self.training.enter_context(past_in_base(self.model, [ACCUMULATED]))
         activate(self.model, [*beside, STAGE], STAGE, "B")
         self.model.train()
@@ -217,8 +195,8 @@ class Past:
     def memory(self) -> float:
         """Bytes that a step holds; transient tensors of single layers are left out.
 
-        The model with all its factors, the stage's copy of the past's, gradients and moments of B, and what
-        the forward keeps for the backward.
+        The model with all its factors, the stage's copy of the accumulated ones, gradients and moments of B,
+        and what the forward pass keeps for the backward pass.
         """
         kept = saved_bytes(self.model, self.step)
         trained = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
@@ -229,88 +207,42 @@ class Past:
         """What `run_stage` does between training and the next probe; B is random."""
         self.training.close()
         detach(self.model)
-        drawn = torch.Generator().manual_seed(1)
-        factors = {
-            t.name: (a, random_factors(t.in_features, t.out_features, len(a), drawn)[1])
-            for t in self.stage.targets
-            if len(a := self.lora_a[t.name])
-        }
-        module_table(self.stage, factors)
-        folded = fold(self.work.method, self.stage.accumulated, factors, self.stage.folded_scales)
-        self.model = attach(self.work.model, ACCUMULATED, folded, dict.fromkeys(folded, 1))
-        save_adapter(self.stage.directory / "adapter", self.model, self.work.config.model)
-
-
-def random_factors(inputs: int, outputs: int, rank: int, drawn: torch.Generator) -> Factor:
-    """A [rank, inputs] and B [outputs, rank] whose update is small beside a weight."""
-    a = torch.randn(rank, inputs, generator=drawn) / math.sqrt(inputs)
-    return a, 0.01 * torch.randn(outputs, rank, generator=drawn) / math.sqrt(rank)
-
-
-def factors_of_stage(factors: dict[str, Factor], number: int) -> dict[str, torch.Tensor]:
-    """What `learn` keeps of stage `number`, 0-based, out of those of all stages."""
-    own = slice(RANK * number, RANK * (number + 1))
-    parts = {f"{name}.A": a[own] for name, (a, _) in factors.items()}
-    return parts | {f"{name}.B": b[:, own] for name, (_, b) in factors.items()}
-
-
-def open_workplace(root: Path, sizes: Sizes, layers: int, device: torch.device) -> Workplace:
-    """A run's shared objects around a random model; weight bases of the same layers are computed once."""
-    run_dir = root / f"run-{layers}"
-    config = replace(run_config(root, sizes.options(), sizes.batch), run_dir=str(run_dir))
-    stream = load_stream(Path(config.stream))
-    towers = config.towers()
-    model = random_model(sizes.model(layers), config.model, device)
-    targets = find_targets(model, {name: tower.targets for name, tower in towers.items()})
-    eps_w = {name: tower.eps_w for name, tower in towers.items()}
-    return Workplace(
-        config,
-        load_method(config),
-        stream,
-        load_training_records(stream),
-        model,
-        transformers.AutoProcessor.from_pretrained(config.model.base_model),
-        VideoReader(config.video, None),
-        targets,
-        weight_basis_files(model, targets, eps_w, run_dir / "weight_bases"),
-        run_dir,
-        device,
-    )
+        factors = {name: (a, torch.randn(b.shape)) for name, (a, b) in self.start.items()}
+        check_no_leakage(self.stage, factors, self.stage.bases)
+        folded = self.run.method.fold(self.stage.accumulated, factors, self.stage.folded_scales)
+        self.model = attach(self.run.context.model, ACCUMULATED, folded, dict.fromkeys(folded, 1))
+        self._save_adapter()
 
 
 def sweep(root: Path, sizes: Sizes, points: Sequence[Point], options: Options) -> Costs:
     """All costs at all points."""
     costs: Costs = {}
-    pasts = {str(point): Past(root, sizes, point, options.device) for point in points}
-    repeats = 1 if options.quick else options.repeats
+    models = {str(point): AfterStages(root, sizes, point, options.device) for point in points}
 
-    def turns(way: Callable[[Past], None]) -> list[list[float]]:
-        ways = {name: partial(way, past) for name, past in pasts.items()}
-        return list(in_turns(ways, repeats, options.device).values())
+    def turns(way: Callable[[AfterStages], object]) -> list[list[float]]:
+        ways = {name: partial(way, model) for name, model in models.items()}
+        return list(in_turns(ways, options.repeats, options.device).values())
 
-    disk = [past.disk() for past in pasts.values()]
-    costs["probe"], costs["forward"] = turns(Past.probe), turns(Past.forward)
-    for past in pasts.values():
-        past.begin_training()
-    costs["step"] = turns(Past.step)
-    costs["memory"] = [[past.memory()] for past in pasts.values()]
-    costs["fold"] = turns(Past.fold)  # last: it takes the adapters off
+    disk = [model.disk() for model in models.values()]
+    costs["probe"], costs["forward"] = turns(AfterStages.probe), turns(AfterStages.forward)
+    for model in models.values():
+        model.begin_training()
+    costs["step"] = turns(AfterStages.step)
+    costs["memory"] = [[model.memory()] for model in models.values()]
+    costs["fold"] = turns(AfterStages.fold)  # last: it takes the adapters off
     return costs | {name: [[found[name]] for found in disk] for name in disk[0]}
 
 
 def rows(options: Options) -> list[Row]:
     """A row per cost and direction of growth; draws growth.png."""
     sizes = QUICK if options.quick else GPU if options.device.type == "cuda" else Sizes()
-    start_processes(cpu=options.device.type == "cpu")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        write_files(root, sizes.options())
+        sizes.noise().write(root)
         lengths = sweep(root, sizes, [(sizes.layers, t) for t in sizes.lengths], options)
         depths = sweep(root, sizes, [(layers, 1) for layers in sizes.depths], options)
-    end_processes()
-    if options.pictures is not None:
-        options.pictures.mkdir(parents=True, exist_ok=True)
-        draw(sizes, lengths, depths, options.pictures / "growth.png")
+    if (picture := options.picture("growth.png")) is not None:
+        draw(sizes, lengths, depths, picture)
     shapes = f"{sizes.language[0]} and {sizes.vision[0]} wide, {sizes.batch} samples of {sizes.length} tokens"
     over_t = f"over T stages learnt, {sizes.layers} layers a tower, {shapes}"
     over_l = f"over L layers a tower, one stage learnt, {shapes}"

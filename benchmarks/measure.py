@@ -1,14 +1,16 @@
-"""How every benchmark here measures and reports: both sides in one run, in turns, ratios within a round.
+"""How every benchmark measures and reports: both sides in one run, in turns, ratios within a round.
 
 A benchmark is a script with `rows(options) -> list[Row]`; `benchmark(__doc__, rows)` is its main function.
-Its rows go to `benchmarks/run.py`, which runs all scripts one after the other and prints one table.
+`benchmarks/run.py` runs the scripts one after the other and prints all their rows as one table.
 """
 
-import argparse
 import contextlib
 import gc
+import inspect
 import json
+import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,12 +18,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import mllm_keeplora  # noqa: F401  # its guards come before the libraries they guard
+
+# isort: split
 import torch
+
+from mllm_keeplora.command_line import OptionParser, command
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURES = ROOT / "docs" / "benchmarks"
-# glibc keeps freed blocks of up to 32 MB to itself, which the resident set then shows as held. For the
-# environment of a process whose memory is measured.
+# glibc keeps freed blocks of up to 32 MB, and the resident set then shows them as held. Under this variable of
+# the environment every block above 1 MB goes back to the system when it is freed.
 RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
 
 
@@ -42,15 +49,17 @@ class Options:
 
     Attributes:
         device: where it runs.
-        repeats: rounds that count.
-        quick: sizes and numbers that only show that the script works; its figures mean nothing.
-        pictures: where it draws; None for nowhere.
+        repeats: rounds that count; 1 where `quick`.
+        quick: tiny sizes, which only show that the script works; its figures mean nothing.
     """
 
     device: torch.device
     repeats: int
     quick: bool
-    pictures: Path | None
+
+    def picture(self, name: str) -> Path | None:
+        """Where a picture of that name goes; None where its figures would mean nothing."""
+        return None if self.quick else PICTURES / name
 
 
 @dataclass(frozen=True)
@@ -78,27 +87,32 @@ class Row:
 
 
 def in_turns(
-    ways: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device
+    ways: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device, warm_up: bool = True
 ) -> dict[str, list[float]]:
-    """Seconds of every way in every round; the first round, with caches and lazy set-up, is left out.
+    """Seconds of every way in every round that counts.
 
     All ways take their turn in each round, so that a machine that slows down slows all of them.
+
+    Args:
+        ways: what is timed.
+        repeats: rounds that count.
+        device: its queue is waited for.
+        warm_up: a first round fills caches and does not count.
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(repeats + 1):
+    for _ in range(repeats + warm_up):
         for name, way in ways.items():
             gc.collect()
             synchronize(device)
             started = time.perf_counter()
             way()
             synchronize(device)
-            if number:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
+            seconds[name].append(time.perf_counter() - started)
+    return {name: found[int(warm_up) :] for name, found in seconds.items()}
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for a GPU's queue; nothing on a CPU."""
+    """Waits for a GPU's queue; a CPU has none."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -119,8 +133,13 @@ def megabytes(count: float) -> str:
     return f"{count / 1e6:.4g} MB"
 
 
+def energy(matrix: torch.Tensor) -> float:
+    """Squared Frobenius norm, summed in fp64."""
+    return float(matrix.double().square().sum())
+
+
 def saved_bytes(model: torch.nn.Module, forward: Callable[[], Any]) -> int:
-    """What autograd keeps during `forward` for the backward, parameters of the model left out."""
+    """Bytes that autograd keeps during `forward` for the backward pass, the model's parameters left out."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     found: dict[int, int] = {}
 
@@ -136,10 +155,12 @@ def saved_bytes(model: torch.nn.Module, forward: Callable[[], Any]) -> int:
 
 
 class Peaks:
-    """Seconds and peak memory of phases, beyond what the process held when the object was made.
+    """Seconds and peak memory of phases, beyond what the process held when this object was made.
 
-    Torch's allocations on a GPU; the resident set on a CPU (Linux), best in a process started with
-    `RETURN_FREED`.
+    On a GPU torch's allocations are measured; on a CPU (Linux) the resident set, best by `in_own_process`.
+
+    Attributes:
+        found: phase -> its "seconds" and "bytes".
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -171,6 +192,31 @@ class Peaks:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
 
 
+def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a function of a benchmark in a process of its own, which returns freed memory (`RETURN_FREED`).
+
+    Args:
+        function: a script's; the new process imports it from there.
+        arguments: for it; they and what it returns go through JSON.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    script = Path(inspect.getfile(function))
+    code = (
+        "import json, sys, torch; "
+        f"torch.set_num_threads({torch.get_num_threads()}); sys.path.insert(0, {str(script.parent)!r}); "
+        f"from {script.stem} import {function.__name__}; "
+        f"print(json.dumps({function.__name__}(*json.loads(sys.argv[1]))))"
+    )
+    command = [sys.executable, "-c", code, json.dumps(arguments)]
+    environment = {**os.environ, **RETURN_FREED}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode != 0:
+        sys.exit(f"{script.name}: {function.__name__}{arguments} failed; its own message says why")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def table(rows: Sequence[Row]) -> str:
     """Rows in Markdown."""
     lines = ["| | what | here | beside | result | goal | met | floor |", "|---|---|---|---|---|---|---|---|"]
@@ -190,20 +236,18 @@ def device_name(device: torch.device) -> str:
 
 def benchmark(description: str, rows: Callable[[Options], list[Row]]) -> None:
     """A benchmark's main function: reads the command line, measures, prints the table."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OptionParser(f"python benchmarks/{Path(sys.argv[0]).name}", description)
     parser.add_argument("--repeats", type=int, default=5, help="rounds that count (default: 5)")
     parser.add_argument("--threads", type=int, default=1, help="of torch on a CPU (default: 1)")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: only shows that the script works")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, one round: only shows that it works")
     parser.add_argument("--json", type=Path, help="write the rows there, too")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pictures = None if arguments.quick else PICTURES
-    found = rows(Options(device, arguments.repeats, arguments.quick, pictures))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps([asdict(row) for row in found], indent=1))
-    print(f"{device_name(device)}; medians of {arguments.repeats} rounds (smallest to largest)\n")
-    print(table(found))
-    sys.stdout.flush()
+    with command():
+        given = parser.read(sys.argv[1:])
+        torch.set_num_threads(given.threads)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        options = Options(device, 1 if given.quick else given.repeats, given.quick)
+        found = rows(options)
+        if given.json is not None:
+            given.json.write_text(json.dumps([asdict(row) for row in found], indent=1))
+        print(f"{device_name(device)}; medians of {options.repeats} rounds (smallest to largest)\n")
+        print(table(found), flush=True)

@@ -1,13 +1,13 @@
-"""How far the accumulated update of a finished run could be recompressed: rank needed for a stated error.
+"""How far a run's accumulated update could be recompressed: the rank that a stated error needs.
 
     python benchmarks/recompression.py runs/vqa_small
 
 dW = B A of every adapted layer after the last stage, in fp64. For an error e the smallest rank k with
-||dW - dW_k||_F <= e ||dW||_F, dW_k the best approximation of that rank, as a share of the rank that exact
-concatenation stores. Means over the layers of a tower.
+||dW - dW_k||_F <= e ||dW||_F, where dW_k is the best approximation of that rank. It is given as a share of
+the rank that is stored, by exact concatenation. Means over the layers of a tower.
 """
 
-import argparse
+import sys
 from pathlib import Path
 from statistics import fmean
 
@@ -18,6 +18,9 @@ import torch
 from peft import load_peft_weights
 from torch import Tensor
 
+from mllm_keeplora.command_line import OptionParser, command
+from mllm_keeplora.continual.saved_run import load_run
+
 ERRORS = (0.1, 0.03, 0.01, 0.001)
 
 
@@ -25,22 +28,16 @@ def rank_shares(a: Tensor, b: Tensor) -> list[float]:
     """Rank for every error over the stored rank, from the R x R core of B A; a [R, in], b [out, R]."""
     core = torch.linalg.qr(b.double()).R @ torch.linalg.qr(a.double().T).R.T
     energies = torch.linalg.svdvals(core).square()
-    left = torch.cat(
-        [energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1)]
-    )  # behind 0, 1, .. directions
-    return [int((left > error**2 * energies.sum()).sum()) / len(a) for error in ERRORS]
+    dropped = energies.flip(0).cumsum(0).flip(0)  # energy behind the first 0, 1, .. directions
+    return [int((dropped > error**2 * energies.sum()).sum()) / len(a) for error in ERRORS]
 
 
 def main() -> None:
     """Prints one line a tower."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", type=Path, help="directory of a finished run")
-    adapter = parser.parse_args().run / "adapter"
-    if not adapter.is_dir():
-        parser.error(f"{adapter} is not there: name the directory of a run that has learnt a task")
-    factors = load_peft_weights(str(adapter), device="cpu")
+    parser = OptionParser("python benchmarks/recompression.py", __doc__)
+    parser.add_argument("run", type=Path, help="directory of a run that has learnt a task")
+    path = parser.read(sys.argv[1:]).run
+    factors = load_peft_weights(str(load_run(path).adapter), device="cpu")
     shares: dict[str, list[list[float]]] = {}
     for name in (key for key in factors if ".lora_A." in key):
         a, b = factors[name], factors[name.replace(".lora_A.", ".lora_B.")]
@@ -51,4 +48,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command():
+        main()

@@ -1,5 +1,6 @@
-"""Random LLaVA-1.5 and Video-LLaVA models of chosen sizes, made without a download, and inputs for them."""
+"""Random LLaVA-1.5 and Video-LLaVA models of chosen sizes, without a download; inputs and adapters for them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +14,14 @@ from torch import Tensor, nn
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from mllm_keeplora.config import ModelConfig
+from mllm_keeplora.modeling.adapters import Factors
 from mllm_keeplora.modeling.families import family_of
 from mllm_keeplora.modeling.linear4bit import guard_linear4bit
 from mllm_keeplora.modeling.loading import DTYPES, quantization_config
 from mllm_keeplora.modeling.loss import IGNORED_LABEL
+from mllm_keeplora.modeling.targets import Target, find_targets
 from mllm_keeplora.planning.skeleton import skeleton_of
+from mllm_keeplora.probes.gradients import module_generator
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "<video>", "USER:", "ASSISTANT:"]
 PATCH = 14  # pixels a side
@@ -29,7 +33,7 @@ class Shape:
 
     Attributes:
         hidden, intermediate, layers, heads: of the language tower.
-        vision_hidden, vision_intermediate, vision_layers, vision_heads: of the vision tower, whose last layer
+        vision_hidden, vision_intermediate, vision_layers, vision_heads: of the vision tower. Its last layer
             takes no part in the result.
         image_size: pixels a side, a multiple of 14.
         vocabulary: words.
@@ -69,7 +73,7 @@ def llava_config(shape: Shape) -> transformers.LlavaConfig:
 
 
 def video_llava_config(shape: Shape) -> transformers.VideoLlavaConfig:
-    """The same for clips: each frame becomes its image tokens and a class token."""
+    """The same for clips: a frame becomes its image tokens and a class token."""
     return transformers.VideoLlavaConfig(
         vision_config=_vision_config(shape),
         text_config=_text_config(shape),
@@ -112,7 +116,10 @@ def settings_for(device: torch.device, quantization: str = "nf4") -> ModelConfig
 
 
 def random_model(config: Any, settings: ModelConfig, device: torch.device) -> transformers.PreTrainedModel:
-    """The model as `load_base` leaves it, of random weights; one dense layer exists at a time."""
+    """The model as `load_base` leaves it, with random weights: norms are ones, biases zeros.
+
+    One dense layer exists at a time.
+    """
     model = skeleton_of(config, settings)
     wanted = quantization_config(settings, family_of(config).not_quantised)
     quantizer = AutoHfQuantizer.from_config(wanted) if wanted is not None else None
@@ -142,20 +149,32 @@ def random_model(config: Any, settings: ModelConfig, device: torch.device) -> tr
     return model.eval()
 
 
+def all_linear(model: transformers.PreTrainedModel) -> list[Target]:
+    """Every linear layer of both towers that takes part in the result."""
+    return find_targets(model, {"vision": ["all-linear"], "language": ["all-linear"]})
+
+
+def random_factors(targets: Sequence[Target], rank: int, seed: str, device: torch.device) -> Factors:
+    """An adapter: rows of A have length 1 on average, B is small."""
+    factors = {}
+    for t in targets:
+        generator = module_generator(0, f"{seed}/{t.name}")
+        a = torch.randn(rank, t.in_features, generator=generator) * t.in_features**-0.5
+        b = torch.randn(t.out_features, rank, generator=generator) * 1e-3
+        factors[t.name] = (a.to(device), b.to(device))
+    return factors
+
+
 def _random(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """A matrix that keeps a vector's length on average; norms get ones, biases zeros."""
+    """A matrix that keeps a vector's length on average."""
     dense = torch.empty(shape, dtype=dtype, device=generator.device)
     return dense.normal_(std=dense[0].numel() ** -0.5, generator=generator)
 
 
-def random_batch(
-    shape: Shape, size: int, length: int, device: torch.device, seed: int = 0
-) -> dict[str, Tensor]:
+def random_batch(shape: Shape, size: int, length: int, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
     """`size` samples of `length` tokens: an image, words, and at the end 16 supervised ones."""
     generator = torch.Generator().manual_seed(seed)
-    words = torch.randint(
-        len(SPECIAL), shape.vocabulary, (size, length - shape.image_tokens), generator=generator
-    )
+    words = torch.randint(len(SPECIAL), shape.vocabulary, (size, length - shape.image_tokens), generator=generator)
     image = torch.full((size, shape.image_tokens), SPECIAL.index("<image>"))
     input_ids = torch.cat([image, words], dim=1)
     labels = input_ids.clone()

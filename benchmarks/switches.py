@@ -1,13 +1,12 @@
-"""What could make a training step faster: every switch alone, beside the step as a stage takes it.
+"""Row 5, too: what could make a training step faster. Every switch alone, beside the step as a stage takes it.
 
     python benchmarks/switches.py           a CPU: about 5 minutes
     python benchmarks/switches.py --quick
 
-The step is that of benchmarks/training.py: forward, backward, AdamW on B, NF4, adapters on every linear layer
-of both towers, no past. By default attention is fused as torch's SDPA chooses, the optimizer `adamw_torch`,
-compute fp32 on a CPU and bf16 on a GPU, and nothing compiled. Of a compiled step the first one, which
-compiles, is left out of the ratio and said apart. By how much the first loss differs is said, too: no switch
-may win by computing something else.
+The step is that of benchmarks/training.py in the first stage. By default torch's SDPA chooses how attention is
+fused, the optimizer is `adamw_torch`, a CPU computes in fp32 and a GPU in bf16, and nothing is compiled. The
+first compiled step, which compiles, is left out of the ratio; its seconds are given apart. Every row also says
+by how much the first loss differs: no switch may win by computing something else.
 """
 
 import contextlib
@@ -48,7 +47,7 @@ class Switch:
 
 
 def switches(device: torch.device) -> Iterator[tuple[str, Switch]]:
-    """Those that apply there."""
+    """Those that apply on the device, by name."""
     gpu = device.type == "cuda"
     yield "eager attention", Switch({"attn_implementation": "eager"})
     backends = [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]
@@ -117,4 +116,4 @@ def rows(options: Options) -> list[Row]:
 
 
 if __name__ == "__main__":
-    benchmark(__doc__ or "", rows)
+    benchmark(__doc__, rows)

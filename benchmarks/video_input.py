@@ -6,7 +6,8 @@
 One h264 clip of 300 frames at 854x480 is encoded first. Then every way of reading it takes its turn, again
 and again, so that a machine that slows down slows all of them; ratios are taken within a round and their
 median is printed. "cold" reads decode; with a cache they also write the entry, which is removed before.
-"cached" reads find it. What is decoded is checked to be the same everywhere.
+"cached" reads find it. Under `backend: decord` a clip is decoded by PyAV and by decord. What is decoded is
+checked to be the same everywhere.
 """
 
 import argparse
@@ -58,9 +59,7 @@ def remove_entries(cache: Path) -> None:
         entry.unlink()
 
 
-def measure(
-    ways: dict[str, Callable[[], Frames]], repeats: int, reset: Callable[[], None]
-) -> dict[str, list[float]]:
+def measure(ways: dict[str, Callable[[], Frames]], repeats: int, reset: Callable[[], None]) -> dict[str, list[float]]:
     """Seconds of every way in every round; the first round, with imports and page cache, is left out."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     reference: Frames | None = None

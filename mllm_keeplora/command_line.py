@@ -86,16 +86,12 @@ def read_settings(parser: jsonargparse.ArgumentParser, argv: Sequence[str]) -> j
     except TypeError as error:  # jsonargparse expands a group that is no mapping
         options = _options_of(parser)
         groups = ", ".join(dict.fromkeys(name.split(".")[0] for name in options if "." in name))
-        raise ConfigError(
-            f"one of the groups {groups} holds a value; it takes 'name: value' lines"
-        ) from error
+        raise ConfigError(f"one of the groups {groups} holds a value; it takes 'name: value' lines") from error
 
 
 def with_underscores(argv: Sequence[str]) -> list[str]:
     """`--max-length` as `--max_length`: an option may be spelled either way, its value stays as it is."""
-    return [
-        re.sub(r"^--[\w.-]+", lambda option: "--" + option[0][2:].replace("-", "_"), text) for text in argv
-    ]
+    return [re.sub(r"^--[\w.-]+", lambda option: "--" + option[0][2:].replace("-", "_"), text) for text in argv]
 
 
 def _with_dashes(argv: Sequence[str]) -> list[str]:
@@ -110,9 +106,7 @@ def _with_dashes(argv: Sequence[str]) -> list[str]:
 def _options_of(parser: argparse.ArgumentParser) -> list[str]:
     """Without their dashes; those too that the usage alone names, since the command reads them itself."""
     options = [name for action in parser._actions for name in action.option_strings]
-    return [
-        name[2:] for name in [*options, *re.findall(r"--[a-z_]+", parser.usage or "")] if name[:2] == "--"
-    ]
+    return [name[2:] for name in [*options, *re.findall(r"--[a-z_]+", parser.usage or "")] if name[:2] == "--"]
 
 
 # How argparse and jsonargparse speak of a name that they do not know.

@@ -189,12 +189,8 @@ class TrainConfig:
             _require(getattr(self, name) > 0, f"train.{name} must be positive, got {getattr(self, name)}")
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"):
             _require(getattr(self, name) >= 1, f"train.{name} must be at least 1, got {getattr(self, name)}")
-        _require(
-            0.0 <= self.lora_dropout < 1.0, f"train.lora_dropout must lie in [0, 1), got {self.lora_dropout}"
-        )
-        _require(
-            0.0 <= self.warmup_ratio < 1.0, f"train.warmup_ratio must lie in [0, 1), got {self.warmup_ratio}"
-        )
+        _require(0.0 <= self.lora_dropout < 1.0, f"train.lora_dropout must lie in [0, 1), got {self.lora_dropout}")
+        _require(0.0 <= self.warmup_ratio < 1.0, f"train.warmup_ratio must lie in [0, 1), got {self.warmup_ratio}")
         _require(self.max_steps != 0, "train.max_steps is 0: nothing would be learnt; use -1 to count epochs")
 
 
@@ -286,8 +282,7 @@ class RunConfig:
         )
         _require(
             self.projector == "frozen" or self.vision.adapt,
-            "projector: protected adapts the projector with the vision tower's settings; set "
-            "vision.adapt: true",
+            "projector: protected adapts the projector with the vision tower's settings; set vision.adapt: true",
         )
         for task in self.train_overrides:
             self.train_for(task)
@@ -381,9 +376,7 @@ def config_from_dict(values: Mapping[str, Any], where: Path) -> RunConfig:
     Raises:
         ConfigError: a setting that is missing or unknown: another version wrote them.
     """
-    groups: dict[str, Any] = {
-        f.name: f.default_factory for f in fields(RunConfig) if is_dataclass(f.default_factory)
-    }
+    groups: dict[str, Any] = {f.name: f.default_factory for f in fields(RunConfig) if is_dataclass(f.default_factory)}
     try:
         built = {name: group(**values[name]) for name, group in groups.items()}
         return RunConfig(**{**values, **built})
@@ -414,9 +407,7 @@ def build_parser(
 ) -> ArgumentParser:
     """The command line of a run: `--config FILE`, and every setting as `--group.name VALUE`."""
     parser = settings_parser(prog, description, f"[--config FILE ...] {flags}")
-    parser.add_argument(
-        "--config", action="config", help=f"YAML file with settings (default: {default_config})"
-    )
+    parser.add_argument("--config", action="config", help=f"YAML file with settings (default: {default_config})")
     parser.add_class_arguments(RunConfig)
     return parser
 

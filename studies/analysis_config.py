@@ -76,9 +76,7 @@ def parse_analysis(argv: Sequence[str], description: str | None = None) -> Analy
     parser.set_defaults(_defaults(None, DEFAULT_RECIPE))
     given = read_settings(parser, argv)
     if given.run and given.config:
-        raise ConfigError(
-            "--config and --run were both given; a run brings its own settings: leave --config out"
-        )
+        raise ConfigError("--config and --run were both given; a run brings its own settings: leave --config out")
     parser.set_defaults(_defaults(given.run, given.config or DEFAULT_RECIPE))
     values = read_settings(parser, argv)
     return AnalysisConfig(**{f.name: getattr(values, f.name) for f in fields(AnalysisConfig)})

@@ -97,9 +97,7 @@ class Study:
             raise ConfigError(f"two arms of the study have one name: {', '.join(sorted(twice))}")
         for name in self.candidates:
             if name not in {**self.methods, **self.more_methods} or self.tuning is None:
-                raise ConfigError(
-                    f"candidates of {name!r}: no method of the study, or a study without tuning"
-                )
+                raise ConfigError(f"candidates of {name!r}: no method of the study, or a study without tuning")
         for name in ("seeds", "more_seeds"):
             seeds = getattr(self, name)
             if len(set(seeds)) != len(seeds) or len(seeds) < 2:
@@ -280,9 +278,7 @@ def _split(stream: Stream, task: TaskSpec, tuning: Tuning, folder: Path) -> dict
     records = read_json(stream.train_file(task))
     kept, held_out = records[: -tuning.held_out], records[-tuning.held_out :]
     if not kept:
-        raise ConfigError(
-            f"tuning.held_out is {tuning.held_out}; {stream.train_file(task)} has {len(records)} records"
-        )
+        raise ConfigError(f"tuning.held_out is {tuning.held_out}; {stream.train_file(task)} has {len(records)} records")
     write_json(folder / task.name / "train.json", kept)
     write_json(folder / task.name / "test.json", [_question(i, r) for i, r in enumerate(held_out)])
     place = Path(tuning.data) / task.name

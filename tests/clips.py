@@ -48,16 +48,12 @@ def write_clip(
 
 def moving_frames(count: int, height: int = 64, width: int = 96, seed: int = 0) -> list[np.ndarray]:
     """Coloured blocks that move, so that every frame differs and later ones refer to earlier ones."""
-    blocks = np.random.default_rng(seed).integers(
-        0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8
-    )
+    blocks = np.random.default_rng(seed).integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
     picture = np.kron(blocks, np.ones((8, 8, 1), np.uint8))[:height, :width]
     return [np.roll(picture, 3 * index, axis=1) for index in range(count)]
 
 
-def copy_packets(
-    source: Path, target: Path, *, later: float = 0.0, options: Mapping[str, str] | None = None
-) -> Path:
+def copy_packets(source: Path, target: Path, *, later: float = 0.0, options: Mapping[str, str] | None = None) -> Path:
     """Writes the packets of a clip to another file, `later` by so many seconds.
 
     Earlier than 0 makes an MP4 hide the first frames by an edit list, as cutting without encoding does.

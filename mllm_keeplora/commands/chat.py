@@ -1,7 +1,10 @@
 """Answers questions about an image or a clip by a run's model.
 
-keeplora chat runs/vqa_small --image photo.png "What is shown?" keeplora chat runs/vqa_small --image photo.png
-asks until an empty line keeplora chat runs/video_small --video clip.mp4 "What happens?"
+    keeplora chat runs/vqa_small --image photo.png "What is shown?"
+    keeplora chat runs/vqa_small --image photo.png                      asks until an empty line
+    keeplora chat runs/video_small --video clip.mp4 "What happens?"
+
+The prompt is that of training and evaluation, and answers are decoded greedily, as there.
 """
 
 import sys

@@ -21,9 +21,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--limit", type=int, help="first questions of each task only: a quick look, no comparison and no row"
     )
-    parser.add_argument(
-        "--table", type=Path, default=Path("leaderboard"), help="its directory (default: %(default)s)"
-    )
+    parser.add_argument("--table", type=Path, default=Path("leaderboard"), help="its directory (default: %(default)s)")
     given = parser.read(argv)
 
     from mllm_keeplora.eval.leaderboard import (

@@ -112,9 +112,7 @@ class History:
 
     def missing_cells(self) -> dict[int, list[str]]:
         """Stage -> names of tasks and benchmarks that were not evaluated there."""
-        cells = {
-            n: [name for name in self.data if name not in self.scores(n)] for n in range(len(self.manifests))
-        }
+        cells = {n: [name for name in self.data if name not in self.scores(n)] for n in range(len(self.manifests))}
         return {number: names for number, names in cells.items() if names}
 
     def has_its_adapter(self) -> bool:

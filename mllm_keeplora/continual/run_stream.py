@@ -58,9 +58,7 @@ def run_stage(run: Run, number: int, past: Factors) -> Factors:
         stage.evaluate(model)
 
         rows = [{**row, **protect.facts[name]} for name, row in table.items()]
-        stage.note(
-            modules=rows, counts=counts(context, method, factors, train.facts), loss=train.facts["loss"]
-        )
+        stage.note(modules=rows, counts=counts(context, method, factors, train.facts), loss=train.facts["loss"])
         stage.note(probe_indices=context.probe_indices)
     return past
 
@@ -96,9 +94,7 @@ def _run_missing_stages(run: Run) -> None:
             logger.info(f"stage {number} of {len(run.stream.tasks)}: {task}")
             past = run_stage(run, number, past)
         logger.info(stage_summary(run.history.manifests[-1]))
-    if not from_main(
-        run.history.has_its_adapter
-    ):  # somebody removed it, or the stages that it was written after
+    if not from_main(run.history.has_its_adapter):  # somebody removed it, or the stages that it was written after
         logger.info("putting the adapter together from the stages' factors")
         run.write_adapter(past)
 
@@ -144,14 +140,10 @@ def stage_summary(manifest: dict[str, Any]) -> str:
     for tower in ("vision", "language"):
         rows = [m for m in manifest["modules"] if m["tower"] == tower]
         if rows:
-            columns = [
-                f"{key} {_spread([m[key] for m in rows])}" for key in ("k_w", "k_f", "k_f_added", "rank")
-            ]
+            columns = [f"{key} {_spread([m[key] for m in rows])}" for key in ("k_w", "k_f", "k_f_added", "rank")]
             leak = max(m["leakage"] for m in rows)
             lines.append(f"  {tower:8s} {len(rows):3d} modules  {'  '.join(columns)}  leakage <= {leak:.1e}")
-    lines.append(
-        "  scores   " + "  ".join(f"{n} {score['value']:.3f}" for n, score in manifest["scores"].items())
-    )
+    lines.append("  scores   " + "  ".join(f"{n} {score['value']:.3f}" for n, score in manifest["scores"].items()))
     lines.append("  seconds  " + "  ".join(f"{name} {s:.1f}" for name, s in manifest["timings"].items()))
     return "\n".join(lines)
 

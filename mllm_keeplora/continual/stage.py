@@ -122,9 +122,7 @@ def open_context(run: RunContext, method: Method, number: int, accumulated: Fact
     )
 
 
-def check_no_leakage(
-    stage: StageContext, factors: Factors, bases: ProtectedBases
-) -> dict[str, dict[str, Any]]:
+def check_no_leakage(stage: StageContext, factors: Factors, bases: ProtectedBases) -> dict[str, dict[str, Any]]:
     """Makes sure that the update does not reach what is protected: dW M = 0.
 
     Returns:
@@ -191,9 +189,7 @@ def check_ranks(run: RunContext) -> None:
             )
 
 
-def counts(
-    stage: StageContext, method: Method, factors: Factors, account: Mapping[str, Any]
-) -> dict[str, Any]:
+def counts(stage: StageContext, method: Method, factors: Factors, account: Mapping[str, Any]) -> dict[str, Any]:
     """Numbers of what went into a stage, and the records that did not.
 
     Args:

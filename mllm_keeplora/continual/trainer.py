@@ -133,15 +133,12 @@ class StageTrainer(Trainer):
         mark = Path(str(self.args.output_dir), f"checkpoint-{self.state.global_step}", COMPLETE)
         from_main(lambda: _write_mark(mark))
 
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
-    ) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         saved = load_file(Path(resume_from_checkpoint, STAGE_WEIGHTS))
         parameters = self._trainable()
         if saved.keys() != parameters.keys():
             raise TrainingError(
-                f"{resume_from_checkpoint} holds {len(saved)} parameters, the stage trains "
-                f"{len(parameters)}; delete it"
+                f"{resume_from_checkpoint} holds {len(saved)} parameters, the stage trains {len(parameters)}; delete it"
             )
         with torch.no_grad():
             for name, parameter in parameters.items():

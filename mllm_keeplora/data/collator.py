@@ -75,9 +75,7 @@ def process_media(
         ProcessorError: a clip for a processor that takes none.
     """
     if clips and not getattr(processor, "video_token", None):
-        raise ProcessorError(
-            f"{type(processor).__name__} takes no video; expected a base model of a video family"
-        )
+        raise ProcessorError(f"{type(processor).__name__} takes no video; expected a base model of a video family")
     if clips:
         settings["videos"] = [clip.frames for clip in clips]
         settings["video_metadata"] = [_describe_clip(clip) for clip in clips]
@@ -110,9 +108,7 @@ def prepare_questions(
     clips = [media for _, media in questions if isinstance(media, Clip)]
     prompts = [render_prompt(processor, text, _kind_of(media)) for text, media in questions]
     inputs = process_media(processor, images, clips, prompts, padding_side="left")
-    return {
-        key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in inputs.items()
-    }
+    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
 
 
 def _kind_of(media: Image.Image | Clip | None) -> Media | None:
@@ -145,14 +141,10 @@ class ChatCollator:
         self, processor: ProcessorMixin, max_length: int | None = None, reader: VideoReader | None = None
     ) -> None:
         if not getattr(processor, "image_token", None):
-            raise ProcessorError(
-                f"{type(processor).__name__} has no image token; expected a LLaVA-style processor"
-            )
+            raise ProcessorError(f"{type(processor).__name__} has no image token; expected a LLaVA-style processor")
         for name in ("pad_token", "eos_token"):
             if getattr(processor.tokenizer, name) is None:
-                raise ProcessorError(
-                    f"the base model's tokenizer has no {name}; set one in its tokenizer_config.json"
-                )
+                raise ProcessorError(f"the base model's tokenizer has no {name}; set one in its tokenizer_config.json")
         self.processor = processor
         self.max_length = max_length
         self.reader = reader
@@ -308,9 +300,7 @@ def _check_media_tokens(processor: ProcessorMixin, segments: Sequence[_Segment],
             )
 
 
-def _encode_sample(
-    processor: ProcessorMixin, segments: Sequence[_Segment], first_prompt: list[int]
-) -> _EncodedSample:
+def _encode_sample(processor: ProcessorMixin, segments: Sequence[_Segment], first_prompt: list[int]) -> _EncodedSample:
     """Tokens of a whole sample; `first_prompt` holds those of the first prompt, image tokens included."""
     ids, supervised = list(first_prompt), [False] * len(first_prompt)
     for index, segment in enumerate(segments):

@@ -126,9 +126,7 @@ def _download(hub: Hub, root: Path) -> Fetched:
 
 def _explain(hub: Hub, error: Exception) -> str:
     if isinstance(error, OfflineModeIsEnabled):
-        return (
-            "HF_HUB_OFFLINE forbids the hub; unset it, or fetch where there is a network and copy the folder"
-        )
+        return "HF_HUB_OFFLINE forbids the hub; unset it, or fetch where there is a network and copy the folder"
     if isinstance(error, GatedRepoError):
         return "its owner has to let you in: ask on its page, then log in by `hf auth login`"
     if isinstance(error, RevisionNotFoundError):
@@ -188,8 +186,7 @@ def unpack(archive: Path) -> None:
                 _extract(opened, name, target)
     except _DAMAGE as error:
         raise FetchError(
-            f"{archive} is damaged ({type(error).__name__}: {error}); delete it and run the same command "
-            "again"
+            f"{archive} is damaged ({type(error).__name__}: {error}); delete it and run the same command again"
         ) from error
     except tarfile.FilterError as error:
         raise FetchError(f"{archive}: {error}; nothing more of it is unpacked") from error
@@ -254,9 +251,7 @@ def format_fetched(stream: Stream, fetched: Fetched, left: Sequence[str]) -> str
     hub = stream.hub
     lines = [f"{len(fetched.files)} files ({fetched.size / 1e9:.2f} GB) are in {stream.data_root}."]
     if hub is not None and hub.revision != fetched.commit:
-        lines.append(
-            f"They are commit {fetched.commit} of {hub.repo_id}; 'revision: {fetched.commit}' pins it."
-        )
+        lines.append(f"They are commit {fetched.commit} of {hub.repo_id}; 'revision: {fetched.commit}' pins it.")
     if left:
         lines += ["\nStill to do:", *(f"  {line}" for line in left)]
     return "\n".join(lines)

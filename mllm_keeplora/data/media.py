@@ -91,11 +91,15 @@ class MediaChecker:
         """
         return self.problems_of([(images, videos)], label)
 
-    def problems_of(
-        self, sets: Sequence[tuple[Collection[Path], Collection[Path]]], label: str
-    ) -> dict[Path, str]:
-        """The same for the (images, videos) of several data files: each is remembered as a set of its own, as
-        a run asks for it, but a file that several sets share is read once."""
+    def problems_of(self, sets: Sequence[tuple[Collection[Path], Collection[Path]]], label: str) -> dict[Path, str]:
+        """The same for several data files.
+
+        A file that several of them share is read once. Each is remembered by itself, as a run asks for it.
+
+        Args:
+            sets: (images, videos) of each data file.
+            label: what the progress bar calls them.
+        """
         ordered = [(sorted(set(images)), sorted(set(videos))) for images, videos in sets]
         memories = [self._memory_file(images, videos) for images, videos in ordered]
         new = [
@@ -106,9 +110,7 @@ class MediaChecker:
         images = sorted({path for pair, _ in new for path in pair[0]})
         videos = sorted({path for pair, _ in new for path in pair[1]})
         found = _check_all(images, _image_problem, f"checking images of {label}", "image", _IMAGE_THREADS)
-        found |= _check_all(
-            videos, self._video_problem, f"checking clips of {label}", "clip", os.cpu_count() or 1
-        )
+        found |= _check_all(videos, self._video_problem, f"checking clips of {label}", "clip", os.cpu_count() or 1)
         for (its_images, its_videos), memory in new:
             if memory is not None and not found.keys() & {*its_images, *its_videos}:
                 write_json(memory, {"images": len(its_images), "videos": len(its_videos)})

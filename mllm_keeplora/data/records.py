@@ -157,9 +157,7 @@ def read_records(
     for row, value in _read_rows(path, answers):
         try:
             record = _parse_record(value)
-            samples[row] = _to_sample(
-                record, f"{path.name}:{row}", media_root, prompt_suffix, allow_text_only
-            )
+            samples[row] = _to_sample(record, f"{path.name}:{row}", media_root, prompt_suffix, allow_text_only)
         except _BadRecord as error:
             bad[row] = str(error)
     if answers is not None:
@@ -328,9 +326,7 @@ def _parse_record(value: object, answered: bool = True) -> _ParsedRecord:
             f"(CL-VISTA test) and 'messages' is there; found {', '.join(map(repr, value)) or 'no key at all'}"
         )
     media, name = _read_media_name(value)
-    return _ParsedRecord(
-        id=value.get("id", value.get("question_id")), media=media, name=name, messages=messages
-    )
+    return _ParsedRecord(id=value.get("id", value.get("question_id")), media=media, name=name, messages=messages)
 
 
 def _read_messages(
@@ -482,9 +478,7 @@ def _describe(path: Path, bad: Sequence[SkippedRecord], total: int) -> str:
         lines.append(f"  ... and {len(bad) - _ERRORS_SHOWN} more")
     remedy = "Correct them"
     if len(bad) < total:
-        remedy += (
-            ", or, in training files, leave them out by 'on_bad_record: skip' (the manifest then names them)"
-        )
+        remedy += ", or, in training files, leave them out by 'on_bad_record: skip' (the manifest then names them)"
     return "\n".join([*lines, remedy + "."])
 
 

@@ -10,7 +10,7 @@ For example:
         test: birds/test.json
         media_root: birds          # the records' image paths are relative to data_root/media_root
         metric: exact              # a scoring function of eval/tasks
-    hub:                           # optional: where scripts/fetch_stream.sh gets the data from
+    hub:                           # optional: where `keeplora fetch` gets the data from
       repo_id: somebody/birds
     general:                       # watched, never trained on: an own file, or a stock lmms-eval task
       - name: pope
@@ -206,9 +206,7 @@ class Stream:
         names = [task.name for task in self.tasks] + [benchmark.name for benchmark in self.general]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
-            raise StreamError(
-                f"the name {repeated[0]!r} is used more than once; give every task and benchmark its own"
-            )
+            raise StreamError(f"the name {repeated[0]!r} is used more than once; give every task and benchmark its own")
 
     @property
     def specs(self) -> tuple[TaskSpec | GeneralSpec, ...]:
@@ -365,9 +363,7 @@ def _build_stream(document: object, data_root: Path | None) -> Stream:
     values = _check_keys(document, Stream, "the stream", optional=("data_root",))
     root = data_root if data_root is not None else values.get("data_root")
     if not isinstance(root, str | Path) or not str(root):
-        raise StreamError(
-            f"data_root is {root!r}; expected the folder that holds the data, here or in the run YAML"
-        )
+        raise StreamError(f"data_root is {root!r}; expected the folder that holds the data, here or in the run YAML")
     return Stream(
         name=values["name"],
         data_root=Path(root),
@@ -388,9 +384,7 @@ def _build_hub(entry: object) -> Hub | None:
 
 def _build_specs(items: object, kind: type[_Spec], key: str) -> tuple[_Spec, ...]:
     if not isinstance(items, list):
-        raise StreamError(
-            f"{key!r} is {items!r}; expected a list of entries, each beginning with '- name: ...'"
-        )
+        raise StreamError(f"{key!r} is {items!r}; expected a list of entries, each beginning with '- name: ...'")
     specs = []
     for index, item in enumerate(items):
         name = item.get("name") if isinstance(item, dict) else None
@@ -430,9 +424,7 @@ def _check_types(spec: TaskSpec | GeneralSpec) -> None:
         if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in allowed):
             expected = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in allowed)
             quote = " (put it in quotes)" if str in allowed and isinstance(value, int | float) else ""
-            raise StreamError(
-                f"task or benchmark {spec.name!r}: {key} is {value!r}; expected {expected}{quote}"
-            )
+            raise StreamError(f"task or benchmark {spec.name!r}: {key} is {value!r}; expected {expected}{quote}")
 
 
 def _check_common(spec: TaskSpec | GeneralSpec) -> None:
@@ -488,9 +480,7 @@ def _check_references(spec: TaskSpec | GeneralSpec) -> None:
 def _check_inside(spec: TaskSpec | GeneralSpec, key: str, value: str) -> None:
     path = PurePath(value)
     if path.is_absolute() or ".." in path.parts:
-        raise StreamError(
-            f"{spec.name!r}: {key} is {value!r}, which leaves the data root; give a path relative to it"
-        )
+        raise StreamError(f"{spec.name!r}: {key} is {value!r}, which leaves the data root; give a path relative to it")
 
 
 def _check_files(stream: Stream) -> None:

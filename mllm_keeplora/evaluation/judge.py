@@ -106,9 +106,7 @@ class Judge:
             top_k=None,
             pad_token_id=self.tokenizer.pad_token_id,
         )
-        texts = self.tokenizer.batch_decode(
-            output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
+        texts = self.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return [str(text).strip() for text in texts]
 
 
@@ -187,9 +185,7 @@ def load_judge(settings: JudgeConfig, cache: Path) -> Judge:
     """
     directory = _judge_directory(settings)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = (
-        settings.dtype if settings.dtype != "auto" else ("bfloat16" if device.type == "cuda" else "float32")
-    )
+    dtype = settings.dtype if settings.dtype != "auto" else ("bfloat16" if device.type == "cuda" else "float32")
     logger.info(f"loading the judge {settings.judge} ({settings.quantization}, {dtype})")
     try:
         # Padding on the left, so that every verdict begins right behind its prompt.
@@ -203,9 +199,7 @@ def load_judge(settings: JudgeConfig, cache: Path) -> Judge:
             device_map={"": device},
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        raise JudgeError(
-            f"judge {settings.judge} cannot be loaded: {type(error).__name__}: {error}"
-        ) from error
+        raise JudgeError(f"judge {settings.judge} cannot be loaded: {type(error).__name__}: {error}") from error
     if tokenizer.chat_template is None:
         raise JudgeError(f"judge {settings.judge} has no chat template; use an instruction-tuned model")
     if tokenizer.pad_token_id is None:
@@ -229,13 +223,10 @@ def _judge_directory(settings: JudgeConfig) -> Path:
     directory = Path(settings.judge)
     if not directory.is_dir():
         try:
-            directory = Path(
-                snapshot_download(settings.judge, revision=settings.revision, allow_patterns=MODEL_FILES)
-            )
+            directory = Path(snapshot_download(settings.judge, revision=settings.revision, allow_patterns=MODEL_FILES))
         except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
             raise JudgeError(
-                f"judge {settings.judge!r} is neither a directory here nor a hub model that can be fetched: "
-                f"{error}"
+                f"judge {settings.judge!r} is neither a directory here nor a hub model that can be fetched: {error}"
             ) from error
     if not (directory / "config.json").is_file() or not any(directory.glob("*.safetensors")):
         raise JudgeError(
@@ -383,9 +374,7 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 yield json.loads(line)
             except json.JSONDecodeError as error:
-                raise ArtifactError(
-                    f"{path}, line {row} is not valid JSON: it was edited or truncated"
-                ) from error
+                raise ArtifactError(f"{path}, line {row} is not valid JSON: it was edited or truncated") from error
 
 
 def _read_reply(line: Mapping[str, Any], path: Path) -> Reply:

@@ -141,9 +141,7 @@ class KeepLoRAModel(lmms):
         """
         settings = dict(simple_parse_args_string(arg_string))
         settings.update({key: value for key, value in (additional_config or {}).items() if value is not None})
-        settings.pop(
-            "max_batch_size", None
-        )  # of automatic batch sizes, which lmms-eval's parser always sends
+        settings.pop("max_batch_size", None)  # of automatic batch sizes, which lmms-eval's parser always sends
         batch_size = settings.pop("batch_size", 1)
         video = {key: settings.pop(key) for key in list(settings) if key.startswith(_VIDEO_PREFIX)}
         reader = VideoReader(_read_video_settings(video), cache_dir=None)
@@ -183,9 +181,7 @@ class KeepLoRAModel(lmms):
 
     def _progress(self, total: int) -> "tqdm[NoReturn]":
         # None: shown on a terminal only.
-        return tqdm(
-            total=total, desc="Answering", unit="question", disable=self.rank != 0 or None, leave=False
-        )
+        return tqdm(total=total, desc="Answering", unit="question", disable=self.rank != 0 or None, leave=False)
 
     def _batches(self, requests: list[Instance]) -> Iterator[list[int]]:
         groups: dict[tuple[str, _Decoding], list[int]] = defaultdict(list)
@@ -226,9 +222,7 @@ class KeepLoRAModel(lmms):
             eos_token_id=tokenizer.eos_token_id if eos is None else eos,
             pad_token_id=tokenizer.pad_token_id,
         )
-        replies = tokenizer.batch_decode(
-            sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
+        replies = tokenizer.batch_decode(sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return [_cut(reply, decoding.until) for reply in replies]
 
 

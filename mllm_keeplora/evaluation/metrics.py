@@ -94,12 +94,7 @@ def mean_over_seeds(runs: Sequence[Estimate]) -> Estimate:
 def _stage_rows(matrix: Matrix) -> list[list[Cell]]:
     rows = [[_known(cell) for cell in row] for row in matrix]
     tasks = len(rows[0]) if rows else 0
-    if (
-        not rows
-        or tasks == 0
-        or any(len(row) != tasks for row in rows)
-        or len(rows) not in (tasks, tasks + 1)
-    ):
+    if not rows or tasks == 0 or any(len(row) != tasks for row in rows) or len(rows) not in (tasks, tasks + 1):
         shape = [len(row) for row in rows]
         raise ValueError(f"expected a T x T or (T+1) x T matrix, got {len(rows)} rows of lengths {shape}")
     return rows[-tasks:]

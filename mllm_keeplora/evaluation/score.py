@@ -106,11 +106,14 @@ def _by_limit(
     return [(most, group) for most, group in groups if group]
 
 
-def _read_row(
-    results: Mapping[str, Any] | None, entries: Sequence[ScoredTask], output: Path
-) -> dict[str, Score]:
+def _read_row(results: Mapping[str, Any] | None, entries: Sequence[ScoredTask], output: Path) -> dict[str, Score]:
     """The scores of all entries, and their files; on the main process, where lmms-eval gathers."""
-    assert results is not None
+    if results is None:
+        names = ", ".join(entry.name for entry in entries)
+        raise EvaluationError(
+            f"lmms-eval gave the main process no results for {names}: it took another process for the main "
+            "one. Start all processes by accelerate launch or by torchrun"
+        )
     output.mkdir(parents=True, exist_ok=True)
     scores: dict[str, Score] = {}
     for entry in entries:
@@ -221,9 +224,7 @@ def _run_lmms_eval(
         except Exception as error:
             cause = _cause(error)
             tasks = ", ".join(entry.name for entry in entries)
-            raise EvaluationError(
-                f"evaluating {tasks} failed with {type(cause).__name__}: {cause}"
-            ) from error
+            raise EvaluationError(f"evaluating {tasks} failed with {type(cause).__name__}: {cause}") from error
 
 
 def _cause(error: BaseException) -> BaseException:

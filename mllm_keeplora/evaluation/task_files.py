@@ -111,9 +111,7 @@ def _task_yaml(
     media_root = stream.test_media_root(spec).resolve()
     answers = stream.answers_file(spec)
     if answers is not None or not _is_test_form(test):
-        samples, _ = load_records(
-            test, media_root, answers=answers, allow_text_only=spec.allow_text_only, checker=None
-        )
+        samples, _ = load_records(test, media_root, answers=answers, allow_text_only=spec.allow_text_only, checker=None)
         test = _write_test_form(samples, directory / f"{entry.lmms_task}.json")
     references = _references_file(stream, spec, needs.get("references"))
     if references is not None:
@@ -153,9 +151,7 @@ def _metric_needs(spec: TaskSpec | GeneralSpec) -> dict[str, Any]:
     template = TEMPLATES / f"{spec.metric}.yaml"
     if not template.is_file():
         # Those of one benchmark, which carry its name, last.
-        known = sorted(
-            (path.stem for path in TEMPLATES.glob("[!_]*.yaml")), key=lambda name: ("_" in name, name)
-        )
+        known = sorted((path.stem for path in TEMPLATES.glob("[!_]*.yaml")), key=lambda name: ("_" in name, name))
         raise EvaluationError(f"{spec.name}: no metric {spec.metric!r} in {TEMPLATES}, found {known}")
     document = yaml.load(template.read_text(encoding="utf-8"), Loader=_TemplateLoader)
     return dict(document.get("metadata", {}))
@@ -219,9 +215,7 @@ def _write_with_references(spec: TaskSpec | GeneralSpec, test: Path, references:
             f"1..{len(records)}; found captions of {len(captions)} images, not of "
             f"{sorted(set(numbers) - set(captions))[:5]}, but of {sorted(set(captions) - set(numbers))[:5]}"
         )
-    write_json(
-        path, [{**record, "references": captions[n]} for n, record in zip(numbers, records, strict=True)]
-    )
+    write_json(path, [{**record, "references": captions[n]} for n, record in zip(numbers, records, strict=True)])
     return path
 
 

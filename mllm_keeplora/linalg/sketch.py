@@ -1,4 +1,4 @@
-"""Randomised sketches of a task gradient: Y = Omega^T G, and what can be decided from them.
+"""Randomised sketches of a task gradient: Y = Omega^T G (E2), and what can be decided from them (E4, E8).
 
 A probe (see `gradients`) yields Y [q, in] instead of G [out, in]. Its row space approximates G's input-side
 range, so directions are read off Y. Energies are not: E||Y||_F^2 = q ||G||_F^2 holds only on average, and

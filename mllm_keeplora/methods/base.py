@@ -194,9 +194,7 @@ def load_method(config: RunConfig) -> Method:
     """
     names = method_names()
     if config.method not in names:
-        raise ConfigError(
-            f"method {config.method!r} is none of {', '.join(names)}{did_you_mean(config.method, names)}"
-        )
+        raise ConfigError(f"method {config.method!r} is none of {', '.join(names)}{did_you_mean(config.method, names)}")
     module = importlib.import_module(f"{mllm_keeplora.methods.__name__}.{config.method}")
     chosen = next(
         value

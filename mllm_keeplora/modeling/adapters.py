@@ -90,9 +90,7 @@ def _exactly(name: str) -> str:
 @torch.no_grad()
 def _write(model: PeftModel, adapter: str, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
     for name, (a, b) in factors.items():
-        for tensor, parameter, factor in zip(
-            (a, b), factor_parameters(model, adapter, name), "AB", strict=True
-        ):
+        for tensor, parameter, factor in zip((a, b), factor_parameters(model, adapter, name), "AB", strict=True):
             if tensor.shape != parameter.shape:
                 raise AdapterError(
                     f"{name}: {factor} is {tuple(tensor.shape)}, the model takes {tuple(parameter.shape)}"

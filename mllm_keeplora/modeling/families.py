@@ -21,9 +21,7 @@ def _layers_before_feature(config: Any) -> int:
     total = int(config.vision_config.num_hidden_layers)
     read = config.vision_feature_layer
     # There are total + 1 hidden states, the embeddings first: index -1 uses every layer, -2 all but the last.
-    return max(
-        index if index >= 0 else total + 1 + index for index in (read if isinstance(read, list) else [read])
-    )
+    return max(index if index >= 0 else total + 1 + index for index in (read if isinstance(read, list) else [read]))
 
 
 def _all_layers(config: Any) -> int:

@@ -27,9 +27,7 @@ def computed_weight(module: nn.Module) -> Tensor:
     if not isinstance(weight, Params4bit):
         return weight.detach().float()
     if weight.quant_state is None:
-        raise TypeError(
-            "4-bit layer without a quant_state: move the model to its device before reading its weights"
-        )
+        raise TypeError("4-bit layer without a quant_state: move the model to its device before reading its weights")
     dense = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
     return dense.reshape(module.out_features, module.in_features).float()
 

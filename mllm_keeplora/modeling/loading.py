@@ -46,9 +46,7 @@ def resolve_device(config: ModelConfig) -> torch.device:
     """
     available = torch.cuda.is_available()
     if config.device == "cuda" and not available:
-        raise ConfigError(
-            "model.device is cuda, but torch sees no CUDA device; use model.device: cpu or auto"
-        )
+        raise ConfigError("model.device is cuda, but torch sees no CUDA device; use model.device: cpu or auto")
     if not available or config.device == "cpu":
         return torch.device("cpu")
     # Counted as accelerate does: a launcher may show each process its own device alone.
@@ -78,9 +76,7 @@ def resolve_model_directory(config: ModelConfig) -> Path:
     if not directory.is_dir():
         patterns = [*MODEL_FILES, *([REMOTE_CODE] if config.trust_remote_code else [])]
         try:
-            directory = Path(
-                snapshot_download(config.base_model, revision=config.revision, allow_patterns=patterns)
-            )
+            directory = Path(snapshot_download(config.base_model, revision=config.revision, allow_patterns=patterns))
         except (
             HfHubHTTPError,
             LocalEntryNotFoundError,
@@ -100,13 +96,10 @@ def resolve_model_directory(config: ModelConfig) -> Path:
         ("tokenizer", ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"]),
     ):
         if not any((directory / name).is_file() for name in names):
-            raise ConfigError(
-                f"base model {directory} has no {what}: expected {' or '.join(names)} in that directory"
-            )
+            raise ConfigError(f"base model {directory} has no {what}: expected {' or '.join(names)} in that directory")
     if not any(directory.glob("*.safetensors")):
         raise ConfigError(
-            f"base model {directory} has no *.safetensors weights; convert it first, pickled "
-            "weights are not read"
+            f"base model {directory} has no *.safetensors weights; convert it first, pickled weights are not read"
         )
     return directory
 
@@ -114,9 +107,7 @@ def resolve_model_directory(config: ModelConfig) -> Path:
 @lru_cache
 def _say_commit(base_model: str, commit: str) -> None:
     """Once a process: a run that goes on after the repository has moved is refused by its base's hash."""
-    logger.warning(
-        f"{base_model} is taken at its newest commit; 'revision: {commit}' beside base_model keeps it there"
-    )
+    logger.warning(f"{base_model} is taken at its newest commit; 'revision: {commit}' beside base_model keeps it there")
 
 
 def quantization_config(config: ModelConfig, not_quantised: tuple[str, ...]) -> BitsAndBytesConfig | None:
@@ -177,9 +168,7 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         if isinstance(error, KeepLoRAError):
             raise
-        raise ConfigError(
-            f"base model {directory} cannot be loaded: {type(error).__name__}: {error}"
-        ) from error
+        raise ConfigError(f"base model {directory} cannot be loaded: {type(error).__name__}: {error}") from error
     guard_linear4bit(model)
     model.requires_grad_(False)
     model.eval()
@@ -294,11 +283,7 @@ def read_initial_adapter(model: PreTrainedModel, directory: Path) -> Factors:
         peft_model = PeftModel.from_pretrained(model, str(directory), adapter_name=ACCUMULATED)
     except (ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"initial_adapter {directory} does not fit the base model: {error}") from error
-    layers = {
-        name: module
-        for name, module in peft_model.get_base_model().named_modules()
-        if hasattr(module, "lora_A")
-    }
+    layers = {name: module for name, module in peft_model.get_base_model().named_modules() if hasattr(module, "lora_A")}
     factors = read_factors(peft_model, ACCUMULATED, list(layers))
     scaled = {name: (a, b * layers[name].scaling[ACCUMULATED]) for name, (a, b) in factors.items()}
     peft_model.unload()

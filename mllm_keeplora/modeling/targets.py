@@ -119,9 +119,7 @@ def _reason(name: str, model: PreTrainedModel, adapted: Collection[str], config:
 
 def _media_of(family: ModelFamily, layers: str, media: Collection[Media]) -> tuple[Media, ...]:
     """Which of `media` a list of vision layers sees."""
-    return tuple(
-        kind for kind, seen_by in family.vision_layers.items() if seen_by == layers and kind in media
-    )
+    return tuple(kind for kind, seen_by in family.vision_layers.items() if seen_by == layers and kind in media)
 
 
 def _tower_targets(
@@ -150,9 +148,7 @@ def _tower_targets(
             )
         wanted = [target for target in found if any(r.search(target.name) for r in regex.values())]
     if not wanted:
-        raise TargetError(
-            f"no linear layer under {layers}.0 .. {layers}.{num_layers - 1} in the {tower} tower"
-        )
+        raise TargetError(f"no linear layer under {layers}.0 .. {layers}.{num_layers - 1} in the {tower} tower")
     return wanted
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
+import pandas as pd
+
 from mllm_keeplora.data.media import MediaChecker, file_state
 from mllm_keeplora.data.records import (
     RecordError,
@@ -97,29 +99,28 @@ def check_stream(stream: Stream, checker: MediaChecker) -> Report:
         stream: loaded with `check_files=False`; files may be missing.
         checker: decodes images and clips, each once however many records and tasks show it.
     """
-    files = [file for spec in stream.specs for file in _read_files(stream, spec)]
+    specs = [spec for spec in stream.specs if spec.test is not None]  # those with files of their own
+    files = [file for spec in specs for file in _read_files(stream, spec)]
     damaged = checker.problems_of([(file.images, file.videos) for file in files], stream.name)
     media = {path for file in files for path in (*file.images, *file.videos)}
     with ThreadPoolExecutor(_STAT_THREADS) as pool:
         states = dict(zip(media, pool.map(file_state, media), strict=True))
     sizes = {path: state[0] for path, state in states.items() if state is not None}
     problems: list[Problem] = []
-    for spec in stream.specs:
+    for spec in specs:
         problems += _problems_of_task(stream, spec, [file for file in files if file.spec is spec], damaged)
-    named = [path for spec in stream.specs for path in _missing(stream, spec)]
+    named = [path for spec in specs for path in _missing(stream, spec)]
     missing = [*dict.fromkeys(named), *sorted(media - sizes.keys())]
     return Report(
         stream=stream.name,
         data_root=stream.data_root,
         counts=(
-            *(_count(spec.name, [f for f in files if f.spec is spec], sizes) for spec in stream.specs),
+            *(_count(spec.name, [f for f in files if f.spec is spec], sizes) for spec in specs),
             _count("all together", files, sizes),
         ),
         problems=tuple(problems),
         advice=tuple(_advice(stream, missing)),
-        notes=tuple(
-            _cache_notes(checker.reader, {p for f in files for p in f.videos} - damaged.keys(), sizes)
-        ),
+        notes=tuple(_cache_notes(checker.reader, {p for f in files for p in f.videos} - damaged.keys(), sizes)),
     )
 
 
@@ -201,9 +202,7 @@ def _problems_of_file(file: _DataFile, damaged: Mapping[Path, str]) -> Iterator[
     if bad:
         total = len(file.samples.keys() | bad.keys())
         details = (f"row {row}: {bad[row]}" for row in sorted(bad))
-        yield Problem(
-            file.spec.name, f"{file.path}: {len(bad)} of {total} records cannot be used", (*details,)
-        )
+        yield Problem(file.spec.name, f"{file.path}: {len(bad)} of {total} records cannot be used", (*details,))
 
 
 def _repetitions(file: _DataFile) -> Iterator[Problem]:
@@ -232,17 +231,13 @@ def _repeated(items: Iterable[tuple[int, object]]) -> list[tuple[int, int]]:
 
 def _overlap(spec: Spec, files: Sequence[_DataFile]) -> Iterator[Problem]:
     """Test questions that training shows too: the same file and the same words."""
-    shown = {
-        key: row for f in files if f.kind == "train" for row, s in f.samples.items() for key in _asked(s)
-    }
+    shown = {key: row for f in files if f.kind == "train" for row, s in f.samples.items() for key in _asked(s)}
     for file in files:
         if file.kind == "test":
             hits = [(row, shown[key]) for row, s in file.samples.items() for key in _asked(s) if key in shown]
             if hits:
                 details = (f"row {row} of the test is row {other} of the training" for row, other in hits)
-                title = (
-                    f"{file.path}: {len(hits)} questions are in the training file too (same media and words)"
-                )
+                title = f"{file.path}: {len(hits)} questions are in the training file too (same media and words)"
                 yield Problem(spec.name, title, (*details,), stops=False)
 
 
@@ -317,9 +312,7 @@ def _cache_notes(reader: VideoReader | None, clips: set[Path], sizes: Mapping[Pa
     decoded = len(clips) * sum(reader.read(path).frames.nbytes for path in sampled) // len(sampled)
     allowed = int(reader.config.cache_gb * 1e9)
     verdict = (
-        "all fit"
-        if decoded <= allowed
-        else f"{allowed / decoded:.0%} of them fit, the others are decoded every time"
+        "all fit" if decoded <= allowed else f"{allowed / decoded:.0%} of them fit, the others are decoded every time"
     )
     yield (
         f"{len(clips)} clips, {_bytes(sum(sizes.get(path, 0) for path in clips))}; decoded to "
@@ -333,7 +326,7 @@ def _cache_notes(reader: VideoReader | None, clips: set[Path], sizes: Mapping[Pa
 
 def format_report(report: Report) -> str:
     """The report as text, ending in a line break."""
-    lines = [f"Stream {report.stream}, data root {report.data_root}", "", *_table(report.counts)]
+    lines = [f"Stream {report.stream}, data root {report.data_root}", "", _table(report.counts)]
     lines += [f"\nNote: {note}" for note in report.notes]
     lines += ["", _summary(report.problems)]
     for task in dict.fromkeys(problem.task for problem in report.problems):
@@ -366,19 +359,19 @@ def _lines(problem: Problem) -> list[str]:
     return lines
 
 
-def _table(counts: Sequence[Counts]) -> list[str]:
-    heads = ("", "train", "test", "images", "clips", "text only", "media")
-    rows = [
-        (c.name, *(f"{n}" for n in (c.train, c.test, c.images, c.clips, c.text_only)), _bytes(c.size))
+def _table(counts: Sequence[Counts]) -> str:
+    rows = {
+        c.name: {
+            "train": c.train,
+            "test": c.test,
+            "images": c.images,
+            "clips": c.clips,
+            "text only": c.text_only,
+            "media": _bytes(c.size),
+        }
         for c in counts
-    ]
-    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    return [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in (heads, *rows)
-    ]
+    }
+    return pd.DataFrame.from_dict(rows, orient="index").to_string()
 
 
 def _bytes(number: float) -> str:

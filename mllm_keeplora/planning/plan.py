@@ -24,9 +24,11 @@ from safetensors import safe_open
 from mllm_keeplora.config import ConfigError, ModelConfig, RunConfig, TrainConfig, config_from_dict
 from mllm_keeplora.data.records import Sample, read_records, select_evenly
 from mllm_keeplora.data.stream import GeneralSpec, Stream, TaskSpec, load_stream
+from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.linalg.sketch import HELD_OUT_SHARE
 from mllm_keeplora.methods.base import load_method
+from mllm_keeplora.methods.context import RunContext
 from mllm_keeplora.modeling.loading import known_base_hash, resolve_device
 from mllm_keeplora.modeling.targets import Target, left_out, targets_of
 from mllm_keeplora.planning import skeleton
@@ -60,7 +62,7 @@ class PlanError(KeepLoRAError, RuntimeError):
 
 
 class Work(NamedTuple):
-    """Passes over one task's data in its stage; None where the data are not there."""
+    """What a stage goes through; None where the data are not there."""
 
     task: str
     samples: int | None  # for training
@@ -148,6 +150,18 @@ def make_plan(config: RunConfig, memory_gb: float | None = None) -> Plan:
         shape = skeleton.assumed_shape(processor, model, config)
     media = {s.media for samples in records.values() for s in samples if s.media is not None}
     targets = targets_of(model, config, media or {shape.media or "image"})
+    run = RunContext(
+        config=config,
+        stream=stream,
+        directory=RunDirectory(Path(config.run_dir)),
+        records={task: (samples, []) for task, samples in records.items()},
+        model=model,
+        processor=processor,
+        reader=VideoReader(config.video, None),
+        targets=targets,
+        weight_files={},
+        device=torch.device("meta"),
+    )
     device, available, on_cpu = _device(config.model, memory_gb)
     new_tokens = max(spec.max_new_tokens for spec in stream.specs)
     base_hash = _known_hash(config)
@@ -155,7 +169,7 @@ def make_plan(config: RunConfig, memory_gb: float | None = None) -> Plan:
         weights=skeleton.describe_weights(config.model, model),
         memory=MemoryModel(model, targets, config, shape, len(stream.tasks), new_tokens, on_cpu),
         excluded=left_out(model, targets, config),
-        work=[_work(stream, task, config, records.get(task.name)) for task in stream.tasks],
+        work=[_work(run, number) for number in range(1, len(stream.tasks) + 1)],
         general={spec.name: _questions(stream, spec, config) for spec in stream.general},
         cached_bases=cached_bases(config, targets, base_hash),
         rates=measured_rates(config, base_hash),
@@ -175,14 +189,20 @@ def read_training(stream: Stream) -> dict[str, list[Sample]]:
     return {task: samples for task, samples in found.items() if samples}
 
 
-def _work(stream: Stream, task: TaskSpec, config: RunConfig, samples: Sequence[Sample] | None) -> Work:
-    train, probe, passes = config.train_for(task.name), config.probe, load_method(config).probe_passes(config)
-    questions = _questions(stream, task, config)
-    if samples is None:
+def _work(run: RunContext, number: int) -> Work:
+    """What stage `number` (1-based) goes through, in its method's choice."""
+    config, task, method = run.config, run.stream.tasks[number - 1], load_method(run.config)
+    passes, questions = method.probe_passes(config), _questions(run.stream, task, config)
+    train = method.train_config(run, config.train_for(task.name))
+    if not method.learns(number):
+        return Work(task.name, 0, 0, 0, passes, questions)
+    try:
+        samples = len(method.samples(run, number))
+    except KeyError:  # `run.records` lacks a task whose data are not there
         steps = train.max_steps if train.max_steps > 0 else None
         return Work(task.name, None, None, steps, passes, questions)
-    probed = len(select_evenly(len(samples), probe.fraction, probe.max_samples))
-    return Work(task.name, len(samples), probed, optimizer_steps(train, len(samples)), passes, questions)
+    probed = len(select_evenly(samples, config.probe.fraction, config.probe.max_samples))
+    return Work(task.name, samples, probed, optimizer_steps(train, samples), passes, questions)
 
 
 def optimizer_steps(train: TrainConfig, samples: int) -> int:

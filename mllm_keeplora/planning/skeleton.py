@@ -120,9 +120,7 @@ class SampleShape(NamedTuple):
     source: str  # where that is from
 
 
-def sample_shape(
-    inputs: Mapping[str, Any], model_config: Any, media: Media | None, source: str
-) -> SampleShape:
+def sample_shape(inputs: Mapping[str, Any], model_config: Any, media: Media | None, source: str) -> SampleShape:
     """The shape of one sample from its model inputs."""
     # pixel_values of images, pixel_values_videos of clips; Video-LLaVA has pixel_values_images.
     pixels = [torch.as_tensor(inputs[key]) for key in inputs if key.startswith("pixel_values")]

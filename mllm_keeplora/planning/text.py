@@ -81,7 +81,7 @@ def _work_lines(plan: Plan) -> Iterator[str]:
     for work in plan.work:
         train = plan.memory.config.train_for(work.task)
         probe = f"{work.probe_passes} x {_known(work.probe_samples)}" if work.probe_passes else "-"
-        epochs = "-" if train.max_steps > 0 else f"{train.num_train_epochs:g}"
+        epochs = "-" if train.max_steps > 0 or work.steps == 0 else f"{train.num_train_epochs:g}"
         counts = map(_known, (work.samples, work.steps, work.questions))
         yield _row(f"  {work.task}", next(counts), probe, epochs, *counts)
     for name, questions in plan.general.items():

@@ -95,8 +95,7 @@ def back_project_gradients(
     """
     device = next(model.parameters()).device
     images = {
-        name: _ThinGradient(device, out_features[name], len(rows), right=rows.T)
-        for name, rows in directions.items()
+        name: _ThinGradient(device, out_features[name], len(rows), right=rows.T) for name, rows in directions.items()
     }
     return _probe_pass(model, images, batches)
 
@@ -133,9 +132,7 @@ class _Watch(torch.autograd.Function):
     """y -> y; the gradient for `sum` is (dY left)^T (X right), a missing factor being the identity."""
 
     @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, x: Tensor, _sum: Tensor, left: Tensor | None, right: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor, _sum: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
         """y [.., out], x [.., in], both of the compute dtype."""
         ctx.save_for_backward(x if right is None else x.float() @ right, left)
         return y.view_as(y)
@@ -167,8 +164,7 @@ def _accumulate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> int:
         loss = summed_token_loss(model, batch)
         if not torch.isfinite(loss):
             raise GradientError(
-                f"the loss of a probe batch is {loss.item()}: check the data and the learning rate "
-                "of the last stage"
+                f"the loss of a probe batch is {loss.item()}: check the data and the learning rate of the last stage"
             )
         loss.backward()
         tokens += int(supervised_positions(batch["labels"]).sum())

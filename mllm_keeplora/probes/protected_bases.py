@@ -95,9 +95,7 @@ def weight_basis_files(
     """
     files = {t.name: weight_basis_file(directory, t.name, eps_w[t.tower]) for t in targets}
     missing = from_main(lambda: [t for t in targets if not files[t.name].exists()])
-    for target in tqdm(
-        own_share(missing), desc="weight bases", unit="module", disable=hide_bar() if missing else True
-    ):
+    for target in tqdm(own_share(missing), desc="weight bases", unit="module", disable=hide_bar() if missing else True):
         weight = computed_weight(model.get_submodule(target.name))
         save_tensors(files[target.name], {"basis": principal_basis(weight, eps_w[target.tower])})
     wait_for_everyone()

@@ -59,9 +59,7 @@ def read_results(run: SavedRun) -> Results:
         path = run.directory.stage(row["stage"], row["task"]).manifest
         manifests.append(_read(path, MANIFEST_KEYS, **stage))
     if not manifests:
-        raise ReportError(
-            f"cannot write the report: {run.directory.retention} has no rows; run the stream again"
-        )
+        raise ReportError(f"cannot write the report: {run.directory.retention} has no rows; run the stream again")
     return Results(run.directory, asdict(run.config), retention, manifests)
 
 
@@ -74,9 +72,7 @@ def _read(path: Path, keys: set[str], **expected: Any) -> Json:
         raise ReportError(f"cannot write the report: {path} holds a {type(content).__name__}, not an object")
     expected["schema_version"] = SCHEMA_VERSION
     if missing := (keys | set(expected)) - set(content):
-        raise ReportError(
-            f"cannot write the report: {path} lacks {', '.join(sorted(missing))}; was it edited?"
-        )
+        raise ReportError(f"cannot write the report: {path} lacks {', '.join(sorted(missing))}; was it edited?")
     for key, value in expected.items():
         if content[key] != value:
             raise ReportError(

@@ -50,9 +50,7 @@ def read_manifest(stage: StageDirectory, previous: str | None) -> dict[str, Any]
         file = stage.path / name
         found = sha256_file(file) if file.exists() else "no file"
         if found != expected:
-            raise ArtifactError(
-                f"{file}: hash {expected[:12]} expected by the manifest, found {found[:12]}; {remedy}"
-            )
+            raise ArtifactError(f"{file}: hash {expected[:12]} expected by the manifest, found {found[:12]}; {remedy}")
     return manifest
 
 

@@ -57,9 +57,7 @@ def parse_command(doc: str, out: Path, defaults: S) -> tuple[Path, S]:
     )
     parser.add_argument("--out", type=Path, default=out, help="folder to (re)write")
     for name, default in defaults._asdict().items():  # type: ignore[attr-defined]
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", type=type(default), default=default, help="see Setup"
-        )
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help="see Setup")
     arguments = vars(parser.parse_args())
     return arguments.pop("out"), type(defaults)(**arguments)
 
@@ -288,9 +286,7 @@ def write_account(
     (folder / "training.json").write_text(json.dumps(account, indent=2) + "\n", encoding="utf-8")
     kinds = list(accuracy["nf4"])
     table = [f"| weights | {' | '.join(kinds)} |", "|---" * (len(kinds) + 1) + "|"]
-    table += [
-        f"| {name} | {' | '.join(f'{row[kind]:.3f}' for kind in kinds)} |" for name, row in accuracy.items()
-    ]
+    table += [f"| {name} | {' | '.join(f'{row[kind]:.3f}' for kind in kinds)} |" for name, row in accuracy.items()]
     lines = [
         f"# {title}",
         "",

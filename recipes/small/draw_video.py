@@ -211,9 +211,7 @@ def _question_pools(things: list[Thing]) -> list[list[Question]]:
         ],
         _order_questions(things),
         [
-            Question(
-                "flashes", f"How many times does the {thing.name} flash?", NUMBERS[_count_runs(thing.shown)]
-            )
+            Question("flashes", f"How many times does the {thing.name} flash?", NUMBERS[_count_runs(thing.shown)])
             for thing in things
             if thing.act == "flash"
         ],
@@ -229,14 +227,10 @@ def _question_pools(things: list[Thing]) -> list[list[Question]]:
 
 def _mover_questions(things: list[Thing]) -> list[Question]:
     movers = [thing for thing in things if thing.act in WAYS]
-    questions = [
-        Question("mover", f"What moves {way}?", thing.name) for way in WAYS for thing in _only(movers, way)
-    ]
+    questions = [Question("mover", f"What moves {way}?", thing.name) for way in WAYS for thing in _only(movers, way)]
     if len(movers) == 1:
         questions.append(Question("mover", "What moves?", movers[0].name))
-    return questions + [
-        Question("mover", "What stays still?", thing.name) for thing in _only(things, "still")
-    ]
+    return questions + [Question("mover", "What stays still?", thing.name) for thing in _only(things, "still")]
 
 
 def _order_questions(things: list[Thing]) -> list[Question]:
@@ -302,9 +296,7 @@ def drift(rng: np.random.Generator, pixels: NDArray[np.floating], label: int) ->
     covers = np.stack([np.roll(ink, tuple(place), (0, 1)) for place in path])[..., None]
     questions = [
         Question("way", _word(rng, "Which way does the digit drift?", "Where is the digit heading?"), way),
-        Question(
-            "side", _word(rng, "From which side does the digit come?", "What side is it from?"), SIDES[way]
-        ),
+        Question("side", _word(rng, "From which side does the digit come?", "What side is it from?"), SIDES[way]),
         Question(
             "axis",
             _word(rng, "Does the digit follow a row or a column?", "Is its track a row or a column?"),
@@ -335,9 +327,7 @@ def lamps(rng: np.random.Generator) -> Clip:
     questions = [
         Question("first", f"Which way {subject} run first?", ways[0]),
         Question("last", f"Which way {subject} run last?", ways[1]),
-        Question(
-            "after", _word(rng, f"Which way follows {ways[0]}?", f"What is next after {ways[0]}?"), ways[1]
-        ),
+        Question("after", _word(rng, f"Which way follows {ways[0]}?", f"What is next after {ways[0]}?"), ways[1]),
         Question(
             "before",
             _word(rng, f"Which way precedes {ways[1]}?", f"What is before {ways[1]}?"),

@@ -137,15 +137,11 @@ def train_base(out: Path, setup: Setup) -> None:
         processor.save_pretrained(staging)
         accuracy = _measure_all(staging, setup)
         minutes = (time.monotonic() - started) / 60
-        common.write_account(
-            staging, "Small video base model", _DESCRIPTION, setup, accuracy, model, minutes, [_NOTE]
-        )
+        common.write_account(staging, "Small video base model", _DESCRIPTION, setup, accuracy, model, minutes, [_NOTE])
     print(f"wrote {out}: {json.dumps(accuracy)}")
 
 
-_DESCRIPTION = (
-    "A LLaVA-NeXT-Video of {parameters} parameters trained from scratch on drawn clips of eight frames"
-)
+_DESCRIPTION = "A LLaVA-NeXT-Video of {parameters} parameters trained from scratch on drawn clips of eight frames"
 _NOTE = (
     "Clips were read back from H.264 files. In the last row every clip was replaced by one of its eight "
     "frames, drawn at random and shown eight times, to the NF4 model: what remains is what a single frame "
@@ -237,9 +233,7 @@ class Batches:
     def __init__(self, processor: LlavaNextVideoProcessor, rng: np.random.Generator) -> None:
         self.conversations = common.Conversations(processor.tokenizer, "<video>" * QUARTERS * SLOTS)
         self.rng = rng
-        self.words = [
-            word for word in spoken_words() if word.isalpha() and word not in {*draw.COLORS, *draw.SHAPES}
-        ]
+        self.words = [word for word in spoken_words() if word.isalpha() and word not in {*draw.COLORS, *draw.SHAPES}]
         self.loose = False  # whether conversations hold a loose turn
 
     def clips(self, size: int) -> Batch:
@@ -305,9 +299,7 @@ class Batches:
 class Memory:
     """Scenes and what the resting tower sees of them, [n, 32, 128]; the oldest give way to new ones."""
 
-    def __init__(
-        self, model: LlavaNextVideoForConditionalGeneration, rng: np.random.Generator, size: int
-    ) -> None:
+    def __init__(self, model: LlavaNextVideoForConditionalGeneration, rng: np.random.Generator, size: int) -> None:
         self.model = model
         self.rng = rng
         self.oldest = 0
@@ -381,18 +373,14 @@ def _states(things: list[Thing]) -> NDArray[np.int64]:
     another came into view in an earlier slot.
     """
     states = np.zeros((SLOTS, QUARTERS, len(TRAITS)), dtype=np.int64)
-    arrivals = [
-        slot for thing in things for slot in np.flatnonzero(np.diff(thing.shown.astype(np.int8)) == 1) + 1
-    ]
+    arrivals = [slot for thing in things for slot in np.flatnonzero(np.diff(thing.shown.astype(np.int8)) == 1) + 1]
     for thing in things:
         traits, quarters = _traits(thing), _quarters(thing.centres(draw_video.SAMPLED))
         act = thing.act if thing.act in draw_video.WAYS else "still"
         for slot in range(1, SLOTS):
             before, now = thing.shown[slot - 1 : slot + 1]
             if now and not before:
-                states[slot, quarters[slot], traits] = STATES.index(
-                    "newer" if min(arrivals) < slot else "new"
-                )
+                states[slot, quarters[slot], traits] = STATES.index("newer" if min(arrivals) < slot else "new")
             elif now or before:
                 states[slot, quarters[slot], traits] = STATES.index(act if now else "gone")
     states[0] = IGNORED_LABEL
@@ -455,9 +443,7 @@ def _language_loss(
     if batch.pooled is not None:
         projected = model.model.multi_modal_projector(batch.pooled)
         seen = {"mm_encoder_outputs": {"video": BaseModelOutputWithPooling(pooler_output=projected)}}
-    output = model(
-        input_ids=batch.input_ids, labels=batch.labels, use_cache=False, output_hidden_states=True, **seen
-    )
+    output = model(input_ids=batch.input_ids, labels=batch.labels, use_cache=False, output_hidden_states=True, **seen)
     middle = output.hidden_states[LAYERS // 2]
     states = head(middle[batch.input_ids == model.config.video_token_index]).view(-1, len(STATES))
     weights = torch.tensor([0.1, *[1.0] * (len(STATES) - 1)])  # most are elsewhere
@@ -469,9 +455,7 @@ def _measure_all(folder: Path, setup: Setup) -> dict[str, dict[str, float]]:
     """Accuracy on held-out questions in fp32, in NF4, and in NF4 on a single frame of each clip."""
     rng = np.random.default_rng([setup.seed, 1])
     questions = held_out_questions(rng, setup.measured_questions)
-    frozen = [
-        (frames[rng.integers(SLOTS)][None].repeat(SLOTS, 0), question) for frames, question in questions
-    ]
+    frozen = [(frames[rng.integers(SLOTS)][None].repeat(SLOTS, 0), question) for frames, question in questions]
     rows = {"fp32": (questions, False), "nf4": (questions, True), "nf4, one frame": (frozen, True)}
     return {
         name: common.measure(folder, LlavaNextVideoForConditionalGeneration, "video", asked, quantised)

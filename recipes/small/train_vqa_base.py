@@ -91,9 +91,7 @@ def train_base(out: Path, setup: Setup) -> None:
         held_out = np.random.default_rng([setup.seed, 1])
         questions = [_held_out_question(held_out, index) for index in range(setup.measured_questions)]
         accuracy = {
-            name: common.measure(
-                staging, LlavaForConditionalGeneration, "image", questions, quantised=name == "nf4"
-            )
+            name: common.measure(staging, LlavaForConditionalGeneration, "image", questions, quantised=name == "nf4")
             for name in ("fp32", "nf4")
         }
         minutes = (time.monotonic() - started) / 60
@@ -171,16 +169,12 @@ class Batches:
     def __init__(self, processor: LlavaProcessor, rng: np.random.Generator) -> None:
         self.conversations = common.Conversations(processor.tokenizer, "<image>" * draw.GRID**2)
         self.rng = rng
-        self.words = [
-            word for word in spoken_words() if word.isalpha() and word not in {*draw.COLORS, *draw.SHAPES}
-        ]
+        self.words = [word for word in spoken_words() if word.isalpha() and word not in {*draw.COLORS, *draw.SHAPES}]
         self.loose = False  # whether conversations hold a loose turn
 
     def next(self, size: int) -> Batch:
         scenes = [draw.scene(self.rng) for _ in range(size)]
-        ids, labels = self.conversations.batch(
-            self._turns(drawing.questions, objects) for drawing, objects in scenes
-        )
+        ids, labels = self.conversations.batch(self._turns(drawing.questions, objects) for drawing, objects in scenes)
         classes = np.zeros((2, size, draw.GRID**2), dtype=np.int64)  # 0: no object in this patch
         for index, (_, objects) in enumerate(scenes):
             for item in objects:
@@ -195,9 +189,7 @@ class Batches:
             *torch.from_numpy(classes),
         )
 
-    def _turns(
-        self, questions: list[draw.Question], objects: list[draw.SceneObject]
-    ) -> list[tuple[str, str]]:
+    def _turns(self, questions: list[draw.Question], objects: list[draw.SceneObject]) -> list[tuple[str, str]]:
         """The questions as turns, with or without a loose turn among them."""
         turns = [(question.text, question.answer) for question in questions]
         if self.loose:
@@ -241,9 +233,7 @@ def train_tower(model: LlavaForConditionalGeneration, batches: Batches, setup: S
         features = tower(batch.pixel_values, output_hidden_states=True).hidden_states[-2][:, 1:]
         places = torch.arange(draw.GRID**2).expand_as(batch.colors)
         loss = torch.zeros(())
-        for logits, truth in zip(
-            head(features).split(classes, -1), (places, batch.colors, batch.shapes), strict=True
-        ):
+        for logits, truth in zip(head(features).split(classes, -1), (places, batch.colors, batch.shapes), strict=True):
             loss = loss + nn.functional.cross_entropy(logits.flatten(0, 1), truth.flatten())
         loss.backward()
 

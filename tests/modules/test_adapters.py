@@ -54,15 +54,11 @@ def test_each_module_computes_with_its_own_rank_and_scale(nf4_model: Any) -> Non
 
 def test_a_zero_b_leaves_the_function_bit_for_bit(nf4_model: Any) -> None:
     before = nf4_model(**batch()).logits
-    factors = {
-        name: (a, torch.zeros_like(b)) for name, (a, b) in random_factors(all_targets(nf4_model)).items()
-    }
+    factors = {name: (a, torch.zeros_like(b)) for name, (a, b) in random_factors(all_targets(nf4_model)).items()}
     assert torch.equal(attach(nf4_model, STAGE, factors, ones(factors))(**batch()).logits, before)
 
 
-@pytest.mark.parametrize(
-    "trainable, suffixes", [("B", {"lora_B"}), ("both", {"lora_A", "lora_B"}), ("none", set())]
-)
+@pytest.mark.parametrize("trainable, suffixes", [("B", {"lora_B"}), ("both", {"lora_A", "lora_B"}), ("none", set())])
 def test_exactly_the_named_factors_train(nf4_model: Any, trainable: Any, suffixes: set[str]) -> None:
     factors = random_factors(all_targets(nf4_model))
     attach(nf4_model, ACCUMULATED, factors, ones(factors))
@@ -78,9 +74,7 @@ def test_exactly_the_named_factors_train(nf4_model: Any, trainable: Any, suffixe
 
 def test_a_language_factor_does_not_reach_the_vision_layer_of_the_same_suffix(nf4_model: Any) -> None:
     """Both towers have `layers.1.self_attn.q_proj`."""
-    target = next(
-        t for t in all_targets(nf4_model) if t.name.endswith("language_model.layers.1.self_attn.q_proj")
-    )
+    target = next(t for t in all_targets(nf4_model) if t.name.endswith("language_model.layers.1.self_attn.q_proj"))
     adapted = attach(nf4_model, STAGE, random_factors([target]), {target.name: 1.0})
     carriers = {n.split(".lora_A")[0] for n, _ in adapted.named_parameters() if "lora_A" in n}
     assert carriers == {f"base_model.model.{target.name}"}
@@ -109,9 +103,7 @@ def test_an_fp32_factor_answers_protected_inputs_at_rounding_level_on_a_bf16_bas
     target = all_targets(model)[0]
     m = torch.linalg.qr(torch.randn(target.in_features, 20)).Q
     a = torch.linalg.qr((torch.eye(target.in_features) - m @ m.T) @ torch.randn(target.in_features, 4)).Q.T
-    adapted = attach(
-        model, STAGE, {target.name: (a, torch.randn(target.out_features, 4))}, {target.name: 1.0}
-    )
+    adapted = attach(model, STAGE, {target.name: (a, torch.randn(target.out_features, 4))}, {target.name: 1.0})
     x = (torch.randn(16, 20) @ m.T).bfloat16()
     live_a, _ = factor_parameters(adapted, STAGE, target.name)
     # What bf16 rounding of the input itself leaves outside M is not the adapter's doing.
@@ -139,9 +131,7 @@ def test_a_saved_adapter_is_plain_peft_and_exact(tiny_llava: Path, tmp_path: Pat
     expected = adapted(**batch()).logits
     save_adapter(tmp_path / "adapter", adapted, config)
     stored = read_adapter(tmp_path / "adapter")
-    assert all(
-        torch.equal(x, y) for name in factors for x, y in zip(stored[name], factors[name], strict=True)
-    )
+    assert all(torch.equal(x, y) for name in factors for x, y in zip(stored[name], factors[name], strict=True))
     again = PeftModel.from_pretrained(load_base(config)[0], str(tmp_path / "adapter"))
     found = again(**batch()).logits
     assert (found - expected).norm() / expected.norm() < 1e-5

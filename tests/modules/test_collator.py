@@ -96,9 +96,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", SPECIAL.index("<s>"))]
-    )
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", SPECIAL.index("<s>"))])
     # padding_side: what generation needs, and what training must not be led by.
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -111,9 +109,7 @@ def wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     )
 
 
-def make_processor(
-    kind: str = "embedded", tokenizer: PreTrainedTokenizerFast | None = None
-) -> LlavaProcessor:
+def make_processor(kind: str = "embedded", tokenizer: PreTrainedTokenizerFast | None = None) -> LlavaProcessor:
     return LlavaProcessor(
         image_processor=CLIPImageProcessor(
             size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}, do_convert_rgb=True
@@ -161,9 +157,7 @@ def test_exactly_answers_and_end_tokens_are_supervised(
     processor = make_processor(kind)
     batch = ChatCollator(processor)([Sample("s", image if with_image else None, turns)])
     end = END_TOKEN.get(kind, "</s>")
-    expected = [
-        processor.tokenizer(turn.answer + end, add_special_tokens=False)["input_ids"] for turn in turns
-    ]
+    expected = [processor.tokenizer(turn.answer + end, add_special_tokens=False)["input_ids"] for turn in turns]
     assert supervised_runs(batch["labels"][0]) == expected
     chosen = batch["labels"] != IGNORED_LABEL
     assert torch.equal(batch["labels"][chosen], batch["input_ids"][chosen])
@@ -175,9 +169,7 @@ def test_the_training_prompt_is_the_evaluation_prompt(kind: str, with_image: boo
     processor = make_processor(kind)
     batch = ChatCollator(processor)([Sample("s", image if with_image else None, ONE)])
     prompt = render_prompt(processor, ONE[0].question, "image" if with_image else None)
-    asked = processor(text=[prompt], images=[Image.open(image).convert("RGB")] if with_image else None)[
-        "input_ids"
-    ][0]
+    asked = processor(text=[prompt], images=[Image.open(image).convert("RGB")] if with_image else None)["input_ids"][0]
     first_answer = (batch["labels"][0] != IGNORED_LABEL).nonzero()[0].item()
     assert batch["input_ids"][0, :first_answer].tolist() == list(asked)
     assert asked.count(processor.tokenizer.bos_token_id) == 1
@@ -351,15 +343,10 @@ def test_a_data_loader_serves_the_dataset(image: Path) -> None:
 def test_a_long_sample_is_refused_by_name_and_never_cut(image: Path) -> None:
     processor = make_processor()
     length = ChatCollator(processor)([Sample("long", image, TWO)])["input_ids"].shape[1]
-    assert (
-        ChatCollator(processor, max_length=length)([Sample("long", image, TWO)])["input_ids"].shape[1]
-        == length
-    )
+    assert ChatCollator(processor, max_length=length)([Sample("long", image, TWO)])["input_ids"].shape[1] == length
     collator = ChatCollator(processor, max_length=length - 1)
     for _ in range(2):  # also when asked for again
-        with pytest.raises(
-            SampleTooLongError, match=f"'long'.* has {length} tokens.*max_length is {length - 1}"
-        ):
+        with pytest.raises(SampleTooLongError, match=f"'long'.* has {length} tokens.*max_length is {length - 1}"):
             collator([Sample("short", None, ONE), Sample("long", image, TWO)])
 
 

@@ -22,7 +22,7 @@ from mllm_keeplora.modeling.targets import Target, find_targets
 from mllm_keeplora.probes.gradients import back_project_gradients, sketch_gradients
 from mllm_keeplora.recipes.small import draw
 
-EMBEDDED = Path(__file__).resolve().parents[2] / "recipes" / "small"
+SMALL = Path(__file__).resolve().parents[2] / "recipes" / "small"
 # The default q = 4 r. At so small an r, q = r holds 0.90 only and a pass without refinement 0.982, so that
 # either bound below is missed when what it guards is lost.
 RANK, COLUMNS_PER_RANK = 2, 4
@@ -52,8 +52,8 @@ def test_a_weight_basis_costs_one_eigenproblem_of_the_smaller_side(shape: tuple[
 
 @pytest.fixture(scope="module")
 def trained() -> tuple[Any, Any]:
-    """The embedded LLaVA, trained, on NF4, and its processor."""
-    return load_base(ModelConfig(base_model=str(EMBEDDED / "vqa_base"), device="cpu"))
+    """The small LLaVA, trained, on NF4, and its processor."""
+    return load_base(ModelConfig(base_model=str(SMALL / "vqa_base"), device="cpu"))
 
 
 def drawn_batch(processor: Any, directory: Path) -> dict[str, Tensor]:
@@ -81,9 +81,7 @@ def exact_gradients(model: Any, targets: list[Target], batch: dict[str, Tensor])
 def captured(residuals: dict[str, Tensor], factors: dict[str, Tensor]) -> float:
     """Energy of all residual gradients along the factors, over that of their leading directions, fraction."""
     held = sum(float((g @ factors[name].T).square().sum()) for name, g in residuals.items())
-    best = sum(
-        float(torch.linalg.svdvals(g)[: len(factors[name])].square().sum()) for name, g in residuals.items()
-    )
+    best = sum(float(torch.linalg.svdvals(g)[: len(factors[name])].square().sum()) for name, g in residuals.items())
     return held / best
 
 

@@ -177,9 +177,7 @@ def test_scores_count_the_right_replies(live: tuple[Any, Any], stream: Stream, t
 
     # Make three of birds' answers right, in upper case: the file is read again, not served from a cache.
     replies = read_replies(tmp_path, "birds")
-    assert len(set(replies)) > 2, (
-        "replies have to depend on the question for the other tests to mean something"
-    )
+    assert len(set(replies)) > 2, "replies have to depend on the question for the other tests to mean something"
     write_data(stream.data_root / "birds", 7, {index: replies[index].upper() for index in (0, 3, 5)})
     score = evaluate(live, stream, tmp_path, names=["birds"])["birds"]
     assert score["native"] == score["value"] == pytest.approx(3 / 7)
@@ -213,9 +211,7 @@ def test_replies_do_not_depend_on_batch_size_or_on_other_tasks(
     assert read_replies(tmp_path, "birds") == one_by_one
 
 
-def test_text_only_questions_are_answered_beside_images(
-    live: tuple[Any, Any], stream: Stream, tmp_path: Path
-) -> None:
+def test_text_only_questions_are_answered_beside_images(live: tuple[Any, Any], stream: Stream, tmp_path: Path) -> None:
     path = stream.data_root / "birds" / "test.json"
     records = json.loads(path.read_text())
     for index in (1, 4):
@@ -293,9 +289,7 @@ def test_unreadable_image_is_named_not_guessed(live: tuple[Any, Any], stream: St
         evaluate(live, stream, tmp_path, names=["birds"])
 
 
-def test_failing_scoring_and_missing_tasks_are_errors(
-    live: tuple[Any, Any], stream: Stream, tmp_path: Path
-) -> None:
+def test_failing_scoring_and_missing_tasks_are_errors(live: tuple[Any, Any], stream: Stream, tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="no task keeplora_tiny_birds.*write_task_files"):
         evaluate_row(*live, stream, tmp_path / "data", tmp_path / "out", batch_size=1, limit=None)
     with pytest.raises(EvaluationError, match="nonsense.*'contains', 'exact'"):
@@ -329,9 +323,7 @@ def test_other_record_forms_are_asked_turn_by_turn(live: tuple[Any, Any], tmp_pa
     write_data(root, 2)
     turns = [("human", "<image>\n" + QUESTIONS[0]), ("gpt", "a"), ("human", QUESTIONS[1]), ("gpt", "b")]
     conversations = [{"from": role, "value": text} for role, text in turns]
-    (root / "talk.json").write_text(
-        json.dumps([{"id": "x", "image": "images/0.png", "conversations": conversations}])
-    )
+    (root / "talk.json").write_text(json.dumps([{"id": "x", "image": "images/0.png", "conversations": conversations}]))
     task = TaskSpec("talk", "talk.json", "talk.json", "exact", prompt_suffix=" ?", max_new_tokens=2)
     stream = Stream("tiny", root, (task,))
     write_task_files(stream, tmp_path / "tasks")
@@ -401,16 +393,13 @@ def attach_adapter(model: Any) -> PeftModel:
     names = [
         name
         for name, _ in model.named_modules()
-        if name.endswith(("q_proj", "down_proj", "mlp.fc1"))
-        and ("layers.0." in name or "language_model" in name)
+        if name.endswith(("q_proj", "down_proj", "mlp.fc1")) and ("layers.0." in name or "language_model" in name)
     ]
     config = LoraConfig(r=4, lora_alpha=64, target_modules=names, init_lora_weights=False)
     return get_peft_model(model, config)
 
 
-def test_gradients_on_nf4_are_equal_before_and_after_generating(
-    base: Path, stream: Stream, tmp_path: Path
-) -> None:
+def test_gradients_on_nf4_are_equal_before_and_after_generating(base: Path, stream: Stream, tmp_path: Path) -> None:
     model, processor = load_base(ModelConfig(base_model=str(base), device="cpu"))
     adapted = attach_adapter(model)
     weights = {name: value for name, value in adapted.named_parameters() if "lora_" in name}
@@ -443,9 +432,7 @@ def test_autocast_around_the_evaluation_changes_nothing(live: tuple[Any, Any]) -
     assert torch.equal(expected, found) and not found.requires_grad
 
 
-def test_saved_model_and_adapter_answer_like_the_live_ones(
-    base: Path, stream: Stream, tmp_path: Path
-) -> None:
+def test_saved_model_and_adapter_answer_like_the_live_ones(base: Path, stream: Stream, tmp_path: Path) -> None:
     model, processor = load_base(ModelConfig(base_model=str(base), device="cpu"))
     plain = ask((model, processor), max_new_tokens=6)
     adapted = attach_adapter(model)
@@ -501,9 +488,7 @@ def make_run(base: Path, stream: Stream, directory: Path) -> Path:
     scores = evaluate_row(
         adapted, processor, stream, directory / "eval_tasks", directory / "out", batch_size=3, limit=None
     )
-    config = RunConfig(
-        model=ModelConfig(base_model=str(base), device="cpu"), evaluation=EvaluationConfig(batch_size=3)
-    )
+    config = RunConfig(model=ModelConfig(base_model=str(base), device="cpu"), evaluation=EvaluationConfig(batch_size=3))
     retention = {
         "method": "keeplora",
         "tasks": ["birds", "tools"],
@@ -554,9 +539,7 @@ def write_run(directory: Path, **changes: Any) -> Path:
     write_task_files(stream, directory / "eval_tasks")
     score = {"value": 0.5, "native": 0.5, "native_max": 1.0, "stderr": 0.1, "n": 4}
     limits = {name: changes.get(name) for name in ("limit", "general_limit")}
-    config = RunConfig(
-        model=ModelConfig(base_model="base"), evaluation=EvaluationConfig(batch_size=3, **limits)
-    )
+    config = RunConfig(model=ModelConfig(base_model="base"), evaluation=EvaluationConfig(batch_size=3, **limits))
     row = {"stage": changes.get("stage", 2), "scores": dict.fromkeys(["birds", "tools", "scenes"], score)}
     row["scores"] |= changes.get("scores", {})
     retention = {"method": "lora", "tasks": ["birds", "tools"], "general": ["scenes"], "rows": [row]}
@@ -574,9 +557,7 @@ def write_run(directory: Path, **changes: Any) -> Path:
         ({"scores": {"tools": None}}, "found .*birds.*scenes"),
     ],
 )
-def test_leaderboard_refuses_subsets_and_unfinished_runs(
-    tmp_path: Path, changes: dict[str, Any], message: str
-) -> None:
+def test_leaderboard_refuses_subsets_and_unfinished_runs(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     leaderboard.read_run(write_run(tmp_path / "fine"))
     with pytest.raises(EvaluationError, match=message):
         leaderboard.read_run(write_run(tmp_path / "run", **changes))

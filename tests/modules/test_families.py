@@ -160,9 +160,7 @@ def write_stream(root: Path, data: Path, media: Media) -> Path:
     ]
     (root / "train.json").write_text(json.dumps(train))
     if media == "image":
-        test = [
-            {"question_id": n, "image": f"{n}.png", "text": "what is this ?", "answer": "red"} for n in (0, 1)
-        ]
+        test = [{"question_id": n, "image": f"{n}.png", "text": "what is this ?", "answer": "red"} for n in (0, 1)]
         entry = {"test": "test.json"}
     else:
         test = [{"question_id": n, "video_name": str(n), "question": "what is this ?"} for n in (0, 1)]

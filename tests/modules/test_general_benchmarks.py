@@ -22,8 +22,7 @@ from mllm_keeplora.reports.tables import format_table, subset_note
 ROOT = Path(__file__).resolve().parents[2]
 STREAMS = ROOT / "recipes/streams"
 SUITES = {
-    name: yaml.safe_load((STREAMS / f"suites/{name}.yaml").read_text())
-    for name in ("general_image", "general_video")
+    name: yaml.safe_load((STREAMS / f"suites/{name}.yaml").read_text()) for name in ("general_image", "general_video")
 }
 ENTRIES = [(suite, entry["name"]) for suite, entries in SUITES.items() for entry in entries]
 

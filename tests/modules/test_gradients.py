@@ -54,9 +54,7 @@ def test_the_refinement_pass_is_the_gradient_along_its_directions(model: Any) ->
     found = back_project_gradients(model, rows, {t.name: t.out_features for t in targets}, lambda: batches)
     exact = autograd_gradients(model, batches)
     for target in targets:
-        assert relative_error(found[target.name], exact[target.name] @ rows[target.name].T) < 1e-5, (
-            target.name
-        )
+        assert relative_error(found[target.name], exact[target.name] @ rows[target.name].T) < 1e-5, target.name
 
 
 def test_the_gradient_does_not_depend_on_batching(nf4_model: Any) -> None:
@@ -92,9 +90,7 @@ def test_a_probe_leaves_no_trace(model: Any) -> None:
 def test_a_probe_beside_the_accumulated_adapter_sees_the_current_model(nf4_model: Any) -> None:
     targets, q = all_targets(nf4_model), columns(nf4_model)
     torch.manual_seed(1)
-    factors = {
-        t.name: (0.1 * torch.randn(4, t.in_features), 0.1 * torch.randn(t.out_features, 4)) for t in targets
-    }
+    factors = {t.name: (0.1 * torch.randn(4, t.in_features), 0.1 * torch.randn(t.out_features, 4)) for t in targets}
     dense = copy.deepcopy(nf4_model)
     dense.dequantize()
     with torch.no_grad():

@@ -1,9 +1,10 @@
 """Methods: each one's property beside a reference, and all of them through two stages on NF4, both towers."""
 
-import importlib.util
+import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -42,9 +43,10 @@ from mllm_keeplora.modeling.adapters import (
     read_factors,
 )
 from mllm_keeplora.modeling.loss import IGNORED_LABEL
+from mllm_keeplora.planning.plan import make_plan
 from mllm_keeplora.probes.activations import sketch_inputs
 from mllm_keeplora.probes.gradients import GradientError
-from mllm_keeplora.runs.files import load_tensors
+from mllm_keeplora.runs.files import ArtifactError, load_tensors
 from tests.modules.conftest import WORDS, all_targets, batch, read_adapter
 
 RANK = 2
@@ -109,9 +111,7 @@ def config(tiny_llava: Path, stream_file: Path, directory: Path, method: str, **
     )
 
 
-def open_stage(
-    settings: RunConfig, number: int = 1, accumulated: Factors | None = None
-) -> tuple[StageContext, Any]:
+def open_stage(settings: RunConfig, number: int = 1, accumulated: Factors | None = None) -> tuple[StageContext, Any]:
     """A stage as a run opens it, and the run; the run is let go of again, so that others may open it."""
     with Run.open(settings) as run:
         return run.stage_context(number, accumulated or {}), run
@@ -168,15 +168,29 @@ def assert_equal(found: Factors, expected: Factors) -> None:
 
 
 @pytest.mark.parametrize("method", sorted(COVERED))
-def test_two_stages(method: str, tiny_llava: Path, stream_file: Path, tmp_path: Path) -> None:
+def test_two_stages(
+    method: str, tiny_llava: Path, stream_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The run itself refuses a function changed at the start and an update that reaches what is protected."""
+    passes, probe_batches = [], StageContext.probe_batches
+    monkeypatch.setattr(
+        StageContext,
+        "probe_batches",
+        lambda stage, **sizes: passes.append(stage.number) or probe_batches(stage, **sizes),
+    )
     retention = run_stream(config(tiny_llava, stream_file, tmp_path, method))
     assert [set(row["scores"]) for row in retention["rows"]] == [set(TASKS)] * 3
     with Run.open(config(tiny_llava, stream_file, tmp_path, method)) as run:
         first, chosen = run.accumulated(1), run.method
         second = read_adapter(run.directory.adapter)
         assert_equal(run.accumulated(2), second)
-        manifest = run.history.manifests[2]
+        stages = run.history.manifests[1:]
+        manifest = stages[1]
+    planned = make_plan(config(tiny_llava, stream_file, tmp_path, method), memory_gb=1.0).work
+    for number, (work, found) in enumerate(zip(planned, stages, strict=True), start=1):
+        assert work.probe_passes == passes.count(number)
+        assert (work.samples, work.steps) == (found["counts"]["train_samples"], found["counts"]["steps"])
+        assert not found["counts"]["steps"] or work.probe_samples == len(found["probe_indices"])
     adapter = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
     assert (adapter["rank_pattern"], adapter["alpha_pattern"]) == ({}, {})
     assert adapter["lora_alpha"] == adapter["r"] == len(next(iter(second.values()))[0])
@@ -360,26 +374,44 @@ def test_gpm_keeps_a_trained_update_out_of_the_protected_space(
         assert not torch.equal(second[f"{name}.A"], untouched[name])
 
 
+@pytest.fixture
+def interference(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script of that name, which imports its neighbours."""
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "benchmarks")
+    return importlib.import_module("interference")
+
+
 def test_interference_is_measured_where_gpm_leaves_none(
-    tiny_llava: Path, stream_file: Path, tmp_path: Path
+    tiny_llava: Path, stream_file: Path, tmp_path: Path, interference: ModuleType
 ) -> None:
-    """What GPM protects holds eps_f of the past inputs' energy, so its update hardly answers them."""
-    path = Path(__file__).resolve().parents[2] / "benchmarks/interference.py"
-    spec = importlib.util.spec_from_file_location("interference", path)
-    assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    """What GPM protects holds eps_f of the earlier inputs' energy, so its update hardly answers them."""
     reached = {}
     for method in ("gpm", "lora"):
         settings = config(tiny_llava, stream_file, tmp_path / method, method)
         # As many columns as the noise images have directions.
-        run_stream(replace(settings, probe=replace(settings.probe, columns_per_rank=64)))
-        first, second = script.stages_of(tmp_path / method / "run")
-        for tower, shares in script.measure(second, first).items():
-            reached[method, tower] = shares["reached"]
-            assert (shares["protected"] > 0.95) == (method == "gpm")
+        settings = replace(settings, probe=replace(settings.probe, columns_per_rank=64))
+        run_stream(settings)
+        with Run.open(settings) as run:
+            interference.check_measurable(run)
+            measured = interference.measure(run, 2)
+        assert list(measured) == ["first"]
+        for tower, shares in measured["first"].items():
+            reached[method, tower] = shares.reached
+            assert (shares.protected > 0.95) == (method == "gpm")
     for tower in ("vision", "language"):
         assert reached["gpm", tower] < 0.4 * reached["lora", tower]
+
+
+def test_interference_is_refused_where_stages_add_no_updates(
+    tiny_llava: Path, stream_file: Path, tmp_path: Path, interference: ModuleType
+) -> None:
+    for method in ("lora_throughout", "joint", "zero_shot"):
+        settings = config(tiny_llava, stream_file, tmp_path / method, method)
+        with Run.open(settings) as run, pytest.raises(ArtifactError, match="3 of 3 stages are missing"):
+            interference.check_measurable(run)
+        run_stream(settings)
+        with Run.open(settings) as run, pytest.raises(ArtifactError, match=f"method {method} add no updates"):
+            interference.check_measurable(run)
 
 
 def test_gpm_projects_exactly_onto_the_complement(nf4_model: Any) -> None:
@@ -463,9 +495,7 @@ def test_ewc_pulls_back_to_the_past_in_proportion_to_its_fisher_information() ->
     assert torch.equal(gradient, torch.tensor([0.0, 14.0, 0.0]))
 
 
-def test_ewc_adds_up_the_information_of_past_tasks(
-    tiny_llava: Path, stream_file: Path, tmp_path: Path
-) -> None:
+def test_ewc_adds_up_the_information_of_past_tasks(tiny_llava: Path, stream_file: Path, tmp_path: Path) -> None:
     run_stream(config(tiny_llava, stream_file, tmp_path, "ewc"))
     first, second = (
         load_tensors(tmp_path / "run/stages" / d / "rehearsal.safetensors") for d in ("01-first", "02-second")
@@ -475,9 +505,7 @@ def test_ewc_adds_up_the_information_of_past_tasks(
     assert any((second[name] > first[name]).any() for name in first)
 
 
-def test_a_continuing_method_starts_where_the_past_ended(
-    tiny_llava: Path, stream_file: Path, tmp_path: Path
-) -> None:
+def test_a_continuing_method_starts_where_the_past_ended(tiny_llava: Path, stream_file: Path, tmp_path: Path) -> None:
     """The scale that folding put into B is taken out again: start * scale is the past."""
     stage, run = open_stage(config(tiny_llava, stream_file, tmp_path, "lora_throughout"), 2)
     model = stage_adapter(stage.run.model)
@@ -506,9 +534,7 @@ def test_lines_scales_what_was_learnt_not_how(tiny_llava: Path, stream_file: Pat
         assert gamma <= share <= 1.0
 
 
-def test_replay_adds_a_share_of_every_earlier_task(
-    tiny_llava: Path, stream_file: Path, tmp_path: Path
-) -> None:
+def test_replay_adds_a_share_of_every_earlier_task(tiny_llava: Path, stream_file: Path, tmp_path: Path) -> None:
     settings = config(tiny_llava, stream_file, tmp_path, "replay", share=0.5)
     (first, _), (second, _) = open_stage(settings, 1), open_stage(settings, 2)
     own = [s.id for s in second.run.task_samples("second")]
@@ -523,9 +549,7 @@ def test_joint_training_sees_all_tasks_for_the_steps_of_all(
     tiny_llava: Path, stream_file: Path, tmp_path: Path
 ) -> None:
     stage, run = open_stage(config(tiny_llava, stream_file, tmp_path, "joint"))
-    assert {s.image for s in stage.samples} == {
-        s.image for task in TASKS for s in stage.run.task_samples(task)
-    }
+    assert {s.image for s in stage.samples} == {s.image for task in TASKS for s in stage.run.task_samples(task)}
     assert stage.train.max_steps == 2 * 3
     epochs = replace(stage.run.config.train, max_steps=-1)
     assert run.method.train_config(stage.run, epochs).max_steps == -1

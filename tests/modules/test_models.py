@@ -25,9 +25,7 @@ def test_both_towers_are_4_bit_and_guarded_and_the_rest_is_not(nf4_model: Any) -
     layers = {n: m for n, m in nf4_model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
     assert {t.name for t in all_targets(nf4_model)} <= set(layers)
     assert all(m.support_avx512bf16_for_cpu is False for m in layers.values())
-    assert all(
-        m.weight.quant_state.quant_type == "nf4" and m.weight.quant_state.nested for m in layers.values()
-    )
+    assert all(m.weight.quant_state.quant_type == "nf4" and m.weight.quant_state.nested for m in layers.values())
     assert not any("projector" in name or "lm_head" in name for name in layers)
 
 

@@ -47,9 +47,7 @@ def gradients(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor
 
 # 4 samples: more tokens than the break-even of every layer; 1: fewer than that of most.
 @pytest.mark.parametrize("samples", [1, 4])
-def test_the_function_and_the_gradients_are_those_of_the_adapter_beside_the_base(
-    model: Any, samples: int
-) -> None:
+def test_the_function_and_the_gradients_are_those_of_the_adapter_beside_the_base(model: Any, samples: int) -> None:
     adapted, inputs = with_past(model, 24), batch(samples)
     logits, expected = gradients(adapted, inputs)
     with past_in_base(adapted, [ACCUMULATED]) as beside:

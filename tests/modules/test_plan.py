@@ -49,7 +49,8 @@ from mllm_keeplora.planning.skeleton import (
     sample_shape,
 )
 from mllm_keeplora.planning.text import format_plan
-from mllm_keeplora.probes.gradients import _ThinGradient, _watching
+from mllm_keeplora.probes.gradients import _ThinGradient
+from mllm_keeplora.probes.hooks import hooked
 from mllm_keeplora.units import GB, format_bytes, format_count
 from tests.clips import write_clip
 from tests.modules.test_families import MAIN_MEDIA, reader, samples, write_stream
@@ -144,7 +145,7 @@ def test_activations_are_what_autograd_keeps(family: str, dtype: str, bases: Any
     pixels = sum(batch[key].nbytes for key in ("pixel_values", "pixel_values_videos") if key in batch)
     model.train()
     sums = {t.name: _ThinGradient(model.device, 32, t.in_features) for t in memory.targets}
-    with _watching(model, sums):
+    with hooked(model, {name: thin.watch for name, thin in sums.items()}, "after"):
         measured = kept_for_backward(model, batch) + pixels
     planned, _ = memory.activations(1, "weights")
     assert LEAST < planned / measured < MOST, (planned, measured)
@@ -160,9 +161,7 @@ def test_activations_are_what_autograd_keeps(family: str, dtype: str, bases: Any
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_table_names_what_the_model_has_and_counts_its_rows(
-    family: str, bases: Any, media_files: Path
-) -> None:
+def test_the_table_names_what_the_model_has_and_counts_its_rows(family: str, bases: Any, media_files: Path) -> None:
     """A wrong name of a layer would change the plan in silence."""
     facts = FAMILIES[family]
     model, processor = load_base(config_of(bases(family)).model)
@@ -226,12 +225,8 @@ def test_optimizer_states_have_their_size() -> None:
     assert optimizer_state("sgd") == 0
 
 
-@pytest.mark.parametrize(
-    "samples_, batch, accumulation, epochs", [(10, 4, 1, 1.0), (10, 4, 2, 3.0), (7, 2, 3, 0.5)]
-)
-def test_steps_are_the_trainers(
-    samples_: int, batch: int, accumulation: int, epochs: float, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("samples_, batch, accumulation, epochs", [(10, 4, 1, 1.0), (10, 4, 2, 3.0), (7, 2, 3, 0.5)])
+def test_steps_are_the_trainers(samples_: int, batch: int, accumulation: int, epochs: float, tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments
 
     class Line(nn.Module):
@@ -283,13 +278,12 @@ def test_probe_passes_are_the_methods(method: str, bases: Any, media_files: Path
         probe=ProbeConfig(fraction=1.0),
         cache_dir=str(tmp_path / "cache"),
     )
-    timings = {"train": 20.0, "evaluate": 3.0, **dict.fromkeys(PROBING, 5.0)}
     manifest = {
         "stage": 1,
         "config": asdict(config),
         "base_model": {"hash": "of the base"},
         "counts": {"steps": 10},
-        "timings": timings,
+        "timings": {"train": 20.0, "evaluate": 3.0, **dict.fromkeys(PROBING, 12.0 / len(PROBING))},
         "probe_indices": [0, 1, 2, 3],
         "scores": {"colours": {"n": 2}},
     }
@@ -299,13 +293,14 @@ def test_probe_passes_are_the_methods(method: str, bases: Any, media_files: Path
     assert measured_rates(config, "of another base") is None
     rates, passes = measured_rates(config, "of the base"), PASSES.get(method, 0)
     assert rates is not None
-    assert rates[1:] == (2.0, 10.0 / (4 * passes) if passes else 0.0, 1.5)
+    assert rates[1:] == (2.0, 12.0 / (4 * passes) if passes else 0.0, 1.5)
 
     plan = replace(make_plan(config, memory_gb=1.0), rates=rates)
     [work] = plan.work
-    assert (work.probe_passes, work.probe_samples) == (passes, 4)
-    # One step, then the rows before and after it with two questions each.
-    assert work.steps == 1 and plan.seconds() == pytest.approx(2.0 + 10.0 * bool(passes) + 2 * 2 * 1.5)
+    learns = method != "zero_shot"
+    assert (work.probe_passes, work.probe_samples, work.steps) == (passes, 4 * learns, 1 * learns)
+    # One step, and the rows before and after it with two questions each.
+    assert plan.seconds() == pytest.approx(2.0 * learns + 12.0 * bool(passes) + 2 * 2 * 1.5)
     text = format_plan(plan)
     assert ("a probe sample" in text) == (f"{passes} x 4" in text) == bool(passes)
 
@@ -381,8 +376,7 @@ def test_a_plan_before_and_after_a_run(bases: Any, media_files: Path, tmp_path: 
     assert tree(tmp_path) == after
     assert again.cached_bases == {m["name"]: m["k_w"] for m in manifest["modules"]}
     assert all(
-        m["k_w"] <= again.memory.most_k(t)
-        for m, t in zip(manifest["modules"], again.memory.targets, strict=True)
+        m["k_w"] <= again.memory.most_k(t) for m, t in zip(manifest["modules"], again.memory.targets, strict=True)
     )
     assert work.steps == manifest["counts"]["steps"]
     assert again.rates is not None

@@ -51,13 +51,13 @@ def global_batch(config: RunConfig, processes: int = 1) -> int:
 def llava_7b(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """LLaVA-1.5-7B's config and processor, without weights."""
     folder = ROOT / "benchmarks"
-    with mock.patch.object(
-        sys, "path", [str(folder), *sys.path]
-    ):  # it imports its neighbours, as a script does
-        script = runpy.run_path(str(folder / "true_shape.py"))
-    directory = tmp_path_factory.mktemp("llava_7b")
-    script["llava_config"](script["TRUE"]).save_pretrained(directory)
-    script["make_processor"](script["FAMILIES"]["llava"], 336).save_pretrained(directory)
+    # It imports its neighbours, as a script does.
+    with mock.patch.object(sys, "path", [str(folder), *sys.path]):
+        noise = runpy.run_path(str(folder / "noise_run.py"))
+        shapes = runpy.run_path(str(folder / "shapes.py"))
+    directory, family = tmp_path_factory.mktemp("llava_7b"), noise["FAMILIES"]["llava"]
+    family.config(shapes["TRUE"]).save_pretrained(directory)
+    noise["make_processor"](family, 336).save_pretrained(directory)
     return directory
 
 
@@ -138,9 +138,7 @@ def test_vicuna_v1_is_the_published_conversation(vicuna: ProcessorMixin) -> None
     both = [asked, message("assistant", "A cat."), message("user", "Sure?"), message("assistant", "Yes.")]
     turns: list[tuple[str, str | None]] = [("<image>\nWhat is this?", "A cat."), ("Sure?", "Yes.")]
     assert rendered(*both) == published_vicuna(turns)
-    assert rendered(message("user", "Why?", "video"), prompt=True) == published_vicuna(
-        [("<video>\nWhy?", None)]
-    )
+    assert rendered(message("user", "Why?", "video"), prompt=True) == published_vicuna([("<video>\nWhy?", None)])
     assert rendered(message("user", "Why?"), prompt=True) == published_vicuna([("Why?", None)])
 
 

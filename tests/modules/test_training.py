@@ -38,9 +38,7 @@ def prepare(tiny_llava: Path, trainable: str = "B") -> PeftModel:
     model: Any = load_base(model_config(tiny_llava, "nf4"))[0]
     targets = all_targets(model)
     torch.manual_seed(0)
-    past = {
-        t.name: (0.1 * torch.randn(3, t.in_features), 0.1 * torch.randn(t.out_features, 3)) for t in targets
-    }
+    past = {t.name: (0.1 * torch.randn(3, t.in_features), 0.1 * torch.randn(t.out_features, 3)) for t in targets}
     new = {t.name: (torch.randn(2, t.in_features), torch.zeros(t.out_features, 2)) for t in targets}
     adapted = attach(model, ACCUMULATED, past, dict.fromkeys(past, 1.0))
     adapted = attach(adapted, STAGE, new, dict.fromkeys(new, 1.0))
@@ -49,9 +47,7 @@ def prepare(tiny_llava: Path, trainable: str = "B") -> PeftModel:
 
 
 def train(model: PeftModel, directory: Path, **settings: Any) -> dict[str, Any]:
-    config = TrainConfig(
-        **{"learning_rate": 1e-2, "max_steps": 6, "per_device_train_batch_size": 4, **settings}
-    )
+    config = TrainConfig(**{"learning_rate": 1e-2, "max_steps": 6, "per_device_train_batch_size": 4, **settings})
     return train_stage(
         model,
         Rows(),
@@ -107,9 +103,7 @@ def test_a_resumed_training_equals_the_uninterrupted_one(tiny_llava: Path, tmp_p
     assert all(torch.equal(p, expected[name]) for name, p in parameters(resumed).items())
 
 
-def test_a_training_that_ended_without_being_recorded_takes_no_further_step(
-    tiny_llava: Path, tmp_path: Path
-) -> None:
+def test_a_training_that_ended_without_being_recorded_takes_no_further_step(tiny_llava: Path, tmp_path: Path) -> None:
     """A kill after the last step, before its result is written; a further step would still move it."""
     settings = {"save_steps": 2, "lr_scheduler_type": "constant"}
     first, again = prepare(tiny_llava), prepare(tiny_llava)
@@ -119,9 +113,7 @@ def test_a_training_that_ended_without_being_recorded_takes_no_further_step(
     assert all(torch.equal(p, expected[name]) for name, p in parameters(again).items())
 
 
-def test_checkpoints_hold_the_trainable_parameters_and_no_pickled_weights(
-    tiny_llava: Path, tmp_path: Path
-) -> None:
+def test_checkpoints_hold_the_trainable_parameters_and_no_pickled_weights(tiny_llava: Path, tmp_path: Path) -> None:
     train(prepare(tiny_llava), tmp_path, save_steps=3)
     found = last_complete_checkpoint(tmp_path / "checkpoints")
     assert found is not None

@@ -60,9 +60,7 @@ WORDS = [
 
 def _tokenizer(media_tokens: dict[str, str], extra: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
     special = ["<pad>", "<s>", "</s>", "<unk>", *media_tokens.values(), *extra]
-    vocabulary = Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate([*special, *WORDS])}, unk_token="<unk>")
-    )
+    vocabulary = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*special, *WORDS])}, unk_token="<unk>"))
     vocabulary.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=vocabulary,
@@ -86,9 +84,7 @@ def _template(image: str, video: str) -> str:
 
 
 LLAVA_TEMPLATE = _template("<image>", "<video>")
-QWEN_TEMPLATE = _template(
-    "<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>"
-)
+QWEN_TEMPLATE = _template("<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>")
 
 
 def _clip() -> dict[str, Any]:
@@ -228,9 +224,7 @@ def _qwen(
     processor = processor_class(
         image_processor=Qwen2VLImageProcessor(patch_size=PATCH, size=pixels),
         tokenizer=tokenizer,
-        video_processor=videos(
-            patch_size=PATCH, size={"shortest_edge": video_area, "longest_edge": video_area}
-        ),
+        video_processor=videos(patch_size=PATCH, size={"shortest_edge": video_area, "longest_edge": video_area}),
         chat_template=QWEN_TEMPLATE,
     )
     text = _qwen_text(len(tokenizer))

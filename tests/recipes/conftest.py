@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
+KEEPLORA = [sys.executable, "-m", "mllm_keeplora.commands.main"]  # the command, not depending on PATH
 TASKS = ("digits", "charts", "clocks")
 VIDEO_TASKS = ("drift", "lamps")
 TRAIN, TEST = 64, 20
@@ -23,9 +24,7 @@ TRAIN, TEST = 64, 20
 def built_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded stream's data, built by its own script."""
     root = tmp_path_factory.mktemp("built") / "embedded"
-    subprocess.run(
-        [sys.executable, "recipes/small/build_vqa_data.py", "--out", str(root)], cwd=ROOT, check=True
-    )
+    subprocess.run([sys.executable, "recipes/small/build_vqa_data.py", "--out", str(root)], cwd=ROOT, check=True)
     return root
 
 

@@ -85,9 +85,7 @@ def compare(config: RunConfig, out: Path) -> None:
         _, seen["uneven"] = train(uneven, method, shared)
         for limit in LIMITS:
             folder = Path(config.run_dir) / f"limit_{limit}"
-            ask = partial(
-                evaluate_row, context.model, context.processor, run.stream, run.directory.task_files
-            )
+            ask = partial(evaluate_row, context.model, context.processor, run.stream, run.directory.task_files)
             seen[f"row_{limit}"] = ask(folder, reader=context.reader, batch_size=3, limit=limit)
         save_tensors(out / f"process-{RANK}.safetensors", found)
         (out / f"process-{RANK}.json").write_text(json.dumps(seen))

@@ -84,9 +84,7 @@ def write_ucit(root: Path) -> None:
         if caption:
             numbers = range(1, TEST + 1)
             notes = [
-                {"id": 2 * n + k, "image_id": n, "caption": f"{answers[n % 2]} {k}"}
-                for n in numbers
-                for k in (0, 1)
+                {"id": 2 * n + k, "image_id": n, "caption": f"{answers[n % 2]} {k}"} for n in numbers for k in (0, 1)
             ]
             _dump(
                 into / "val_coco_type_3000.json",
@@ -153,9 +151,7 @@ def write_cl_vista(root: Path) -> None:
             write_clip(root / f"{clip}.mp4", moving_frames(9, height=32, width=32, seed=n))
         train, questions, answers = own.get(task, rows)
         question = f"What happens in {task}?"
-        records = _training(
-            [f"{clip}.mp4" for clip in clips[:2]] * 2, question, ["yes", "a car", "no", "two"]
-        )
+        records = _training([f"{clip}.mp4" for clip in clips[:2]] * 2, question, ["yes", "a car", "no", "two"])
         for n, record in enumerate(records):
             record["video"] = record.pop("image")
             record["conversations"][0]["value"] = f"<video>\n{n}. {question}"

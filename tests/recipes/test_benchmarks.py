@@ -48,8 +48,6 @@ def test_a_benchmark_runs_and_leaves_rows(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["recompression", "interference"])
 def test_what_looks_into_a_finished_run(name: str, finished: Recipe) -> None:
     command = [sys.executable, str(BENCHMARKS / f"{name}.py"), str(finished.run_dir)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=finished.environment(), capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, cwd=ROOT, env=finished.environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert all(re.search(rf"^.*{tower} +.*\d", done.stdout, re.M) for tower in ("vision", "language"))

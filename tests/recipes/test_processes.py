@@ -133,9 +133,7 @@ def test_a_shared_out_probe_protects_the_same_directions(one: Compared, two: Com
 
 def test_the_first_step_has_the_same_gradient(one: Compared, two: Compared) -> None:
     """Two batches a step, of unequal numbers of supervised tokens on the two processes."""
-    assert [sum(pair) for pair in zip(*(s["tokens"][:20] for s in two.seen), strict=True)] == one.seen[0][
-        "tokens"
-    ][:20]
+    assert [sum(pair) for pair in zip(*(s["tokens"][:20] for s in two.seen), strict=True)] == one.seen[0]["tokens"][:20]
     assert two.seen[0]["tokens"][:2] != two.seen[1]["tokens"][:2]
     expected, found = named(one.tensors[0], "gradient"), named(two.tensors[0], "gradient")
     assert found.keys() == expected.keys()
@@ -266,9 +264,7 @@ def test_a_run_goes_on_with_another_number_of_processes(killed: Recipe, tmp_path
     done = again.run(*HALF)
     assert done.returncode == 0, done.stderr
     assert "the stages so far ran on 2 process(es), these on 1" in done.stderr
-    assert (
-        "checkpoint-3 was written by 2 process(es) and the run now has 1: it is not continued" in done.stderr
-    )
+    assert "checkpoint-3 was written by 2 process(es) and the run now has 1: it is not continued" in done.stderr
     assert base.read_bytes() == kept
     assert [m["num_processes"] for m in manifests(again)] == [2, 1]
     assert manifests(again)[1]["counts"]["steps"] == 6

@@ -170,9 +170,7 @@ FAULTS: dict[str, tuple[str, Callable[[Path], object], str, str]] = {
     ),
     "answers of another split": (
         "coin",
-        lambda r: _edit(
-            r / "Instructions_Original/TextVQA/val.json", lambda x: x[1].update(question_id="x9")
-        ),
+        lambda r: _edit(r / "Instructions_Original/TextVQA/val.json", lambda x: x[1].update(question_id="x9")),
         "TextVQA",
         "has no answers to 1 of the 4 questions",
     ),
@@ -222,8 +220,7 @@ PROMPTS: dict[str, dict[str, tuple[str, set[str]]]] = {
         ),
     },
     "mllm_acl": {
-        task: (f"What does {task} ask?", {f"What does {task} ask? (test)"})
-        for task in ("OCR", "Math", "VP", "APP")
+        task: (f"What does {task} ask?", {f"What does {task} ask? (test)"}) for task in ("OCR", "Math", "VP", "APP")
     },
     "ucit": {
         task: (question, {question})
@@ -350,9 +347,7 @@ def test_the_recipe_runs_the_stream_to_its_report(name: str, roots: dict[str, Pa
     command = [sys.executable, f"recipes/{'video' if name in VIDEO else 'vqa'}.py"]
     command += [text for key, value in settings.items() for text in (f"--{key}", str(value))]
     offline = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **offline}, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **offline}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     retention = json.loads((tmp_path / "run" / "retention.json").read_text())
     tasks = ORDERS[name].split()

@@ -65,9 +65,7 @@ def accuracy(task: Path) -> float:
         for record, answer in zip(asked, answers, strict=True)
     ]
     return float(
-        base_training.measure(
-            BASE, LlavaNextVideoForConditionalGeneration, "video", questions, quantised=True
-        )["all"]
+        base_training.measure(BASE, LlavaNextVideoForConditionalGeneration, "video", questions, quantised=True)["all"]
     )
 
 
@@ -108,9 +106,7 @@ def test_the_processor_takes_videos_and_images() -> None:
     }
     for kind, medium in media.items():
         content = [{"type": kind}, {"type": "text", "text": "What moves?"}]
-        prompt = processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
+        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         assert prompt == f"USER: <{kind}>\nWhat moves? ASSISTANT:"
         inputs = processor(text=[prompt], return_tensors="pt", **{f"{kind}s": [medium]})
         if kind == "video":
@@ -140,9 +136,7 @@ def test_a_longer_conversation_begins_with_the_shorter_one() -> None:
 
 def digest(root: Path) -> str:
     files = sorted(p for p in root.rglob("*") if p.is_file())
-    return hashlib.sha256(
-        b"".join(str(p.relative_to(root)).encode() + p.read_bytes() for p in files)
-    ).hexdigest()
+    return hashlib.sha256(b"".join(str(p.relative_to(root)).encode() + p.read_bytes() for p in files)).hexdigest()
 
 
 def test_the_builder_is_deterministic(built: Path, tmp_path: Path) -> None:
@@ -237,8 +231,7 @@ def best_score(features: NDArray[np.floating], classes: NDArray[np.str_]) -> flo
         make_pipeline(StandardScaler(), RidgeClassifier(alpha=1e4)),
     )
     return max(
-        learner.fit(features[:split], classes[:split]).score(features[split:], classes[split:])
-        for learner in learners
+        learner.fit(features[:split], classes[:split]).score(features[split:], classes[split:]) for learner in learners
     )
 
 
@@ -266,9 +259,7 @@ def test_no_single_frame_answers_the_main_question(
         shown.append(seen)
         classes.append(truth)
     x, y = np.stack(shown), np.array(classes)
-    single = max(
-        best_score(np.concatenate([x[:, t], products(x[:, t], x[:, t])], 1), y) for t in range(x.shape[1])
-    )
+    single = max(best_score(np.concatenate([x[:, t], products(x[:, t], x[:, t])], 1), y) for t in range(x.shape[1]))
     steps = [products(x[:, t], x[:, t + 1]) for t in range(x.shape[1] - 1)]
     whole = best_score(np.concatenate([np.abs(np.diff(x, axis=1)).mean(1), sum(steps[:3]), sum(steps)], 1), y)
     # 300 tests and 16 tries: chance alone reaches 3 standard errors, 0.09.

@@ -24,9 +24,7 @@ def test_the_shipped_base_has_general_ability_on_nf4(built_data: Path, tmp_path:
     stream = load_stream(ROOT / "recipes/streams/small_vqa.yaml", built_data)
     model, processor = load_base(ModelConfig(base_model=str(BASE), device="cpu"))
     write_task_files(stream, tmp_path / "tasks")
-    row = evaluate_row(
-        model, processor, stream, tmp_path / "tasks", tmp_path / "out", batch_size=50, limit=None
-    )
+    row = evaluate_row(model, processor, stream, tmp_path / "tasks", tmp_path / "out", batch_size=50, limit=None)
     assert row["scenes"]["n"] >= 300
     assert row["scenes"]["value"] >= 0.85
     above_zero = [task.name for task in stream.tasks if row[task.name]["value"] >= 0.1]
@@ -57,16 +55,12 @@ def test_the_script_still_makes_the_shipped_vocabulary() -> None:
 
 def digest(root: Path) -> str:
     files = sorted(p for p in root.rglob("*") if p.is_file())
-    return hashlib.sha256(
-        b"".join(str(p.relative_to(root)).encode() + p.read_bytes() for p in files)
-    ).hexdigest()
+    return hashlib.sha256(b"".join(str(p.relative_to(root)).encode() + p.read_bytes() for p in files)).hexdigest()
 
 
 def test_the_builder_is_deterministic(built_data: Path, tmp_path: Path) -> None:
     again = tmp_path / "again"
-    subprocess.run(
-        [sys.executable, "recipes/small/build_vqa_data.py", "--out", str(again)], cwd=ROOT, check=True
-    )
+    subprocess.run([sys.executable, "recipes/small/build_vqa_data.py", "--out", str(again)], cwd=ROOT, check=True)
     assert digest(again) == digest(built_data)
 
 

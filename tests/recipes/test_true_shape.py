@@ -29,7 +29,7 @@ def test_the_plan_is_near_the_measured_peak(tmp_path: Path) -> None:
     [result] = json.loads((tmp_path / "found.json").read_text())
     assert result["tokens"] == 64
     phases = {name: found for name, found in result["phases"].items() if found["planned"]}
-    assert set(phases) == {"weight bases", "probe", "train", "feature_basis", "evaluation"}
+    assert set(phases) == {"weight bases", "probe", "train", "protect", "evaluate"}
     ratios = {name: found["planned"] / found["bytes"] for name, found in phases.items()}
     assert all(PHASE[0] < ratio < PHASE[1] for ratio in ratios.values()), ratios
     peak = max(found["bytes"] for found in result["phases"].values())

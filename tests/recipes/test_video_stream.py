@@ -3,7 +3,6 @@
 import json
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.recipes.conftest import ROOT, TEST, VIDEO_TASKS, VideoRecipe
+from tests.recipes.conftest import KEEPLORA, ROOT, TEST, VIDEO_TASKS, VideoRecipe
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +74,7 @@ def test_a_killed_run_continues_to_the_same_result(finished: VideoRecipe, fresh:
 
 
 def test_the_leaderboard_repeats_the_run_in_a_fresh_process(finished: VideoRecipe, tmp_path: Path) -> None:
-    command = [sys.executable, "eval/leaderboard.py", str(finished.run_dir), "--table", str(tmp_path)]
+    command = [*KEEPLORA, "leaderboard", str(finished.run_dir), "--table", str(tmp_path)]
     environment = finished.environment()
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -89,14 +88,7 @@ def test_chat_gives_the_evaluated_reply(finished: VideoRecipe) -> None:
     question = json.loads(rows.read_text())[0]
     replies = (finished.run_dir / "stages/02-lamps/evaluation/drift.jsonl").read_text().splitlines()
     clip = finished.data_root / "drift/videos" / f"{question['video_name']}.mp4"
-    command = [
-        sys.executable,
-        "-m",
-        "mllm_keeplora.commands.chat",
-        str(finished.run_dir),
-        "--video",
-        str(clip),
-    ]
+    command = [*KEEPLORA, "chat", str(finished.run_dir), "--video", str(clip)]
     done = subprocess.run(
         [*command, "--max-new-tokens", "4", question["question"]],
         cwd=ROOT,
@@ -110,17 +102,8 @@ def test_chat_gives_the_evaluated_reply(finished: VideoRecipe) -> None:
 
 def test_the_export_answers_like_the_run(finished: VideoRecipe, tmp_path: Path) -> None:
     out = tmp_path / "merged"
-    command = [
-        sys.executable,
-        "-m",
-        "mllm_keeplora.continual.export",
-        str(finished.run_dir),
-        "--out",
-        str(out),
-    ]
-    done = subprocess.run(
-        command, cwd=ROOT, env=finished.environment(), capture_output=True, text=True, check=False
-    )
+    command = [*KEEPLORA, "export", str(finished.run_dir), "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, env=finished.environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     difference = json.loads((out / "export.json").read_text())
     assert difference["questions"] == TEST
@@ -135,9 +118,7 @@ def spoil(recipe: VideoRecipe, root: Path) -> VideoRecipe:
     return replace(recipe, data_root=root)
 
 
-def test_a_damaged_clip_is_refused_with_its_row_before_anything_runs(
-    fresh: VideoRecipe, tmp_path: Path
-) -> None:
+def test_a_damaged_clip_is_refused_with_its_row_before_anything_runs(fresh: VideoRecipe, tmp_path: Path) -> None:
     broken = spoil(fresh, tmp_path / "spoilt")
     done = broken.run()
     assert done.returncode == 2, done.stderr
@@ -148,9 +129,7 @@ def test_a_damaged_clip_is_refused_with_its_row_before_anything_runs(
     assert not (broken.run_dir / "stages").exists()
 
 
-def test_a_damaged_clip_is_left_out_and_counted_where_that_is_asked_for(
-    fresh: VideoRecipe, tmp_path: Path
-) -> None:
+def test_a_damaged_clip_is_left_out_and_counted_where_that_is_asked_for(fresh: VideoRecipe, tmp_path: Path) -> None:
     broken = replace(spoil(fresh, tmp_path / "spoilt"), tasks=VIDEO_TASKS[1:])
     done = broken.run("--on_bad_record", "skip", "--evaluation.limit", "2", "--train.max_steps", "2")
     assert done.returncode == 0, done.stderr
@@ -165,9 +144,7 @@ def test_accelerate_launch_runs_the_recipe_with_loader_workers(fresh: VideoRecip
     command = short.command(*arguments, "--video.cache_gb", "0")
     # The command itself, as a user types it: it imports torchvision before any code of ours.
     launched = [str(Path(command[0]).with_name("accelerate")), "launch", *command[1:]]
-    done = subprocess.run(
-        launched, cwd=ROOT, env=short.environment(), capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(launched, cwd=ROOT, env=short.environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert [row["task"] for row in short.retention()["rows"]] == [None, "drift"]
 

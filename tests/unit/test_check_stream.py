@@ -10,11 +10,12 @@ import pytest
 import yaml
 from PIL import Image
 
+from mllm_keeplora.commands.main import main
 from mllm_keeplora.config import VideoConfig
 from mllm_keeplora.data.media import MediaChecker
 from mllm_keeplora.data.stream import load_stream, load_training_records
 from mllm_keeplora.data.video.reader import VideoReader
-from mllm_keeplora.planning.check_stream import SHOWN, Report, check_stream, format_report, main
+from mllm_keeplora.planning.check_stream import SHOWN, Report, check_stream, format_report
 from tests.clips import cut, moving_frames, write_clip
 
 Records = list[dict[str, Any]]
@@ -125,9 +126,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, bool]] = {
         True,
     ),
     "a wrong key": (
-        lambda r: change(
-            r / "birds/train.json", lambda x: x[2].update(conversation=x[2].pop("conversations"))
-        ),
+        lambda r: change(r / "birds/train.json", lambda x: x[2].update(conversation=x[2].pop("conversations"))),
         "row 3: no question: .*found 'id', 'image', 'conversation'",
         True,
     ),
@@ -157,9 +156,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, bool]] = {
         False,
     ),
     "an overlap": (
-        lambda r: change(
-            r / "birds/test.json", lambda x: x[1].update(image="3.png", text="Which is number 3?")
-        ),
+        lambda r: change(r / "birds/test.json", lambda x: x[1].update(image="3.png", text="Which is number 3?")),
         "1 questions are in the training file too.*row 2 of the test is row 4 of the training",
         False,
     ),
@@ -230,7 +227,7 @@ def test_what_is_missing_is_looked_for_where_it_is_published(root: Path) -> None
     assert [line.split(" files")[0] for line in report.advice] == ["6", "1"]
     assert "get them from the drivers" in report.advice[0]
     assert "huggingface.co/datasets/somebody/birds" in report.advice[1]
-    assert "scripts/fetch_stream.sh" in report.advice[1]
+    assert "keeplora fetch" in report.advice[1]
 
 
 def test_a_run_need_not_decode_again_what_was_found_sound(root: Path, tmp_path: Path) -> None:
@@ -251,24 +248,18 @@ def test_decoded_clips_are_set_against_the_cache(root: Path) -> None:
 
 
 @pytest.mark.parametrize("spelling", ["data_root={}", "--data_root={}", "--data_root {}"])
-def test_the_command_line(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], spelling: str
-) -> None:
+def test_the_command_line(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], spelling: str) -> None:
     path = write_stream(root)
     arguments = [str(path), *spelling.format(root).split(), f"cache_dir={tmp_path / 'cache'}"]
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    assert ended.value.code == 0
+    assert main(["check", *arguments]) == 0
     (root / "birds" / "0.png").unlink()
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    assert ended.value.code == 1
+    assert main(["check", *arguments]) == 1
     assert "0.png does not exist" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("argument", ["dat_root=x", "video.frames=many", "video.frames=0"])
 def test_a_bad_argument_is_refused(root: Path, capsys: pytest.CaptureFixture[str], argument: str) -> None:
     with pytest.raises(SystemExit) as ended:
-        main([str(write_stream(root)), argument])
+        main(["check", str(write_stream(root)), argument])
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith("error: ")

@@ -157,9 +157,7 @@ def test_each_method_gets_its_best_rate_and_an_ablation_the_references(
     assert {c.stream for c in asked} == {"held_out.yaml"}
 
 
-def test_a_method_chooses_among_its_candidates_at_its_rate(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_method_chooses_among_its_candidates_at_its_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shares = {0.1: 0.5, 0.2: 0.6, 0.4: 0.7}
 
     def last(config: RunConfig) -> float:
@@ -212,16 +210,11 @@ def test_a_study_runs_what_is_missing_and_reports_what_is_there(
     assert against["n"] == 3
     assert against["difference"] == pytest.approx(0.202)
     assert against["p"] < 0.001
-    assert against["p_holm"] == pytest.approx(2 * against["p"]), (
-        "of two comparisons the smaller p counts twice"
-    )
+    assert against["p_holm"] == pytest.approx(2 * against["p"]), "of two comparisons the smaller p counts twice"
     assert results["arms"]["again"]["against_reference"]["last"]["n"] == 2
     table = write_results(found)
     assert (Path(found.results) / "methods.png").read_bytes().startswith(b"\x89PNG")
-    assert (
-        json.loads((Path(found.results) / "results.json").read_text())["arms"].keys()
-        == results["arms"].keys()
-    )
+    assert json.loads((Path(found.results) / "results.json").read_text())["arms"].keys() == results["arms"].keys()
     assert table == format_results(results)
     assert "| plain | 3 | 0.002 | 90.0 ± 0.0 | 51.0 ± 0.6 |" in table
 
@@ -242,10 +235,7 @@ def test_a_run_under_other_settings_is_not_taken_for_the_study_s(
 def test_the_split_asks_about_records_that_training_does_not_show(tmp_path: Path) -> None:
     root = tmp_path / "data"
     root.mkdir()
-    turns = [
-        {"from": f, "value": v}
-        for f, v in (("human", "<image>\nq"), ("gpt", "a"), ("human", "r"), ("gpt", "b"))
-    ]
+    turns = [{"from": f, "value": v} for f, v in (("human", "<image>\nq"), ("gpt", "a"), ("human", "r"), ("gpt", "b"))]
     records = [{"id": i, "image": f"{i}.png", "conversations": turns} for i in range(5)]
     (root / "t.json").write_text(json.dumps(records))
     task = {"name": "t", "train": "t.json", "test": "t.json", "metric": "exact"}

@@ -156,9 +156,7 @@ def test_a_missing_file_is_named(runs: list[Path], missing: str) -> None:
 
 def test_other_data_are_refused(runs: list[Path], tmp_path: Path) -> None:
     other = save_run(tmp_path / "d", retention_of(0.9, 0.8), seed=7, data="def")
-    with pytest.raises(
-        ReportError, match=rf"digits, glyphs, signs, scenes: {other} was trained or asked on oth"
-    ):
+    with pytest.raises(ReportError, match=rf"digits, glyphs, signs, scenes: {other} was trained or asked on oth"):
         compare_runs([*runs, other], tmp_path / "out")
 
 

@@ -44,7 +44,7 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     "text, message",
     [
         ("run_dirr: x", "run_dirr.*did you mean 'run_dir'"),
-        ("language: {epsw: 0.5}", "epsw.*did you mean 'eps_w'"),
+        ("language: {epsw: 0.5}", "epsw.*did you mean 'language.eps_w'"),
         ("language: {eps_w: 0}", r"language: eps_w must lie in \(0, 1\], got 0"),
         ("vision: {eps_f: 1.5}", r"vision: eps_f must lie in \(0, 1\], got 1.5"),
         ("vision: {gamma: 2}", r"vision: gamma must lie in \[0, 1\]"),
@@ -71,9 +71,7 @@ def test_a_missing_config_file_is_named(tmp_path: Path) -> None:
         parse_config("test", tmp_path / "nowhere.yaml", [])
 
 
-def test_help_lists_every_setting_with_its_default(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_help_lists_every_setting_with_its_default(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         parse(tmp_path, "seed: 0", "--help")
     text = re.sub(r"\s+", " ", capsys.readouterr().out)

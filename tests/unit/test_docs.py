@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
+from mllm_keeplora.commands.main import COMMANDS
 from mllm_keeplora.data.stream import TaskSpec
 from tests.unit.test_layers import LAYERS, MODULES
 
@@ -148,11 +149,7 @@ def keeplora_commands(text: str) -> Iterator[tuple[str, list[str]]]:
     """The subcommand and the words behind it, of every command that ends up in `keeplora`."""
     for words in commands(text):
         for position, word in enumerate(words):
-            name = (
-                words[position + 1]
-                if word == "keeplora" and words[position + 1 :]
-                else SAME_AS.get(Path(word).name)
-            )
+            name = words[position + 1] if word == "keeplora" and words[position + 1 :] else SAME_AS.get(Path(word).name)
             if name is not None and not name.startswith("-"):
                 yield name, words[position + 1 + (word == "keeplora") :]
                 break
@@ -176,7 +173,7 @@ def normal(option: str) -> str:
 def test_keeplora_commands_and_their_options_exist(path: Path) -> None:
     found = list(keeplora_commands(current(path)))
     for name, words in found:
-        assert (ROOT / f"mllm_keeplora/commands/{name}.py").exists(), f"{path.name}: keeplora {name}"
+        assert name in COMMANDS, f"{path.name}: keeplora {name}"
         for option in (word for word in words if word.startswith("--")):
             assert normal(option) in options(name), f"{path.name}: keeplora {name} {option}"
 
@@ -185,9 +182,7 @@ def test_keeplora_commands_and_their_options_exist(path: Path) -> None:
 def test_options_of_other_programs_exist(path: Path) -> None:
     """Of benchmarks and studies: the program's source has the option."""
     for words in commands(current(path)):
-        script = next(
-            (w for w in words if re.match(r"benchmarks/\w+\.py$|mllm_keeplora\.studies\.", w)), None
-        )
+        script = next((w for w in words if re.match(r"benchmarks/\w+\.py$|mllm_keeplora\.studies\.", w)), None)
         if script is None:
             continue
         file = (
@@ -199,12 +194,35 @@ def test_options_of_other_programs_exist(path: Path) -> None:
             assert normal(option) in re.sub("-", "_", file.read_text()), f"{path.name}: {script} {option}"
 
 
+@each_document
+def test_options_by_themselves_exist(path: Path) -> None:
+    """`--seed 1` in a sentence belongs to some command of keeplora, or to a benchmark or script."""
+    known = frozenset().union(*(options(name) for name in COMMANDS))
+    sources = [
+        *(ROOT / "benchmarks").glob("*.py"),
+        *(ROOT / "studies").glob("*.py"),
+        ROOT / "scripts/test.sh",
+    ]
+    text = "\n".join(source.read_text() for source in sources)
+    for code in in_code(current(path)):
+        for option in re.findall(r"--[\w.-]+", code) if code.startswith("--") else ():
+            assert normal(option) in known or option in text, f"{path.name}: {option}"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_examples_in_the_help_stand_on_lines_of_their_own(name: str) -> None:
+    """Indented, so that neither the help nor the pages of the API run them together."""
+    text = importlib.import_module(f"mllm_keeplora.commands.{name}").__doc__ or ""
+    lines = re.sub(r"`[^`]*`", "", text).splitlines()[1:]
+    examples = [line for line in lines if "keeplora " in line]
+    assert examples
+    assert all(line.startswith("    ") and line.count("keeplora ") == 1 for line in examples)
+
+
 def test_the_commands_are_all_in_the_documents() -> None:
     text = "".join(path.read_text() for path in DOCUMENTS)
     named = {name for name, _ in keeplora_commands(text)}
-    for module in (ROOT / "mllm_keeplora/commands").glob("[!_]*.py"):
-        if module.stem != "main":
-            assert module.stem in named, f"no document shows keeplora {module.stem}"
+    assert set(COMMANDS) <= named
 
 
 # How they are written
@@ -219,9 +237,7 @@ def test_no_document_names_a_place_of_one_machine(path: Path) -> None:
 def test_lines_are_short(path: Path) -> None:
     """Tables cannot be broken, and neither can lines of JSON."""
     text = re.sub(r"^```json\n.*?^```", "", path.read_text(), flags=re.S | re.M)
-    long = [
-        line for line in text.splitlines() if len(line) > LONGEST_LINE and not line.lstrip().startswith("|")
-    ]
+    long = [line for line in text.splitlines() if len(line) > LONGEST_LINE and not line.lstrip().startswith("|")]
     assert not long, f"{path.name}: {long[0]}"
 
 
@@ -270,9 +286,7 @@ def test_every_package_has_a_page_of_its_api() -> None:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The site, built with warnings as errors."""
-    pytest.importorskip(
-        "mkdocs", reason="the site needs mkdocs-material and mkdocstrings, which `.[dev]` has"
-    )
+    pytest.importorskip("mkdocs", reason="the site needs mkdocs-material and mkdocstrings, which `.[dev]` has")
     pytest.importorskip("mkdocstrings_handlers.python", reason="mkdocstrings[python] is not installed")
     folder = tmp_path_factory.mktemp("site")
     built = subprocess.run(

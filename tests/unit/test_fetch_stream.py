@@ -20,8 +20,9 @@ import huggingface_hub
 import pytest
 import yaml
 
+from mllm_keeplora.commands.main import main
 from mllm_keeplora.data import fetch_stream as fetching
-from mllm_keeplora.data.fetch_stream import FetchError, fetch_stream, left_to_do, main, unpack
+from mllm_keeplora.data.fetch_stream import FetchError, fetch_stream, left_to_do, unpack
 from mllm_keeplora.data.stream import Stream, StreamError, load_stream
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,9 +96,7 @@ class _Handler(BaseHTTPRequestHandler):
         whole = not cut or self.command == "HEAD" or len(data) <= CUT
         self._answer(206 if asked else 200, data[start:], headers, None if whole else max(0, CUT - start))
 
-    def _answer(
-        self, status: int, body: bytes, headers: dict[str, str] | None = None, only: int | None = None
-    ) -> None:
+    def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None, only: int | None = None) -> None:
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(name, value)
@@ -218,9 +217,7 @@ def test_a_dropped_connection_is_continued_where_it_stopped(online: Hub, tmp_pat
 def test_after_a_broken_download_only_what_is_missing_is_loaded(online: Hub, tmp_path: Path) -> None:
     stream = load(tmp_path)
     online.mode = "broken"
-    with pytest.raises(
-        FetchError, match=r"somebody/birds.*have arrived are kept.*run the same command again"
-    ):
+    with pytest.raises(FetchError, match=r"somebody/birds.*have arrived are kept.*run the same command again"):
         fetch_stream(stream)
     assert not (tmp_path / "data/birds").exists()
     online.mode = "sound"
@@ -232,11 +229,10 @@ def test_after_a_broken_download_only_what_is_missing_is_loaded(online: Hub, tmp
 
 def test_a_killed_command_is_continued_by_the_same_command(hub: Hub, tmp_path: Path) -> None:
     path = write_stream(tmp_path)
-    local = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "KEEPLORA_PYTHON": sys.executable}
-    environment = {**os.environ, **local}
-    command = ["bash", "scripts/fetch_stream.sh", str(path), f"data_root={tmp_path / 'data'}"]
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-m", "mllm_keeplora.commands.main", "fetch", str(path)]
+    command += ["--data_root", str(tmp_path / "data")]
     hub.mode = "stalling"
-    # bash becomes Python by exec, so there is one process to kill.
     stalled = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300  # a busy machine imports slowly
     while not (partial := list(tmp_path.rglob("*.incomplete"))) and time.monotonic() < deadline:
@@ -254,7 +250,7 @@ def test_a_killed_command_is_continued_by_the_same_command(hub: Hub, tmp_path: P
     assert f"'revision: {COMMIT}' pins it" in done.stdout
     assert f"move it there from {tmp_path / 'data/lists/birds/test.json'}" in done.stdout
     assert f"{tmp_path / 'data/tools/test.json'} is missing" in done.stdout
-    assert f"bash scripts/check_stream.sh {path} data_root={tmp_path / 'data'}" in done.stdout
+    assert f"keeplora check {path} --data_root {tmp_path / 'data'}" in done.stdout
 
 
 def test_nothing_is_left_to_do_where_all_is_there(
@@ -263,9 +259,7 @@ def test_nothing_is_left_to_do_where_all_is_there(
     path = write_stream(tmp_path, revision=COMMIT)
     for name in ("birds", "tools"):
         online.files[f"{name}/test.json"] = b"[]"
-    with pytest.raises(SystemExit) as ended:
-        main([str(path)])
-    assert ended.value.code == 0
+    assert main(["fetch", str(path)]) == 0
     assert left_to_do(load(tmp_path)) == []
     assert "pins it" not in capsys.readouterr().out
 

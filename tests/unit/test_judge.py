@@ -189,9 +189,7 @@ def test_judged_file_has_the_form_of_retention_json(
     assert set(asked.replies) == {reply_of(s, t, n) for s in range(3) for t in TASKS for n in range(3)}
 
 
-def test_standard_error_is_on_the_scale_of_value(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_standard_error_is_on_the_scale_of_value(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Asked(monkeypatch, lambda reply: json.dumps({"score": 5 if " 0 " in reply.reply else 0}))
     score = judge_run(write_run(tmp_path / "run", 2), settings(tiny))["rows"][0]["scores"]["birds"]
     assert (score["value"], score["stderr"]) == (pytest.approx(0.5), pytest.approx(0.5))
@@ -291,9 +289,7 @@ def test_a_changed_reply_is_judged_again_and_an_equal_one_once(
     assert judged["rows"][2]["scores"]["birds"]["native"] == pytest.approx(20 * (2 + 2 + 1) / 3)
 
 
-def test_tasks_can_be_judged_one_after_the_other(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tasks_can_be_judged_one_after_the_other(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = write_run(tmp_path / "run")
     Asked(monkeypatch, grade)
     judged = judge_run(run, settings(tiny), ["tools"])
@@ -304,9 +300,7 @@ def test_tasks_can_be_judged_one_after_the_other(
     assert judged["metrics"]["last"] == pytest.approx(0.7)
 
 
-def test_a_cell_without_replies_has_no_score(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cell_without_replies_has_no_score(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = write_run(tmp_path / "run")
     (run / "stages" / "01-birds" / "evaluation" / "tools.jsonl").unlink()
     Asked(monkeypatch, grade)
@@ -323,9 +317,7 @@ def test_nf4_judge_loads_and_answers(tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tasks", [None, ["birds"]])
-def test_runs_without_replies_are_refused_before_the_judge_is_loaded(
-    tmp_path: Path, tasks: list[str] | None
-) -> None:
+def test_runs_without_replies_are_refused_before_the_judge_is_loaded(tmp_path: Path, tasks: list[str] | None) -> None:
     run = write_run(tmp_path / "run")
     for path in (run / "stages").rglob("birds.jsonl"):
         path.unlink()
@@ -342,9 +334,7 @@ def test_unknown_tasks_and_unfinished_runs_are_refused(tmp_path: Path) -> None:
         judge_run(run, settings("x"))
 
 
-def test_damaged_replies_and_verdicts_are_named(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_damaged_replies_and_verdicts_are_named(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Asked(monkeypatch, grade)
     run = write_run(tmp_path / "run")
     path = run / "stages" / "00-base" / "evaluation" / "birds.jsonl"

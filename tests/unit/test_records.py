@@ -75,9 +75,7 @@ PARTS = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
         ("one_image.jsonl", message_record(images=None, image="images/a.png"), "one_image.jsonl:1"),
     ],
 )
-def test_every_form_of_a_record_gives_the_same_sample(
-    root: Path, name: str, record: Any, sample_id: str
-) -> None:
+def test_every_form_of_a_record_gives_the_same_sample(root: Path, name: str, record: Any, sample_id: str) -> None:
     if record.get("images", 0) is None:
         del record["images"]
     samples, skipped = load_records(write(root, record, name=name), root, prompt_suffix=" One word.")
@@ -86,13 +84,9 @@ def test_every_form_of_a_record_gives_the_same_sample(
     assert skipped == []
 
 
-@pytest.mark.parametrize(
-    "question", ["<image>\nWhat?", "What?\n<image>", "<image> What?", "  What? ", "What?"]
-)
+@pytest.mark.parametrize("question", ["<image>\nWhat?", "What?\n<image>", "<image> What?", "  What? ", "What?"])
 def test_the_placeholder_never_reaches_a_question(root: Path, question: str) -> None:
-    record = train_record(
-        conversations=[{"from": "human", "value": question}, {"from": "gpt", "value": " yes\n"}]
-    )
+    record = train_record(conversations=[{"from": "human", "value": question}, {"from": "gpt", "value": " yes\n"}])
     [sample], _ = load_records(write(root, record), root)
     assert sample.turns == (Turn("What?", "yes"),)
     assert clean_question(question) == "What?"
@@ -100,9 +94,7 @@ def test_the_placeholder_never_reaches_a_question(root: Path, question: str) -> 
 
 def test_several_turns_keep_their_order_and_each_get_the_suffix(root: Path) -> None:
     turns = train_record()["conversations"]
-    record = train_record(
-        conversations=turns + [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "wings"}]
-    )
+    record = train_record(conversations=turns + [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "wings"}])
     [sample], _ = load_records(write(root, record), root, prompt_suffix=" Go.")
     assert sample.turns == (Turn("What is it? Go.", "a bird"), Turn("Why? Go.", "wings"))
 
@@ -197,9 +189,7 @@ def make_noise(path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
 @pytest.mark.parametrize("tolerant", [False, True], ids=["pillow default", "as lmms-eval leaves it"])
-def test_a_truncated_image_is_refused(
-    root: Path, suffix: str, tolerant: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_truncated_image_is_refused(root: Path, suffix: str, tolerant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     path = root / f"images/cut{suffix}"
     make_noise(path)
     record = question_record(image=f"images/cut{suffix}")
@@ -250,9 +240,7 @@ def test_all_bad_records_are_counted_and_the_first_ten_named(root: Path) -> None
 
 
 def test_skipping_is_explicit_and_names_what_it_left_out(root: Path) -> None:
-    path = write(
-        root, question_record(answer=""), question_record(), question_record(image="images/none.png")
-    )
+    path = write(root, question_record(answer=""), question_record(), question_record(image="images/none.png"))
     samples, skipped = load_records(path, root, on_bad_record="skip")
     assert len(samples) == 1
     assert [(record.file, record.row) for record in skipped] == [(str(path), 1), (str(path), 3)]
@@ -283,9 +271,7 @@ def test_a_broken_line_is_one_bad_record_and_rows_are_line_numbers(root: Path) -
         ("a.csv", b"id,image", "expected one of .json, .jsonl"),
     ],
 )
-def test_a_file_that_is_no_list_of_records_is_refused(
-    root: Path, name: str, content: bytes, reason: str
-) -> None:
+def test_a_file_that_is_no_list_of_records_is_refused(root: Path, name: str, content: bytes, reason: str) -> None:
     (root / name).write_bytes(content)
     with pytest.raises(RecordError, match=reason) as caught:
         load_records(root / name, root)
@@ -298,9 +284,7 @@ def test_a_missing_file_is_refused(root: Path) -> None:
 
 
 def test_named_media_lists_what_the_records_name(root: Path) -> None:
-    path = write(
-        root, question_record(), train_record(image="b.png"), train_record(), {"image": "bad record"}
-    )
+    path = write(root, question_record(), train_record(image="b.png"), train_record(), {"image": "bad record"})
     assert named_media(path, root) == {root / "images/a.png", root / "b.png"}
 
 
@@ -326,9 +310,7 @@ def test_even_selection_is_even(n: int, fraction: float, cap: int | None) -> Non
     assert max(gaps) - min(gaps) <= 1
 
 
-@pytest.mark.parametrize(
-    ("n", "fraction", "cap"), [(0, 0.5, None), (5, 0.0, None), (5, 1.1, None), (5, 0.5, 0)]
-)
+@pytest.mark.parametrize(("n", "fraction", "cap"), [(0, 0.5, None), (5, 0.0, None), (5, 1.1, None), (5, 0.5, 0)])
 def test_even_selection_refuses_what_it_cannot_do(n: int, fraction: float, cap: int | None) -> None:
     with pytest.raises(ValueError, match="expected"):
         select_evenly(n, fraction, cap)

@@ -105,9 +105,7 @@ def test_retention_is_a_ratio_to_the_base() -> None:
 
 def test_error_of_a_mean_of_scores_is_that_of_independent_sums() -> None:
     errors = [0.03, 0.04, 0.12]
-    mean = mean_of_scores(
-        [Estimate(value, error) for value, error in zip([0.2, 0.4, 0.9], errors, strict=True)]
-    )
+    mean = mean_of_scores([Estimate(value, error) for value, error in zip([0.2, 0.4, 0.9], errors, strict=True)])
     assert mean == pytest.approx((0.5, 0.13 / 3))  # 0.03^2 + 0.04^2 + 0.12^2 = 0.13^2
     assert mean_of_scores([Estimate(0.2, None), Estimate(0.4, 0.1)]) == pytest.approx((0.3, None))
     assert mean_of_scores([Estimate(None, 0.1), Estimate(0.4, 0.1)]) == Estimate(None, None)

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from mllm_keeplora.evaluation.errors import EvaluationError
-from mllm_keeplora.evaluation.score import read_score
+from mllm_keeplora.evaluation.score import _read_row, read_score
 from mllm_keeplora.evaluation.task_files import TEMPLATES, ScoredTask
 
 TASK = ScoredTask("birds", "task", "keeplora_s_birds", "exact", 1.0)
@@ -52,9 +52,7 @@ def test_contains_looks_for_the_answer_in_the_reply(reply: str, answer: str, sco
 def test_a_list_of_answers_accepts_each() -> None:
     doc = {"answer": ["Open", "closed"]}
     assert utils.exact(doc, ["CLOSED"]) == {"exact": 1} and utils.exact(doc, ["shut"]) == {"exact": 0}
-    assert utils.contains(doc, ["is open"]) == {"contains": 1} and utils.contains(doc, ["o"]) == {
-        "contains": 0
-    }
+    assert utils.contains(doc, ["is open"]) == {"contains": 1} and utils.contains(doc, ["o"]) == {"contains": 0}
     assert utils.doc_to_target(doc) == "Open | closed"
     assert utils.doc_to_target({"answer_bbox": "[0,0,1,1]"}) == "[0,0,1,1]"
 
@@ -94,9 +92,7 @@ def results(per_sample: list[Any], **scores: Any) -> dict[str, Any]:
         "group_subtasks": {"keeplora_s_birds": []},
         "n-samples": {"keeplora_s_birds": {"original": 9, "effective": len(per_sample)}},
         "samples": {
-            "keeplora_s_birds": [
-                {"doc_id": i, "exact": x, "doc_hash": "same"} for i, x in enumerate(per_sample)
-            ]
+            "keeplora_s_birds": [{"doc_id": i, "exact": x, "doc_hash": "same"} for i, x in enumerate(per_sample)]
         },
     }
 
@@ -115,9 +111,7 @@ def test_score_is_scaled_with_the_standard_error_of_a_mean() -> None:
 
 
 def test_samples_in_lmms_evals_dictionary_form_have_a_standard_error() -> None:
-    found = results(
-        [{"score": 1.0, "prediction": "yes"}, {"score": 0.0, "prediction": "no"}], **{"exact,none": 0.5}
-    )
+    found = results([{"score": 1.0, "prediction": "yes"}, {"score": 0.0, "prediction": "no"}], **{"exact,none": 0.5})
     assert read_score(found, TASK)["stderr"] == pytest.approx(0.5)
 
 
@@ -169,3 +163,8 @@ def test_group_counts_the_samples_of_its_subtasks() -> None:
     found["group_subtasks"]["group"] = ["keeplora_s_birds"]
     score = read_score(found, ScoredTask("g", "general", "group", "exact", 1.0))
     assert score["n"] == 2 and score["stderr"] == pytest.approx(0.5)
+
+
+def test_results_that_another_process_has_are_missed(tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match="no results for birds: .*accelerate launch"):
+        _read_row(None, [TASK], tmp_path)

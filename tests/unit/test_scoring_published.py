@@ -348,9 +348,7 @@ def test_corpus_score_falls_with_the_captions() -> None:
 def write_captions_stream(root: Path, *, metric: str = "captions", **annotations: Any) -> Stream:
     """Three questions about images, and a references file that numbers them 1..3, not in order."""
     root.mkdir(parents=True, exist_ok=True)
-    records = [
-        {"question_id": f"q{n}", "image": f"{n}.png", "text": "What is shown?", "answer": "a"} for n in "xyz"
-    ]
+    records = [{"question_id": f"q{n}", "image": f"{n}.png", "text": "What is shown?", "answer": "a"} for n in "xyz"]
     (root / "test.json").write_text(json.dumps(records))
     coco = [{"image_id": n, "caption": f"{n}{m}"} for m in "ab" for n in (3, 1, 2)]
     (root / "coco.json").write_text(json.dumps({"images": [], "annotations": coco, **annotations}))
@@ -358,9 +356,7 @@ def write_captions_stream(root: Path, *, metric: str = "captions", **annotations
     return Stream("ucit", root, (task,))
 
 
-def test_captions_task_carries_its_references_and_its_scale(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_captions_task_carries_its_references_and_its_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_java(tmp_path, monkeypatch, status=0)
     stream = write_captions_stream(tmp_path / "data")
     write_task_files(stream, tmp_path / "tasks")
@@ -442,9 +438,7 @@ def test_ten_answers_come_from_the_records_or_from_textvqas_annotations(tmp_path
 def test_record_keys_that_a_rule_reads_are_checked_before_anything(tmp_path: Path) -> None:
     stream = write_captions_stream(tmp_path / "data")
     ocr = Stream("s", stream.data_root, (TaskSpec("ocr", "test.json", "test.json", "acl_ocr"),))
-    with pytest.raises(
-        EvaluationError, match="ocr: metric 'acl_ocr' reads answer_type.*row 1 of .*test.json"
-    ):
+    with pytest.raises(EvaluationError, match="ocr: metric 'acl_ocr' reads answer_type.*row 1 of .*test.json"):
         write_task_files(ocr, tmp_path / "tasks")
 
 
@@ -479,9 +473,7 @@ def test_references_are_files_of_the_stream(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("references", "message"), [("../coco.json", "leaves the data root"), ("coco.csv", "ending in .json")]
 )
-def test_references_outside_the_data_root_or_of_another_kind_are_refused(
-    references: str, message: str
-) -> None:
+def test_references_outside_the_data_root_or_of_another_kind_are_refused(references: str, message: str) -> None:
     with pytest.raises(StreamError, match=f"'t': references is .*{message}"):
         TaskSpec("t", "a.json", "a.json", "captions", references=references)
     with pytest.raises(StreamError, match="'t': references is .*"):

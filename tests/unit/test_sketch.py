@@ -43,9 +43,7 @@ def test_the_old_basis_comes_first_and_counts_first() -> None:
 
 
 def test_saturation_is_reported() -> None:
-    flat = torch.linalg.qr(
-        torch.randn(96, 64)
-    ).Q  # all 64 directions alike: 12 building rows cannot hold 99 %
+    flat = torch.linalg.qr(torch.randn(96, 64)).Q  # all 64 directions alike: 12 building rows cannot hold 99 %
     result = extend_basis_from_sketch(torch.zeros(64, 0), sketch(flat, 16), 0.99)
     assert result.saturated
     assert result.captured < 0.99

@@ -76,9 +76,7 @@ def load(tmp_path: Path, data: Path) -> Callable[..., Stream]:
 
 
 def test_a_stream_keeps_order_and_fills_in_defaults(load: Callable[..., Stream], data: Path) -> None:
-    stream = load(
-        lambda d: d["tasks"][1].update(prompt_suffix=" One word.", max_new_tokens=4, allow_text_only=True)
-    )
+    stream = load(lambda d: d["tasks"][1].update(prompt_suffix=" One word.", max_new_tokens=4, allow_text_only=True))
     birds, tools = stream.tasks
     assert (stream.name, stream.data_root, birds.name, tools.name) == ("mine", data, "birds", "tools")
     files = ("birds/train.json", "birds/test.json")
@@ -90,9 +88,7 @@ def test_a_stream_keeps_order_and_fills_in_defaults(load: Callable[..., Stream],
     assert stream.test_file(stream.general[0]) == data / "scenes/test.json"
 
 
-def test_the_data_root_may_come_from_elsewhere(
-    load: Callable[..., Stream], data: Path, tmp_path: Path
-) -> None:
+def test_the_data_root_may_come_from_elsewhere(load: Callable[..., Stream], data: Path, tmp_path: Path) -> None:
     moved = tmp_path / "moved"
     data.rename(moved)
     assert load(data_root=moved).data_root == moved
@@ -127,9 +123,7 @@ def test_where_the_data_are_published_is_optional(load: Callable[..., Stream]) -
     assert hub.url == "https://huggingface.co/datasets/a/b"
 
 
-def test_files_may_be_missing_where_they_are_to_be_fetched(
-    load: Callable[..., Stream], tmp_path: Path
-) -> None:
+def test_files_may_be_missing_where_they_are_to_be_fetched(load: Callable[..., Stream], tmp_path: Path) -> None:
     stream = load(data_root=tmp_path / "nowhere", check_files=False)
     assert named_paths(stream, stream.tasks[0])[0] == tmp_path / "nowhere/birds/train.json"
 
@@ -312,9 +306,7 @@ def test_the_data_hash_does_not_depend_on_where_the_data_lie(load: Callable[...,
     assert [data_hash(stream, task) for task in stream.tasks] == before
 
 
-@pytest.mark.parametrize(
-    "path", sorted((REPOSITORY / "recipes/streams").glob("*.yaml")), ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "recipes/streams").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_shipped_streams_are_well_formed(path: Path, tmp_path: Path) -> None:
     """Their data are not there yet on a fresh clone, so loading goes exactly as far as finding that out."""
     with pytest.raises(StreamError, match="the data root .* does not exist"):

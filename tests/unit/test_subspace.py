@@ -29,9 +29,7 @@ def basis(in_features: int, k: int, seed: int = 5) -> torch.Tensor:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("energy", [0.2, 0.6, 0.85, 0.99])
-def test_principal_basis_is_the_smallest_that_reaches_the_energy(
-    shape: tuple[int, int], energy: float
-) -> None:
+def test_principal_basis_is_the_smallest_that_reaches_the_energy(shape: tuple[int, int], energy: float) -> None:
     weight = matrix(*shape)
     energies = torch.linalg.svdvals(weight.double()).square()
     k = principal_basis(weight, energy).shape[1]
@@ -102,9 +100,7 @@ def test_extend_basis_follows_gpm(k: int, energy: float) -> None:
     assert torch.equal(extended[:, :k], m)
     assert orthonormality_error(extended) < 1e-5
     total = gradient.double().square().sum()
-    residual = torch.linalg.svdvals(
-        gradient.double() @ (torch.eye(24).double() - m.double() @ m.double().T)
-    ).square()
+    residual = torch.linalg.svdvals(gradient.double() @ (torch.eye(24).double() - m.double() @ m.double().T)).square()
     inside = total - residual.sum()
     added = extended.shape[1] - k
     assert inside + residual[:added].sum() >= energy * total * (1 - 1e-5)

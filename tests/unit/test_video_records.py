@@ -103,9 +103,7 @@ def test_a_missing_clip_is_named_with_its_row(root: Path, checker: MediaChecker)
     assert f"row 2: {root / 'test/7'}" in message or f"row 2: video {root / 'test/7'}" in message
 
 
-def test_a_clip_that_is_too_short_is_left_out_by_explicit_setting_alone(
-    root: Path, checker: MediaChecker
-) -> None:
+def test_a_clip_that_is_too_short_is_left_out_by_explicit_setting_alone(root: Path, checker: MediaChecker) -> None:
     write_clip(root / "test/1.avi", list(np.zeros((3, 48, 64, 3), dtype=np.uint8)))
     arguments = {**pair(root, questions()), "checker": checker}
     assert "row 2: " in refusal(**arguments)

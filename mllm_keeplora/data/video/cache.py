@@ -51,7 +51,7 @@ class FrameCache:
             with safe_open(self._path(key), framework="numpy") as file:
                 frames = file.get_tensor("frames")
                 facts = json.loads((file.metadata() or {})["clip"])
-            if zlib.crc32(frames.data) != facts.pop("crc32"):
+            if facts.pop("crc32") != _checksum(frames, facts):
                 return None
         # A header that is no JSON object of ours is a ValueError, KeyError, TypeError or AttributeError.
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError):
@@ -66,7 +66,7 @@ class FrameCache:
         path = self._path(key)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
         # One field: of several, safetensors does not keep the order, and equal clips would differ as files.
-        metadata = {"clip": json.dumps({**facts, "crc32": zlib.crc32(frames.data)})}
+        metadata = {"clip": json.dumps({**facts, "crc32": _checksum(frames, facts)})}
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             if self._room < size:
@@ -103,3 +103,7 @@ class FrameCache:
                 break
             path.unlink(missing_ok=True)
             excess -= sizes[path]
+
+
+def _checksum(frames: Frames, facts: dict[str, Any]) -> int:
+    return zlib.crc32(frames.data, zlib.crc32(json.dumps(facts).encode()))

@@ -17,7 +17,6 @@ How a clip is decoded:
 """
 
 import json
-import math
 import os
 import signal
 import struct
@@ -38,8 +37,8 @@ from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 Frames = NDArray[np.uint8]  # [T, H, W, 3], RGB
-_PARENT_CHECK_SECONDS = 1.0
 
+_PARENT_CHECK_SECONDS = 1.0
 _IMAGE_BRANDS = (b"heic", b"heix", b"mif1", b"avif")
 _IMAGE_FORMATS = ("gif", "apng", "webp", "ico")
 _MP4_STARTS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot", b"styp")
@@ -265,7 +264,7 @@ def _read_packets(path: str) -> _Clip:
         if name.endswith("_pipe") or name == "image2" or (len(packets) == 1 and name in _IMAGE_FORMATS):
             raise Refused(f"is an image ({name.removesuffix('_pipe')}), not a video")
         fps = float(stream.average_rate or stream.guessed_rate or 0)
-    return _Clip(path, fps, packets, _shown_times(packets), exact and _keys_lead(packets))
+    return _Clip(path, fps, packets, _shown_times(packets), exact)
 
 
 def _starts_anew(packet: Any) -> bool:
@@ -293,19 +292,6 @@ def _shown_times(packets: Sequence[_Packet]) -> list[int] | None:
         if packet.is_shown and packet.pts >= start:
             times.append(packet.pts)
     return sorted(times) if len(set(times)) == len(times) else None
-
-
-def _keys_lead(packets: Sequence[_Packet]) -> bool:
-    """Whether every key frame is shown after all that comes before it and before all that comes after."""
-    start = latest = -math.inf
-    for packet in packets:
-        if packet.pts is None or (packet.is_key and packet.pts <= latest):
-            return False
-        start = packet.pts if packet.is_key else start
-        latest = max(latest, packet.pts)
-        if packet.pts < start:
-            return False
-    return packets[0].is_key
 
 
 # --- Decoding ---
@@ -345,9 +331,7 @@ def _take(clip: _Clip, indices: Sequence[int], total: int) -> Frames:
             break
     if wanted or frames is None:
         missing = [indices[place] for place in wanted.values()]
-        raise Refused(
-            f"is damaged: no picture for {len(missing)} frames (the first is {missing[0]} of {total})"
-        )
+        raise Refused(f"is damaged: no picture for {len(missing)} frames (the first is {missing[0]} of {total})")
     return frames
 
 
@@ -481,7 +465,7 @@ def _compare(frames: Frames, backend: str, path: str, indices: Sequence[int]) ->
         reason = "it gives other frames than PyAV, which decodes every frame in order"
     # torchcodec raises RuntimeError where libraries of its wheel are missing, decord OSError.
     except (ImportError, OSError, RuntimeError, ValueError, IndexError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         if backend not in sys.modules:
             remedy += f", or pip install {backend}"
     raise Refused(f"is not decoded by {backend}: {reason}", remedy)

@@ -1,0 +1,80 @@
+"""The installed wheel in an empty folder, where no checkout can be imported: the small default runs."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.wheel import build_wheel, install
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the environment's commands."""
+    root = tmp_path_factory.mktemp("installed")
+    return install(build_wheel(root), root / "venv")
+
+
+def keeplora(commands: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PYTHONPATH": ""}
+    return subprocess.run(
+        [str(commands / "keeplora"), *arguments],
+        cwd=folder,
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_checkout_cannot_be_imported(commands: Path, tmp_path: Path) -> None:
+    script = "import mllm_keeplora.recipes.small.streams as m; print(m.__file__)"
+    command = [str(commands / "python"), "-c", script]
+    environment = {**os.environ, "PYTHONPATH": ""}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert Path(done.stdout.strip()).is_relative_to(commands.parent)
+
+
+def test_the_small_default_runs_in_an_empty_folder(commands: Path, tmp_path: Path) -> None:
+    short = ("--train.max_steps", "1", "--probe.max_samples", "4", "--evaluation.limit", "4")
+    done = keeplora(commands, tmp_path, "run", *short)
+    assert done.returncode == 0, done.stderr
+    assert "report: runs/vqa_small/report.html" in done.stdout
+    retention = json.loads((tmp_path / "runs/vqa_small/retention.json").read_text())
+    assert retention["tasks"] == ["digits", "charts", "clocks", "grounds"] and len(retention["rows"]) == 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "data", "runs"]
+
+    image = "data/small_vqa/digits/images/test/00000.png"
+    asked = keeplora(commands, tmp_path, "chat", "runs/vqa_small", "--image", image, "Which digit?")
+    assert asked.returncode == 0 and asked.stdout.strip(), asked.stderr
+    planned = keeplora(commands, tmp_path, "plan", *short)
+    assert planned.returncode == 0 and "memory, GB" in planned.stdout, planned.stderr
+    checked = keeplora(commands, tmp_path, "check", "recipes/streams/small_vqa.yaml")
+    assert checked.returncode == 0 and "Nothing wrong found." in checked.stdout, checked.stderr
+    refused = keeplora(commands, tmp_path, "leaderboard", "runs/vqa_small")
+    assert refused.returncode == 2 and "first 4 questions" in refused.stderr
+
+
+@pytest.mark.slow
+def test_the_installed_leaderboard_and_export_take_the_installed_run(commands: Path, tmp_path: Path) -> None:
+    done = keeplora(commands, tmp_path, "run", "--train.max_steps", "20")
+    assert done.returncode == 0, done.stderr
+    ranked = keeplora(commands, tmp_path, "leaderboard", "runs/vqa_small")
+    assert ranked.returncode == 0, ranked.stderr
+    assert "All 5 scores equal" in ranked.stdout
+    [row] = json.loads((tmp_path / "leaderboard/leaderboard.json").read_text())["rows"]
+    assert (row["run"], row["equal_to_run"]) == ("vqa_small", True)
+    exported = keeplora(commands, tmp_path, "export", "runs/vqa_small", "--out", "exported")
+    assert exported.returncode == 0, exported.stderr
+    assert list((tmp_path / "exported").glob("*.safetensors"))
+
+
+@pytest.mark.slow
+def test_the_small_video_default_runs_in_an_empty_folder(commands: Path, tmp_path: Path) -> None:
+    config = ("--config", "recipes/configs/video/small.yaml")
+    short = ("--train.max_steps", "1", "--probe.max_samples", "4", "--evaluation.limit", "4")
+    done = keeplora(commands, tmp_path, "run", *config, *short)
+    assert done.returncode == 0, done.stderr
+    assert "report: runs/video_small/report.html" in done.stdout

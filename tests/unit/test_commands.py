@@ -1,0 +1,245 @@
+"""The command `keeplora`: quick help, whole names of options, and an end in one line where that is enough."""
+
+import errno
+import os
+import re
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from mllm_keeplora.command_line import with_underscores
+from mllm_keeplora.commands.main import COMMANDS, main
+from mllm_keeplora.errors import ConfigError, did_you_mean
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# What a command has to be given, before anything else can be wrong.
+REQUIRED = {
+    "check": ["stream.yaml"],
+    "fetch": ["stream.yaml"],
+    "chat": ["run"],
+    "export": ["run", "--out", "there"],
+    "leaderboard": ["run"],
+    "compare": ["run"],
+    "judge": ["run", "--judge", "model"],
+}
+
+
+def help_of(name: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def refused(*argv: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr with which a command is refused."""
+    with pytest.raises(SystemExit) as ended:
+        main(argv)
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    return message
+
+
+# --------------------------------------------------------------------------------------------------
+# help
+
+
+def test_help_needs_nothing_that_is_slow_to_import() -> None:
+    """One process asks for every help, so that whatever one command imports is seen."""
+    script = (
+        "import contextlib, sys\n"
+        "from mllm_keeplora.commands.main import COMMANDS, main\n"
+        "main(['--help'])\n"
+        "for name in COMMANDS:\n"
+        "    with contextlib.suppress(SystemExit):\n"
+        "        main([name, '--help'])\n"
+        "slow = {'torch', 'transformers', 'peft', 'pandas', 'matplotlib', 'lmms_eval', 'PIL', 'numpy'}\n"
+        "assert not slow & set(sys.modules), slow & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for name in COMMANDS:
+        assert f"usage: keeplora {name} " in done.stdout
+
+
+def test_the_help_lists_every_command_with_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for name in COMMANDS:
+        summary = (import_module(f"mllm_keeplora.commands.{name}").__doc__ or "").splitlines()[0]
+        assert re.search(rf"^  {name} +{re.escape(summary)}$", text, re.M)
+        assert len(summary) <= 100
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_commands_help_shows_how_to_call_it(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert re.search(rf"^    keeplora {name}( |$)", help_of(name, capsys), re.M)
+
+
+def test_the_flags_of_a_run_are_in_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "[--plan [--memory_gb GB]]" in help_of("run", capsys)
+    assert "[--memory_gb GB]" in help_of("plan", capsys)
+
+
+# --------------------------------------------------------------------------------------------------
+# names of options
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_option_may_be_abbreviated(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = set(re.findall(r"^  (?:-h, )?(--[a-z][\w.]+)|\[(--[a-z_]+)", help_of(name, capsys), re.M))
+    options = {listed or flag for listed, flag in options}
+    assert {"--help"} < options
+    for option in options:
+        short = option[:-1]
+        if short in options:
+            continue
+        message = refused(name, *REQUIRED.get(name, []), short, "1", capsys=capsys)
+        assert f"unrecognized arguments: {short}" in message, message
+        alike = [other[2:] for other in options if other.startswith(short)]
+        assert "did you mean" in message and any(other in message for other in alike), message
+
+
+@pytest.mark.parametrize(
+    ("argv", "meant"),
+    [
+        (["run", "--train.learning_rat", "1"], "'train.learning_rate'"),
+        (["run", "--tr.learning_rate", "1"], "'train.learning_rate'"),
+        (["run", "--learning_rate=1"], "'train.learning_rate'"),
+        (["run", "--rank", "8"], "'language.rank' or 'vision.rank'"),
+        (["run", "--see", "1"], "'seed'"),
+        (["run", "--conf", "x.yaml"], "'config'"),
+        (["run", "--pla"], "'plan'"),
+        (["run", "--memory", "24"], "'memory_gb'"),
+        (["plan", "--mem", "24"], "'memory_gb'"),
+        (["analyze", "--model.dev", "cpu"], "'model.device'"),
+        (["check", "s.yaml", "--video.fram", "4"], "'video.frames'"),
+        (["chat", "run", "--imag", "x.png"], "'image'"),
+        (["export", "run", "--ou", "x"], "'out'"),
+        (["judge", "run", "--judge", "x", "--batc", "4"], "'batch_size'"),
+    ],
+)
+def test_a_wrong_name_is_refused_with_the_right_one(
+    argv: list[str], meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert f"(did you mean {meant}?)" in refused(*argv, capsys=capsys)
+
+
+def test_a_name_like_no_other_is_refused_with_the_way_to_all(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "(keeplora run --help lists every option)" in refused("run", "--xyz", "1", capsys=capsys)
+    assert "(keeplora chat --help lists every option)" in refused("chat", "run", "--xyz", capsys=capsys)
+    assert "'runn' is no command of keeplora (did you mean 'run'?)" in refused("runn", capsys=capsys)
+    assert "judge)" in refused("xyz", capsys=capsys)
+
+
+def test_an_option_may_be_spelled_with_dashes() -> None:
+    given = ["--run-dir", "a-b", "--max-new-tokens=3-4", "--train.max-steps", "-1", "--", "text"]
+    expected = ["--run_dir", "a-b", "--max_new_tokens=3-4", "--train.max_steps", "-1", "--", "text"]
+    assert with_underscores(given) == expected
+
+
+def test_a_setting_may_be_spelled_without_dashes_and_a_value_may_look_like_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "lr=3.yaml").write_text("name: x\n")
+    for argv in (["data_root=lr=3", "--cache_dir", "lr=3"], ["--data_root", "lr=3", "cache_dir=lr=3"]):
+        assert "lr=3.yaml" in refused("check", str(tmp_path / "lr=3.yaml"), *argv, capsys=capsys)
+
+
+def test_the_last_part_of_a_name_decides_what_is_meant() -> None:
+    known = ["train.learning_rate", "language.rank", "vision.rank", "seed"]
+    assert did_you_mean("seeds", known) == " (did you mean 'seed'?)"
+    assert did_you_mean("vision.rnk", known) == " (did you mean 'vision.rank'?)"
+    assert did_you_mean("lang.rank", known) == " (did you mean 'language.rank' or 'vision.rank'?)"
+    assert did_you_mean("train.xyz", known) == did_you_mean("train.", known) == did_you_mean("q", []) == ""
+
+
+# --------------------------------------------------------------------------------------------------
+# how a command ends
+
+
+def ends(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The exit status of a command in which this happens, in a package with two extras."""
+
+    def fail(argv: list[str]) -> None:
+        raise error
+
+    extras = ['lmms-eval>=0.7.3; extra == "eval"', 'av<16,>=15.1; extra == "video"', "torch>=2.13"]
+    monkeypatch.setattr("mllm_keeplora.command_line.requires", lambda name: extras)
+    monkeypatch.setattr("mllm_keeplora.commands.fetch.main", fail)
+    with pytest.raises(SystemExit) as ended:
+        main(["fetch"])
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted; the same command continues"),
+        (ConfigError("seed is wrong"), 2, "error: seed is wrong"),
+        (OSError(errno.ENOSPC, "No space left"), 2, "error: [Errno 28] No space left; make room"),
+        (
+            ModuleNotFoundError("No module named 'lmms_eval'", name="lmms_eval.tasks"),
+            2,
+            "error: lmms_eval.tasks is not installed; pip install 'mllm-keeplora[eval]' brings it",
+        ),
+        (ModuleNotFoundError("No module named 'av'", name="av"), 2, "pip install 'mllm-keeplora[video]'"),
+    ],
+)
+def test_what_a_user_can_mend_ends_in_one_line(
+    error: BaseException,
+    status: int,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert ends(error, monkeypatch) == status
+    message = capsys.readouterr().err
+    assert line in message and message.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("a defect"), ModuleNotFoundError("nonsense", name="nonsense"), OSError(5, "broken")]
+)
+def test_any_other_error_keeps_its_traceback(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(type(error)):
+        ends(error, monkeypatch)
+
+
+# --------------------------------------------------------------------------------------------------
+# scripts
+
+
+@pytest.mark.parametrize("script", ["run_vqa_stream.sh", "run_video_stream.sh"])
+def test_a_script_stays_in_the_users_folder(script: str, tmp_path: Path) -> None:
+    """A relative name is the user's own file; a shipped one is found all the same."""
+    (tmp_path / "my.yaml").write_text("seed: my own\n")
+    environment = {**os.environ, "KEEPLORA_PYTHON": sys.executable}
+    for arguments, expected in (
+        (["--config", "my.yaml"], "my own"),
+        (["--config", "recipes/configs/video/small.yaml", "--seed", "none"], "none"),
+        (["--train.learning_rat", "1"], "did you mean 'train.learning_rate'"),
+    ):
+        done = subprocess.run(
+            ["bash", str(ROOT / "scripts" / script), *arguments],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 2 and expected in done.stderr, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["my.yaml"]
+
+
+def test_the_leaderboard_script_passes_its_arguments_on(tmp_path: Path) -> None:
+    command = ["bash", str(ROOT / "scripts/evaluate_leaderboard.sh"), "run", "--limi", "3"]
+    environment = {**os.environ, "KEEPLORA_PYTHON": sys.executable}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "did you mean 'limit'" in done.stderr, done.stderr
