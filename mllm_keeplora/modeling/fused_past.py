@@ -40,7 +40,7 @@ class _SummedLinear(torch.autograd.Function):
 def past_in_base(model: PeftModel, past: Sequence[str]) -> Iterator[list[str]]:
     """Inside the block the base's layers compute with the past, where that is exact and cheaper.
 
-    Exact is it in fp32, up to the order of summation. Where the base computes in 16 bits, W + B A would lose
+    It is exact in fp32, up to the order of summation. Where the base computes in 16 bits, W + B A would lose
     the small update to rounding that an fp32 adapter keeps. A sharded base has no whole weight to add to.
 
     Args:
