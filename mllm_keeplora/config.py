@@ -161,8 +161,7 @@ class TrainConfig:
         optim: Optimizer name of transformers.
         max_length: Largest sample in tokens, image tokens included; a longer one is an error, never cut. None
             = no limit.
-        save_steps: Steps between checkpoints inside a stage, 0 = none: an interrupted stage restarts from its
-            beginning.
+        save_steps: Steps between checkpoints inside a stage, 0 = none: training that was interrupted starts again.
         logging_steps: Steps between logged losses.
         dataloader_num_workers: Worker processes that read images.
     """

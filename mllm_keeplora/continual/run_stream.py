@@ -32,11 +32,11 @@ def run_stage(run: Run, number: int, past: Factors) -> Factors:
         past: factors of all earlier stages, scales absorbed in B.
 
     Returns:
-        The factors with what the stage has learnt.
+        `past` with this stage folded in.
 
     Raises:
-        StageError: no residual space left, a function changed by attaching, or an update that reaches what is
-            protected.
+        StageError: no residual space left, a new adapter that changed the model's output, or an update that
+            reaches what is protected.
     """
     method, context = run.method, run.stage_context(number, past)
     with run.stage(number) as stage:  # claims the folder; writes the manifest when all went well
@@ -100,7 +100,7 @@ def _run_missing_stages(run: Run) -> None:
 
 
 def _say_other_process_count(run: Run) -> None:
-    """It decides no identity, but the samples of a step are per_device_train_batch_size times as many."""
+    """Their number changes no stage's identity, but a step takes per_device_train_batch_size samples of each."""
     manifests = run.history.manifests
     before = manifests[-1].get("num_processes", 1) if manifests else num_processes()
     if before != num_processes():

@@ -33,11 +33,11 @@ from mllm_keeplora.probes.gradients import module_generator
 
 logger = get_logger(__name__)
 
-NO_METHODS = ("base", "context", "hooks")  # the files of this folder that are none
+NO_METHODS = ("base", "context", "hooks")  # files of this folder that are no methods
 
 
 class Features(NamedTuple):
-    """What a stage adds to the protected bases; both empty on all processes but the main one."""
+    """What a stage adds to the protected bases; only the main process's result is used."""
 
     directions: dict[str, Tensor]  # module name -> [in, added] fp32, orthonormal to what was protected
     facts: dict[str, dict[str, Any]]  # module name -> entries of its row in the manifest
@@ -61,7 +61,7 @@ class Method:
         protects_features: a stage adds feature directions to what is protected.
         gradient_passes: passes over the probe sample with gradients, per stage.
         gradients_of: what these passes differentiate: the weights (sketched, E2) or the accumulated factors.
-        input_passes: forward passes over it, per stage.
+        input_passes: forward passes over the probe sample, per stage.
     """
 
     trains: ClassVar[Trainable] = "both"
