@@ -15,4 +15,5 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1 HF_DATASETS_OFFL
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
-exec "$PYTHON" -m pytest "${selection[@]}" "$@"
+# One worker a core; a file stays on one worker, so that its models are built once.
+exec "$PYTHON" -m pytest -n logical --dist loadfile --no-loadscope-reorder "${selection[@]}" "$@"

@@ -19,15 +19,7 @@ from matplotlib.figure import Figure
 
 from mllm_keeplora.continual.saved_run import load_run
 from mllm_keeplora.evaluation.metrics import Estimate, mean_of_scores, mean_over_seeds
-from mllm_keeplora.reports.figures import (
-    chart_style,
-    picture_style,
-    plot_estimates,
-    png,
-    start_at_zero,
-    styles,
-    svg,
-)
+from mllm_keeplora.reports.figures import chart_style, picture_style, plot_estimates, png, start_at_zero, styles, svg
 from mllm_keeplora.reports.page import Charts, render, score_charts, write_atomically
 from mllm_keeplora.reports.results import ReportError, Results, names_of, read_results, score_of, written
 from mllm_keeplora.reports.tables import METRICS, TEXT_WIDTH, shorten, with_error

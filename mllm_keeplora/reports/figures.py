@@ -64,16 +64,15 @@ def png(figure: Figure) -> bytes:
 def svg(axes: Axes, label: str) -> Markup:
     """The figure of `axes` as an element of a page; `label` describes it to who cannot see it.
 
-    Black becomes the page's text colour and white its background.
+    The page's style sheet colours its text; white becomes the page's background.
     """
     figure, buffer = cast(Figure, axes.figure), io.StringIO()
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with matplotlib.rc_context({"svg.hashsalt": label}):  # ids are made of it, and differ between figures
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+        figure.savefig(buffer, format="svg", transparent=True)
     # Groups have the same ids in every figure, and nobody reads the indentation.
     text = re.sub(r' id="[^"]*_\d+"|(?<=\n) +', "", buffer.getvalue())
-    text = text.replace("#000000", "currentColor").replace("#ffffff", "var(--paper)")
-    body = text[text.index("</defs>") + len("</defs>") :]  # after the prolog and a style for all elements
+    text = text.replace("#ffffff", "var(--paper)")
+    body = text[text.index("</defs>") + len("</defs>") :]  # after the prolog, the date, a style for everything
     width, height = 72 * figure.get_size_inches()
     return Markup(f'<svg role="img" aria-label="{escape(label)}" viewBox="0 0 {width:g} {height:g}">{body}')
 
@@ -147,6 +146,7 @@ def score_chart(name: str, curves: Sequence[Sequence[Estimate]], own: int | None
     axes = _chart("after stage")
     for curve, style in zip(curves, styles(len(curves)), strict=True):
         plot_estimates(axes, range(len(curve)), curve, markersize=4, clip_on=False, **style)
+    axes.set_xlim(-0.25, len(curves[0]) - 0.75)  # whole, though the base was not measured
     if own is not None:
         axes.axvline(own, color=OWN_COLOUR, linestyle="--", linewidth=1)
     axes.xaxis.set_major_formatter(lambda x, _: "base" if x == 0 else f"{x:g}")

@@ -14,19 +14,11 @@ from markupsafe import Markup
 
 from mllm_keeplora.continual.saved_run import SavedRun
 from mllm_keeplora.evaluation.metrics import Estimate, mean_of_scores
-from mllm_keeplora.reports import figures, tables
-from mllm_keeplora.reports.figures import (
-    PANELS,
-    layer_chart,
-    loss_chart,
-    module_frame,
-    score_chart,
-    styles,
-    time_chart,
-)
+from mllm_keeplora.reports import figures
 from mllm_keeplora.reports.results import Json, Results, names_of, read_results, score_of, written
 from mllm_keeplora.reports.tables import (
     duration,
+    matrix_csv,
     metric_frame,
     number,
     percent,
@@ -34,6 +26,7 @@ from mllm_keeplora.reports.tables import (
     shown,
     size,
     stage_label,
+    subset_note,
 )
 from mllm_keeplora.runs.files import atomic_path
 
@@ -51,7 +44,7 @@ def write_report(run: SavedRun) -> None:
     """
     results = read_results(run)
     directory, name = results.directory, results.directory.path.resolve().name
-    write_atomically(directory.matrix_table, tables.matrix_csv(results.retention).encode())
+    write_atomically(directory.matrix_table, matrix_csv(results.retention).encode())
     write_atomically(directory.matrix_picture, figures.matrix_picture(results.retention, name))
     write_atomically(directory.report, _page(results, name).encode())
 
@@ -85,7 +78,7 @@ def _page(results: Results, name: str) -> str:
     retention, manifests = results.retention, results.manifests
     rows, trained = retention["rows"], [manifest for manifest in manifests if manifest["modules"]]
     curves = {name: [score_of(row, name) for row in rows] for name in names_of(retention)}
-    modules = {stage_label(manifest): module_frame(manifest) for manifest in trained}
+    modules = {stage_label(manifest): figures.module_frame(manifest) for manifest in trained}
     seconds = _seconds(manifests)
     return render(
         "report.html.j2",
@@ -94,18 +87,17 @@ def _page(results: Results, name: str) -> str:
         manifests=manifests,
         base_score=mean_of_scores([curves[name][0] for name in retention["tasks"]]).value,
         largest_error=max((score.stderr or 0.0 for curve in curves.values() for score in curve), default=0.0),
-        subset_note=tables.subset_note(retention),
+        subset_note=subset_note(retention),
         metrics=metric_frame(retention),
         score_charts=score_charts(retention, {name: [curve] for name, curve in curves.items()}),
         shares=_shares(retention),
-        trained=trained,
-        styles=styles(len(trained)),
+        styles=figures.styles(len(trained)),
         modules=modules,
         towers=_tower_charts(modules),
         loss_charts=_loss_charts(manifests),
         counts=_counts(manifests),
-        phases=list(zip(seconds, styles(seconds.shape[1]), strict=True)),
-        time_chart=time_chart(seconds),
+        phases=list(zip(seconds, figures.styles(seconds.shape[1]), strict=True)),
+        time_chart=figures.time_chart(seconds),
         times=_times(manifests, seconds),
         config=written(results.config),
         packages=_packages(manifests),
@@ -125,7 +117,7 @@ def score_charts(retention: Mapping[str, Any], curves: Mapping[str, Sequence[Seq
         own = own_stages.get(name)
         note = "not learnt yet" if own is None else f"learnt in stage {own}"
         note = "general benchmark" if name in retention["general"] else note
-        charts.append((name, note, score_chart(name, curves[name], own)))
+        charts.append((name, note, figures.score_chart(name, curves[name], own)))
     return charts
 
 
@@ -134,7 +126,7 @@ def _loss_charts(manifests: Sequence[Json]) -> Charts:
     curves = {stage_label(m): [point for point in m["loss"] if point[1] is not None] for m in manifests}
     highest = max((loss for curve in curves.values() for _, loss in curve), default=1.0)
     return [
-        (stage, f"{curve[0][1]:.3g} to {curve[-1][1]:.3g}", loss_chart(stage, curve, highest))
+        (stage, f"{curve[0][1]:.3g} to {curve[-1][1]:.3g}", figures.loss_chart(stage, curve, highest))
         for stage, curve in curves.items()
         if curve
     ]
@@ -144,7 +136,7 @@ def _tower_charts(modules: Mapping[str, pd.DataFrame]) -> dict[str, Charts]:
     """Each tower's quantities over depth, one curve a stage."""
     towers = pd.concat(modules, names=["stage"]).groupby("tower", sort=False) if modules else []
     return {
-        tower: [(*words, layer_chart(tower, column, found)) for column, words in PANELS.items()]
+        tower: [(*words, figures.layer_chart(tower, column, found)) for column, words in figures.PANELS.items()]
         for tower, found in towers
     }
 

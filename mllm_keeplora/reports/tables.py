@@ -142,7 +142,8 @@ def format_table(retention: Mapping[str, Any]) -> str:
     method = shorten(retention["method"], 20)
     title = f"Accuracy after each stage, in % (method {method}; * task learnt in that stage)"
     metrics = "\n".join("{:<10} {:>7} {:<6} {}".format(*row) for row in metric_frame(retention).itertuples())
-    return "\n\n".join(filter(None, [title, text, legend, subset_note(retention), metrics]))
+    parts = filter(None, [title, text, legend, subset_note(retention), metrics])
+    return "\n".join(map(str.rstrip, "\n\n".join(parts).splitlines()))
 
 
 def metric_frame(retention: Mapping[str, Any]) -> pd.DataFrame:

@@ -1,6 +1,7 @@
 """The analysis and the comparison as commands, on a finished run."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -63,7 +64,7 @@ def test_a_run_is_compared_by_the_command(copied: Recipe, tmp_path: Path) -> Non
     command = ["-m", "mllm_keeplora.commands.main", "compare", str(copied.run_dir)]
     done = run(copied, *command, "--out", str(out))
     assert done.returncode == 0, done.stderr
-    assert "keeplora     1" in done.stdout
+    assert re.search(r"^keeplora +1 ", done.stdout, re.MULTILINE)
     assert sorted(path.name for path in out.iterdir()) == ["comparison.html", "comparison.png"]
     again = run(copied, *command, str(copied.run_dir), "--out", str(out))
     assert again.returncode == 2 and "two runs are 'keeplora' with seed 0" in again.stderr

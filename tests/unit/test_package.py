@@ -40,7 +40,7 @@ def test_the_wheel_brings_the_command_and_the_model_id(wheel: zipfile.ZipFile) -
     (points,) = [name for name in wheel.namelist() if name.endswith("entry_points.txt")]
     text = wheel.read(points).decode()
     assert "keeplora = mllm_keeplora.commands.main:main" in text
-    assert "keeplora = mllm_keeplora.evaluation.errors:model_manifest" in text
+    assert "keeplora = mllm_keeplora.evaluation.entry_point:model_manifest" in text
 
 
 def test_a_missing_module_leads_to_the_extra_that_has_it(

@@ -199,6 +199,7 @@ def test_table_shows_matrix_metrics_and_own_stages():
     rows["base"] = next(line for line in lines if line.startswith("base"))
     assert rows["base"].split() == ["base", "20.0", "20.0", "20.0", "|", "87.0"]
     assert rows["glyphs"].split() == ["2", "glyphs", "85.0", "90.0*", "20.0", "|", "85.0"]
+    assert table == "\n".join(line.rstrip() for line in lines)
     # numbers of one column end below each other
     assert len({rows[name].index("|") for name in rows}) == 1
     for metric in ("Last", "MFT", "MAA", "BWT", "Forgetting", "Transfer", "Average", "Retention"):
@@ -386,6 +387,8 @@ def test_curves_break_at_gaps():
     chart = figures.score_chart("digits", [curve(0.2, 0.9, None, 0.8, 0.8, 0.7)], own=None)
     shapes = ["".join(re.findall("[A-Z]", path)) for path in re.findall(r'<path d="([^"]*)"', chart)]
     assert "MLMLL" in shapes
+    late = figures.score_chart("digits", [curve(None, 0.2, 0.9)], own=None)
+    assert "base</text>" in late, "the axis begins at the base"
     assert len(markers(chart)) == 5
 
 
@@ -407,7 +410,7 @@ def test_standard_errors_are_drawn_where_they_are_known():
 def test_charts_take_their_ink_from_the_page(tmp_path):
     content = page_of(tmp_path, make_retention())
     charts = re.findall("<svg.*?</svg>", content, re.DOTALL)
-    assert charts and "currentColor" not in content[: content.index("<svg")]
+    assert charts and re.search(r"svg text \{ fill: var\(--muted\)", content)
     for chart in charts:
         colours = set(re.findall("#[0-9a-f]{6}", chart))
         assert colours <= {*figures.COLOURS, figures.OWN_COLOUR, figures.STYLE["grid.color"]}
