@@ -78,7 +78,8 @@ def measure(ways: dict[str, Callable[[], Frames]], repeats: int, reset: Callable
 
 def main() -> None:
     """Encodes, measures and prints the table."""
-    parser = argparse.ArgumentParser(description="Clips per second of the video reader, beside decord alone.")
+    about = "Clips per second of the video reader, beside decord alone."
+    parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
     parser.add_argument("--frames", type=int, default=8, help="frames taken of the clip")
     parser.add_argument("--repeats", type=int, default=15, help="rounds that count")
     parser.add_argument("--noise", type=float, default=4.0, help="grain of the encoded scene, in levels")

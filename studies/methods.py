@@ -124,7 +124,7 @@ def load_study(path: Path) -> Study:
     Raises:
         ConfigError: a file that cannot be read, an unknown key, a value of the wrong type or out of range.
     """
-    parser = ArgumentParser(exit_on_error=False)
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
     parser.add_class_arguments(Study)
     try:
         values = parser.instantiate(parser.parse_object(yaml.safe_load(find(path).read_text())))

@@ -1,6 +1,5 @@
 """What the training scripts of the two small base models share."""
 
-import argparse
 import json
 import math
 import sys
@@ -9,13 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from mllm_keeplora.modeling.linear4bit import guard_linear4bit
-from mllm_keeplora.modeling.loading import nf4_config
-
-# First of all imports: the package lets torchvision import beside a CPU-only torch, which transformers needs.
-from mllm_keeplora.modeling.loss import IGNORED_LABEL
-
-# isort: split
 import bitsandbytes.functional as bnb
 import numpy as np
 import torch
@@ -25,6 +17,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoProcessor, PreTrainedModel, PreTrainedTokenizerFast
 
+from mllm_keeplora.command_line import OptionParser
+from mllm_keeplora.modeling.linear4bit import guard_linear4bit
+from mllm_keeplora.modeling.loading import nf4_config
+from mllm_keeplora.modeling.loss import IGNORED_LABEL
 from mllm_keeplora.recipes.small.draw import NUMBERS, Question
 
 NOT_QUANTISED = ["model.multi_modal_projector", "lm_head"]
@@ -50,16 +46,14 @@ class Optimisation(NamedTuple):
     warmup: float
 
 
-def parse_command(doc: str, out: Path, defaults: S) -> tuple[Path, S]:
+def parse_command(doc: str, defaults: S) -> tuple[Path, S]:
     """The command line of a training script: `--out` and one option per field of its setup."""
-    parser = argparse.ArgumentParser(
-        description=doc.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=out, help="folder to (re)write")
+    parser = OptionParser(Path(sys.argv[0]).name, doc)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; an old one is replaced")
     for name, default in defaults._asdict().items():  # type: ignore[attr-defined]
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help="see Setup")
-    arguments = vars(parser.parse_args())
-    return arguments.pop("out"), type(defaults)(**arguments)
+        parser.add_argument(f"--{name}", type=type(default), default=default, help="see Setup (default: %(default)s)")
+    given = vars(parser.read(sys.argv[1:]))
+    return given.pop("out"), type(defaults)(**given)
 
 
 def words_of(questions: Iterable[Question]) -> list[str]:

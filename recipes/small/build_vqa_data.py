@@ -10,9 +10,9 @@ balanced over the kinds of question. The same seed writes the same bytes. The fo
 it is whole or absent.
 """
 
-import argparse
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +23,8 @@ from sklearn.datasets import load_digits
 from sklearn.utils import Bunch
 from tqdm import tqdm
 
+from mllm_keeplora.command_line import OptionParser, command
+from mllm_keeplora.errors import ConfigError
 from mllm_keeplora.recipes.small import draw
 from mllm_keeplora.recipes.small.folders import whole_folder
 
@@ -50,18 +52,17 @@ def build_command(doc: str, out: Path, write_all: Callable[[Path, int], None]) -
         out: default of `--out`.
         write_all: writes everything into a folder, from a seed.
     """
-    parser = argparse.ArgumentParser(
-        description=doc.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=out, help="folder to write; must not exist")
-    parser.add_argument("--seed", type=int, default=SEED, help="seed of all drawings and questions")
-    arguments = parser.parse_args()
-    try:
-        with whole_folder(arguments.out) as staging:
-            write_all(staging, arguments.seed)
-    except FileExistsError as error:
-        parser.error(str(error))
-    print(f"wrote {arguments.out}")
+    with command():
+        parser = OptionParser(Path(sys.argv[0]).name, doc)
+        parser.add_argument("--out", type=Path, default=out, help="folder to create (default: %(default)s)")
+        parser.add_argument("--seed", type=int, default=SEED, help="seed of all drawings (default: %(default)s)")
+        given = parser.read(sys.argv[1:])
+        try:
+            with whole_folder(given.out) as staging:
+                write_all(staging, given.seed)
+        except FileExistsError as error:
+            raise ConfigError(str(error)) from error
+        print(f"wrote {given.out}")
 
 
 def generator(seed: int, label: str) -> np.random.Generator:

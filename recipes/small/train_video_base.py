@@ -47,6 +47,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from mllm_keeplora.command_line import command
 from mllm_keeplora.modeling.loss import IGNORED_LABEL
 from mllm_keeplora.recipes.small import base_training as common
 from mllm_keeplora.recipes.small import draw, draw_video
@@ -120,7 +121,8 @@ class Stills(NamedTuple):
 
 
 def main() -> None:
-    train_base(*common.parse_command(__doc__, Path(__file__).parent / "video_base_model", Setup()))
+    with command():
+        train_base(*common.parse_command(__doc__, Setup()))
 
 
 def train_base(out: Path, setup: Setup) -> None:

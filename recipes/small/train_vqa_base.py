@@ -35,6 +35,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from mllm_keeplora.command_line import command
 from mllm_keeplora.recipes.small import base_training as common
 from mllm_keeplora.recipes.small import draw
 from mllm_keeplora.recipes.small.folders import whole_folder
@@ -73,7 +74,8 @@ class Batch(NamedTuple):
 
 
 def main() -> None:
-    train_base(*common.parse_command(__doc__, Path(__file__).parent / "base_model", Setup()))
+    with command():
+        train_base(*common.parse_command(__doc__, Setup()))
 
 
 def train_base(out: Path, setup: Setup) -> None:

@@ -1,5 +1,6 @@
 """The command `keeplora`: quick help, whole names of options, and an end in one line where that is enough."""
 
+import ast
 import errno
 import os
 import re
@@ -103,6 +104,20 @@ def test_no_option_may_be_abbreviated(name: str, capsys: pytest.CaptureFixture[s
         assert f"unrecognized arguments: {short}" in message, message
         alike = [other[2:] for other in options if other.startswith(short)]
         assert "did you mean" in message and any(other in message for other in alike), message
+
+
+def test_no_parser_anywhere_takes_abbreviations() -> None:
+    """OptionParser is the one class of ours; its own call is the `super().__init__` of command_line.py."""
+    found = 0
+    for folder in ("mllm_keeplora", "recipes", "eval", "studies", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+                own = path.name == "command_line.py" and called == "super().__init__"
+                if own or called.endswith("ArgumentParser"):
+                    assert "allow_abbrev=False" in ast.unparse(node), f"{path.name}: {ast.unparse(node)}"
+                    found += 1
+    assert found >= 3
 
 
 @pytest.mark.parametrize(
