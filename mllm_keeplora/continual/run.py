@@ -31,7 +31,7 @@ from mllm_keeplora.methods.base import Method, load_method
 from mllm_keeplora.methods.context import RunContext, StageContext
 from mllm_keeplora.modeling.adapters import ACCUMULATED, Factors, attach, detach
 from mllm_keeplora.modeling.loading import load_base, read_initial_adapter, resolve_device, save_adapter
-from mllm_keeplora.modeling.targets import find_targets
+from mllm_keeplora.modeling.targets import targets_of
 from mllm_keeplora.probes.protected_bases import weight_basis_directory, weight_basis_files
 from mllm_keeplora.runs.files import ArtifactError, read_json, write_json
 from mllm_keeplora.runs.locks import only_run
@@ -167,12 +167,7 @@ def _load_context(run: Run) -> RunContext:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     towers = config.towers()
     media = {s.media for samples, _ in records.values() for s in samples if s.media is not None}
-    targets = find_targets(
-        model,
-        {name: tower.targets for name, tower in towers.items()},
-        media=media,
-        protect_projector=config.projector == "protected",
-    )
+    targets = targets_of(model, config, media)
     bases = weight_basis_directory(cache, run.history.base_hash, config.model)
     eps_w = {name: tower.eps_w for name, tower in towers.items()}
     context = RunContext(

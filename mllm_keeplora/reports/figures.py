@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from mllm_keeplora.continual.stage import LEAKAGE_TOLERANCE
 from mllm_keeplora.evaluation.metrics import Estimate
 from mllm_keeplora.reports.results import Json, names_of, score_of
 from mllm_keeplora.reports.tables import percent, shorten, stage_label
@@ -32,7 +33,6 @@ HEAT = LinearSegmentedColormap.from_list("heat", ["#f7fafc", "#d7e8f1", "#a9d0e3
 GENERAL_GAP = 0.35  # between tasks and general benchmarks, in cells
 MARKED_DEPTHS = 16  # deeper towers are drawn as lines without markers
 LOSS_POINTS = 240  # a wider curve would only repeat pixels
-LEAKAGE_BOUND = 1e-6  # what a stage promises: ||dW M||_F / ||dW||_F
 LEAKAGE_FLOOR = 1e-10  # smaller values, zero included, are drawn at the foot of the logarithmic axis
 
 STYLE: dict[Any, Any] = {
@@ -214,14 +214,14 @@ def layer_chart(tower: str, column: str, modules: pd.DataFrame) -> Markup:
     axes, curves = _chart("depth"), over_depth(modules, column)
     if column == "leakage":
         curves = curves.clip(lower=LEAKAGE_FLOOR)
-        axes.axhline(LEAKAGE_BOUND, color=OWN_COLOUR, linestyle="--", linewidth=1)
+        axes.axhline(LEAKAGE_TOLERANCE, color=OWN_COLOUR, linestyle="--", linewidth=1)
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:.0e}")
     for stage, style in zip(curves, styles(curves.shape[1]), strict=True):
         size = 4 if len(curves) <= MARKED_DEPTHS else 0
         axes.plot(curves.index, curves[stage], markersize=size, clip_on=False, **style)
     if column == "leakage":
-        axes.set_ylim(LEAKAGE_FLOOR, max(10 * LEAKAGE_BOUND, axes.get_ylim()[1]))
+        axes.set_ylim(LEAKAGE_FLOOR, max(10 * LEAKAGE_TOLERANCE, axes.get_ylim()[1]))
     else:
         start_at_zero(axes, 1.0 if column in ("lambda", "protected") else 0.0)
     return svg(axes, f"{column} over the depth of the {tower} tower")
