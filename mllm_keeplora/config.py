@@ -194,6 +194,59 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class GeneralConfig:
+    """What the base can do and a run is to keep: prompts that the base answers itself, once, before it learns.
+
+    Args:
+        samples: builtin (256 prompts of knowledge, reasoning, writing and pictures), a file of records in any
+            form that tasks have (their last answers are not read), or none.
+        media_root: Folder that the file's image and video paths are relative to; None takes the file's own.
+        max_samples: Most prompts that are taken, evenly spaced. Every fourth is held out for the budget.
+        max_new_tokens: Longest reply of the base, in tokens.
+        eps_g: Share of the energy of every module's inputs over prompts and replies that is protected before the
+            first stage (G2), in (0, 1]; None protects none of it.
+        columns: Most columns of the sketch that these directions come from, per module.
+        share: Share of general samples in what each training step sees (G3), in [0, 1); the task's own samples
+            stay as many as they are.
+        distil: What they are learnt by: kl (the divergence from the base over its replies) or replies (the
+            cross-entropy of its replies).
+        weight: Factor of that loss beside the task's.
+        budget: Most by which a stage may raise the divergence from the base on held-out prompts, in nats a
+            token (G4); the stage's update is scaled down until it keeps to it. None scales nothing.
+    """
+
+    samples: str = "none"
+    media_root: str | None = None
+    max_samples: int = 256
+    max_new_tokens: int = 64
+    eps_g: float | None = 0.95
+    columns: int = 512
+    share: float = 0.0
+    distil: Literal["kl", "replies"] = "kl"
+    weight: float = 1.0
+    budget: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_samples", 4), ("max_new_tokens", 1), ("columns", 4)):
+            found = getattr(self, name)
+            _require(found >= least, f"general.{name} must be at least {least}, got {found}")
+        _require(self.eps_g is None or 0.0 < self.eps_g <= 1.0, f"general.eps_g must lie in (0, 1], got {self.eps_g}")
+        _require(0.0 <= self.share < 1.0, f"general.share must lie in [0, 1), got {self.share}")
+        _require(self.weight > 0.0, f"general.weight must be positive, got {self.weight}")
+        _require(self.budget is None or self.budget > 0.0, f"general.budget must be positive, got {self.budget}")
+        wanted = [name for name, given in (("share", self.share), ("budget", self.budget)) if given]
+        _require(
+            self.samples != "none" or not wanted,
+            f"general.{' and general.'.join(wanted)} need prompts; set general.samples to builtin or a file",
+        )
+
+    @property
+    def given(self) -> bool:
+        """Whether there are general samples at all."""
+        return self.samples != "none"
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """Measuring retention after every stage.
 
@@ -240,6 +293,7 @@ class RunConfig:
         train: Training of a stage.
         train_overrides: Per task name, settings of train that differ there, e.g. {Med: {num_train_epochs:
             3}}.
+        general: What the base can do and the run is to keep.
         evaluation: Measuring retention.
         initial_adapter: Directory of a PEFT LoRA adapter to start from, as if earlier stages had left it.
         on_bad_record: error, or skip (every skipped record is named in the manifest).
@@ -263,6 +317,7 @@ class RunConfig:
     video: VideoConfig = field(default_factory=VideoConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     train_overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
+    general: GeneralConfig = field(default_factory=GeneralConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     initial_adapter: str | None = None
     on_bad_record: Literal["error", "skip"] = "error"

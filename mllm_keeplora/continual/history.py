@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from mllm_keeplora.config import RunConfig, differences, identity
+from mllm_keeplora.continual.general import prompts_hash
 from mllm_keeplora.data.stream import Stream, data_hash
 from mllm_keeplora.distributed.processes import num_processes
 from mllm_keeplora.evaluation.metrics import retention_ratios, summarize
@@ -100,9 +102,16 @@ class History:
         values = identity(self.config, self.task_name(number))
         if self.config.initial_adapter:  # its content counts, not its place
             values["initial_adapter"] = hash_files(Path(self.config.initial_adapter))
+        if "general" in values and self.config.general.given:
+            values["general"] |= {"samples": self.general_hash, "media_root": None}
         places = ("base_model", "revision", "device")
         values["model"] = {key: value for key, value in values["model"].items() if key not in places}
         return {**values, "base_model": self.base_hash}
+
+    @cached_property
+    def general_hash(self) -> str:
+        """Of the general prompts and what they show: their content counts, not their place."""
+        return prompts_hash(self.config.general)
 
     def scores(self, number: int) -> dict[str, Any]:
         """Scores of a stage's row, backfilled cells included."""

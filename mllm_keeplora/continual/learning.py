@@ -2,17 +2,20 @@
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mllm_keeplora.continual.general import Distillation
 from mllm_keeplora.continual.stage import StageError
 from mllm_keeplora.continual.trainer import train_stage
 from mllm_keeplora.data.collator import SampleDataset
 from mllm_keeplora.distributed.processes import gather
 from mllm_keeplora.methods.base import Method, Start
 from mllm_keeplora.methods.context import StageContext
+from mllm_keeplora.methods.hooks import with_penalty
 from mllm_keeplora.modeling.adapters import (
     STAGE,
     Factors,
@@ -83,7 +86,11 @@ def _train(stage: StageContext, method: Method, model: Model, start: Start) -> t
     if not start.replaces_past and not torch.equal(before, _first_logits(stage, adapted)):
         raise StageError(f"{stage.name}: attaching the new adapter changed the output although B = 0")
     directory = run.directory.stage(stage.number, stage.task.name)
-    with past_in_base(adapted, past) as beside:
+    distils, hooks = run.config.general.share > 0.0, method.hooks(stage, adapted)
+    if distils:
+        hooks = with_penalty(hooks, Distillation(stage, adapted))
+    # The teacher is the base alone.
+    with nullcontext(past) if distils else past_in_base(adapted, past) as beside:
         activate(adapted, [*beside, STAGE], STAGE, method.trains)
         account = train_stage(
             adapted,
@@ -96,7 +103,7 @@ def _train(stage: StageContext, method: Method, model: Model, start: Start) -> t
             mixed=len({sample.kinds for sample in stage.samples}) > 1,
             report_to=run.config.report_to,
             device=run.device,
-            hooks=method.hooks(stage, adapted),
+            hooks=hooks,
         )
     factors = read_factors(adapted, STAGE, list(start.factors))
     detach(adapted)

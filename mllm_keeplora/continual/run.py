@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 
 from accelerate.logging import get_logger
 
 from mllm_keeplora.config import ConfigError, RunConfig, config_from_dict
+from mllm_keeplora.continual.general import general_bases, general_samples, prompts
 from mllm_keeplora.continual.history import History
 from mllm_keeplora.continual.learning import read_stage_factors
 from mllm_keeplora.continual.stage import Stage, check_ranks, open_context
@@ -72,6 +73,7 @@ class Run:
         stream = load_stream(Path(config.stream), Path(config.data_root) if config.data_root else None)
         directory = RunDirectory(Path(config.run_dir))
         _check_train_settings(config, stream)
+        _check_general(config, method)
         with lost_processes_explained(), _held(directory):
             history = from_main(lambda: _begin(config, stream, directory))
             yield cls(config, stream, method, history)
@@ -156,6 +158,17 @@ def _check_train_settings(config: RunConfig, stream: Stream) -> None:
         check_settings(config.train_for(name), config.report_to, resolve_device(config.model))
 
 
+def _check_general(config: RunConfig, method: Method) -> None:
+    """What can be said of the general samples before a model is loaded."""
+    if config.general.given:
+        prompts(config.general)
+    if config.general.budget is not None and not method.adds_updates:
+        raise ConfigError(
+            f"general.budget scales a stage's update, and method {config.method} trains one adapter on throughout; "
+            "leave it out, or take a method that adds an update to the past"
+        )
+
+
 def _load_context(run: Run) -> RunContext:
     config, stream, cache = run.config, run.stream, Path(run.config.cache_dir)
     reader = VideoReader(config.video, cache)
@@ -182,8 +195,19 @@ def _load_context(run: Run) -> RunContext:
         weight_files=weight_basis_files(model, targets, eps_w, bases) if run.method.protects_weights else {},
         device=resolve_device(config.model),
     )
+    if config.general.given:
+        context = _with_general(run, context)
     from_main(lambda: check_ranks(context))
     if sharding_asked():
         logger.info(f"spreading the language layers over {num_processes()} processes (FSDP)")
         shard_base(model)  # after the weight bases, which need whole weights
     return context
+
+
+def _with_general(run: Run, context: RunContext) -> RunContext:
+    """The context with the general samples, and what is protected of them (G1, G2)."""
+    base = run.history.base_hash
+    general = general_samples(context, base)
+    protects = run.method.protects_features and context.config.general.eps_g is not None
+    basis = general_bases(context, general.learnt, base) if protects else None
+    return replace(context, general=general, general_basis=basis)

@@ -11,6 +11,7 @@ from typing import Any
 from accelerate.logging import get_logger
 
 from mllm_keeplora.config import RunConfig
+from mllm_keeplora.continual.general import guard
 from mllm_keeplora.continual.history import add_backfill
 from mllm_keeplora.continual.learning import as_factors, learn, measure_a
 from mllm_keeplora.continual.run import Run
@@ -46,6 +47,11 @@ def run_stage(run: Run, number: int, past: Factors) -> Factors:
         probe = stage.phase("probe", lambda: measure_a(context, method, model))  # A (E2-E4)
         train = stage.phase("train", lambda: learn(context, method, model, probe.tensors))  # B (E5, E6)
         factors = as_factors(train.tensors)
+
+        if run.config.general.budget is not None:
+            held = stage.phase("guard", lambda: Outcome(facts=guard(context, method, stage.current_model, factors)))
+            context = context.scaled(held.facts["factors"])  # G4
+            stage.note(guard=held.facts)
 
         with stage.record.timed("fold"):
             table = check_no_leakage(context, factors, bases)  # dW M = 0
@@ -140,7 +146,8 @@ def stage_summary(manifest: dict[str, Any]) -> str:
     for tower in ("vision", "language"):
         rows = [m for m in manifest["modules"] if m["tower"] == tower]
         if rows:
-            columns = [f"{key} {_spread([m[key] for m in rows])}" for key in ("k_w", "k_f", "k_f_added", "rank")]
+            keys = ("k_w", *(["k_g"] if any(m["k_g"] for m in rows) else []), "k_f", "k_f_added", "rank")
+            columns = [f"{key} {_spread([m[key] for m in rows])}" for key in keys]
             leak = max(m["leakage"] for m in rows)
             lines.append(f"  {tower:8s} {len(rows):3d} modules  {'  '.join(columns)}  leakage <= {leak:.1e}")
     lines.append("  scores   " + "  ".join(f"{n} {score['value']:.3f}" for n, score in manifest["scores"].items()))

@@ -135,7 +135,7 @@ def check_no_leakage(stage: StageContext, factors: Factors, bases: ProtectedBase
 
 
 def _module_row(stage: StageContext, t: Target, factors: Factors, bases: ProtectedBases) -> dict[str, Any]:
-    basis, k_w = bases.load(t), bases.weight_basis(t).shape[1]
+    basis, k_w, k_g = bases.load(t), bases.weight_basis(t).shape[1], bases.general_basis(t).shape[1]
     a, b = factors.get(t.name, (torch.zeros(0, t.in_features), torch.zeros(t.out_features, 0)))
     leak = leakage(a.to(basis.device), b.to(basis.device), basis)
     if leak > LEAKAGE_TOLERANCE:
@@ -150,7 +150,8 @@ def _module_row(stage: StageContext, t: Target, factors: Factors, bases: Protect
         "in_features": t.in_features,
         "out_features": t.out_features,
         "k_w": k_w,
-        "k_f": basis.shape[1] - k_w,
+        "k_g": k_g,
+        "k_f": basis.shape[1] - k_w - k_g,
         "rank": len(a),
         "lambda": stage.folded_layer_scales[t.name],
         "scale": stage.folded_scales[t.name],
@@ -179,13 +180,14 @@ def check_ranks(run: RunContext) -> None:
     Raises:
         StageError: names the module, its residual space and the settings that decide it.
     """
-    bases = ProtectedBases(run.weight_files, [], run.device)
+    bases = ProtectedBases(run.weight_files, run.general_basis, [], run.device)
     for t in run.targets:
-        rank, k = run.rank(t), bases.weight_basis(t).shape[1]
+        rank, k = run.rank(t), bases.load(t).shape[1]
         if rank > t.in_features - k:
             raise StageError(
                 f"{t.name}: rank {rank} exceeds its residual space of {t.in_features} - {k} = {t.in_features - k} "
-                f"directions; lower {t.tower}.rank or {t.tower}.eps_w"
+                f"directions; lower {t.tower}.rank, {t.tower}.eps_w"
+                + (" or general.eps_g" if run.general_basis else "")
             )
 
 

@@ -63,7 +63,7 @@ class StageTrainer(Trainer):
     then fails on the optimizer's group size; hence saving and loading the stage's own parameters.
     """
 
-    def __init__(self, *args: Any, penalty: Callable[[], Tensor] | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, penalty: Callable[[int], Tensor] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._penalty = penalty
 
@@ -72,7 +72,7 @@ class StageTrainer(Trainer):
         loss: Any = super().compute_loss(*args, **kwargs)
         if self._penalty is None:
             return loss
-        return loss + self._penalty() / self.current_gradient_accumulation_steps
+        return loss + self._penalty(self.state.global_step) / self.current_gradient_accumulation_steps
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One forward and backward.

@@ -1,7 +1,7 @@
 """Samples to model inputs: the model's own chat template, its own processor, answers alone supervised."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from transformers import ProcessorMixin
 
-from mllm_keeplora.data.conversation import MediaFile, Message, Sample, kind_of
+from mllm_keeplora.data.conversation import MediaFile, Message, Part, Sample, kind_of
 from mllm_keeplora.data.media import ImageError, decode_image, refuse_truncated_images
 from mllm_keeplora.data.video.reader import Clip, VideoError, VideoReader
 from mllm_keeplora.errors import KeepLoRAError
@@ -112,6 +112,22 @@ def prepare_questions(
     prompts = [render_prompt(processor, messages) for messages in conversations]
     inputs = process_media(processor, images, clips, prompts, padding_side="left")
     return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
+
+
+def decoded(messages: Sequence[Message], reader: VideoReader) -> list[Message]:
+    """The messages with their images and clips read from disk.
+
+    Raises:
+        ImageError, VideoError: one of them cannot be decoded.
+    """
+
+    def read(part: Part) -> Part:
+        if not isinstance(part, MediaFile):
+            return part
+        return decode_image(part.path) if part.kind == "image" else reader.read(part.path)
+
+    with refuse_truncated_images():
+        return [replace(message, parts=tuple(map(read, message.parts))) for message in messages]
 
 
 class ChatCollator:

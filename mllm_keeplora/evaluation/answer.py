@@ -1,5 +1,6 @@
 """One question at a time, asked as in training and evaluation."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,7 +30,16 @@ def answer(
         max_new_tokens: longest answer, in tokens.
     """
     parts = (question,) if shown is None else (shown, question)
-    inputs = prepare_questions(processor, [[Message("user", parts)]], model.device)
+    return greedy_replies(model, processor, [[Message("user", parts)]], max_new_tokens)[0]
+
+
+@torch.no_grad()
+def greedy_replies(
+    model: Any, processor: Any, conversations: Sequence[Sequence[Message]], max_new_tokens: int
+) -> list[str]:
+    """Greedy replies to conversations that each end with a question; images and clips are decoded."""
+    model.eval()
+    inputs = prepare_questions(processor, conversations, model.device)
     output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
-    reply = output[0, inputs["input_ids"].shape[1] :]
-    return str(processor.tokenizer.decode(reply, skip_special_tokens=True)).strip()
+    replies = processor.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [str(reply).strip() for reply in replies]

@@ -62,6 +62,7 @@ class Method:
         gradient_passes: passes over the probe sample with gradients, per stage.
         gradients_of: what these passes differentiate: the weights (sketched, E2) or the accumulated factors.
         input_passes: forward passes over the probe sample, per stage.
+        adds_updates: a stage adds its update to the past; a guard can scale that (G4).
     """
 
     trains: ClassVar[Trainable] = "both"
@@ -70,6 +71,7 @@ class Method:
     gradient_passes: ClassVar[int] = 0
     gradients_of: ClassVar[Literal["weights", "factors"]] = "weights"
     input_passes: ClassVar[int] = 0
+    adds_updates: ClassVar[bool] = True
 
     def probe_passes(self, config: RunConfig) -> int:
         """Passes over the probe sample in a stage, of either kind."""

@@ -1,10 +1,10 @@
 """What a method works with: the objects of a run, the facts of one stage, and how both are probed."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from mllm_keeplora.config import RunConfig, TrainConfig
+from mllm_keeplora.config import RunConfig, Tower, TrainConfig
 from mllm_keeplora.data.collator import ChatCollator, SampleDataset
 from mllm_keeplora.data.conversation import Sample
 from mllm_keeplora.data.records import SkippedRecord, select_evenly
@@ -30,6 +30,13 @@ from mllm_keeplora.runs.files import load_tensors
 from mllm_keeplora.runs.run_directory import RunDirectory, StageDirectory
 
 
+class General(NamedTuple):
+    """General samples with the base's own replies (G1)."""
+
+    learnt: list[Sample]
+    held_out: list[Sample]
+
+
 @dataclass(frozen=True)
 class RunContext:
     """What all stages of a run share.
@@ -44,6 +51,8 @@ class RunContext:
         targets: the modules that some task of the stream adapts.
         weight_files: module name -> file with its weight basis (E1); empty where no weights are protected.
         device: where the model lies.
+        general: general samples with the base's own replies (G1); None where none were asked for.
+        general_basis: file with the directions of their inputs (G2); None where they are not protected.
     """
 
     config: RunConfig
@@ -56,6 +65,8 @@ class RunContext:
     targets: Sequence[Target]
     weight_files: Mapping[str, Path]
     device: torch.device
+    general: General | None = None
+    general_basis: Path | None = None
 
     def to_device(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A batch on the model's device."""
@@ -118,15 +129,20 @@ class StageContext:
         """The same once the stage is folded."""
         return self._scaled(self.folded_layer_scales)
 
+    def scaled(self, factors: Mapping[Tower, float]) -> "StageContext":
+        """The stage with its folded update scaled by a factor per tower (G4)."""
+        folded = {t.name: self.folded_layer_scales[t.name] * factors[t.tower] for t in self.targets}
+        return replace(self, folded_layer_scales=folded)
+
     def _scaled(self, layer_scales: Mapping[str, float]) -> dict[str, float]:
         alpha = self.run.config.alpha
         return {t.name: layer_scales[t.name] * alpha / self.run.rank(t) for t in self.targets}
 
     @property
     def bases(self) -> ProtectedBases:
-        """M, under which the stage trains: U_w (E1) and what earlier stages added (E8)."""
+        """M, under which the stage trains: U_w (E1), general inputs (G2) and what earlier stages added (E8)."""
         features = [stage.tensors("protect") for stage in self.earlier]
-        return ProtectedBases(self.run.weight_files, features, self.run.device)
+        return ProtectedBases(self.run.weight_files, self.run.general_basis, features, self.run.device)
 
     def rehearsals(self) -> list[dict[str, Tensor]]:
         """What the method's `remember` kept after each earlier stage, oldest first; fp32 on the CPU."""

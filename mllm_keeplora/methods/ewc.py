@@ -55,7 +55,7 @@ class Ewc(LoraThroughout):
         fisher = {name: value.to(device) for name, value in rehearsals[-1].items()}
         anchor = {n: p.detach().clone() for n, p in _named_factors(model, STAGE, stage).items()}
         parameters = _named_factors(model, STAGE, stage)
-        return Hooks(penalty=lambda: self.strength / 2 * weighted_distance(parameters, anchor, fisher))
+        return Hooks(penalty=lambda _: self.strength / 2 * weighted_distance(parameters, anchor, fisher))
 
     def remember(self, stage: StageContext, model: Model) -> dict[str, Tensor]:
         """F of all tasks so far, for each factor as training sees it."""

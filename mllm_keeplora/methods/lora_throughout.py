@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -13,6 +14,8 @@ from mllm_keeplora.modeling.adapters import Factors
 @dataclass(frozen=True)
 class LoraThroughout(Method):
     """The factors that the last task left are the start of the next; the rank never grows."""
+
+    adds_updates: ClassVar[bool] = False
 
     def start(self, stage: StageContext, lora_a: Mapping[str, Tensor]) -> Start:
         """The accumulated factors, where there are any, with B as training scales it."""

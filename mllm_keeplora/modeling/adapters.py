@@ -169,6 +169,22 @@ def active_adapters(model: Model) -> list[str]:
 
 
 @contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The bare base inside the block; what is active and what trains stays as it is.
+
+    PEFT's own `disable_adapter` makes A and B of every active adapter trainable when the block ends.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+@contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
     """Sets every dropout probability to 0 inside the block, so that train() mode is deterministic."""
     saved = [(module, module.p) for module in model.modules() if isinstance(module, nn.Dropout)]

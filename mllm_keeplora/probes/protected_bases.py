@@ -23,21 +23,28 @@ class ProtectedBases:
 
     Attributes:
         weight_files: module name -> file with its weight basis; empty for a method that protects nothing.
+        general_file: directions of general inputs per module (G2); None where none are protected.
         feature_files: one file per past stage, oldest first, with the directions that the stage added per
             module.
         device: where bases are put.
     """
 
     weight_files: Mapping[str, Path]
+    general_file: Path | None
     feature_files: Sequence[Path]
     device: torch.device
 
     def load(self, target: Target) -> Tensor:
-        """M, [in, k_w + k_f] fp32; [in, 0] when nothing is protected."""
-        parts = [self.weight_basis(target)]
+        """M, [in, k_w + k_g + k_f] fp32; [in, 0] when nothing is protected."""
+        parts = [self.weight_basis(target), self.general_basis(target)]
         for path in self.feature_files:
             parts += _read_if_there(path, target.name, self.device)
         return torch.cat(parts, dim=1)
+
+    def general_basis(self, target: Target) -> Tensor:
+        """Directions of general inputs beside U_w, [in, k_g] fp32; [in, 0] where none are protected."""
+        found = _read_if_there(self.general_file, target.name, self.device) if self.general_file else []
+        return found[0] if found else torch.zeros(target.in_features, 0, device=self.device)
 
     def weight_basis(self, target: Target) -> Tensor:
         """U_w, [in, k_w] fp32."""

@@ -3,6 +3,7 @@
 RUN/
   config.json             the settings, as resolved
   eval_tasks/             lmms-eval task files of the stream
+  general/                what the base answered to the general prompts, and how far its inputs are protected
   stages/NN-TASK/         one folder a stage: `StageDirectory`
   adapter/                what all stages have learnt, as one PEFT adapter
   retention.json          the accuracy matrix and its metrics
@@ -18,6 +19,7 @@ from pathlib import Path
 PHASE_STEMS = {
     "probe": "lora_a",
     "train": "factors",
+    "guard": "guard",
     "protect": "feature_basis",
     "rehearse": "rehearsal",
     "evaluate": "evaluation",
@@ -97,6 +99,16 @@ class RunDirectory:
     def task_files(self) -> Path:
         """Folder of the stream's lmms-eval task files."""
         return self.path / "eval_tasks"
+
+    @property
+    def general_replies(self) -> Path:
+        """What the base answered to the general prompts: a JSON list of {"id", "prompt", "reply"}."""
+        return self.path / "general" / "replies.json"
+
+    @property
+    def general_energy(self) -> Path:
+        """How much of the general inputs' energy they hold, per module."""
+        return self.path / "general" / "energy.json"
 
     @property
     def adapter(self) -> Path:

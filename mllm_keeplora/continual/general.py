@@ -1,0 +1,331 @@
+"""What the base can do, kept: its own replies (G1), the directions of its inputs (G2), distillation (G3), a guard (G4).
+
+||dW x|| <= ||dW|| ||(I - M M^T) x||, and U_w bounds the energy of W, not of the inputs x that carry general
+ability. So those inputs are protected as well, before the first stage.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate.logging import get_logger
+from peft import PeftModel
+from torch import Tensor
+from tqdm import tqdm
+
+from mllm_keeplora.config import ConfigError, GeneralConfig, Tower
+from mllm_keeplora.data.collator import ChatCollator, decoded
+from mllm_keeplora.data.conversation import Message, Sample
+from mllm_keeplora.data.records import load_records, select_evenly
+from mllm_keeplora.distributed.processes import (
+    from_main,
+    gather,
+    hide_bar,
+    num_processes,
+    own_share,
+    process_index,
+    sum_of_all,
+)
+from mllm_keeplora.distributed.sharding import fillers
+from mllm_keeplora.evaluation.answer import greedy_replies
+from mllm_keeplora.linalg.sketch import extend_basis_from_sketch
+from mllm_keeplora.methods.base import Method
+from mllm_keeplora.methods.context import General, RunContext, StageContext
+from mllm_keeplora.modeling.adapters import Factors, Model, adapters_off, without_dropout
+from mllm_keeplora.modeling.loss import IGNORED_LABEL, divergence, reply_logits, summed_token_loss, supervised_positions
+from mllm_keeplora.modeling.targets import Target
+from mllm_keeplora.probes.activations import sketch_inputs
+from mllm_keeplora.probes.protected_bases import ProtectedBases
+from mllm_keeplora.resources import find, shipped
+from mllm_keeplora.runs.files import read_json, save_tensors, sha256_file, sha256_json, write_json
+
+logger = get_logger(__name__)
+
+HELD_OUT = 4  # every fourth sample
+GUARD_STEPS = 5  # bisections per factor: c is found to 1/32
+
+
+class Batches:
+    """General samples as model inputs with labels; of several processes each takes its share."""
+
+    def __init__(self, run: RunContext, samples: Sequence[Sample], collator: ChatCollator) -> None:
+        self.run, self.samples, self.collator = run, samples, collator
+
+    def __call__(self) -> Iterator[dict[str, Tensor]]:
+        """All of them once, in order."""
+        size = self.run.config.probe.batch_size
+        rows = [list(self.samples[start : start + size]) for start in range(0, len(self.samples), size)]
+        own = own_share(rows)
+        own_and_fillers = [*own, *fillers(self.run.model, own, rows[0])]
+        for number, row in enumerate(tqdm(own_and_fillers, "general samples", disable=hide_bar(), leave=False)):
+            batch = self.collator(row)
+            if number >= len(own):
+                batch["labels"].fill_(IGNORED_LABEL)
+            yield self.run.to_device(batch)
+
+
+# --- G1 ---
+
+
+def prompts(config: GeneralConfig) -> list[Sample]:
+    """The general prompts: conversations up to their last question, evenly spaced over the file.
+
+    Raises:
+        ConfigError: fewer than four; one to be learnt and one to be held out are needed, of each kind if possible.
+        RecordError: a file that cannot be used.
+    """
+    path = shipped("recipes/general/builtin.jsonl") if config.samples == "builtin" else find(Path(config.samples))
+    root = path.parent if config.media_root is None else Path(config.media_root)
+    read, _ = load_records(path, root, allow_text_only=True)
+    chosen = [read[i] for i in select_evenly(len(read), 1.0, config.max_samples)]
+    if len(chosen) < HELD_OUT:
+        raise ConfigError(f"general.samples {config.samples} has {len(chosen)} prompts; expected at least {HELD_OUT}")
+    return [_without_last_answers(sample) for sample in chosen]
+
+
+def _without_last_answers(sample: Sample) -> Sample:
+    last = max(number for number, message in enumerate(sample.messages) if message.role == "user")
+    return Sample(sample.id, sample.messages[: last + 1])
+
+
+def prompts_hash(config: GeneralConfig) -> str:
+    """SHA-256 (hex) of the prompts: texts, roles and the content of what they show."""
+    parts = [
+        [message.role, [part if isinstance(part, str) else sha256_file(part.path) for part in message.parts]]
+        for prompt in prompts(config)
+        for message in prompt.messages
+    ]
+    return sha256_json(parts)
+
+
+def general_samples(run: RunContext, base_hash: str) -> General:
+    """The prompts with the base's own greedy replies, which it gives once.
+
+    Raises:
+        ConfigError: a base that answers most of them with nothing.
+    """
+    asked = prompts(run.config.general)
+    replies = _replies(run, asked, base_hash)
+    answered = [
+        Sample(prompt.id, (*prompt.messages, Message("assistant", (reply,))))
+        for prompt, reply in zip(asked, replies, strict=True)
+        if reply
+    ]
+    if len(answered) < HELD_OUT or len(answered) * 2 < len(asked):
+        raise ConfigError(
+            f"general.samples: the base answers {len(asked) - len(answered)} of {len(asked)} prompts with nothing; it "
+            "has nothing to keep there. Give prompts that it can answer, or set general.samples to none"
+        )
+    if len(answered) < len(asked):
+        logger.warning(f"the base answers {len(asked) - len(answered)} of {len(asked)} general prompts with nothing")
+    learnt = [sample for number, sample in enumerate(answered, start=1) if number % HELD_OUT]
+    return General(learnt, answered[HELD_OUT - 1 :: HELD_OUT])
+
+
+def _replies(run: RunContext, asked: Sequence[Sample], base_hash: str) -> list[str]:
+    """The base's reply to every prompt, cached for all runs; the run directory gets a copy that can be read."""
+    config = run.config
+    path = _cached(run, base_hash, "replies.json")
+    if not from_main(path.exists):
+        logger.info(f"the base answers {len(asked)} general prompts")
+        size = config.evaluation.batch_size
+        order = sorted(range(len(asked)), key=lambda i: sum(len(message.text) for message in asked[i].messages))
+        rows = [order[start : start + size] for start in range(0, len(order), size)]
+        own: dict[int, str] = {}
+        for row in tqdm(own_share(rows), "general replies", unit="batch", disable=hide_bar(), leave=False):
+            conversations = [decoded(asked[i].messages, run.reader) for i in row]
+            said = greedy_replies(run.model, run.processor, conversations, config.general.max_new_tokens)
+            own |= dict(zip(row, said, strict=True))
+        every = {i: reply for part in gather(own) for i, reply in part.items()}
+        from_main(lambda: write_json(path, [every[i] for i in range(len(asked))]))
+    replies: list[str] = from_main(lambda: read_json(path))
+    table = [{"id": s.id, "prompt": s.messages[-1].text, "reply": r} for s, r in zip(asked, replies, strict=True)]
+    from_main(lambda: write_json(run.directory.general_replies, table))
+    return replies
+
+
+def _cached(run: RunContext, base_hash: str, name: str, **more: Any) -> Path:
+    """A file of the cache whose name holds everything that its content depends on."""
+    model, general = run.config.model, run.config.general
+    key = {
+        "base": [base_hash, model.quantization, model.compute_dtype, run.processor.chat_template],
+        "prompts": [prompts_hash(general), general.max_new_tokens, run.config.video.frames, run.config.video.fps],
+        **more,
+    }
+    return Path(run.config.cache_dir) / "general" / f"{sha256_json(key)[:24]}-{name}"
+
+
+# --- G2 ---
+
+
+def general_bases(run: RunContext, samples: Sequence[Sample], base_hash: str) -> Path:
+    """Directions that bring U_w to hold eps_g of the energy of every module's inputs over prompts and replies.
+
+    Returns:
+        File with [in, k_g] fp32 per module that the samples reach, cached for all runs. How much of the energy is
+        held stands in the run directory.
+    """
+    config = run.config
+    more = {"general": [config.general.eps_g, config.general.columns, config.seed, [s.id for s in samples]]}
+    more |= {"weights": {name: path.name for name, path in run.weight_files.items()}}
+    more |= {"modules": [target.name for target in run.targets]}
+    path = _cached(run, base_hash, "basis.safetensors", **more)
+    facts = path.with_suffix(".json")
+    if not from_main(facts.exists):  # written last
+        media = {kind for sample in samples for kind in sample.kinds}
+        targets = [target for target in run.targets if target.is_reached_by(media)]
+        columns = {t.name: min(config.general.columns, 2 * t.in_features) for t in targets}
+        logger.info(f"protecting the inputs of {len(samples)} general samples")
+        batches = Batches(run, samples, ChatCollator(run.processor, None, run.reader))
+        sketches = sketch_inputs(run.model, targets, columns, batches, config.seed)
+        from_main(lambda: _write_bases(run, targets, sketches, path, facts))
+    from_main(lambda: write_json(run.directory.general_energy, read_json(facts)))
+    return path
+
+
+def _write_bases(
+    run: RunContext, targets: Sequence[Target], sketches: Mapping[str, Tensor], path: Path, facts_path: Path
+) -> None:
+    bases, eps_g = ProtectedBases(run.weight_files, None, [], run.device), cast(float, run.config.general.eps_g)
+    directions, facts = {}, {}
+    for t in tqdm(targets, "general directions", unit="module", disable=None, leave=False):
+        weight = bases.weight_basis(t)
+        extended = extend_basis_from_sketch(weight, sketches[t.name].to(run.device), eps_g)
+        added = extended.basis[:, weight.shape[1] :]
+        directions[t.name] = added.to("cpu", copy=True)
+        facts[t.name] = {"k_g": added.shape[1], "held": extended.captured, "saturated": extended.saturated}
+    saturated = [name for name, fact in facts.items() if fact["saturated"]]
+    if saturated:
+        logger.warning(
+            f"{len(saturated)} of {len(facts)} modules need more directions than their sketch has to hold eps_g of "
+            f"the general inputs, {saturated[0]} first ({facts[saturated[0]]['held']:.3f} held); raise general.columns"
+        )
+    save_tensors(path, directions)
+    write_json(facts_path, facts)
+
+
+# --- G3 ---
+
+
+class Distillation:
+    """The loss on general samples that each step of a stage sees beside the task's own (G3).
+
+    Which samples a step sees depends on the seed and the step alone, so that a training which was interrupted goes
+    on as it would have.
+    """
+
+    def __init__(self, stage: StageContext, model: PeftModel) -> None:
+        config, batch = stage.run.config.general, stage.train.per_device_train_batch_size
+        self._stage, self._model, self._config = stage, model, config
+        self._samples = cast(General, stage.run.general).learnt
+        self._count = max(1, round(batch * config.share / (1.0 - config.share)))
+        self._collator = ChatCollator(stage.run.processor, None, stage.run.reader)
+        self._step, self._forwards = -1, 0
+
+    def __call__(self, step: int) -> Tensor:
+        """weight * the mean over the reply tokens of all processes; differentiable.
+
+        Args:
+            step: optimizer steps so far.
+        """
+        self._forwards = self._forwards + 1 if step == self._step else 0
+        self._step = step
+        batch = self._stage.run.to_device(self._collator(self._drawn(step)))
+        tokens = supervised_positions(batch["labels"]).sum()
+        # DDP averages the processes' gradients: their number times the own share of the sum gives the mean over all.
+        share = num_processes() / sum_of_all(tokens)
+        with without_dropout(self._model):
+            if self._config.distil == "replies":
+                return self._config.weight * share * summed_token_loss(self._model, batch)
+            with torch.no_grad(), adapters_off(self._model):
+                base = reply_logits(self._model, batch)
+            return self._config.weight * share * divergence(base, reply_logits(self._model, batch))
+
+    def _drawn(self, step: int) -> list[Sample]:
+        forward = step * self._stage.train.gradient_accumulation_steps + self._forwards
+        first = (forward * num_processes() + process_index()) * self._count
+        return [self._sample(place) for place in range(first, first + self._count)]
+
+    def _sample(self, place: int) -> Sample:
+        """The sample at a place of an endless sequence: one random order of all after another."""
+        epoch, index = divmod(place, len(self._samples))
+        generator = torch.Generator().manual_seed(self._stage.seed * 1_000_003 + epoch)
+        return self._samples[int(torch.randperm(len(self._samples), generator=generator)[index])]
+
+
+# --- G4 ---
+
+
+def held_out_divergence(model: Model, batches: Batches) -> float:
+    """Mean KL(base || model) over the reply tokens of held-out general samples, nats a token; the same everywhere."""
+    if not isinstance(model, PeftModel):
+        return 0.0
+    total = torch.zeros(2, dtype=torch.float64)
+    model.eval()
+    with torch.no_grad():
+        for batch in batches():
+            with adapters_off(model):
+                base = reply_logits(model, batch)
+            total += torch.tensor([float(divergence(base, reply_logits(model, batch))), len(base)], dtype=torch.float64)
+    summed = sum_of_all(total.float().to(batches.run.device)).double()
+    return float(summed[0] / summed[1])
+
+
+def guard(
+    stage: StageContext, method: Method, model_of: Callable[[Factors], Model], factors: Factors
+) -> dict[str, Any]:
+    """The largest factor of the stage's update per tower that keeps the divergence from the base in the budget (G4).
+
+    First one factor for all towers, then each tower's own as far up as the budget lets it.
+
+    Args:
+        stage: that has learnt.
+        method: how.
+        model_of: the base with these factors on it.
+        factors: the stage's.
+
+    Returns:
+        {"factors": tower -> c, "before", "unscaled", "after": divergences in nats a token}.
+    """
+    run, budget = stage.run, stage.run.config.general.budget or 0.0
+    general = cast(General, run.general)
+    batches = Batches(run, general.held_out, ChatCollator(run.processor, None, run.reader))
+
+    def measure(c: Mapping[Tower, float]) -> float:
+        folded = method.fold(stage.accumulated, factors, stage.scaled(c).folded_scales)
+        return held_out_divergence(model_of(folded), batches)
+
+    before = held_out_divergence(model_of(stage.accumulated), batches)
+    c: dict[Tower, float] = {target.tower: 1.0 for target in stage.targets}
+    unscaled = after = measure(c)
+    if unscaled > before + budget:
+        common = _largest(0.0, lambda value: measure(dict.fromkeys(c, value)) <= before + budget)
+        c = dict.fromkeys(c, common)
+        for tower in c if len(c) > 1 else ():
+            c[tower] = _largest(common, lambda value, tower=tower: measure({**c, tower: value}) <= before + budget)
+        after = measure(c)
+        _say(stage, c, budget)
+    return {"factors": c, "before": before, "unscaled": unscaled, "after": after}
+
+
+def _say(stage: StageContext, c: Mapping[Tower, float], budget: float) -> None:
+    if any(c.values()):
+        said = ", ".join(f"{tower} {value:.2f}" for tower, value in c.items())
+        logger.info(f"{stage.name}: its update is scaled to {said} to keep within general.budget {budget}")
+    else:
+        logger.warning(
+            f"{stage.name}: nothing of its update keeps within general.budget {budget}: it learns nothing. Raise the "
+            "budget or general.share, or lower train.learning_rate"
+        )
+
+
+def _largest(least: float, fits: Callable[[float], bool]) -> float:
+    """The largest value in [least, 1] that fits, by bisection; `least` is taken to fit."""
+    if fits(1.0):
+        return 1.0
+    low, high = least, 1.0
+    for _ in range(GUARD_STEPS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

@@ -1,0 +1,240 @@
+"""General samples: the base's own replies, protected inputs, distillation, the guard."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mllm_keeplora.config import ConfigError, GeneralConfig, RunConfig
+from mllm_keeplora.continual import general
+from mllm_keeplora.continual.general import Batches, Distillation, held_out_divergence
+from mllm_keeplora.continual.run import Run
+from mllm_keeplora.continual.run_stream import run_stream
+from mllm_keeplora.continual.trainer import StageTrainer
+from mllm_keeplora.data.collator import ChatCollator
+from mllm_keeplora.methods.context import StageContext
+from mllm_keeplora.modeling.adapters import STAGE, active_adapters, adapters_off, attach_accumulated, detach
+from mllm_keeplora.modeling.loss import reply_logits
+from mllm_keeplora.probes.hooks import hooked
+from mllm_keeplora.runs.files import ArtifactError, load_tensors
+from tests.modules.test_methods import config, open_stage, stage_adapter
+from tests.modules.test_methods import stream_file as stream_file  # a fixture
+
+WORDS = ("red", "blue", "yes", "no")
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve questions, every third without a picture; their answers are not to be read."""
+    root = tmp_path_factory.mktemp("general")
+    rng = np.random.default_rng(7)
+    records = []
+    for number in range(12):
+        record: dict[str, Any] = {"question_id": number, "text": f"is this {WORDS[number % 4]} ?", "answer": "never read"}
+        if number % 3:
+            record["image"] = f"{number}.png"
+            Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(root / f"{number}.png")
+        records.append(record)
+    path = root / "general.json"
+    path.write_text(json.dumps(records))
+    return path
+
+
+Settings = Callable[..., RunConfig]
+
+
+@pytest.fixture
+def settings(tiny_llava: Path, stream_file: Path, tmp_path: Path, prompts: Path) -> Settings:
+    def make(method: str = "keeplora", **given: Any) -> RunConfig:
+        made = GeneralConfig(samples=str(prompts), max_new_tokens=4, **given)
+        return replace(config(tiny_llava, stream_file, tmp_path, method), general=made)
+
+    return make
+
+
+def test_a_run_keeps_its_promises(settings: Settings) -> None:
+    """Inputs protected, distilled, guarded; what is continued is checked against the same settings."""
+    asked = settings(eps_g=0.9, share=0.25, budget=1e-4)
+    run_stream(asked)
+    with Run.open(asked) as run:
+        first, second = run.history.manifests[1:]
+        replies = json.loads(run.directory.general_replies.read_text())
+        energy = json.loads(run.directory.general_energy.read_text())
+    assert len(replies) == 12 and all(entry["reply"] != "never read" for entry in replies)
+    for name, fact in energy.items():
+        assert fact["held"] >= 0.9 - 1e-6 or fact["saturated"], name
+    for manifest in (first, second):
+        assert all(row["leakage"] < 1e-6 for row in manifest["modules"])
+        assert sum(row["k_g"] for row in manifest["modules"]) == sum(fact["k_g"] for fact in energy.values()) > 0
+        guard = manifest["guard"]
+        assert guard["after"] <= guard["before"] + 1e-4 + 1e-9
+    with pytest.raises(ArtifactError, match="general.eps_g: 0.9 there, 0.8 now"):
+        run_stream(settings(eps_g=0.8, share=0.25, budget=1e-4))
+
+
+@pytest.mark.parametrize("method", ["keeplora", "inflora", "gpm"])
+def test_an_update_cannot_use_the_energy_of_general_inputs(method: str, settings: Settings) -> None:
+    """||dW x|| <= ||dW|| ||(I - M M^T) x||, and M holds eps_g of what the x have together."""
+    asked = settings(method, eps_g=0.95)
+    run_stream(asked)
+    with Run.open(asked) as run:
+        stage, factors = run.stage_context(1, {}), run.accumulated(1)
+        inputs: dict[str, list[torch.Tensor]] = {name: [] for name in factors}
+
+        def keep(name: str) -> Callable[..., None]:
+            return lambda _, given: inputs[name].append(given[0].detach().reshape(-1, given[0].shape[-1]))
+
+        batches = Batches(run.context, run.context.general.learnt[:1], ChatCollator(run.context.processor))
+        with torch.no_grad(), hooked(run.context.model, {name: keep(name) for name in factors}, "before"):
+            for batch in batches():
+                run.context.model(**{key: value for key, value in batch.items() if key != "labels"})
+    for target in stage.targets:
+        a, b = factors[target.name]
+        x, basis = torch.cat(inputs[target.name]).double(), stage.bases.load(target).double()
+        outside = (x - x @ basis @ basis.T).norm()
+        update = (b @ a).double()
+        assert (x @ update.T).norm() <= torch.linalg.matrix_norm(update, 2) * outside + 1e-6
+        energy = json.loads(run.directory.general_energy.read_text())[target.name]
+        assert energy["saturated"] or outside.square() <= 0.15 * x.square().sum(), target.name
+
+
+@pytest.fixture
+def taught(settings: Settings) -> tuple[StageContext, Any]:
+    """A stage with a random update on it, and its model."""
+    stage, _ = open_stage(settings(eps_g=None, share=0.5))
+    model = stage_adapter(stage.run.model)
+    yield stage, model
+    detach(model)
+
+
+def test_the_teacher_is_the_base_and_nothing_else_changes(taught: tuple[StageContext, Any]) -> None:
+    stage, model = taught
+    batch = stage.run.to_device(ChatCollator(stage.run.processor)(stage.run.general.learnt[:2]))
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    with torch.no_grad():
+        changed = reply_logits(model, batch)
+        with adapters_off(model):
+            base = reply_logits(model, batch)
+        assert torch.equal(reply_logits(model, batch), changed)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == trainable
+    assert active_adapters(model) == [STAGE]
+    detach(model)
+    with torch.no_grad():
+        assert torch.equal(reply_logits(stage.run.model, batch), base)
+    assert not torch.equal(base, changed)
+
+
+@pytest.mark.parametrize("distil", ["kl", "replies"])
+def test_distillation_is_the_mean_over_reply_tokens(distil: str, taught: tuple[StageContext, Any]) -> None:
+    """Against a loop over single samples; kl is zero where the update is."""
+    stage, model = taught
+    run = replace(stage.run, config=replace(stage.run.config, general=replace(stage.run.config.general, distil=distil)))
+    stage = replace(stage, run=run)
+    found = Distillation(stage, model)(0)
+    total, tokens = 0.0, 0
+    for sample in Distillation(stage, model)._drawn(0):
+        batch = run.to_device(ChatCollator(run.processor)([sample]))
+        logits = reply_logits(model, batch).log_softmax(-1)
+        with torch.no_grad(), adapters_off(model):
+            base = reply_logits(model, batch).log_softmax(-1)
+        labels = batch["labels"][:, 1:]
+        said = labels[labels != -100]
+        if distil == "kl":
+            total += float((base.exp() * (base - logits)).detach().sum())
+        else:
+            total -= float(logits[torch.arange(len(said)), said].detach().sum())
+        tokens += len(said)
+    assert float(found) == pytest.approx(total / tokens, rel=1e-4)
+    found.backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if "lora_B.stage" in n and "language" in n)
+
+
+def test_what_a_step_sees_depends_on_the_step_alone(taught: tuple[StageContext, Any]) -> None:
+    stage, model = taught
+    order = [sample.id for step in range(6) for sample in _steps(stage, model, step)]
+    known = len(stage.run.general.learnt)
+    assert len(set(order[:known])) == known  # all of them before any comes again
+    again = Distillation(stage, model)
+    again._step = 4  # as after a resumption: no step before was seen
+    assert [s.id for s in again._drawn(4)] == order[4 * 2 : 4 * 2 + 2]
+
+
+def _steps(stage: StageContext, model: Any, step: int) -> list[Any]:
+    return Distillation(stage, model)._drawn(step)
+
+
+def test_a_killed_training_goes_on_to_the_same_bits(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = settings(eps_g=0.9, share=0.25)
+    asked = replace(asked, train=replace(asked.train, save_steps=1))
+    whole = replace(asked, run_dir=str(tmp_path / "whole"))
+    run_stream(whole)
+    step = StageTrainer.training_step
+
+    def killed(trainer: StageTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if trainer.state.global_step == 2:
+            raise KeyboardInterrupt
+        return step(trainer, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(StageTrainer, "training_step", killed)
+        run_stream(asked)
+    run_stream(asked)
+    found, expected = (
+        load_tensors(Path(c.run_dir, "adapter/adapter_model.safetensors")) for c in (asked, whole)
+    )
+    assert found.keys() == expected.keys() and all(torch.equal(found[n], expected[n]) for n in expected)
+
+
+def test_the_guard_takes_the_largest_update_that_fits(settings: Settings) -> None:
+    """Twice the factor would not have fitted; a budget that everything fits scales nothing."""
+    for budget, whole in ((1e-5, False), (1e3, True)):
+        asked = settings(eps_g=None, budget=budget)
+        asked = replace(asked, run_dir=f"{asked.run_dir}-{budget}", train=replace(asked.train, learning_rate=0.1))
+        run_stream(asked)
+        with Run.open(asked) as run:
+            facts = run.history.manifests[1]["guard"]
+            factors = facts["factors"]
+            assert (factors == {"vision": 1.0, "language": 1.0}) is whole
+            context, learnt = run.context, run.accumulated(1)
+            model = attach_accumulated(context.model, learnt)
+            found = held_out_divergence(
+                model, Batches(context, context.general.held_out, ChatCollator(context.processor))
+            )
+            detach(model)
+        assert found == pytest.approx(facts["after"], rel=1e-3, abs=1e-9)
+        assert facts["after"] <= budget
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"samples": "none", "share": 0.2}, "general.share need prompts"),
+        ({"samples": "none", "budget": 0.2}, "general.budget need prompts"),
+        ({"share": 1.0}, r"general.share must lie in \[0, 1\)"),
+        ({"budget": 0.0}, "general.budget must be positive"),
+        ({"eps_g": 1.5}, "general.eps_g must lie in"),
+        ({"max_samples": 3}, "general.max_samples must be at least 4"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        GeneralConfig(**{"samples": "builtin", **change})
+
+
+def test_a_guard_needs_an_update(settings: Settings) -> None:
+    with pytest.raises(ConfigError, match="trains one adapter on throughout"):
+        run_stream(settings("lora_throughout", budget=0.1))
+
+
+def test_a_base_without_replies_is_refused(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(general, "greedy_replies", lambda model, processor, asked, length: [""] * len(asked))
+    with pytest.raises(ConfigError, match="answers 12 of 12 prompts with nothing"):
+        run_stream(settings())
