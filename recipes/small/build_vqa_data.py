@@ -4,6 +4,7 @@
 
     <out>/{digits,charts,clocks,grounds}/{train.json,test.json,images/{train,test}/*.png}
     <out>/scenes/{test.json,images/test/*.png}                    the general benchmark has no training half
+    <out>/scenes/{general.json,images/general/*.png}              general samples: other scenes, for `general.samples`
 
 Training records are conversations of several turns about one image; test records are single questions,
 balanced over the kinds of question. The same seed writes the same bytes. The folder appears in one rename, so
@@ -32,6 +33,7 @@ SEED = 2026
 TRAIN_IMAGES = 1200  # a task; digits has 1797 scans in all
 TEST_QUESTIONS = 200  # a task
 GENERAL_QUESTIONS = 300
+GENERAL_SAMPLES = 256
 
 T = TypeVar("T")
 Draw = Callable[[np.random.Generator, int], T]  # draws from a generator the item of this number in its half
@@ -117,6 +119,7 @@ def write_all(root: Path, seed: int = SEED) -> None:
     """Writes the whole stream into an empty folder."""
     halves: list[tuple[str, str, Draw[draw.Drawing], int]] = [
         ("scenes", "test", unnumbered(lambda rng: draw.scene(rng)[0]), GENERAL_QUESTIONS),
+        ("scenes", "general", unnumbered(lambda rng: draw.scene(rng)[0]), GENERAL_SAMPLES),
         ("digits", "train", digit_drawer(draw.digit, seed, offset=0), TRAIN_IMAGES),
         ("digits", "test", digit_drawer(draw.digit, seed, offset=TRAIN_IMAGES), TEST_QUESTIONS),
     ]
