@@ -30,6 +30,8 @@ METRICS = {
 
 
 def _dashed(written: Callable[[float], str]) -> Callable[[float | None], str]:
+    """Gives a function that writes a number a dash for what is undefined: None and NaN."""
+
     @wraps(written)
     def dashed(value: float | None) -> str:
         return "-" if value is None or math.isnan(value) else written(value)
