@@ -43,7 +43,8 @@ class Forked:
         self._folder = tempfile.TemporaryDirectory()
         folder = Path(self._folder.name)
         self._outputs = (folder / "stdout", folder / "stderr")
-        self._process = _CONTEXT.Process(target=_become, args=(self.args, dict(environment or {}), *self._outputs))
+        changed = {**os.environ, **ENVIRONMENT, **(environment or {})}
+        self._process = _CONTEXT.Process(target=_become, args=(self.args, changed, *self._outputs))
         self._process.start()
         self.pid = self._process.pid
 
@@ -88,7 +89,8 @@ def run_together(arguments: Sequence[str | Path], processes: int = 2) -> list[su
 
 
 def _become(arguments: list[str], environment: dict[str, str], stdout: Path, stderr: Path) -> None:
-    os.environ.update(environment)
+    os.environ.clear()
+    os.environ.update(environment)  # what is read on import has been read before
     for number, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.chdir(ROOT)
