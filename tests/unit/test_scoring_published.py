@@ -331,6 +331,7 @@ def test_corpus_metrics_against_hand_computed_ones() -> None:
     assert captions.corpus_score(items) == pytest.approx(100 * sum(scores.values()) / 7)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(JAVA is None, reason="METEOR and the PTB tokenizer are Java programs; java is not here")
 @pytest.mark.usefixtures("one_meteor")
 def test_corpus_score_falls_with_the_captions() -> None:
