@@ -123,7 +123,7 @@ class Method:
         empty = {t.name: torch.zeros(t.in_features, 0) for t in stage.targets}
         return Features(empty, {t.name: dict(nothing) for t in stage.targets})
 
-    def remember(self, stage: StageContext, model: Model) -> dict[str, Tensor]:
+    def rehearsal(self, stage: StageContext, model: Model) -> dict[str, Tensor]:
         """Anything else that later stages need; `StageContext.rehearsals` gives it to them. fp32 on the CPU."""
         return {}
 

@@ -57,7 +57,7 @@ class Ewc(LoraThroughout):
         parameters = _named_factors(model, STAGE, stage)
         return Hooks(penalty=lambda: self.strength / 2 * weighted_distance(parameters, anchor, fisher))
 
-    def remember(self, stage: StageContext, model: Model) -> dict[str, Tensor]:
+    def rehearsal(self, stage: StageContext, model: Model) -> dict[str, Tensor]:
         """F of all tasks so far, for each factor as training sees it."""
         own = fisher_diagonal(stage, cast(PeftModel, model))
         for t in stage.targets:  # the accumulated B is s times the trained one: dL/dB = s dL/d(sB)

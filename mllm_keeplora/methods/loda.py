@@ -48,7 +48,7 @@ class Loda(Method):
             ),
         )
 
-    def remember(self, stage: StageContext, model: Model) -> dict[str, Tensor]:
+    def rehearsal(self, stage: StageContext, model: Model) -> dict[str, Tensor]:
         """The task's inputs, sketched, at the model that has learnt it."""
         return stage.sketch_inputs(model, 1)
 

@@ -322,7 +322,7 @@ def fenced_blocks(page: Path) -> dict[str, str]:
 
 def test_the_worked_example_of_the_docs_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = fenced_blocks(REPOSITORY / "docs/your_own_data.md")
-    assert {"mine_stream.yaml", "my_run.yaml"} < blocks.keys()
+    assert {"my_stream.yaml", "my_run.yaml"} < blocks.keys()
     monkeypatch.chdir(tmp_path)
     for name, text in blocks.items():
         path = tmp_path / name
