@@ -57,7 +57,7 @@ class OptionParser(argparse.ArgumentParser):
         """
         self._hints[name] = hint
         to = self if group is None else group
-        to.add_argument(f"--{name}", metavar="VALUE", default=default, help=text.replace("%", "%%"))
+        to.add_argument(f"--{name}", metavar="VALUE", default=default, help=text)
 
     def add_settings(self, kind: type, prefix: str = "", elsewhere: Mapping[str, str] | None = None) -> None:
         """An option for every setting of a dataclass and of the groups in it, as its docstring describes them.
@@ -77,7 +77,8 @@ class OptionParser(argparse.ArgumentParser):
                 continue
             default = elsewhere.get(name) or elsewhere.get(prefix.rstrip("."))
             end = f"default: {default}" if default else _default(field)
-            self.add_setting(name, hint, f"{texts[field.name]} ({expected(hint)}; {end})", group=group)
+            text = f"{texts[field.name]} ({expected(hint)}; {end})".replace("%", "%%")
+            self.add_setting(name, hint, text, group=group)
 
     def read(self, argv: Sequence[str]) -> argparse.Namespace:
         """The values of a command line; options may stand before, between and after other arguments.
@@ -133,7 +134,7 @@ def _default(field: Field[Any]) -> str:
     else:
         return "required"
     if value is None:
-        return "by default not set"
+        return "default: not set"
     return f"default: {str(value).lower() if isinstance(value, bool) else str(value).replace(chr(39), '')}"
 
 

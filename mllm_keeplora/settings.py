@@ -5,7 +5,7 @@ groups are dotted: `train.learning_rate`.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -43,10 +43,14 @@ class Range:
 
 
 @cache
+def _hints_of(kind: Hashable) -> dict[str, Any]:
+    hints = get_type_hints(kind, include_extras=True)
+    return {field.name: hints[field.name] for field in fields(kind)}  # type: ignore[arg-type]
+
+
 def hints_of(kind: Any) -> dict[str, Any]:
     """Name of each setting of a dataclass -> its annotation, ranges included."""
-    hints = get_type_hints(kind, include_extras=True)
-    return {field.name: hints[field.name] for field in fields(kind)}
+    return _hints_of(kind)
 
 
 def setting_names(kind: Any, prefix: str = "") -> list[str]:
@@ -122,6 +126,8 @@ def _first_typed(value: Any, hint: Any, name: str) -> Any:
     if len(choices) == 1 and not (get_origin(choices[0]) is Annotated or choices[0] in _WORDS):
         return typed(value, choices[0], name)  # whose message says more
     for choice in choices:
+        if get_origin(choice) in (dict, Mapping) and isinstance(value, Mapping):
+            return typed(value, choice, name)
         try:
             return typed(value, choice, name)
         except ConfigError:

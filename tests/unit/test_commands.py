@@ -123,20 +123,20 @@ def test_no_parser_anywhere_takes_abbreviations() -> None:
 @pytest.mark.parametrize(
     ("argv", "meant"),
     [
-        (["run", "--train.learning_rat", "1"], "'train.learning_rate'"),
-        (["run", "--tr.learning_rate", "1"], "'train.learning_rate'"),
-        (["run", "--learning_rate=1"], "'train.learning_rate'"),
-        (["run", "--rank", "8"], "'language.rank' or 'vision.rank'"),
-        (["run", "--see", "1"], "'seed'"),
-        (["run", "--conf", "x.yaml"], "'config'"),
-        (["run", "--pla"], "'plan'"),
-        (["run", "--memory", "24"], "'memory_gb'"),
-        (["plan", "--mem", "24"], "'memory_gb'"),
-        (["analyze", "--model.dev", "cpu"], "'model.device'"),
-        (["check", "s.yaml", "--video.fram", "4"], "'video.frames'"),
-        (["chat", "run", "--imag", "x.png"], "'image'"),
-        (["export", "run", "--ou", "x"], "'out'"),
-        (["judge", "run", "--judge", "x", "--batc", "4"], "'batch_size'"),
+        (["run", "--train.learning_rat", "1"], "'--train.learning_rate'"),
+        (["run", "--tr.learning_rate", "1"], "'--train.learning_rate'"),
+        (["run", "--learning_rate=1"], "'--train.learning_rate'"),
+        (["run", "--rank", "8"], "'--language.rank' or '--vision.rank'"),
+        (["run", "--see", "1"], "'--seed'"),
+        (["run", "--conf", "x.yaml"], "'--config'"),
+        (["run", "--pla"], "'--plan'"),
+        (["run", "--memory", "24"], "'--memory_gb'"),
+        (["plan", "--mem", "24"], "'--memory_gb'"),
+        (["analyze", "--model.dev", "cpu"], "'--model.device'"),
+        (["check", "s.yaml", "--video.fram", "4"], "'--video.frames'"),
+        (["chat", "run", "--imag", "x.png"], "'--image'"),
+        (["export", "run", "--ou", "x"], "'--out'"),
+        (["judge", "run", "--judge", "x", "--batc", "4"], "'--batch_size'"),
     ],
 )
 def test_a_wrong_name_is_refused_with_the_right_one(
@@ -239,7 +239,7 @@ def test_a_script_stays_in_the_users_folder(script: str, tmp_path: Path) -> None
     for arguments, expected in (
         (["--config", "my.yaml"], "my own"),
         (["--config", "recipes/configs/video/small.yaml", "--seed", "none"], "none"),
-        (["--train.learning_rat", "1"], "did you mean 'train.learning_rate'"),
+        (["--train.learning_rat", "1"], "did you mean '--train.learning_rate'"),
     ):
         done = subprocess.run(
             ["bash", str(ROOT / "scripts" / script), *arguments],
@@ -257,4 +257,4 @@ def test_the_leaderboard_script_passes_its_arguments_on(tmp_path: Path) -> None:
     command = ["bash", str(ROOT / "scripts/evaluate_leaderboard.sh"), "run", "--limi", "3"]
     environment = {**os.environ, "KEEPLORA_PYTHON": sys.executable}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "did you mean 'limit'" in done.stderr, done.stderr
+    assert done.returncode == 2 and "did you mean '--limit'" in done.stderr, done.stderr
