@@ -59,6 +59,9 @@ class ModelConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cpu_threads: Annotated[int, Range(1, 1024)] | None = None
 
+    def __post_init__(self) -> None:
+        check_settings(self, "model.")
+
 
 @dataclass(frozen=True)
 class TowerConfig:
@@ -99,6 +102,9 @@ class ProbeConfig:
     refine: bool = False
     batch_size: BatchSize = 8
 
+    def __post_init__(self) -> None:
+        check_settings(self, "probe.")
+
 
 @dataclass(frozen=True)
 class VideoConfig:
@@ -119,6 +125,9 @@ class VideoConfig:
     backend: Literal["pyav", "decord", "torchcodec"] = "pyav"
     timeout: Annotated[float, Range(0, 86_400, "(]")] = 60.0
     cache_gb: Annotated[float, Range(0, 1_000_000)] = 20.0
+
+    def __post_init__(self) -> None:
+        check_settings(self, "video.")
 
 
 @dataclass(frozen=True)
@@ -162,6 +171,9 @@ class TrainConfig:
     logging_steps: Count = 10
     dataloader_num_workers: Annotated[int, Range(0, 256)] = 0
 
+    def __post_init__(self) -> None:
+        check_settings(self, "train.")
+
 
 @dataclass(frozen=True)
 class EvaluationConfig:
@@ -177,6 +189,9 @@ class EvaluationConfig:
     batch_size: BatchSize = 32
     limit: Count | None = None
     general_limit: Count | None = None
+
+    def __post_init__(self) -> None:
+        check_settings(self, "evaluation.")
 
     def limits(self) -> dict[str, int | None]:
         """Most questions asked per task of the stream ("task") and per general benchmark ("general")."""
