@@ -15,9 +15,9 @@ import yaml
 
 from mllm_keeplora.errors import ConfigError
 
-# What is refused within about a second; a stream of a thousand tasks is well below.
+# What keeps a refusal within a second; a stream of 500 tasks is below.
 LARGEST_FILE = 500_000  # bytes
-MOST_VALUES = 20_000  # names included, every alias unfolded
+MOST_VALUES = 10_000  # names included, every alias unfolded
 DEEPEST = 50  # lists and mappings in one another
 _KINDS = {
     stat.S_ISDIR: "a folder",
@@ -27,6 +27,7 @@ _KINDS = {
     stat.S_ISBLK: "a device",
 }
 _TOO_MANY = f"it holds more than {MOST_VALUES} values"
+_TOO_DEEP = f"it is nested deeper than {DEEPEST}"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -36,12 +37,18 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}
     composed = depth = 0
 
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:  # noqa: N803 - PyYAML's name
+        """The scanner runs ahead of `compose_node`, over a thousand brackets."""
+        if self.flow_level >= DEEPEST:
+            raise yaml.MarkedYAMLError(problem=_TOO_DEEP, problem_mark=self.get_mark())
+        super().fetch_flow_collection_start(TokenClass)
+
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """Stops as soon as it is too much."""
         self.composed += 1
         self.depth += 1
         if self.composed > MOST_VALUES or self.depth > DEEPEST:
-            problem = f"nested deeper than {DEEPEST}" if self.depth > DEEPEST else _TOO_MANY
+            problem = _TOO_DEEP if self.depth > DEEPEST else _TOO_MANY
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=self.peek_event().start_mark)
         node = super().compose_node(parent, index)
         self.depth -= 1
@@ -96,12 +103,16 @@ def read_yaml(path: Path) -> Any:
 def _read_regular_file(path: Path) -> bytes:
     """Does not wait for a pipe or a device."""
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # noqa: PTH123 - a descriptor
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                kind = next((name for test, name in _KINDS.items() if test(status.st_mode)), "no regular file")
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            mode = os.fstat(descriptor).st_mode
+            if not stat.S_ISREG(mode):
+                kind = next((name for test, name in _KINDS.items() if test(mode)), "no regular file")
                 raise ConfigError(f"is {kind}; expected a YAML file")
-            data = file.read(LARGEST_FILE + 1)
+            with open(descriptor, "rb", closefd=False) as file:  # noqa: PTH123 - a descriptor
+                data = file.read(LARGEST_FILE + 1)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}") from error
     except ValueError as error:  # a NUL or half a surrogate pair in the path

@@ -39,7 +39,7 @@ from transformers import (
     TrainingArguments,
     get_scheduler,
 )
-from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from transformers.integrations import integration_utils
 from transformers.trainer_utils import get_last_checkpoint
 
 from mllm_keeplora.config import ConfigError, TrainConfig
@@ -308,7 +308,7 @@ def check_settings(config: TrainConfig, device: torch.device) -> None:
 
 
 def check_loggers(report_to: Sequence[str]) -> None:
-    """Makes each logger once, before a run has cost anything.
+    """Looks for each logger before a run has cost anything.
 
     Raises:
         ConfigError: one that transformers does not know, whose package is not installed, or wandb without a login.
@@ -316,10 +316,13 @@ def check_loggers(report_to: Sequence[str]) -> None:
     arguments = _arguments(TrainConfig(), 0, Path(), report_to, torch.device("cpu"), mixed=False)
     names = list(arguments.report_to or ())  # `all` and `none` resolved
     try:
-        for logger_class in get_reporting_integration_callbacks(names):
-            logger_class()
-    except (ValueError, RuntimeError, ImportError) as error:
+        integration_utils.get_reporting_integration_callbacks(names)
+    except ValueError as error:
         raise ConfigError(f"report_to: {error}") from error
+    there = [*integration_utils.get_available_reporting_integrations(), "flyte"]  # which is never listed
+    for name in names:
+        if name not in there:
+            raise ConfigError(f"report_to: the package of {name} is not installed; install it, or leave {name} out")
     if "wandb" in names and not _wandb_can_log():
         raise ConfigError(
             "report_to: wandb has no login here; run `wandb login`, set WANDB_MODE=offline, or leave wandb out"
