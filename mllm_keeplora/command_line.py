@@ -23,6 +23,7 @@ from mllm_keeplora.settings import expected, hints_of, typed
 from mllm_keeplora.yaml_files import parse_yaml
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+_REQUIRED = "required"
 INTERRUPTED = 130  # the exit status that shells give to Ctrl-C
 OUTPUT_CLOSED = 141  # and to a command whose output nobody reads any more
 
@@ -45,19 +46,19 @@ class OptionParser(argparse.ArgumentParser):
         super().__init__(prog, whole, description, formatter_class=raw, allow_abbrev=False)
         self._hints: dict[str, Any] = {}
 
-    def add_setting(self, name: str, hint: Any, text: str, default: Any = argparse.SUPPRESS, group: Any = None) -> None:
+    def add_setting(self, name: str, hint: Any, text: str, group: Any = None, **options: Any) -> None:
         """An option with one value, of which the annotation says kind and range.
 
         Args:
             name: without dashes.
             hint: annotation as of a setting.
             text: for `--help`.
-            default: what `read` gives where the option is not there; by default it gives nothing then.
             group: of the options in `--help`.
+            options: of argparse, such as `default`; without one `read` gives nothing where it is not there.
         """
         self._hints[name] = hint
         to = self if group is None else group
-        to.add_argument(f"--{name}", metavar="VALUE", default=default, help=text)
+        to.add_argument(f"--{name}", metavar="VALUE", help=text, **{"default": argparse.SUPPRESS, **options})
 
     def add_settings(self, kind: type, prefix: str = "", elsewhere: Mapping[str, str] | None = None) -> None:
         """An option for every setting of a dataclass and of the groups in it, as its docstring describes them.
@@ -78,7 +79,7 @@ class OptionParser(argparse.ArgumentParser):
             default = elsewhere.get(name) or elsewhere.get(prefix.rstrip("."))
             end = f"default: {default}" if default else _default(field)
             text = f"{texts[field.name]} ({expected(hint)}; {end})".replace("%", "%%")
-            self.add_setting(name, hint, text, group=group)
+            self.add_setting(name, hint, text, group, required=end == _REQUIRED)
 
     def read(self, argv: Sequence[str]) -> argparse.Namespace:
         """The values of a command line; options may stand before, between and after other arguments.
@@ -121,7 +122,10 @@ class OptionParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raises ConfigError in place of printing the usage."""
         found = re.search(r"unrecognized arguments: (?:--)?([^\s=]+)", message)
-        hint = did_you_mean(found[1], _options_of(self), "--") if found else ""
+        options = _options_of(self)
+        hint = did_you_mean(found[1], options, "--") if found else ""
+        if found and any(option.startswith(f"{found[1]}.") for option in options):
+            hint = f" (a group of settings, each --{found[1]}.NAME)"
         raise ConfigError(f"{message}{hint} ({self.prog} --help lists every option)")
 
 
@@ -132,7 +136,7 @@ def _default(field: Field[Any]) -> str:
     elif field.default is not MISSING:
         value = field.default
     else:
-        return "required"
+        return _REQUIRED
     if value is None:
         return "default: not set"
     return f"default: {str(value).lower() if isinstance(value, bool) else str(value).replace(chr(39), '')}"

@@ -208,7 +208,9 @@ def flat_settings(kind: Any, document: Any, prefix: str = "", known: Sequence[st
         where = f"{prefix.rstrip('.')}: " if prefix else ""
         raise ConfigError(f"{where}expected {_MAPPING}, found {shown(document)}")
     hints, found = hints_of(kind), dict[str, Any]()
-    known = setting_names(kind, prefix) if known is None else known
+    if known is None:
+        leaves = setting_names(kind, prefix)
+        known = [*leaves, *dict.fromkeys(name.rpartition(".")[0] for name in leaves if "." in name)]
     for key, value in document.items():
         name = f"{prefix}{key}"
         if key not in hints:

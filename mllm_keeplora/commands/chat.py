@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> None:
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--image", type=Path, help="what the questions are about; without it, text alone")
     shown.add_argument("--video", type=Path, help="a clip instead, sampled as the run sampled its clips")
-    parser.add_setting("max_new_tokens", NewTokens, "longest answer, in tokens (default: %(default)s)", 128)
+    parser.add_setting("max_new_tokens", NewTokens, "longest answer, in tokens (default: %(default)s)", default=128)
     given = parser.read(argv)
 
     from mllm_keeplora.continual.saved_run import load_run

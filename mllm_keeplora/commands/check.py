@@ -20,8 +20,8 @@ def main(argv: Sequence[str]) -> int:
     """The command line."""
     parser = OptionParser("keeplora check", __doc__, "STREAM.yaml [--data_root FOLDER]")
     parser.add_argument("stream", help="the stream's YAML")
-    parser.add_setting("data_root", Path | None, "folder of the data, if not the YAML's own", None)
-    parser.add_setting("cache_dir", str, "as of the run (default: %(default)s)", RunConfig().cache_dir)
+    parser.add_setting("data_root", Path | None, "folder of the data, if not the YAML's own", default=None)
+    parser.add_setting("cache_dir", str, "as of the run (default: %(default)s)", default=RunConfig().cache_dir)
     parser.add_settings(VideoConfig, "video.")
     given = parser.read(argv)
     video = build(VideoConfig, vars(given), "video.")

@@ -19,7 +19,7 @@ def main(argv: Sequence[str]) -> int:
     """The command line."""
     parser = OptionParser("keeplora fetch", __doc__)
     parser.add_argument("stream", help="the stream's YAML")
-    parser.add_setting("data_root", Path | None, "folder that the data go to, if not the YAML's own", None)
+    parser.add_setting("data_root", Path | None, "folder that the data go to, if not the YAML's own", default=None)
     given = parser.read(argv)
 
     from mllm_keeplora.data.fetch_stream import fetch_stream, format_fetched, left_to_do

@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> int:
     parser = OptionParser("keeplora leaderboard", __doc__)
     parser.add_argument("run", type=Path, help="directory of a run that is at its end")
     text = "first questions of each task only: a quick look, no comparison and no row"
-    parser.add_setting("limit", Count, text, None)
+    parser.add_setting("limit", Count, text, default=None)
     parser.add_argument("--table", type=Path, default=Path("leaderboard"), help="its directory (default: %(default)s)")
     given = parser.read(argv)
 

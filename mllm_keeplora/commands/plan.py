@@ -39,7 +39,7 @@ def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     try:
         flags, rest = parser.parse_known_args(with_underscores(argv))
     except argparse.ArgumentError as error:
-        raise ConfigError(f"{error}; --memory_gb takes a device's memory in GB, such as 24") from error
+        raise ConfigError(f"{error} (keeplora plan --help says what it takes)") from error
     if flags.memory_gb is not None:
         flags.memory_gb = value_of(flags.memory_gb, MemoryGB, "--memory_gb")
         if not flags.plan:

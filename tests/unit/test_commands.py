@@ -173,15 +173,17 @@ def test_a_name_like_no_other_is_refused_with_the_way_to_all(capsys: pytest.Capt
     )
     assert "unrecognized arguments: sed=1 (did you mean '--seed'?) (" in refused("run", "sed=1", capsys=capsys)
     assert "(keeplora chat --help lists every option)" in refused("chat", "run", "--xyz", capsys=capsys)
+    assert "--train (a group of settings, each --train.NAME) (" in refused("run", "--train", "{}", capsys=capsys)
     assert "'runn' is no command of keeplora (did you mean 'run'?)" in refused("runn", capsys=capsys)
     assert "judge)" in refused("xyz", capsys=capsys)
 
 
 def test_what_is_required_is_named_as_it_is_typed(capsys: pytest.CaptureFixture[str]) -> None:
-    message = "error: the following arguments are required: run, --judge (keeplora judge --help lists every option)\n"
+    message = "error: the following arguments are required: --judge (keeplora judge --help lists every option)\n"
     assert refused("judge", capsys=capsys) == message
     assert "required: --judge (" in refused("judge", "run", capsys=capsys)
-    assert "required: run, --out (" in refused("export", capsys=capsys)
+    assert "required: --out (" in refused("export", capsys=capsys)
+    assert "required: run (" in refused("chat", capsys=capsys)
     assert "required: stream (" in refused("check", capsys=capsys)
 
 
@@ -284,7 +286,7 @@ def test_a_reader_that_has_gone_away_is_no_error(arguments: list[str]) -> None:
     process = subprocess.Popen([sys.executable, "-c", script], stdout=writing, stderr=subprocess.PIPE, text=True)
     os.close(writing)
     os.close(reading)
-    assert process.communicate()[1] == "" and process.returncode == 141
+    assert process.communicate()[1] == "" and process.returncode in (0, 141)  # argparse keeps it to itself
 
 
 def test_another_pipe_that_breaks_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

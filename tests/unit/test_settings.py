@@ -162,6 +162,7 @@ def test_a_number_out_of_range_is_refused_by_name(setting: str, value: str, tmp_
         ("model: {quantization: int8}", "model.quantization: expected nf4 or none, found 'int8'"),
         ("config: other.yaml", "config is no setting"),
         ("learning_rate: 1", "did you mean 'train.learning_rate'"),
+        ("trian: {}", "trian is no setting .did you mean 'train'"),
     ],
 )
 def test_a_yaml_that_says_something_else_is_refused(text: str, message: str, tmp_path: Path) -> None:
