@@ -12,7 +12,7 @@ from mllm_keeplora.config import ConfigError, RunConfig, config_from_dict
 from mllm_keeplora.continual.history import History
 from mllm_keeplora.continual.learning import read_stage_factors
 from mllm_keeplora.continual.stage import Stage, check_ranks, open_context
-from mllm_keeplora.continual.trainer import check_settings
+from mllm_keeplora.continual.trainer import check_loggers, check_settings
 from mllm_keeplora.data.media import MediaChecker
 from mllm_keeplora.data.stream import Stream, load_stream, load_training_records
 from mllm_keeplora.data.video.reader import VideoReader
@@ -152,8 +152,9 @@ def _check_train_settings(config: RunConfig, stream: Stream) -> None:
     for name in config.train_overrides:
         if name not in tasks:
             raise ConfigError(f"train_overrides names {name!r}, no task of the stream ({', '.join(tasks)})")
+    check_loggers(config.report_to)
     for name in tasks:
-        check_settings(config.train_for(name), config.report_to, resolve_device(config.model))
+        check_settings(config.train_for(name), resolve_device(config.model))
 
 
 def _load_context(run: Run) -> RunContext:

@@ -14,6 +14,7 @@ processes samples count twice. It stays on, since a process without a batch woul
 the number is logged and recorded.
 """
 
+import importlib
 import os
 import shutil
 import sys
@@ -36,7 +37,9 @@ from transformers import (
     TrainerControl,
     TrainerState,
     TrainingArguments,
+    get_scheduler,
 )
+from transformers.integrations import integration_utils
 from transformers.trainer_utils import get_last_checkpoint
 
 from mllm_keeplora.config import ConfigError, TrainConfig
@@ -288,16 +291,47 @@ def _leave_frozen_parameters_alone(model: PeftModel) -> None:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, {*frozen, *buffers})
 
 
-def check_settings(config: TrainConfig, report_to: Sequence[str], device: torch.device) -> None:
-    """Lets the Trainer judge the settings before a run has cost anything.
+def check_settings(config: TrainConfig, device: torch.device) -> None:
+    """Lets the Trainer judge the settings before a run has cost anything, on one weight.
 
     Raises:
-        ConfigError: a value that it refuses, such as an unknown optimizer or schedule.
+        ConfigError: a value that it refuses, such as an unknown optimizer or one whose package is not installed, or a
+            schedule that needs settings of its own.
     """
+    optimizer = torch.optim.SGD(torch.nn.Linear(1, 1).parameters())
     try:
-        _arguments(config, 0, Path(), report_to, device, mixed=False)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"train: {error}") from error
+        arguments = _arguments(config, 0, Path(), (), device, mixed=False)
+        Trainer.get_optimizer_cls_and_kwargs(arguments)
+        get_scheduler(arguments.lr_scheduler_type, optimizer, num_warmup_steps=1, num_training_steps=2)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"train: optim or lr_scheduler_type cannot be used: {error}") from error
+
+
+def check_loggers(report_to: Sequence[str]) -> None:
+    """Looks for each logger before a run has cost anything.
+
+    Raises:
+        ConfigError: one that transformers does not know, whose package is not installed, or wandb without a login.
+    """
+    arguments = _arguments(TrainConfig(), 0, Path(), report_to, torch.device("cpu"), mixed=False)
+    names = list(arguments.report_to or ())  # `all` and `none` resolved
+    try:
+        integration_utils.get_reporting_integration_callbacks(names)
+    except ValueError as error:
+        raise ConfigError(f"report_to: {error}") from error
+    there = [*integration_utils.get_available_reporting_integrations(), "flyte"]  # which is never listed
+    for name in names:
+        if name not in there:
+            raise ConfigError(f"report_to: the package of {name} is not installed; install it, or leave {name} out")
+    if "wandb" in names and not _wandb_can_log():
+        raise ConfigError(
+            "report_to: wandb has no login here; run `wandb login`, set WANDB_MODE=offline, or leave wandb out"
+        )
+
+
+def _wandb_can_log() -> bool:
+    wandb = importlib.import_module("wandb")
+    return wandb.setup().settings.mode in ("offline", "disabled") or bool(wandb.api.api_key)
 
 
 def _arguments(

@@ -80,10 +80,12 @@ def read_json(path: Path) -> Any:
         ArtifactError: the file is missing or is not JSON.
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} is missing") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except IsADirectoryError as error:
+        raise ArtifactError(f"{path} is a folder; expected a JSON file") from error
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number of 5000 digits; nested without end
         raise ArtifactError(f"{path} is not valid JSON ({error}); it was edited or truncated") from error
 
 

@@ -39,7 +39,7 @@ def test_the_unchanged_model_of_an_analysis_is_that_of_the_run(finished: Recipe,
 
 def test_an_analysis_refuses_bad_input_in_one_line(finished: Recipe) -> None:
     for arguments, expected in (
-        (["--energies", "[2]"], "error: energies must lie in (0, 1], got 2.0"),
+        (["--energies", "[2]"], "error: --energies: expected a number in (0, 1], found 2"),
         (["--run", "runs/nowhere"], "error: runs/nowhere is no directory of a run"),
     ):
         done = run([*ANALYZE, *arguments])
