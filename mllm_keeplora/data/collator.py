@@ -9,7 +9,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from transformers import ProcessorMixin
 
-from mllm_keeplora.data.media import ImageError, decode_image, refuse_truncated_images
+from mllm_keeplora.data.images import ImageError, load_image
 from mllm_keeplora.data.records import Sample, Turn
 from mllm_keeplora.data.video.reader import Clip, VideoError, VideoReader
 from mllm_keeplora.errors import KeepLoRAError
@@ -228,14 +228,13 @@ class _EncodedSample:
 
 def _read_images(samples: Sequence[Sample]) -> list[Image.Image]:
     images = []
-    with refuse_truncated_images():
-        for sample in samples:
-            if sample.image is None:
-                continue
-            try:
-                images.append(decode_image(sample.image))
-            except ImageError as error:
-                raise ImageError(f"sample {sample.id!r}: {error}") from error
+    for sample in samples:
+        if sample.image is None:
+            continue
+        try:
+            images.append(load_image(sample.image))
+        except ImageError as error:
+            raise ImageError(f"sample {sample.id!r}: {error}") from error
     return images
 
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from mllm_keeplora.config import VideoConfig
 from mllm_keeplora.data.collator import prepare_questions
+from mllm_keeplora.data.images import load_image
 from mllm_keeplora.data.video.reader import Clip, VideoReader
 from mllm_keeplora.distributed.sharding import fillers, is_sharded
 from mllm_keeplora.evaluation.errors import EvaluationError
@@ -314,8 +315,7 @@ def _read_messages(messages: Sequence[Mapping[str, Any]], reader: VideoReader | 
         if reader is None:
             raise ValueError(f"{source}: a video, but this evaluation was given no reader for clips")
         return _Question(text, reader.read(Path(source)))
-    image = Image.open(source) if isinstance(source, str) else source
-    return _Question(text, image.convert("RGB"))
+    return _Question(text, load_image(Path(source) if isinstance(source, str) else source))
 
 
 def _cut(reply: str, until: tuple[str, ...]) -> str:

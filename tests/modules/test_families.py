@@ -18,7 +18,7 @@ from mllm_keeplora.config import ModelConfig, ProbeConfig, RunConfig, TowerConfi
 from mllm_keeplora.continual.run_stream import run_stream
 from mllm_keeplora.continual.saved_run import load_run
 from mllm_keeplora.data.collator import ChatCollator, ProcessorError, prepare_questions
-from mllm_keeplora.data.media import decode_image
+from mllm_keeplora.data.images import load_image
 from mllm_keeplora.data.records import Sample, Turn
 from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.modeling.families import FAMILIES, Media, family_of
@@ -127,7 +127,7 @@ def test_training_and_evaluation_give_the_model_the_same(
     assert batch.keys() == again.keys()
     assert all(torch.equal(batch[key], again[key]) for key in batch)
 
-    shown = decode_image(sample.image) if sample.image else reader().read(sample.video)  # type: ignore[arg-type]
+    shown = load_image(sample.image) if sample.image else reader().read(sample.video)  # type: ignore[arg-type]
     asked = prepare_questions(processor, [(sample.turns[0].question, shown)], torch.device("cpu"))
     length = asked["input_ids"].shape[1]
     assert torch.equal(batch["input_ids"][:, :length], asked["input_ids"])
