@@ -26,9 +26,10 @@ _BEGINNINGS: tuple[tuple[re.Pattern[bytes], str], ...] = tuple(
         (rb"%PDF-", "a PDF; save its pages as PNG"),
         (rb"%!PS", "a PostScript drawing; save it as PNG"),
         (rb".{4}ftyp(heic|heix|heim|heis|hevc|mif1|msf1)", "an HEIC picture, which is not read; save it as JPEG"),
+        (rb"ffconcat|#EXTM3U", "a playlist, which names other files; name those files"),
         (rb"PAR1", "a Parquet table"),
         (rb"\x89HDF", "an HDF5 file"),
-        (rb".{4}ftyp|\x1a\x45\xdf\xa3|RIFF.{4}AVI |FLV\x01", "a video"),
+        (rb".{4}ftyp(?!avi[fs])|\x1a\x45\xdf\xa3|RIFF.{4}AVI |FLV\x01", "a video"),
         (rb"ID3|RIFF.{4}WAVE|OggS|fLaC", "a sound"),
         (rb"(?P<zeros>\0+)\Z", "nothing but zero bytes; a download that did not finish leaves such files"),
     )

@@ -208,7 +208,7 @@ def test_missing_empty_and_foreign_files_are_refused_as_images(root: Path) -> No
     message = refusal(root, *(question_record(image=name) for name in names))
     assert "4 of 4 records" in message
     for row, what in enumerate(
-        ["none.png does not exist", "empty.png is empty (0 bytes)", "text.png does not decode"], 1
+        ["none.png does not exist", "empty.png is empty (0 bytes)", "text.png is a text that begins"], 1
     ):
         assert f"row {row}: image" in message
         assert what in message

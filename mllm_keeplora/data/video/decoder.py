@@ -42,6 +42,8 @@ _PARENT_CHECK_SECONDS = 1.0
 _IMAGE_BRANDS = (b"heic", b"heix", b"mif1", b"avif")
 _IMAGE_FORMATS = ("gif", "apng", "webp", "ico")
 _MP4_STARTS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot", b"styp")
+# How animations begin and end.
+_LAST_BYTES = {b"GIF8": b";", b"\x89PNG": b"IEND\xaeB`\x82"}
 _MP4_DATA = (b"moov", b"moof", b"mdat")  # boxes whose bytes are needed; a cut `free` or `uuid` harms nothing
 # Formats whose files name other files.
 _PLAYLISTS = {"hls", "concat", "dash", "imf", "sdp", "webm_dash_manifest"}
@@ -141,6 +143,10 @@ def check_complete(path: str) -> None:
             end = _end_of_matroska(file)
         elif head[:4] == b"RIFF":
             end = _end_of_riff(file, size)
+        elif head[:4] in _LAST_BYTES:
+            file.seek(max(0, size - len(head)))
+            if not file.read().rstrip(b"\0\r\n").endswith(_LAST_BYTES[head[:4]]):
+                raise _cut("its end mark is missing")
         elif len(head) > 196:
             for first, step in ((0, 188), (4, 192)):  # MPEG-TS, and with time codes as cameras write it
                 if head[first] == head[first + step] == 0x47 and size % step:
