@@ -19,9 +19,9 @@ from peft import PeftModel
 from safetensors.torch import load, load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
-from mllm_keeplora.data.images import load_image
 from mllm_keeplora.commands.main import main
 from mllm_keeplora.continual.saved_run import load_run
+from mllm_keeplora.data.images import load_image
 from mllm_keeplora.evaluation.answer import answer
 from mllm_keeplora.modeling.linear4bit import guard_linear4bit
 from tests.recipes.conftest import ROOT, TASKS, TEST, Recipe

@@ -186,7 +186,9 @@ def test_modes_with_alpha_are_laid_on_white(mode: str, suffix: str, tmp_path: Pa
 # --- Ranges and modes ---
 
 
-@pytest.mark.parametrize("kind", ["png", "tif", "big-endian tif", "jp2", "I;16", "I;16B", "I;16L", "pgm", "pgm of 12 bit"])
+@pytest.mark.parametrize(
+    "kind", ["png", "tif", "big-endian tif", "jp2", "I;16", "I;16B", "I;16L", "pgm", "pgm of 12 bit"]
+)
 def test_grey_of_16_bits_keeps_all_its_levels(kind: str, tmp_path: Path) -> None:
     values = np.tile(np.arange(256, dtype=np.uint16) * 257, (4, 1))
     source: Path | Image.Image = tmp_path / f"a.{kind.split()[-1]}"
@@ -237,7 +239,9 @@ def test_values_without_a_stated_range_are_refused_by_mode(name: str, tmp_path: 
         load_image(REFUSED_MODES[name](tmp_path / "a.tif"))
 
 
-@pytest.mark.parametrize(("mode", "suffix"), [("CMYK", "jpg"), ("CMYK", "tif"), ("LAB", "tif"), ("YCbCr", "jpg"), ("HSV", "")])
+@pytest.mark.parametrize(
+    ("mode", "suffix"), [("CMYK", "jpg"), ("CMYK", "tif"), ("LAB", "tif"), ("YCbCr", "jpg"), ("HSV", "")]
+)
 def test_other_colours_become_those_that_are_seen(mode: str, suffix: str, tmp_path: Path) -> None:
     """CMYK in JPEG is stored inverted, as Adobe's programs do and every reader expects."""
     source: Path | Image.Image = Image.new("RGB", (16, 16), (200, 30, 40)).convert(mode)
@@ -293,7 +297,10 @@ def test_what_is_no_regular_file_is_refused_at_once(name: str, tmp_path: Path) -
 
 
 NO_PICTURE: dict[str, tuple[bytes, str]] = {
-    "LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "a Git LFS pointer.*lfs pull"),
+    "LFS": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+        "a Git LFS pointer.*lfs pull",
+    ),
     "annex": (b"../../.git/annex/objects/3k/Wz/SHA256E-s12--ab.jpg/SHA256E-s12--ab.jpg", "a git-annex pointer"),
     "HTML": (b"\n<!DOCTYPE html>\n<html><body>404 Not Found", "an HTML page"),
     "HTML without type": (b"<html><head><title>Sign in</title>", "an HTML page"),
@@ -394,7 +401,9 @@ def test_truncated_files_are_refused_in_every_thread_and_the_flag_is_put_back(
         load_image(Image.open(cut))  # a benchmark's picture that was not read yet
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "webp", "tif", "bmp", "jp2", "ppm", "tga", "ico", "qoi", "avif"])
+@pytest.mark.parametrize(
+    "suffix", ["png", "jpg", "gif", "webp", "tif", "bmp", "jp2", "ppm", "tga", "ico", "qoi", "avif"]
+)
 def test_flipped_and_cut_bytes_give_a_picture_or_a_refusal(suffix: str, tmp_path: Path) -> None:
     random = np.random.default_rng(1)
     path = tmp_path / f"a.{suffix}"

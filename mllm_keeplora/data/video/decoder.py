@@ -4,8 +4,8 @@ It is run by path, not as a module, so that the package and with it torch are no
 fraction of a second. Decoders crash and hang on damaged files; here they take only this process with them.
 
 A request is the JSON object `{"path", "frames", "fps", "timeout"}`. The reply is `{"shape", "indices", "fps",
-"total_frames", "seconds"}`, followed by a message with the frames' bytes, or `{"error", "remedy"}`. A decoder that takes
-longer than `timeout` seconds ends itself, so that it needs no parent for that.
+"total_frames", "seconds"}`, followed by a message with the frames' bytes, or `{"error", "remedy"}`. A decoder that
+takes longer than `timeout` seconds ends itself, so that it needs no parent for that.
 
 How a clip is decoded:
 
@@ -42,6 +42,9 @@ _PARENT_CHECK_SECONDS = 1.0
 _IMAGE_BRANDS = (b"heic", b"heix", b"mif1", b"avif")
 _IMAGE_FORMATS = ("gif", "apng", "webp", "ico")
 _MP4_STARTS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot", b"styp")
+# GUIDs of an ASF file (WMV), and of its object of file properties.
+_ASF = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
+_ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 # How animations begin and end.
 _LAST_BYTES = {b"GIF8": b";", b"\x89PNG": b"IEND\xaeB`\x82"}
 _MP4_DATA = (b"moov", b"moof", b"mdat")  # boxes whose bytes are needed; a cut `free` or `uuid` harms nothing
@@ -143,6 +146,8 @@ def check_complete(path: str) -> None:
             end = _end_of_matroska(file)
         elif head[:4] == b"RIFF":
             end = _end_of_riff(file, size)
+        elif head[:16] == _ASF:
+            end = _end_of_asf(file)
         elif head[:4] in _LAST_BYTES:
             file.seek(max(0, size - len(head)))
             if not file.read().rstrip(b"\0\r\n").endswith(_LAST_BYTES[head[:4]]):
@@ -194,6 +199,17 @@ def _end_of_matroska(file: BinaryIO) -> int:
             return 0  # of unknown size, as live recordings write it
         end = file.tell() + length
     return end
+
+
+def _end_of_asf(file: BinaryIO) -> int:
+    """The size that the file states; 0 where it does not, as broadcasts leave it."""
+    file.seek(0)
+    head = file.read(65536)
+    start = head.find(_ASF_PROPERTIES)
+    if start < 0 or len(head) < start + 92:
+        return 0
+    (size,), (flags,) = struct.unpack_from("<Q", head, start + 40), struct.unpack_from("<I", head, start + 88)
+    return 0 if flags & 1 else int(size)
 
 
 def _end_of_riff(file: BinaryIO, size: int) -> int:
@@ -463,7 +479,9 @@ def _quarter_turns(frame: Any) -> int:
 def _to_rgb(frame: Any) -> Frames:
     """A frame as RGB the way decord's filters do it: by the colour space and range that it states.
 
-    What is transparent shows white, as in pictures. PyAV's own conversion takes BT.601 for every frame, which is off by 20 levels on clips marked BT.709.
+    What is transparent shows white, as in pictures.
+
+    PyAV's own conversion takes BT.601 for every frame, which is off by 20 levels on clips marked BT.709.
     """
     matrix = _MATRICES.get(int(frame.colorspace), _BT601)
     name = frame.format.name
