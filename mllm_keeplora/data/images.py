@@ -153,7 +153,8 @@ def _refused_when_truncated() -> Iterator[None]:
 def _transparent_colour(image: Image.Image) -> bytes | int | tuple[int, ...] | None:
     """What `info` states as transparent, in the values that the decoded pixels have. Call before decoding."""
     colour = image.info.get("transparency")
-    raw = image.tile[0][3] if image.format == "PNG" and getattr(image, "tile", None) else None
+    tiles = getattr(image, "tile", []) if image.format == "PNG" else []
+    raw = tiles[0][3] if tiles else None
     scale = _TO_8_BITS.get(raw) if isinstance(raw, str) else None
     if scale is None or colour is None:
         return colour

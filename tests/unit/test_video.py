@@ -488,6 +488,11 @@ BAD: dict[str, tuple[str, Make, str]] = {
     # The second part also starts its packet counters anew.
     "two sizes, ts": ("a.ts", _two_sizes(".ts"), "changes its size midway|is damaged"),
     "two sizes, raw": ("a.h264", _two_sizes(".h264"), "changes its size midway, from 64x64 to 32x32"),
+    "narrow": (
+        "a.mkv",
+        lambda _, target: clips.write_clip(target, clips.moving_frames(8, 2, 402), codec="ffv1", options={}),
+        "has frames of 402x2 pixels; one side may be at most 200 times the other",
+    ),
     "turned by 45": (
         "a.mp4",
         lambda plain, target: clips.set_display_matrix(plain, target, (0.7071, 0.7071, -0.7071, 0.7071)),
@@ -512,6 +517,26 @@ def test_a_bad_file_is_an_error_that_names_it(
         readers[backend].read(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "vp9", "mpeg4", "flv", "gif", "wmv", "ts"])
+def test_flipped_and_cut_bytes_give_a_clip_or_a_refusal(name: str, plain: Path, tmp_path: Path) -> None:
+    file, make = ("a.mp4", FAITHFUL["as it is"]) if name == "a.mp4" else DELICATE[name][:2]
+    path = make(plain, tmp_path / file)
+    whole, random = path.read_bytes(), np.random.default_rng(2)
+    reader = VideoReader(_config(timeout=5.0), None)
+    for _ in range(6):
+        data = bytearray(whole[: random.integers(1, len(whole))] if random.random() < 0.2 else whole)
+        for place in random.integers(0, min(len(data), 1500 if random.random() < 0.7 else len(data)), 3):
+            data[place] = random.integers(0, 256)
+        path.write_bytes(data)
+        try:
+            clip = reader.read(path)
+        except VideoError as error:
+            assert str(path) in str(error)
+        else:
+            assert len(clip.frames) == len(clip.indices) == 8
+    reader.close()
 
 
 def test_an_image_is_refused_even_where_one_frame_is_asked_for(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ import numpy as np
 
 from mllm_keeplora.config import VideoConfig
 from mllm_keeplora.data.file_kinds import describe_content
+from mllm_keeplora.data.images import MAX_ASPECT
 from mllm_keeplora.data.video.cache import FrameCache, Frames
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.runs.files import irregular_kind, sha256_file
@@ -97,10 +98,10 @@ class VideoReader:
         """The sampled frames of a video file.
 
         Raises:
-            VideoError: the file is missing, empty, truncated, damaged, no video or too short; its size
-                changes midway; it is to be shown mirrored, or turned by other than multiples of 90 degrees;
-                its decoder took longer than `config.timeout` or crashed; or the chosen backend is not
-                installed, or gives other frames than PyAV.
+            VideoError: the file is missing, no regular file, empty, truncated, damaged, no video, too short or
+                too narrow; its size changes midway; it is to be shown mirrored, or turned by other than multiples
+                of 90 degrees; its decoder took longer than `config.timeout` or crashed; or the chosen backend is
+                not installed, or gives other frames than PyAV.
         """
         _check_file(path)
         if self._cache is None:
@@ -135,6 +136,12 @@ class VideoReader:
             what = describe_content(path)
             reason = header["error"] if what is None or what == "a video" else f"is {what}"
             raise VideoError(f"video {path} {reason}; {header['remedy'] or _REMEDY}")
+        height, width = frames.shape[1:3]
+        if max(height, width) > MAX_ASPECT * min(height, width):
+            raise VideoError(
+                f"video {path} has frames of {width}x{height} pixels; one side may be at most {MAX_ASPECT} times the "
+                f"other. {_REMEDY.capitalize()}"
+            )
         return frames, {name: header[name] for name in ("indices", "fps", "total_frames", "seconds")}
 
     @contextmanager
