@@ -387,6 +387,24 @@ def test_decord_still_returns_wrong_frames_in_silence(name: str, plain: Path, tm
     assert any(not np.array_equal(frame, every[i]) for frame, i in zip(taken, indices, strict=True))
 
 
+@pytest.mark.parametrize("file", ["a.mp4", "a.mkv", "a.avi", "a.flv", "a.webm"])
+def test_a_title_that_is_no_utf_8_hinders_nobody(file: str, plain: Path, tmp_path: Path) -> None:
+    import av
+
+    path, codec = tmp_path / file, {"webm": "libvpx", "flv": "flv", "avi": "mpeg4"}.get(file.split(".")[1], "libx264")
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "Fuehrung"
+        stream = container.add_stream(codec, rate=8)
+        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
+        for frame in clips.moving_frames(8):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="yuv420p")))
+        container.mux(stream.encode(None))
+    data = path.read_bytes()
+    assert b"Fuehrung" in data
+    path.write_bytes(data.replace(b"Fuehrung", "Führung!".encode("latin-1")))
+    assert VideoReader(_config(), None).read(path).frames.shape == (8, 64, 96, 3)
+
+
 # --- Bad files ---
 
 

@@ -264,7 +264,8 @@ def _opened(path: str) -> Iterator[tuple[Any, Any]]:
     """
     try:
         # Not `options`: PyAV hands those to every stream, too, and dies of streams that it meets later (FLV).
-        container = av.open(path, container_options=_OPEN_OPTIONS)
+        # Titles in Latin-1 or GBK are common; nobody reads them here.
+        container = av.open(path, container_options=_OPEN_OPTIONS, metadata_errors="replace")
     except av.FFmpegError as error:
         raise Refused(f"cannot be opened as a video ({error.strerror})") from error
     with container:
@@ -374,6 +375,8 @@ def decode(request: dict[str, Any], backend: str) -> tuple[dict[str, Any], Frame
     check_complete(request["path"])
     clip = _read_packets(request["path"])
     total = sum(1 for _ in _decoded(clip, None)) if clip.times is None else len(clip.times)
+    if total == 0:
+        raise Refused("has a video stream without a frame that can be shown")
     fps, shown_at = _rate(clip)
     indices = spread_indices(total, fps, request["frames"], request["fps"], shown_at)
     frames = _take(clip, indices, total)
