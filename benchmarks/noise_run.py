@@ -28,8 +28,8 @@ from mllm_keeplora.config import (
 from mllm_keeplora.continual.history import History
 from mllm_keeplora.continual.run import Run
 from mllm_keeplora.data.collator import ChatCollator
+from mllm_keeplora.data.conversation import MediaFile, Message, Sample
 from mllm_keeplora.data.media import MediaChecker
-from mllm_keeplora.data.records import Sample, Turn
 from mllm_keeplora.data.stream import load_stream, load_training_records
 from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.distributed.processes import start_processes
@@ -177,9 +177,9 @@ def _question(processor: Any, file: Path, length: int) -> str:
     collator = ChatCollator(processor, None, VideoReader(VideoConfig(), None))
 
     def tokens(words: int) -> int:
-        turn = Turn(" ".join(f"w{n % 100}" for n in range(words)), ANSWER)
-        image, video = (file, None) if file.suffix == ".png" else (None, file)
-        return int(collator([Sample("0", image, (turn,), video)])["input_ids"].shape[1])
+        shown = MediaFile("image" if file.suffix == ".png" else "video", file)
+        asked = Message("user", (shown, " ".join(f"w{n % 100}" for n in range(words))))
+        return int(collator([Sample("0", (asked, Message("assistant", (ANSWER,))))])["input_ids"].shape[1])
 
     words = 1 + length - tokens(1)
     if words < 1 or tokens(words) != length:

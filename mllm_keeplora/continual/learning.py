@@ -93,7 +93,7 @@ def _train(stage: StageContext, method: Method, model: Model, start: Start) -> t
             seed=stage.seed,
             directory=directory.checkpoints,
             log_dir=run.directory.log(directory),
-            mixed=len({sample.media for sample in stage.samples}) > 1,
+            mixed=len({sample.kinds for sample in stage.samples}) > 1,
             report_to=run.config.report_to,
             device=run.device,
             hooks=method.hooks(stage, adapted),

@@ -175,7 +175,7 @@ def _load_context(run: Run) -> RunContext:
     if config.train.activation_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     towers = config.towers()
-    media = {s.media for samples, _ in records.values() for s in samples if s.media is not None}
+    media = {kind for samples, _ in records.values() for sample in samples for kind in sample.kinds}
     targets = targets_of(model, config, media)
     bases = weight_basis_directory(cache, run.history.base_hash, config.model)
     eps_w = {name: tower.eps_w for name, tower in towers.items()}

@@ -105,7 +105,7 @@ def open_context(run: RunContext, method: Method, number: int, accumulated: Fact
     """
     task, config = run.stream.tasks[number - 1], run.config
     samples = method.samples(run, number)
-    media = {sample.media for sample in samples if sample.media is not None}
+    media = {kind for sample in samples for kind in sample.kinds}
     targets = [target for target in run.targets if target.is_reached_by(media)]
     earlier = [run.directory.stage(n, run.stream.tasks[n - 1].name) for n in range(1, number)]
     return StageContext(

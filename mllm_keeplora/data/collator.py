@@ -1,6 +1,6 @@
 """Samples to model inputs: the model's own chat template, its own processor, answers alone supervised."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +9,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 from transformers import ProcessorMixin
 
+from mllm_keeplora.data.conversation import MediaFile, Message, Sample, kind_of
 from mllm_keeplora.data.images import ImageError, load_image
-from mllm_keeplora.data.records import Sample, Turn
 from mllm_keeplora.data.video.reader import Clip, VideoError, VideoReader
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.modeling.families import EQUAL_LENGTHS, Media
@@ -38,18 +38,17 @@ class SampleDataset(Dataset[Sample]):
         return self._samples[index]
 
 
-def render_prompt(processor: ProcessorMixin, question: str, media: Media | None) -> str:
-    """The text that asks the model one question, up to where its answer begins.
+def render_prompt(processor: ProcessorMixin, messages: Sequence[Message]) -> str:
+    """The text that asks the model the last of the messages, up to where its answer begins.
 
-    Evaluation and chat pass it to `process_media`; training does the same with its first prompt, so both give
-    the model the same tokens.
+    Evaluation and chat pass it to `process_media`; training does the same with its prompts, so both give the
+    model the same tokens.
 
     Args:
         processor: a processor with a chat template.
-        question: the question with its prompt suffix, without media placeholder.
-        media: what goes with it.
+        messages: the last one is a user's.
     """
-    return _without_bos(processor, _render(processor, _to_messages([], question, media), prompt=True))
+    return _without_bos(processor, _render(processor, messages, prompt=True))
 
 
 def process_media(
@@ -114,24 +113,24 @@ def _describe_clip(clip: Clip) -> dict[str, Any]:
 
 
 def prepare_questions(
-    processor: ProcessorMixin,
-    questions: Sequence[tuple[str, Image.Image | Clip | None]],
-    device: torch.device,
+    processor: ProcessorMixin, conversations: Sequence[Sequence[Message]], device: torch.device
 ) -> dict[str, Any]:
-    """Left-padded model inputs, on `device`, of questions each about an image, a clip or nothing.
+    """Left-padded model inputs, on `device`, of conversations that each end with a question.
+
+    Args:
+        processor: the base model's.
+        conversations: messages whose images and clips are decoded.
+        device: where the tensors go.
 
     Raises:
         ProcessorError: a clip for a processor that takes none.
     """
-    images = [media for _, media in questions if isinstance(media, Image.Image)]
-    clips = [media for _, media in questions if isinstance(media, Clip)]
-    prompts = [render_prompt(processor, text, _kind_of(media)) for text, media in questions]
+    parts = [part for messages in conversations for message in messages for part in message.parts]
+    images = [part for part in parts if isinstance(part, Image.Image)]
+    clips = [part for part in parts if isinstance(part, Clip)]
+    prompts = [render_prompt(processor, messages) for messages in conversations]
     inputs = process_media(processor, images, clips, prompts, padding_side="left")
     return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
-
-
-def _kind_of(media: Image.Image | Clip | None) -> Media | None:
-    return None if media is None else "video" if isinstance(media, Clip) else "image"
 
 
 class ChatCollator:
@@ -141,7 +140,7 @@ class ChatCollator:
     answer's tokens and its end token and nothing else. Where the template ends an answer without a special
     token, as LLaVA-1.5's does, the tokenizer's end-of-sequence token takes the place of what it puts there.
     Prompt and answer are separate token sequences: no token spans their border, and the first prompt's tokens
-    are exactly those of evaluation.
+    are exactly those of evaluation. An answer that is not supervised is read like a prompt.
 
     Tokens are computed once for each sample and kept (5 bytes a token); images and clips are read at every
     access.
@@ -200,18 +199,16 @@ class ChatCollator:
         try:
             return process_media(self.processor, images, clips, text)
         except ProcessorError as error:
-            names = ", ".join(f"{sample.id!r}" for sample in samples if sample.media is not None)
+            names = ", ".join(f"{sample.id!r}" for sample in samples if sample.media)
             raise ProcessorError(f"sample {names}: {error}") from error
 
     def _read_clips(self, samples: Sequence[Sample]) -> list[Clip]:
         clips = []
-        for sample in samples:
-            if sample.video is None:
-                continue
+        for sample, file in _files(samples, "video"):
             if self.reader is None:
-                raise VideoError(f"sample {sample.id!r}: clip {sample.video}, but no reader for clips")
+                raise VideoError(f"sample {sample.id!r}: clip {file.path}, but no reader for clips")
             try:
-                clips.append(self.reader.read(sample.video))
+                clips.append(self.reader.read(file.path))
             except VideoError as error:
                 raise VideoError(f"sample {sample.id!r}: {error}") from error
         return clips
@@ -221,31 +218,43 @@ class ChatCollator:
     ) -> dict[str, torch.Tensor]:
         """Fills the cache for `samples`; returns what the processor makes of images and clips."""
         rendered = [_render_segments(self.processor, sample) for sample in samples]
-        inputs = self._process(samples, images, clips, [segments[0].prompt for segments in rendered])
+        # Only the processor knows how many tokens an image takes: it is given every prompt that shows one.
+        asked = [segment for segments in rendered for segment in segments if segment.needs_processor]
+        inputs = self._process(samples, images, clips, [segment.prompt for segment in asked])
         prompts, masks = inputs.pop("input_ids"), inputs.pop("attention_mask")
-        for sample, segments, prompt, mask in zip(samples, rendered, prompts, masks, strict=True):
-            encoded = _encode_sample(self.processor, segments, prompt[mask.bool()].tolist())
+        ids = {id(s): prompt[mask.bool()].tolist() for s, prompt, mask in zip(asked, prompts, masks, strict=True)}
+        for sample, segments in zip(samples, rendered, strict=True):
+            encoded = _encode_sample(self.processor, segments, [ids.get(id(segment)) for segment in segments])
             self._check_length(sample, len(encoded.ids))
             self._encoded[sample] = encoded
-        # Made for the first prompt alone; `_pad` makes those of whole samples.
+        # Made for these prompts alone; `_pad` makes those of whole samples.
         text_keys = {"token_type_ids", "mm_token_type_ids"}
         return {key: value for key, value in inputs.items() if key not in text_keys}
 
     def _check_length(self, sample: Sample, length: int) -> None:
         if self.max_length is not None and length > self.max_length:
+            files = ", ".join(str(file.path) for file in sample.media)
             raise SampleTooLongError(
-                f"sample {sample.id!r} ({sample.image or sample.video or 'text'}) has {length} tokens, media "
-                f"tokens included; max_length is {self.max_length}. Raise max_length, set it to null, or "
-                "shorten the sample"
+                f"sample {sample.id!r} ({files or 'text'}) has {length} tokens, media tokens included; max_length is "
+                f"{self.max_length}. Raise max_length, set it to null, or shorten the sample"
             )
 
 
 @dataclass(frozen=True)
 class _Segment:
-    """Rendered text of one turn: what the model is given, and what it is to answer, with end token."""
+    """Rendered text of one answer and of what comes before it.
+
+    Attributes:
+        prompt: what the model is given.
+        answer: what it is to say, with end token.
+        supervised: whether it learns to say so.
+        needs_processor: the prompt is the sample's first, or shows something.
+    """
 
     prompt: str
     answer: str
+    supervised: bool
+    needs_processor: bool
 
 
 @dataclass(frozen=True)
@@ -254,30 +263,38 @@ class _EncodedSample:
     supervised: torch.Tensor  # [T] bool
 
 
+def _files(samples: Sequence[Sample], kind: Media) -> Iterator[tuple[Sample, MediaFile]]:
+    return ((sample, file) for sample in samples for file in sample.media if file.kind == kind)
+
+
 def _read_images(samples: Sequence[Sample]) -> list[Image.Image]:
     images = []
-    for sample in samples:
-        if sample.image is None:
-            continue
+    for sample, file in _files(samples, "image"):
         try:
-            images.append(load_image(sample.image))
+            images.append(load_image(file.path))
         except ImageError as error:
             raise ImageError(f"sample {sample.id!r}: {error}") from error
     return images
 
 
 def _render_segments(processor: ProcessorMixin, sample: Sample) -> list[_Segment]:
-    """Renders a sample turn by turn; joined, the segments are the conversation the model is trained on."""
+    """Renders a sample answer by answer; joined, the segments are the conversation the model is trained on."""
     segments: list[_Segment] = []
     done, carried = "", ""  # rendered so far; what follows the last end token and belongs to the next prompt
-    for index, turn in enumerate(sample.turns):
-        messages = _to_messages(sample.turns[:index], turn.question, sample.media)
-        asked = _render(processor, messages, prompt=True)
+    shown: list[MediaFile] = []  # since the last answer
+    for index, message in enumerate(sample.messages):
+        shown += [part for part in message.parts if isinstance(part, MediaFile)]
+        if message.role != "assistant":
+            continue
+        asked = _render(processor, sample.messages[:index], prompt=True)
         prompt = carried + _continuation(asked, done, sample)
-        done = _render(processor, [*messages, _message("assistant", turn.answer)], prompt=False)
-        answer, carried = _split_answer(processor, _continuation(done, asked, sample), turn, sample)
-        segments.append(_Segment(prompt if index else _without_bos(processor, prompt), answer))
-    _check_media_tokens(processor, segments, sample)
+        done = _render(processor, sample.messages[: index + 1], prompt=False)
+        answer, carried = _split_answer(processor, _continuation(done, asked, sample), message.text, sample)
+        _check_media_tokens(processor, prompt, answer, shown, sample)
+        if not segments:
+            prompt = _without_bos(processor, prompt)
+        segments.append(_Segment(prompt, answer, message.supervised, bool(shown) or not segments))
+        shown = []
     return segments
 
 
@@ -291,15 +308,15 @@ def _continuation(text: str, prefix: str, sample: Sample) -> str:
     return text[len(prefix) :]
 
 
-def _split_answer(processor: ProcessorMixin, text: str, turn: Turn, sample: Sample) -> tuple[str, str]:
+def _split_answer(processor: ProcessorMixin, text: str, said: str, sample: Sample) -> tuple[str, str]:
     """Splits what follows a prompt into (answer with its end token, text that comes after that token)."""
     start = len(text) - len(text.lstrip())
-    if not text.startswith(turn.answer, start):
+    if not text.startswith(said, start):
         raise ProcessorError(
             f"sample {sample.id!r}: the chat template puts {text!r} after the prompt; expected the answer "
-            f"{turn.answer!r}. Give the base model's processor a template that leaves answers as they are"
+            f"{said!r}. Give the base model's processor a template that leaves answers as they are"
         )
-    end = start + len(turn.answer)
+    end = start + len(said)
     tail = text[end:]
     gap = len(tail) - len(tail.lstrip())
     for token in processor.tokenizer.all_special_tokens:
@@ -309,7 +326,9 @@ def _split_answer(processor: ProcessorMixin, text: str, turn: Turn, sample: Samp
     return text[:end] + processor.tokenizer.eos_token, ""
 
 
-def _check_media_tokens(processor: ProcessorMixin, segments: Sequence[_Segment], sample: Sample) -> None:
+def _check_media_tokens(
+    processor: ProcessorMixin, prompt: str, answer: str, shown: Sequence[MediaFile], sample: Sample
+) -> None:
     tokens: dict[Media, str | None] = {
         "image": processor.image_token,  # type: ignore[attr-defined]  # the collator has seen to that
         "video": getattr(processor, "video_token", None),
@@ -317,27 +336,29 @@ def _check_media_tokens(processor: ProcessorMixin, segments: Sequence[_Segment],
     for media, token in tokens.items():
         if token is None:
             continue  # process_media refuses the clip
-        found = [(segment.prompt + segment.answer).count(token) for segment in segments]
-        expected = int(sample.media == media)
-        if sum(found) != expected or segments[0].prompt.count(token) != expected:
+        expected = sum(file.kind == media for file in shown)
+        found, said = prompt.count(token), answer.count(token)
+        if found != expected or said:
             raise ProcessorError(
-                f"sample {sample.id!r}: the {media} token {token!r} comes {sum(found)} times in the rendered "
-                f"conversation; expected {expected} in its first question. Remove it from the sample's text; "
+                f"sample {sample.id!r}: the {media} token {token!r} comes {found + said} times in a question and its "
+                f"answer; expected {expected}, in the question. Remove it from the sample's text; "
                 f"if it is not there, the base model's chat template does not place {media}s"
             )
 
 
-def _encode_sample(processor: ProcessorMixin, segments: Sequence[_Segment], first_prompt: list[int]) -> _EncodedSample:
-    """Tokens of a whole sample; `first_prompt` holds those of the first prompt, image tokens included."""
-    ids, supervised = list(first_prompt), [False] * len(first_prompt)
-    for index, segment in enumerate(segments):
+def _encode_sample(
+    processor: ProcessorMixin, segments: Sequence[_Segment], processed: Sequence[list[int] | None]
+) -> _EncodedSample:
+    """Tokens of a whole sample; `processed` holds what the processor made of the prompts that it was given."""
+    ids: list[int] = []
+    supervised: list[bool] = []
+    begin = len(processor.tokenizer("")["input_ids"])  # what the tokenizer puts before every text
+    for segment, tokens in zip(segments, processed, strict=True):
         prompt = _tokenise(processor, segment.prompt)
-        if index:
-            ids += prompt
-            supervised += [False] * len(prompt)
+        given = prompt if tokens is None else tokens[begin if ids else 0 :]
         answer = _tokenise_answer(processor, segment, prompt)
-        ids += answer
-        supervised += [True] * len(answer)
+        ids += given + answer
+        supervised += [False] * len(given) + [segment.supervised] * len(answer)
     return _EncodedSample(torch.tensor(ids, dtype=torch.int32), torch.tensor(supervised))
 
 
@@ -378,23 +399,19 @@ def _pad(encoded: Sequence[_EncodedSample], processor: ProcessorMixin) -> dict[s
     return batch
 
 
-def _to_messages(turns: Sequence[Turn], question: str, media: Media | None) -> list[dict[str, Any]]:
-    """The turns so far and one more question, as chat messages; the media stand before the first one."""
-    messages = []
-    for turn in turns:
-        messages += [_message("user", turn.question), _message("assistant", turn.answer)]
-    messages.append(_message("user", question))
-    if media is not None:
-        messages[0]["content"].insert(0, {"type": media})
-    return messages
-
-
-def _message(role: str, text: str) -> dict[str, Any]:
-    return {"role": role, "content": [{"type": "text", "text": text}]}
-
-
-def _render(processor: ProcessorMixin, messages: list[dict[str, Any]], *, prompt: bool) -> str:
-    text: str = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+def _render(processor: ProcessorMixin, messages: Sequence[Message], *, prompt: bool) -> str:
+    """The messages in the form of the chat template, which places the media tokens."""
+    chat: list[Any] = [
+        {
+            "role": message.role,
+            "content": [
+                {"type": "text", "text": part} if isinstance(part, str) else {"type": kind_of(part)}
+                for part in message.parts
+            ],
+        }
+        for message in messages
+    ]
+    text: str = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
     return text
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from mllm_keeplora.data.conversation import MediaFile, Message, Sample, paths_of
 from mllm_keeplora.data.media import IMAGES_ONLY, MediaChecker
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.modeling.families import Media
@@ -43,36 +44,6 @@ class RecordError(KeepLoRAError, ValueError):
 
 class _BadRecord(Exception):
     """One record is unusable; the message is the reason, without file and row."""
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One question with its answer, as plain text: no media placeholder, prompt suffix included."""
-
-    question: str
-    answer: str
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One conversation about at most one image or clip, which belongs to the first question.
-
-    Attributes:
-        id: the record's `id` or `question_id`, or `<file>:<row>` where it has neither.
-        image: path of the image file, None where there is none.
-        turns: at least one.
-        video: path of the clip, None where there is none; never both.
-    """
-
-    id: str
-    image: Path | None
-    turns: tuple[Turn, ...]
-    video: Path | None = None
-
-    @property
-    def media(self) -> Media | None:
-        """What the sample shows; None for text alone."""
-        return "image" if self.image is not None else "video" if self.video is not None else None
 
 
 @dataclass(frozen=True)
@@ -177,13 +148,9 @@ def _find_repeated_ids(samples: Mapping[int, Sample]) -> dict[int, str]:
 
 
 def _find_media_problems(samples: Mapping[int, Sample], checker: MediaChecker, label: str) -> dict[int, str]:
-    images = {sample.image for sample in samples.values() if sample.image is not None}
-    videos = {sample.video for sample in samples.values() if sample.video is not None}
-    problems = checker.problems(images, videos, label)
+    problems = checker.problems(paths_of(samples.values(), "image"), paths_of(samples.values(), "video"), label)
     return {
-        row: problems[path]
-        for row, sample in samples.items()
-        if (path := sample.image or sample.video) is not None and path in problems
+        row: problems[file.path] for row, sample in samples.items() for file in sample.media if file.path in problems
     }
 
 
@@ -428,18 +395,16 @@ def _to_sample(
             "no image or video; text-only records need 'allow_text_only: true' at the task in the stream YAML"
         )
     _check_placeholders(record)
-    texts = [text for _, text in record.messages]
-    turns = tuple(
-        Turn(question=clean_question(question, prompt_suffix), answer=answer.strip())
-        for question, answer in zip(texts[::2], texts[1::2], strict=True)
-    )
-    name = default_id if record.id is None else str(record.id)
-    if record.media is None or record.name is None:
-        return Sample(id=name, image=None, turns=turns)
-    path = _locate(record.name, media_root, record.media)
-    if record.media == "video":
-        return Sample(id=name, image=None, turns=turns, video=path)
-    return Sample(id=name, image=path, turns=turns)
+    messages = [
+        Message("user", (clean_question(text, prompt_suffix),))
+        if role == "user"
+        else Message("assistant", (text.strip(),))
+        for role, text in record.messages
+    ]
+    if record.media is not None and record.name is not None:
+        shown = MediaFile(record.media, _locate(record.name, media_root, record.media))
+        messages[0] = Message("user", (shown, *messages[0].parts))
+    return Sample(default_id if record.id is None else str(record.id), tuple(messages))
 
 
 def _check_placeholders(record: _ParsedRecord) -> None:

@@ -32,11 +32,11 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
+from mllm_keeplora.data.conversation import Sample
 from mllm_keeplora.data.media import IMAGES_ONLY, MediaChecker, file_state
 from mllm_keeplora.data.records import (
     OTHER_ANSWERS,
     RECORD_SUFFIXES,
-    Sample,
     SkippedRecord,
     load_records,
     named_media,

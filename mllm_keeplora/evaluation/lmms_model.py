@@ -16,13 +16,13 @@ import torch
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.utils import simple_parse_args_string
-from PIL import Image
 from tqdm import tqdm
 
 from mllm_keeplora.config import VideoConfig
 from mllm_keeplora.data.collator import prepare_questions
+from mllm_keeplora.data.conversation import Message
 from mllm_keeplora.data.images import load_image
-from mllm_keeplora.data.video.reader import Clip, VideoReader
+from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.distributed.sharding import fillers, is_sharded
 from mllm_keeplora.evaluation.errors import EvaluationError
 
@@ -44,13 +44,6 @@ class _Decoding(NamedTuple):
 
     max_new_tokens: int
     until: tuple[str, ...]
-
-
-class _Question(NamedTuple):
-    """One request made ready: the question text and what it is about, None for a text-only question."""
-
-    text: str
-    media: Image.Image | Clip | None
 
 
 @contextmanager
@@ -204,7 +197,7 @@ class KeepLoRAModel(lmms):
         with _named(batch[0].task_name, [request.doc_id for request in batch]):
             return self._generate(questions, _read_decoding(batch[0].args[2]))
 
-    def _generate(self, questions: list[_Question], decoding: _Decoding) -> list[str]:
+    def _generate(self, questions: list[list[Message]], decoding: _Decoding) -> list[str]:
         tokenizer = self.processor.tokenizer
         inputs = prepare_questions(self.processor, questions, self.device)
         eos = self.model.generation_config.eos_token_id
@@ -291,7 +284,7 @@ def _read_decoding(settings: Mapping[str, Any]) -> _Decoding:
     return _Decoding(int(settings.get("max_new_tokens") or DEFAULT_MAX_NEW_TOKENS), until)
 
 
-def _read_messages(messages: Sequence[Mapping[str, Any]], reader: VideoReader | None) -> _Question:
+def _read_messages(messages: Sequence[Mapping[str, Any]], reader: VideoReader | None) -> list[Message]:
     """Reads one user turn of lmms-eval's chat messages: one text and at most one image (PIL image or path) or
     clip (path).
 
@@ -309,13 +302,13 @@ def _read_messages(messages: Sequence[Mapping[str, Any]], reader: VideoReader | 
     text = next(part["text"] for part in parts if part["type"] == "text")
     shown = next((part for part in parts if part["type"] != "text"), None)
     if shown is None:
-        return _Question(text, None)
+        return [Message("user", (text,))]
     source = shown["url"]
     if shown["type"] == "video":
         if reader is None:
             raise ValueError(f"{source}: a video, but this evaluation was given no reader for clips")
-        return _Question(text, reader.read(Path(source)))
-    return _Question(text, load_image(Path(source) if isinstance(source, str) else source))
+        return [Message("user", (reader.read(Path(source)), text))]
+    return [Message("user", (load_image(Path(source) if isinstance(source, str) else source), text))]
 
 
 def _cut(reply: str, until: tuple[str, ...]) -> str:

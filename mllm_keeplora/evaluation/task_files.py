@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import yaml
 
-from mllm_keeplora.data.records import Sample, load_records
+from mllm_keeplora.data.conversation import Sample
+from mllm_keeplora.data.records import load_records
 from mllm_keeplora.data.stream import GeneralSpec, Stream, TaskSpec
 from mllm_keeplora.evaluation.entry_point import MODEL_ID
 from mllm_keeplora.evaluation.errors import EvaluationError
@@ -267,14 +268,14 @@ def _write_test_form(samples: Sequence[Sample], path: Path) -> Path:
     """One row a question. The prompt suffix is added by the task itself, as for files in test form."""
     rows = [
         {
-            "question_id": sample.id if len(sample.turns) == 1 else f"{sample.id}-{number}",
-            "image": None if sample.image is None else str(sample.image),
-            "video": None if sample.video is None else str(sample.video),
-            "text": turn.question,
-            "answer": turn.answer,
+            "question_id": sample.id if len(sample.answers) == 1 else f"{sample.id}-{number}",
+            "image": next((str(file.path) for file in sample.media if file.kind == "image"), None),
+            "video": next((str(file.path) for file in sample.media if file.kind == "video"), None),
+            "text": question.text,
+            "answer": answer.text,
         }
         for sample in samples
-        for number, turn in enumerate(sample.turns)
+        for number, (question, answer) in enumerate(zip(sample.messages[::2], sample.messages[1::2], strict=True))
     ]
     write_json(path, rows)
     return path

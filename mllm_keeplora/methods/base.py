@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import mllm_keeplora.methods
 from mllm_keeplora.config import ConfigError, RunConfig, TrainConfig
-from mllm_keeplora.data.records import Sample
+from mllm_keeplora.data.conversation import Sample
 from mllm_keeplora.distributed.processes import is_main
 from mllm_keeplora.errors import did_you_mean
 from mllm_keeplora.linalg.folding import fold_factors

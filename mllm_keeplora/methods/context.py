@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from mllm_keeplora.config import RunConfig, TrainConfig
 from mllm_keeplora.data.collator import ChatCollator, SampleDataset
-from mllm_keeplora.data.records import Sample, SkippedRecord, select_evenly
+from mllm_keeplora.data.conversation import Sample
+from mllm_keeplora.data.records import SkippedRecord, select_evenly
 from mllm_keeplora.data.stream import Stream, TaskSpec
 from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.distributed.processes import hide_bar, own_share

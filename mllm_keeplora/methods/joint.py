@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from mllm_keeplora.config import TrainConfig
-from mllm_keeplora.data.records import Sample
+from mllm_keeplora.data.conversation import Sample
 from mllm_keeplora.methods.base import Method
 from mllm_keeplora.methods.context import RunContext
 

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from mllm_keeplora.data.records import Sample, select_evenly
+from mllm_keeplora.data.conversation import Sample
+from mllm_keeplora.data.records import select_evenly
 from mllm_keeplora.methods.base import Method
 from mllm_keeplora.methods.context import RunContext
 

@@ -14,10 +14,10 @@ from typing import Literal
 
 import pandas as pd
 
+from mllm_keeplora.data.conversation import MediaFile, Sample, paths_of
 from mllm_keeplora.data.media import MediaChecker, file_state
 from mllm_keeplora.data.records import (
     RecordError,
-    Sample,
     clean_question,
     named_media,
     read_records,
@@ -150,8 +150,7 @@ def _read(file: _DataFile, root: Path, answers: Path | None = None) -> _DataFile
         # Questions that do not go with their answers still name clips, which may be wrong as well.
         file.videos = _named_media(file.path, root) if answers is not None else set()
         return file
-    file.images = {sample.image for sample in file.samples.values() if sample.image is not None}
-    file.videos = {sample.video for sample in file.samples.values() if sample.video is not None}
+    file.images, file.videos = paths_of(file.samples.values(), "image"), paths_of(file.samples.values(), "video")
     return file
 
 
@@ -196,9 +195,9 @@ def _problems_of_file(file: _DataFile, damaged: Mapping[Path, str]) -> Iterator[
         return
     bad = dict(file.bad)
     for row, sample in file.samples.items():
-        path = sample.image or sample.video
-        if path is not None and path in damaged:
-            bad.setdefault(row, damaged[path])
+        for shown in sample.media:
+            if shown.path in damaged:
+                bad.setdefault(row, damaged[shown.path])
     if bad:
         total = len(file.samples.keys() | bad.keys())
         details = (f"row {row}: {bad[row]}" for row in sorted(bad))
@@ -215,7 +214,7 @@ def _repetitions(file: _DataFile) -> Iterator[Problem]:
         ),
         (
             "records are identical with an earlier one",
-            _repeated((row, (s.image or s.video, s.turns)) for row, s in rows.items()),
+            _repeated((row, s.messages) for row, s in rows.items()),
         ),
     ):
         if pairs:
@@ -241,9 +240,8 @@ def _overlap(spec: Spec, files: Sequence[_DataFile]) -> Iterator[Problem]:
                 yield Problem(spec.name, title, (*details,), stops=False)
 
 
-def _asked(sample: Sample) -> list[tuple[Path | None, str]]:
-    media = sample.image or sample.video
-    return [(media, clean_question(turn.question)) for turn in sample.turns]
+def _asked(sample: Sample) -> list[tuple[tuple[MediaFile, ...], str]]:
+    return [(sample.media, clean_question(m.text)) for m in sample.messages if m.role == "user"]
 
 
 def _metric_problems(stream: Stream, spec: Spec) -> Iterator[Problem]:

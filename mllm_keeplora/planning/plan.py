@@ -22,7 +22,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
 
 from mllm_keeplora.config import ConfigError, ModelConfig, RunConfig, TrainConfig, config_from_dict
-from mllm_keeplora.data.records import Sample, read_records, select_evenly
+from mllm_keeplora.data.conversation import Sample
+from mllm_keeplora.data.records import read_records, select_evenly
 from mllm_keeplora.data.stream import GeneralSpec, Stream, TaskSpec, load_stream
 from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.errors import KeepLoRAError
@@ -150,7 +151,7 @@ def make_plan(config: RunConfig, memory_gb: float | None = None) -> Plan:
         shape = skeleton.longest_shape(processor, model, config, records)
     else:
         shape = skeleton.assumed_shape(processor, model, config)
-    media = {s.media for samples in records.values() for s in samples if s.media is not None}
+    media = {kind for samples in records.values() for sample in samples for kind in sample.kinds}
     targets = targets_of(model, config, media or {shape.media or "image"})
     run = RunContext(
         config=config,
@@ -222,7 +223,7 @@ def _questions(stream: Stream, spec: TaskSpec | GeneralSpec, config: RunConfig) 
         return None
     root = stream.test_media_root(spec)
     samples, _ = read_records(test, root, answers=answers, allow_text_only=spec.allow_text_only)
-    count = sum(len(sample.turns) for sample in samples.values())
+    count = sum(len(sample.answers) for sample in samples.values())
     limit = config.evaluation.limits()["task" if isinstance(spec, TaskSpec) else "general"]
     return min(count, limit or count)
 

@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 
 from mllm_keeplora.config import ConfigError, ModelConfig, RunConfig
 from mllm_keeplora.data.collator import ChatCollator, prepare_questions
-from mllm_keeplora.data.records import Sample, select_evenly
+from mllm_keeplora.data.conversation import Message, Part, Sample
+from mllm_keeplora.data.records import select_evenly
 from mllm_keeplora.data.video.reader import Clip, VideoReader
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.modeling.families import Media, family_of
@@ -136,11 +137,11 @@ def assumed_shape(processor: Any, model: PreTrainedModel, config: RunConfig) -> 
     if media == "video":
         what = f"clip of {frames} frames"
         grey = np.zeros((frames, height, width, 3), np.uint8)
-        shown: Image.Image | Clip = Clip(grey, tuple(range(frames)), 8.0, frames)
+        shown: Part = Clip(grey, tuple(range(frames)), 8.0, frames)
     else:
         what = f"{width}x{height} image"
         shown = Image.new("RGB", (width, height))
-    inputs = prepare_questions(processor, [("", shown)], torch.device("cpu"))
+    inputs = prepare_questions(processor, [[Message("user", (shown, ""))]], torch.device("cpu"))
     source = f"assumed: a {what} and {ASSUMED_TEXT_TOKENS} tokens of text; the data are not there"
     shape = sample_shape(inputs, model.config, media, source)
     return shape._replace(tokens=shape.tokens + ASSUMED_TEXT_TOKENS)
@@ -154,7 +155,7 @@ def longest_shape(
     shapes = []
     for task, samples in records.items():
         drawn = [samples[i] for i in select_evenly(len(samples), 1.0, RECORDS_SAMPLED)]
-        sample = max(drawn, key=lambda s: sum(len(turn.question) + len(turn.answer) for turn in s.turns))
+        sample = max(drawn, key=lambda s: sum(len(message.text) for message in s.messages))
         source = f"{task}, record {sample.id!r}: the longest text of {RECORDS_SAMPLED} records a task"
-        shapes.append(sample_shape(collator([sample]), model.config, sample.media, source))
+        shapes.append(sample_shape(collator([sample]), model.config, next(iter(sample.kinds), None), source))
     return max(shapes, key=lambda shape: (shape.tokens, shape.vision_tokens))

@@ -21,7 +21,6 @@ from mllm_keeplora.data.collator import (
     render_prompt,
 )
 from mllm_keeplora.data.images import ImageError
-from mllm_keeplora.data.records import Sample, Turn
 from mllm_keeplora.modeling.loss import IGNORED_LABEL
 
 # isort: split
@@ -37,6 +36,9 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
+
+from mllm_keeplora.data.conversation import MediaFile
+from tests.conversations import Turn, ask, sample
 
 EMBEDDED_MODEL = Path(__file__).parents[2] / "recipes/small/vqa_base"
 IMAGE_TOKENS = 16  # (64 / 16) ** 2, the class token dropped
@@ -155,7 +157,7 @@ def test_exactly_answers_and_end_tokens_are_supervised(
     kind: str, turns: tuple[Turn, ...], with_image: bool, image: Path
 ) -> None:
     processor = make_processor(kind)
-    batch = ChatCollator(processor)([Sample("s", image if with_image else None, turns)])
+    batch = ChatCollator(processor)([sample("s", image if with_image else None, turns)])
     end = END_TOKEN.get(kind, "</s>")
     expected = [processor.tokenizer(turn.answer + end, add_special_tokens=False)["input_ids"] for turn in turns]
     assert supervised_runs(batch["labels"][0]) == expected
@@ -167,8 +169,8 @@ def test_exactly_answers_and_end_tokens_are_supervised(
 @pytest.mark.parametrize("with_image", [True, False], ids=["image", "text only"])
 def test_the_training_prompt_is_the_evaluation_prompt(kind: str, with_image: bool, image: Path) -> None:
     processor = make_processor(kind)
-    batch = ChatCollator(processor)([Sample("s", image if with_image else None, ONE)])
-    prompt = render_prompt(processor, ONE[0].question, "image" if with_image else None)
+    batch = ChatCollator(processor)([sample("s", image if with_image else None, ONE)])
+    prompt = render_prompt(processor, ask(ONE[0].question, MediaFile("image", image) if with_image else None))
     asked = processor(text=[prompt], images=[Image.open(image).convert("RGB")] if with_image else None)["input_ids"][0]
     first_answer = (batch["labels"][0] != IGNORED_LABEL).nonzero()[0].item()
     assert batch["input_ids"][0, :first_answer].tolist() == list(asked)
@@ -179,7 +181,7 @@ def test_the_training_prompt_is_the_evaluation_prompt(kind: str, with_image: boo
 def test_a_conversation_reads_as_the_template_writes_it(kind: str, image: Path) -> None:
     """The parts put together give the template's own rendering, up to end tokens and white space."""
     processor = make_processor(kind)
-    batch = ChatCollator(processor)([Sample("s", image, TWO)])
+    batch = ChatCollator(processor)([sample("s", image, TWO)])
     messages: list[dict[str, Any]] = []
     for turn in TWO:
         messages.append({"role": "user", "content": [{"type": "text", "text": turn.question}]})
@@ -206,7 +208,7 @@ def test_an_answer_starts_as_it_does_behind_its_prompt(boundary: str, image: Pat
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     processor = make_processor("llava-1.5", wrap(tokenizer))
-    batch = ChatCollator(processor)([Sample("s", image, ONE)])
+    batch = ChatCollator(processor)([sample("s", image, ONE)])
     [run] = supervised_runs(batch["labels"][0])
     assert processor.tokenizer.convert_ids_to_tokens(run) == ["▁r", "e", "d", "</s>"]
 
@@ -217,7 +219,7 @@ def test_a_token_across_the_border_is_cut_there(image: Path) -> None:
     ids = {token: index for index, token in enumerate(dict.fromkeys(vocabulary))}
     tokenizer = Tokenizer(BPE(ids, merges=[(":", "r")], unk_token="<unk>"))
     processor = make_processor(template("USER: ", " ", "ASSISTANT:", " ", "ASSISTANT:"), wrap(tokenizer))
-    batch = ChatCollator(processor)([Sample("s", image, ONE)])
+    batch = ChatCollator(processor)([sample("s", image, ONE)])
     [run] = supervised_runs(batch["labels"][0])
     assert processor.tokenizer.convert_ids_to_tokens(run) == ["r", "e", "d", "</s>"]
 
@@ -244,10 +246,10 @@ def test_the_model_takes_mixed_batches_and_padding_changes_nothing(image: Path) 
     model = tiny_model(processor)
     collator = ChatCollator(processor)
     samples = [
-        Sample("a", image, TWO),
-        Sample("b", None, ONE),
-        Sample("c", image, ONE),
-        Sample("d", None, TWO),
+        sample("a", image, TWO),
+        sample("b", None, ONE),
+        sample("c", image, ONE),
+        sample("d", None, TWO),
     ]
     batch = collator(samples)
     assert batch["pixel_values"].shape == (2, 3, 64, 64)
@@ -255,8 +257,8 @@ def test_the_model_takes_mixed_batches_and_padding_changes_nothing(image: Path) 
     assert batch["input_ids"].shape == batch["labels"].shape == (4, int(lengths.max()))
     with torch.no_grad():
         logits = model(**batch).logits
-        for row, sample in enumerate(samples):
-            alone = collator([sample])
+        for row, one in enumerate(samples):
+            alone = collator([one])
             end = alone["input_ids"].shape[1]
             assert lengths[row] == end == alone["attention_mask"].sum()
             assert batch["attention_mask"][row, :end].all()  # padding on the right
@@ -266,7 +268,7 @@ def test_the_model_takes_mixed_batches_and_padding_changes_nothing(image: Path) 
 
 
 def test_a_batch_without_any_image_has_no_image_inputs(image: Path) -> None:
-    batch = ChatCollator(make_processor())([Sample("a", None, ONE), Sample("b", None, TWO)])
+    batch = ChatCollator(make_processor())([sample("a", None, ONE), sample("b", None, TWO)])
     assert sorted(batch) == ["attention_mask", "input_ids", "labels"]
 
 
@@ -275,7 +277,7 @@ def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bo
 
 
 def test_the_cache_changes_nothing_and_images_are_read_anew(image: Path) -> None:
-    samples = [Sample("a", image, TWO), Sample("b", None, ONE), Sample("c", image, ONE)]
+    samples = [sample("a", image, TWO), sample("b", None, ONE), sample("c", image, ONE)]
     collator = ChatCollator(make_processor())
     first = collator(samples)
     assert equal(collator(samples), first)
@@ -301,11 +303,11 @@ def test_llava_next_gets_as_many_tokens_as_each_image_needs(tmp_path: Path) -> N
     samples = []
     for name, size in (("wide", (80, 40)), ("square", (70, 70))):
         Image.new("RGB", size).save(tmp_path / f"{name}.png")
-        samples.append(Sample(name, tmp_path / f"{name}.png", ONE))
+        samples.append(sample(name, tmp_path / f"{name}.png", ONE))
     collator = ChatCollator(processor)
     batch = collator(samples)
-    images = [Image.open(sample.image).convert("RGB") for sample in samples if sample.image]
-    prompts = [render_prompt(processor, ONE[0].question, "image")] * 2
+    images = [Image.open(file.path).convert("RGB") for shown in samples for file in shown.media]
+    prompts = [render_prompt(processor, ask(ONE[0].question, MediaFile("image", tmp_path)))] * 2
     asked = processor(text=prompts, images=images)["input_ids"]
     counts = (batch["input_ids"] == processor.image_token_id).sum(dim=1).tolist()
     assert counts == [ids.count(processor.image_token_id) for ids in asked]
@@ -317,14 +319,15 @@ def test_llava_next_gets_as_many_tokens_as_each_image_needs(tmp_path: Path) -> N
 def test_the_embedded_model_answers_in_the_same_form(image: Path) -> None:
     processor = AutoProcessor.from_pretrained(EMBEDDED_MODEL)
     vocabulary = [word for word in processor.tokenizer.get_vocab() if word.isalpha()][:2]
-    sample = Sample("s", image, (Turn(vocabulary[0], vocabulary[1]),))
-    batch = ChatCollator(processor)([sample])
+    one = sample("s", image, (Turn(vocabulary[0], vocabulary[1]),))
+    batch = ChatCollator(processor)([one])
     [run] = supervised_runs(batch["labels"][0])
     assert processor.tokenizer.decode(run).split() == [vocabulary[1], processor.tokenizer.eos_token] or (
         processor.tokenizer.decode(run) == vocabulary[1] + processor.tokenizer.eos_token
     )
     asked = processor(
-        text=[render_prompt(processor, vocabulary[0], "image")], images=[Image.open(image).convert("RGB")]
+        text=[render_prompt(processor, ask(vocabulary[0], MediaFile("image", image)))],
+        images=[Image.open(image).convert("RGB")],
     )
     assert batch["input_ids"][0].tolist() == list(asked["input_ids"][0]) + run
     config = json.loads((EMBEDDED_MODEL / "config.json").read_text())
@@ -333,7 +336,7 @@ def test_the_embedded_model_answers_in_the_same_form(image: Path) -> None:
 
 
 def test_a_data_loader_serves_the_dataset(image: Path) -> None:
-    samples = [Sample(str(index), image, ONE) for index in range(5)]
+    samples = [sample(str(index), image, ONE) for index in range(5)]
     dataset = SampleDataset(samples)
     assert (len(dataset), dataset[3]) == (5, samples[3])
     loader = DataLoader(dataset, batch_size=2, collate_fn=ChatCollator(make_processor()), num_workers=1)
@@ -342,25 +345,25 @@ def test_a_data_loader_serves_the_dataset(image: Path) -> None:
 
 def test_a_long_sample_is_refused_by_name_and_never_cut(image: Path) -> None:
     processor = make_processor()
-    length = ChatCollator(processor)([Sample("long", image, TWO)])["input_ids"].shape[1]
-    assert ChatCollator(processor, max_length=length)([Sample("long", image, TWO)])["input_ids"].shape[1] == length
+    length = ChatCollator(processor)([sample("long", image, TWO)])["input_ids"].shape[1]
+    assert ChatCollator(processor, max_length=length)([sample("long", image, TWO)])["input_ids"].shape[1] == length
     collator = ChatCollator(processor, max_length=length - 1)
     for _ in range(2):  # also when asked for again
         with pytest.raises(SampleTooLongError, match=f"'long'.* has {length} tokens.*max_length is {length - 1}"):
-            collator([Sample("short", None, ONE), Sample("long", image, TWO)])
+            collator([sample("short", None, ONE), sample("long", image, TWO)])
 
 
 def test_an_unreadable_image_is_named_with_its_sample(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # as lmms-eval leaves it
     collator = ChatCollator(make_processor())
-    sample = Sample("s17", image, ONE)
-    collator([sample])
+    one = sample("s17", image, ONE)
+    collator([one])
     image.write_bytes(image.read_bytes()[:900])
     with pytest.raises(ImageError, match=f"sample 's17': image {image} does not decode"):
-        collator([sample])
+        collator([one])
     image.unlink()
     with pytest.raises(ImageError, match=f"sample 's17': image {image} does not exist"):
-        collator([sample])
+        collator([one])
 
 
 @pytest.mark.parametrize(
@@ -374,12 +377,12 @@ def test_an_unreadable_image_is_named_with_its_sample(image: Path, monkeypatch: 
 )
 def test_unsuitable_chat_templates_are_refused(chat_template: str, reason: str, image: Path) -> None:
     with pytest.raises(ProcessorError, match=f"sample 's': .*{reason}"):
-        ChatCollator(make_processor(chat_template))([Sample("s", image, ONE)])
+        ChatCollator(make_processor(chat_template))([sample("s", image, ONE)])
 
 
 def test_an_image_token_in_the_text_is_refused(image: Path) -> None:
     with pytest.raises(ProcessorError, match="'<image>' comes 2 times .*expected 1"):
-        ChatCollator(make_processor())([Sample("s", image, (Turn("what is <image>?", "red"),))])
+        ChatCollator(make_processor())([sample("s", image, (Turn("what is <image>?", "red"),))])
 
 
 @pytest.mark.parametrize("name", ["pad_token", "eos_token"])

@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mllm_keeplora.config import ModelConfig
 from mllm_keeplora.data.collator import ChatCollator
-from mllm_keeplora.data.records import Sample, Turn
 from mllm_keeplora.linalg.lora_init import lora_a_from_gradient
 from mllm_keeplora.linalg.sketch import refined_directions
 from mllm_keeplora.linalg.subspace import principal_basis, project_to_residual
@@ -21,6 +20,7 @@ from mllm_keeplora.modeling.loading import load_base
 from mllm_keeplora.modeling.targets import Target, find_targets
 from mllm_keeplora.probes.gradients import back_project_gradients, sketch_gradients
 from mllm_keeplora.recipes.small import draw
+from tests.conversations import Turn, sample
 
 SMALL = Path(__file__).resolve().parents[2] / "recipes" / "small"
 # The default q = 4 r. At so small an r, q = r holds 0.90 only and a pass without refinement 0.982, so that
@@ -65,7 +65,7 @@ def drawn_batch(processor: Any, directory: Path) -> dict[str, Tensor]:
         path = directory / f"{number}.png"
         image.save(path)
         turns = tuple(Turn(question.text, question.answer) for question in questions)
-        samples.append(Sample(str(number), path, turns))
+        samples.append(sample(str(number), path, turns))
     return dict(ChatCollator(processor)(samples))
 
 

@@ -18,14 +18,15 @@ from mllm_keeplora.config import ModelConfig, ProbeConfig, RunConfig, TowerConfi
 from mllm_keeplora.continual.run_stream import run_stream
 from mllm_keeplora.continual.saved_run import load_run
 from mllm_keeplora.data.collator import ChatCollator, ProcessorError, prepare_questions
+from mllm_keeplora.data.conversation import Sample
 from mllm_keeplora.data.images import load_image
-from mllm_keeplora.data.records import Sample, Turn
 from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.modeling.families import FAMILIES, Media, family_of
 from mllm_keeplora.modeling.loading import load_base
 from mllm_keeplora.modeling.targets import find_targets
 from mllm_keeplora.probes.gradients import gaussian_probe, sketch_gradients
 from tests.clips import write_clip
+from tests.conversations import Turn, ask, sample, turns_of
 from tests.modules.conftest import BOTH_TOWERS, model_config, read_adapter
 from tests.modules.tiny_families import BUILDERS, save_tiny
 
@@ -64,9 +65,9 @@ def media_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def samples(root: Path, media: Media) -> list[Sample]:
     turns = (Turn("what is this ?", "red"), Turn("is this red ?", "yes no yes"))
     return [
-        Sample(id=str(n), image=root / f"{n}.png", turns=turns[: 1 + n % 2])
+        sample(str(n), root / f"{n}.png", turns[: 1 + n % 2])
         if media == "image"
-        else Sample(id=str(n), image=None, turns=turns[: 1 + n % 2], video=root / f"{n}.mp4")
+        else sample(str(n), None, turns[: 1 + n % 2], video=root / f"{n}.mp4")
         for n in range(4)
     ]
 
@@ -121,14 +122,15 @@ def test_training_and_evaluation_give_the_model_the_same(
     family: str, media: Media, tiny: Any, media_root: Path
 ) -> None:
     _, processor = load_base(model_config(tiny(family), "nf4"))
-    [sample] = samples(media_root, media)[:1]
+    one = samples(media_root, media)[0]
     collator = ChatCollator(processor, None, reader())
-    batch, again = collator([sample]), collator([sample])
+    batch, again = collator([one]), collator([one])
     assert batch.keys() == again.keys()
     assert all(torch.equal(batch[key], again[key]) for key in batch)
 
-    shown = load_image(sample.image) if sample.image else reader().read(sample.video)  # type: ignore[arg-type]
-    asked = prepare_questions(processor, [(sample.turns[0].question, shown)], torch.device("cpu"))
+    path = one.media[0].path
+    shown = load_image(path) if media == "image" else reader().read(path)
+    asked = prepare_questions(processor, [ask(turns_of(one)[0].question, shown)], torch.device("cpu"))
     length = asked["input_ids"].shape[1]
     assert torch.equal(batch["input_ids"][:, :length], asked["input_ids"])
     for key in asked.keys() - {"input_ids", "attention_mask", "mm_token_type_ids"}:

@@ -12,8 +12,8 @@ from PIL import Image
 from mllm_keeplora.commands import chat
 from mllm_keeplora.config import EvaluationConfig, ModelConfig, ProbeConfig, RunConfig, TrainConfig, VideoConfig
 from mllm_keeplora.data.collator import ChatCollator, ProcessorError, prepare_questions, process_media
+from mllm_keeplora.data.conversation import Message
 from mllm_keeplora.data.media import IMAGES_ONLY
-from mllm_keeplora.data.records import Sample, Turn
 from mllm_keeplora.data.video.reader import Clip, VideoReader
 from mllm_keeplora.errors import ConfigError
 from mllm_keeplora.eval.tasks import utils
@@ -21,6 +21,7 @@ from mllm_keeplora.evaluation import lmms_model
 from mllm_keeplora.evaluation.errors import EvaluationError
 from mllm_keeplora.modeling.families import FAMILIES, check_clip_lengths
 from tests import clips
+from tests.conversations import Turn, ask, sample
 from tests.modules.tiny_families import BUILDERS
 
 OF_CLIPS = [family for family in FAMILIES if "video" in FAMILIES[family].vision_layers]
@@ -52,6 +53,8 @@ def pixel_values(inputs: Any) -> torch.Tensor:
 def pictures_in(value: Any) -> Iterator[Image.Image]:
     if isinstance(value, Image.Image):
         yield value
+    elif isinstance(value, Message):
+        yield from pictures_in(value.parts)
     elif isinstance(value, list | tuple):
         for item in value:
             yield from pictures_in(item)
@@ -127,7 +130,7 @@ def test_a_picture_is_the_same_in_training_evaluation_and_chat(
     }
     for where, picture in shown.items():
         np.testing.assert_array_equal(np.asarray(picture), right, err_msg=where)
-    batch = ChatCollator(llava)([Sample(id="1", image=path, turns=TURNS)])
+    batch = ChatCollator(llava)([sample("1", path, TURNS)])
     alone = process_media(llava, [Image.fromarray(right)], [])
     assert torch.equal(pixel_values(batch), pixel_values(alone))
     assert IMAGES_ONLY.problems([path], [], "x") == {}
@@ -139,7 +142,7 @@ def test_what_the_check_refuses_every_way_in_refuses(make: Any, tmp_path: Path, 
     make(path)
     [reason] = IMAGES_ONLY.problems([path], [], "x").values()
     for read in (
-        lambda: ChatCollator(processors["llava"])([Sample(id="1", image=path, turns=TURNS)]),
+        lambda: ChatCollator(processors["llava"])([sample("1", path, TURNS)]),
         lambda: utils.doc_to_visual({"image": "a.tif"}, {"media_root": str(tmp_path)}),
         lambda: chat._open(None, path, None),
     ):
@@ -186,7 +189,7 @@ def test_what_a_processor_refuses_names_the_sample(processors: dict[str, Any], t
     path = clips.write_clip(tmp_path / "a.mp4", clips.moving_frames(4))
     collator = ChatCollator(processors["qwen3_vl"], None, VideoReader(VideoConfig(frames=1), None))
     with pytest.raises(ProcessorError, match="sample 'x': Qwen3VLProcessor refuses its input: t:1 must be larger"):
-        collator([Sample(id="x", image=None, turns=TURNS, video=path)])
+        collator([sample("x", None, TURNS, path)])
 
 
 # --- Times and lengths ---
@@ -194,7 +197,7 @@ def test_what_a_processor_refuses_names_the_sample(processors: dict[str, Any], t
 
 @pytest.mark.parametrize("family", OF_CLIPS)
 def test_clips_of_several_lengths_share_a_batch_or_are_refused_by_name(family: str, processors: dict[str, Any]) -> None:
-    processor, questions = processors[family], [("what ?", clip_of(5)), ("what ?", clip_of(8))]
+    processor, questions = processors[family], [ask("what ?", clip_of(5)), ask("what ?", clip_of(8))]
     if family in OF_ONE_LENGTH:
         name = type(processor).__name__
         with pytest.raises(
@@ -260,7 +263,7 @@ def test_qwen_is_told_when_the_frames_of_a_clip_of_variable_rate_are_shown(
 
     before, qwen3.tokenizer.__class__ = qwen3.tokenizer.__class__, Tokenizer
     try:
-        prepare_questions(qwen3, [("what ?", clip)], torch.device("cpu"))
+        prepare_questions(qwen3, [ask("what ?", clip)], torch.device("cpu"))
     finally:
         qwen3.tokenizer.__class__ = before
     pairs = [(first + second) / 2 for first, second in zip(right[::2], right[1::2], strict=True)]

@@ -47,6 +47,7 @@ from mllm_keeplora.planning.plan import make_plan
 from mllm_keeplora.probes.activations import sketch_inputs
 from mllm_keeplora.probes.gradients import GradientError
 from mllm_keeplora.runs.files import ArtifactError, load_tensors
+from tests.conversations import shown_by
 from tests.modules.conftest import WORDS, all_targets, batch, read_adapter
 
 RANK = 2
@@ -542,14 +543,14 @@ def test_replay_adds_a_share_of_every_earlier_task(tiny_llava: Path, stream_file
     assert [s.id for s in second.samples[:6]] == own
     kept = second.samples[6:]
     assert len(kept) == 3
-    assert {s.image for s in kept} < {s.image for s in second.run.task_samples("first")}
+    assert {shown_by(s) for s in kept} < {shown_by(s) for s in second.run.task_samples("first")}
 
 
 def test_joint_training_sees_all_tasks_for_the_steps_of_all(
     tiny_llava: Path, stream_file: Path, tmp_path: Path
 ) -> None:
     stage, run = open_stage(config(tiny_llava, stream_file, tmp_path, "joint"))
-    assert {s.image for s in stage.samples} == {s.image for task in TASKS for s in stage.run.task_samples(task)}
+    assert {shown_by(s) for s in stage.samples} == {shown_by(s) for task in TASKS for s in stage.run.task_samples(task)}
     assert stage.train.max_steps == 2 * 3
     epochs = replace(stage.run.config.train, max_steps=-1)
     assert run.method.train_config(stage.run, epochs).max_steps == -1

@@ -14,11 +14,11 @@ from transformers import ProcessorMixin
 
 from mllm_keeplora.config import ConfigError, ModelConfig, RunConfig, parse_config
 from mllm_keeplora.data.collator import ChatCollator, render_prompt
-from mllm_keeplora.data.records import Sample, Turn
 from mllm_keeplora.modeling.loading import load_base, load_processor
 from mllm_keeplora.planning.plan import make_plan
 from mllm_keeplora.planning.text import format_plan
 from mllm_keeplora.units import GB
+from tests.conversations import Turn, ask, sample
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "recipes/configs"
@@ -144,11 +144,11 @@ def test_vicuna_v1_is_the_published_conversation(vicuna: ProcessorMixin) -> None
 
 def test_training_supervises_answers_and_end_tokens_alone(vicuna: ProcessorMixin, tmp_path: Path) -> None:
     turns = (Turn("what is this ?", "red"), Turn("is this red ?", "yes no"))
-    batch = ChatCollator(vicuna)([Sample(id="0", image=None, turns=turns)])
+    batch = ChatCollator(vicuna)([sample("0", None, turns)])
     ids, labels = batch["input_ids"][0], batch["labels"][0]
     supervised = vicuna.tokenizer.convert_ids_to_tokens(ids[labels != -100].tolist())  # type: ignore[attr-defined]
     assert supervised == ["red", "</s>", "yes", "no", "</s>"]
-    prompt = render_prompt(vicuna, "what is this ?", None)
+    prompt = render_prompt(vicuna, ask("what is this ?"))
     asked = vicuna.tokenizer(prompt)["input_ids"]  # type: ignore[attr-defined]
     assert torch.equal(ids[: len(asked)], torch.tensor(asked))
 

@@ -22,6 +22,7 @@ from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.evaluation.task_files import scored_tasks, write_task_files
 from mllm_keeplora.planning.check_stream import Problem, check_stream
 from tests.clips import cut
+from tests.conversations import turns_of
 from tests.modules.tiny_families import save_tiny
 from tests.recipes.published import LAYOUTS, LETTER, ONE_WORD, TEST
 
@@ -266,7 +267,7 @@ def test_the_words_that_reach_the_chat_template(name: str, roots: dict[str, Path
             allow_text_only=spec.allow_text_only,
         )
         task = yaml.safe_load((tmp_path / f"{entry.lmms_task}.yaml").read_text())
-        found[spec.name] = (samples[1].turns[0].question, _asked(task))
+        found[spec.name] = (turns_of(samples[1])[0].question, _asked(task))
     assert found == PROMPTS[name]
 
 

@@ -10,8 +10,6 @@ from PIL import Image, ImageFile
 from mllm_keeplora.data.images import load_image
 from mllm_keeplora.data.records import (
     RecordError,
-    Sample,
-    Turn,
     clean_question,
     load_records,
     named_media,
@@ -19,6 +17,7 @@ from mllm_keeplora.data.records import (
     select_evenly,
     suffix_for,
 )
+from tests.conversations import Turn, sample, shown_by, turns_of
 
 
 @pytest.fixture
@@ -80,30 +79,30 @@ def test_every_form_of_a_record_gives_the_same_sample(root: Path, name: str, rec
         del record["images"]
     samples, skipped = load_records(write(root, record, name=name), root, prompt_suffix=" One word.")
     turn = Turn(question="What is it? One word.", answer="a bird")
-    assert samples == [Sample(id=sample_id, image=root / "images/a.png", turns=(turn,))]
+    assert samples == [sample(sample_id, root / "images/a.png", (turn,))]
     assert skipped == []
 
 
 @pytest.mark.parametrize("question", ["<image>\nWhat?", "What?\n<image>", "<image> What?", "  What? ", "What?"])
 def test_the_placeholder_never_reaches_a_question(root: Path, question: str) -> None:
     record = train_record(conversations=[{"from": "human", "value": question}, {"from": "gpt", "value": " yes\n"}])
-    [sample], _ = load_records(write(root, record), root)
-    assert sample.turns == (Turn("What?", "yes"),)
+    [one], _ = load_records(write(root, record), root)
+    assert turns_of(one) == (Turn("What?", "yes"),)
     assert clean_question(question) == "What?"
 
 
 def test_several_turns_keep_their_order_and_each_get_the_suffix(root: Path) -> None:
     turns = train_record()["conversations"]
     record = train_record(conversations=turns + [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "wings"}])
-    [sample], _ = load_records(write(root, record), root, prompt_suffix=" Go.")
-    assert sample.turns == (Turn("What is it? Go.", "a bird"), Turn("Why? Go.", "wings"))
+    [one], _ = load_records(write(root, record), root, prompt_suffix=" Go.")
+    assert turns_of(one) == (Turn("What is it? Go.", "a bird"), Turn("Why? Go.", "wings"))
 
 
 def test_the_first_of_several_accepted_answers_stands_for_them(root: Path) -> None:
     records = [question_record(answer=["open", "OPEN"]), question_record(answer_bbox="[0, 0, 1, 1]")]
     del records[1]["answer"]
     samples, _ = load_records(write(root, *records), root)
-    assert [sample.turns[0].answer for sample in samples] == ["open", "[0, 0, 1, 1]"]
+    assert [turns_of(s)[0].answer for s in samples] == ["open", "[0, 0, 1, 1]"]
     assert "no answer" in refusal(root, question_record(answer=[]))
 
 
@@ -128,7 +127,7 @@ def test_text_only_records_only_where_allowed(root: Path) -> None:
     del record["image"]
     assert "no image or video; text-only records need 'allow_text_only: true'" in refusal(root, record)
     samples, _ = load_records(write(root, record, question_record(image=None)), root, allow_text_only=True)
-    assert [sample.image for sample in samples] == [None, None]
+    assert [shown_by(s) for s in samples] == [None, None]
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from mllm_keeplora.data.stream import (
     load_training_records,
     named_paths,
 )
+from tests.conversations import shown_by
 
 REPOSITORY = Path(__file__).parents[2]
 Change = Callable[[dict[str, Any]], object]
@@ -84,7 +85,7 @@ def test_a_stream_keeps_order_and_fills_in_defaults(load: Callable[..., Stream],
     assert (tools.prompt_suffix, tools.max_new_tokens, tools.allow_text_only) == (" One word.", 4, True)
     assert stream.general == (GeneralSpec("scenes", "scenes/test.json", "exact", media_root="scenes"),)
     samples, _ = load_records(stream.train_file(birds), stream.media_root(birds))
-    assert samples[0].image == data / "birds/images/a.png"
+    assert shown_by(samples[0]) == data / "birds/images/a.png"
     assert stream.test_file(stream.general[0]) == data / "scenes/test.json"
 
 

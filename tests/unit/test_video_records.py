@@ -9,10 +9,11 @@ import pytest
 
 from mllm_keeplora.config import VideoConfig
 from mllm_keeplora.data.media import MediaChecker
-from mllm_keeplora.data.records import RecordError, Sample, Turn, load_records, named_media
+from mllm_keeplora.data.records import RecordError, load_records, named_media
 from mllm_keeplora.data.stream import Stream, TaskSpec, data_hash, load_training_records
 from mllm_keeplora.data.video.reader import VideoReader
 from tests.clips import write_clip
+from tests.conversations import Turn, sample, shown_by, turns_of
 
 FRAMES = 12
 
@@ -59,8 +60,8 @@ def refusal(**arguments: Any) -> str:
 def test_questions_get_the_answers_of_their_position(root: Path, checker: MediaChecker) -> None:
     samples, skipped = load_records(**pair(root, questions()), checker=checker)
     assert samples == [
-        Sample("0", None, (Turn("Q0?", "left"),), video=root / "test/0.mp4"),
-        Sample("1", None, (Turn("Q1?", "right"),), video=root / "test/1.avi"),
+        sample("0", None, (Turn("Q0?", "left"),), video=root / "test/0.mp4"),
+        sample("1", None, (Turn("Q1?", "right"),), video=root / "test/1.avi"),
     ]
     assert skipped == []
 
@@ -74,9 +75,9 @@ def test_training_conversations_and_messages_name_clips(root: Path, checker: Med
         {"id": "b", "videos": ["train/0.mp4"], "messages": messages},
     ]
     samples, _ = load_records(write(root, "train.json", records), root, checker=checker)
-    assert [sample.video for sample in samples] == [root / "train/0.mp4"] * 2
-    assert {sample.turns for sample in samples} == {(Turn("What?", "left"),)}
-    assert {sample.media for sample in samples} == {"video"}
+    assert [shown_by(s) for s in samples] == [root / "train/0.mp4"] * 2
+    assert {turns_of(s) for s in samples} == {(Turn("What?", "left"),)}
+    assert {s.kinds for s in samples} == {frozenset(["video"])}
 
 
 def test_questions_and_answers_of_different_numbers_are_refused(root: Path) -> None:
