@@ -1,6 +1,7 @@
 """Records: what is read, what is refused and in which words, even selection."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +281,12 @@ def test_a_file_that_is_no_list_of_records_is_refused(root: Path, name: str, con
 def test_a_missing_file_is_refused(root: Path) -> None:
     with pytest.raises(RecordError, match="none.json cannot be read: No such file"):
         load_records(root / "none.json", root)
+
+
+def test_records_in_a_pipe_are_refused_and_not_waited_for(root: Path) -> None:
+    os.mkfifo(root / "pipe.jsonl")
+    with pytest.raises(RecordError, match="pipe.jsonl is a named pipe .FIFO.; expected a regular file"):
+        load_records(root / "pipe.jsonl", root)
 
 
 def test_named_media_lists_what_the_records_name(root: Path) -> None:
