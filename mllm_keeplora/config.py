@@ -111,9 +111,10 @@ class VideoConfig:
     """How clips become frames; the same in probes, training and evaluation.
 
     Args:
-        frames: Frames taken from a clip, evenly spaced from its first to its last; with fps set, the most
-            that are taken.
-        fps: Frames per second of the clip, in place of a fixed number; None takes `frames` of every clip.
+        frames: Frames taken from a clip, evenly spaced from its first to its last, by time where its rate
+            varies; with fps set, the most that are taken.
+        fps: Frames per second of the clip, in place of a fixed number; None takes `frames` of every clip. Only
+            Qwen's models take clips of different lengths in a batch; others need batch sizes of 1.
         backend: pyav decodes every file and checks each frame. decord and torchcodec (to be installed by you)
             decode every clip a second time; one of which they give other frames than pyav is refused.
         timeout: Seconds that decoding one clip may take before its decoder is ended and the clip is refused.

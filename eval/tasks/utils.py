@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from mllm_keeplora.data.media import decode_image, refuse_truncated_images
+from mllm_keeplora.data.images import load_image
 from mllm_keeplora.data.records import clean_question, suffix_for
 
 Doc = dict[str, Any]
@@ -39,8 +39,7 @@ def doc_to_visual(doc: Doc, lmms_eval_specific_kwargs: Settings) -> list[Image.I
         return [str(media_root / doc["video"])]
     if not doc.get("image"):
         return []
-    with refuse_truncated_images():
-        return [decode_image(media_root / doc["image"])]
+    return [load_image(media_root / doc["image"])]
 
 
 def doc_to_messages(doc: Doc, lmms_eval_specific_kwargs: Settings) -> list[dict[str, Any]]:

@@ -14,7 +14,6 @@ from typing import Any
 
 from mllm_keeplora.command_line import OptionParser
 from mllm_keeplora.config import NewTokens
-from mllm_keeplora.errors import ConfigError
 
 
 def main(argv: Sequence[str]) -> None:
@@ -32,24 +31,18 @@ def main(argv: Sequence[str]) -> None:
     from mllm_keeplora.evaluation.answer import answer
 
     run = load_run(given.run)
-    media = open_image(given.image) if given.video is None else run.reader().read(given.video)
+    media = _open(run, given.image, given.video)
     model, processor = run.load_model()
     for question in _questions(given.question):
         print(answer(model, processor, question, media, given.max_new_tokens), flush=True)
 
 
-def open_image(path: Path | None) -> Any:
-    """The image in RGB, None without a path.
+def _open(run: Any, image: Path | None, video: Path | None) -> Any:
+    from mllm_keeplora.data.images import load_image
 
-    Raises:
-        ConfigError: it cannot be read.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        return None if path is None else Image.open(path).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise ConfigError(f"--image {path} cannot be read: {error}") from error
+    if video is not None:
+        return run.reader().read(video)
+    return None if image is None else load_image(image)
 
 
 def _questions(given: str | None) -> Iterator[str]:

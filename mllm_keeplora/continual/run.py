@@ -30,7 +30,14 @@ from mllm_keeplora.evaluation.task_files import write_task_files
 from mllm_keeplora.methods.base import Method, load_method
 from mllm_keeplora.methods.context import RunContext, StageContext
 from mllm_keeplora.modeling.adapters import ACCUMULATED, Factors, attach, detach
-from mllm_keeplora.modeling.loading import load_base, read_initial_adapter, resolve_device, save_adapter
+from mllm_keeplora.modeling.families import check_clip_lengths
+from mllm_keeplora.modeling.loading import (
+    load_base,
+    read_initial_adapter,
+    read_model_config,
+    resolve_device,
+    save_adapter,
+)
 from mllm_keeplora.modeling.targets import targets_of
 from mllm_keeplora.probes.protected_bases import weight_basis_directory, weight_basis_files
 from mllm_keeplora.runs.files import ArtifactError, read_json, write_json
@@ -159,6 +166,8 @@ def _check_train_settings(config: RunConfig, stream: Stream) -> None:
 
 def _load_context(run: Run) -> RunContext:
     config, stream, cache = run.config, run.stream, Path(run.config.cache_dir)
+    if config.video.fps is not None:
+        check_clip_lengths(config, read_model_config(config.model))
     reader = VideoReader(config.video, cache)
     checker = MediaChecker(reader, cache / "checked_media")
     records = from_main(lambda: load_training_records(stream, config.on_bad_record, checker))

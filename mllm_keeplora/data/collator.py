@@ -10,10 +10,10 @@ from torch.utils.data import Dataset
 from transformers import ProcessorMixin
 
 from mllm_keeplora.data.conversation import MediaFile, Message, Sample, kind_of
-from mllm_keeplora.data.media import ImageError, decode_image, refuse_truncated_images
+from mllm_keeplora.data.images import ImageError, load_image
 from mllm_keeplora.data.video.reader import Clip, VideoError, VideoReader
 from mllm_keeplora.errors import KeepLoRAError
-from mllm_keeplora.modeling.families import Media
+from mllm_keeplora.modeling.families import EQUAL_LENGTHS, Media
 from mllm_keeplora.modeling.loss import IGNORED_LABEL
 
 
@@ -71,25 +71,44 @@ def process_media(
         **settings: for the tokenizer (padding_side).
 
     Raises:
-        ProcessorError: a clip for a processor that takes none.
+        ProcessorError: a clip for a processor that takes none; clips of different length for one that takes
+            them in one tensor; or images, clips or text that it refuses.
     """
     if clips and not getattr(processor, "video_token", None):
         raise ProcessorError(f"{type(processor).__name__} takes no video; expected a base model of a video family")
+    _check_lengths(processor, clips)
     if clips:
         settings["videos"] = [clip.frames for clip in clips]
         settings["video_metadata"] = [_describe_clip(clip) for clip in clips]
         settings["do_sample_frames"] = False
     if text is not None:
         settings |= {"text": list(text), "padding": True}
-    return dict(processor(images=list(images) or None, return_tensors="pt", **settings))
+    # Left to guess, some take a picture or clip of a height of 1 or 3 for one with its channels first.
+    settings["input_data_format"] = "channels_last"
+    try:
+        return dict(processor(images=list(images) or None, return_tensors="pt", **settings))
+    except ValueError as error:
+        raise ProcessorError(f"{type(processor).__name__} refuses its input: {error}") from error
+
+
+def _check_lengths(processor: ProcessorMixin, clips: Sequence[Clip]) -> None:
+    lengths = sorted({len(clip.frames) for clip in clips})
+    # Qwen's processors state the size of every clip beside the patches of all of them.
+    if len(lengths) > 1 and "video_grid_thw" not in processor.model_input_names:
+        raise ProcessorError(
+            f"clips of {', '.join(map(str, lengths))} frames for one batch, where {type(processor).__name__} takes "
+            f"one length; {EQUAL_LENGTHS}"
+        )
 
 
 def _describe_clip(clip: Clip) -> dict[str, Any]:
+    """Qwen's processors take index / fps for a frame's time, and total_num_frames / fps for the length."""
+    times = clip.indices if clip.seconds is None else [second * clip.fps for second in clip.seconds]
     return {
         "total_num_frames": clip.total_frames,
         "fps": clip.fps,
         "duration": clip.duration,
-        "frames_indices": list(clip.indices),
+        "frames_indices": list(times),
     }
 
 
@@ -168,11 +187,20 @@ class ChatCollator:
         """
         images, clips = _read_images(samples), self._read_clips(samples)
         if all(sample in self._encoded for sample in samples):
-            media_inputs = process_media(self.processor, images, clips) if images or clips else {}
+            media_inputs = self._process(samples, images, clips) if images or clips else {}
         else:
             media_inputs = self._encode(samples, images, clips)
         encoded = [self._encoded[sample] for sample in samples]
         return {**_pad(encoded, self.processor), **media_inputs}
+
+    def _process(
+        self, samples: Sequence[Sample], images: list[Image.Image], clips: list[Clip], text: list[str] | None = None
+    ) -> dict[str, Any]:
+        try:
+            return process_media(self.processor, images, clips, text)
+        except ProcessorError as error:
+            names = ", ".join(f"{sample.id!r}" for sample in samples if sample.media)
+            raise ProcessorError(f"sample {names}: {error}") from error
 
     def _read_clips(self, samples: Sequence[Sample]) -> list[Clip]:
         clips = []
@@ -192,7 +220,7 @@ class ChatCollator:
         rendered = [_render_segments(self.processor, sample) for sample in samples]
         # Only the processor knows how many tokens an image takes: it is given every prompt that shows one.
         asked = [segment for segments in rendered for segment in segments if segment.needs_processor]
-        inputs = process_media(self.processor, images, clips, [segment.prompt for segment in asked])
+        inputs = self._process(samples, images, clips, [segment.prompt for segment in asked])
         prompts, masks = inputs.pop("input_ids"), inputs.pop("attention_mask")
         ids = {id(s): prompt[mask.bool()].tolist() for s, prompt, mask in zip(asked, prompts, masks, strict=True)}
         for sample, segments in zip(samples, rendered, strict=True):
@@ -241,12 +269,11 @@ def _files(samples: Sequence[Sample], kind: Media) -> Iterator[tuple[Sample, Med
 
 def _read_images(samples: Sequence[Sample]) -> list[Image.Image]:
     images = []
-    with refuse_truncated_images():
-        for sample, file in _files(samples, "image"):
-            try:
-                images.append(decode_image(file.path))
-            except ImageError as error:
-                raise ImageError(f"sample {sample.id!r}: {error}") from error
+    for sample, file in _files(samples, "image"):
+        try:
+            images.append(load_image(file.path))
+        except ImageError as error:
+            raise ImageError(f"sample {sample.id!r}: {error}") from error
     return images
 
 

@@ -23,6 +23,7 @@ from mllm_keeplora.data.conversation import MediaFile, Message, Sample, paths_of
 from mllm_keeplora.data.media import IMAGES_ONLY, MediaChecker
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.modeling.families import Media
+from mllm_keeplora.runs.files import irregular_kind
 
 # Where image and video go in LLaVA's own records. Samples do not carry it: the chat template places its own.
 PLACEHOLDERS: dict[Media, str] = {"image": "<image>", "video": "<video>"}
@@ -244,6 +245,9 @@ def _read_file(path: Path) -> list[tuple[int, object]]:
     if path.suffix not in RECORD_SUFFIXES:
         raise RecordError(f"{path}: unknown kind of data file; expected one of {', '.join(RECORD_SUFFIXES)}")
     try:
+        kind = irregular_kind(path)
+        if kind is not None:
+            raise RecordError(f"{path} is {kind}; expected a regular file")
         text = path.read_text(encoding="utf-8-sig")  # -sig: editors on Windows write a byte order mark
     except OSError as error:
         raise RecordError(f"{path} cannot be read: {error.strerror}") from error

@@ -16,12 +16,12 @@ import torch
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.utils import simple_parse_args_string
-from PIL import Image
 from tqdm import tqdm
 
 from mllm_keeplora.config import VideoConfig
 from mllm_keeplora.data.collator import prepare_questions
 from mllm_keeplora.data.conversation import Message
+from mllm_keeplora.data.images import load_image
 from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.distributed.sharding import fillers, is_sharded
 from mllm_keeplora.evaluation.errors import EvaluationError
@@ -308,8 +308,7 @@ def _read_messages(messages: Sequence[Mapping[str, Any]], reader: VideoReader | 
         if reader is None:
             raise ValueError(f"{source}: a video, but this evaluation was given no reader for clips")
         return [Message("user", (reader.read(Path(source)), text))]
-    image = Image.open(source) if isinstance(source, str) else source
-    return [Message("user", (image.convert("RGB"), text))]
+    return [Message("user", (load_image(Path(source) if isinstance(source, str) else source), text))]
 
 
 def _cut(reply: str, until: tuple[str, ...]) -> str:

@@ -131,6 +131,19 @@ def nf4_config(compute_dtype: str, not_quantised: Sequence[str] | None = None) -
     )
 
 
+def read_model_config(config: ModelConfig) -> Any:
+    """The base model's own config; no weights are loaded.
+
+    Raises:
+        ConfigError: an unusable model directory.
+    """
+    directory = resolve_model_directory(config)
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"base model {directory} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
 def load_base(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
     """Loads the base model and its processor; the model is frozen and in eval mode.
 

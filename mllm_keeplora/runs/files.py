@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,6 +25,37 @@ class WriteError(KeepLoRAError, OSError):
 
 class ArtifactError(KeepLoRAError, RuntimeError):
     """A run directory whose files are not what its manifests say."""
+
+
+_IRREGULAR = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe (FIFO)",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+}
+
+
+def irregular_kind(path: Path) -> str | None:
+    """What a path is, links followed, where it is no regular file: "a folder", "a named pipe (FIFO)" and so on.
+
+    Opening a pipe waits for a writer, and a device may have no end: ask before you open what a user names.
+
+    Raises:
+        OSError: there is nothing, or it cannot be looked at.
+    """
+    kind = stat.S_IFMT(path.stat().st_mode)
+    return None if kind == stat.S_IFREG else _IRREGULAR.get(kind, "something else than a file")
+
+
+def _check_regular(path: Path) -> None:
+    """Raises:
+    ArtifactError: the path is no regular file.
+    OSError: there is nothing.
+    """
+    kind = irregular_kind(path)
+    if kind is not None:
+        raise ArtifactError(f"{path} is {kind}; expected a regular file")
 
 
 @contextmanager
@@ -77,9 +109,10 @@ def read_json(path: Path) -> Any:
     """Reads JSON.
 
     Raises:
-        ArtifactError: the file is missing or is not JSON.
+        ArtifactError: the file is missing, no regular file or not JSON.
     """
     try:
+        _check_regular(path)
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} is missing") from error
@@ -99,16 +132,23 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     """Reads a safetensors file onto the CPU.
 
     Raises:
-        ArtifactError: the file is missing or damaged.
+        ArtifactError: the file is missing, no regular file or damaged.
     """
     try:
+        _check_regular(path)
         return load_file(path)
     except (FileNotFoundError, SafetensorError) as error:
         raise ArtifactError(f"cannot read {path}: {error}; delete it to have it computed again") from error
 
 
 def sha256_file(path: Path) -> str:
-    """Hex digest of a file's bytes."""
+    """Hex digest of a file's bytes.
+
+    Raises:
+        ArtifactError: it is no regular file.
+        OSError: it is missing or cannot be read.
+    """
+    _check_regular(path)
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 

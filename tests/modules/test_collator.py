@@ -20,7 +20,7 @@ from mllm_keeplora.data.collator import (
     SampleTooLongError,
     render_prompt,
 )
-from mllm_keeplora.data.media import ImageError
+from mllm_keeplora.data.images import ImageError
 from mllm_keeplora.modeling.loss import IGNORED_LABEL
 
 # isort: split

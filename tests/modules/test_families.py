@@ -19,7 +19,7 @@ from mllm_keeplora.continual.run_stream import run_stream
 from mllm_keeplora.continual.saved_run import load_run
 from mllm_keeplora.data.collator import ChatCollator, ProcessorError, prepare_questions
 from mllm_keeplora.data.conversation import Sample
-from mllm_keeplora.data.media import decode_image
+from mllm_keeplora.data.images import load_image
 from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.modeling.families import FAMILIES, Media, family_of
 from mllm_keeplora.modeling.loading import load_base
@@ -129,7 +129,7 @@ def test_training_and_evaluation_give_the_model_the_same(
     assert all(torch.equal(batch[key], again[key]) for key in batch)
 
     path = one.media[0].path
-    shown = decode_image(path) if media == "image" else reader().read(path)
+    shown = load_image(path) if media == "image" else reader().read(path)
     asked = prepare_questions(processor, [ask(turns_of(one)[0].question, shown)], torch.device("cpu"))
     length = asked["input_ids"].shape[1]
     assert torch.equal(batch["input_ids"][:, :length], asked["input_ids"])

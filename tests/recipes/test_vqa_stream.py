@@ -19,9 +19,9 @@ from peft import PeftModel
 from safetensors.torch import load, load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
-from mllm_keeplora.commands.chat import open_image
 from mllm_keeplora.commands.main import main
 from mllm_keeplora.continual.saved_run import load_run
+from mllm_keeplora.data.images import load_image
 from mllm_keeplora.evaluation.answer import answer
 from mllm_keeplora.modeling.linear4bit import guard_linear4bit
 from tests.forked import Forked
@@ -124,7 +124,7 @@ def test_the_adapter_works_with_stock_peft_on_a_stock_base(finished: Recipe) -> 
     guard_linear4bit(base)
     stock = PeftModel.from_pretrained(base, str(adapter)).eval()
     ours, processor = load_run(finished.run_dir).load_model()
-    image = open_image(next((finished.data_root / "digits/images/test").glob("*.png")))
+    image = load_image(next((finished.data_root / "digits/images/test").glob("*.png")))
     prompt = "USER: <image>\nWhich digit is written here? ASSISTANT: "
     inputs = AutoProcessor.from_pretrained(base_dir)(text=[prompt], images=[image], return_tensors="pt")
     with torch.no_grad():
@@ -141,7 +141,7 @@ def test_the_evaluated_answers_are_those_of_the_stored_adapter(finished: Recipe)
     lines = [json.loads(x) for x in (stages(finished)[2] / "evaluation/charts.jsonl").read_text().splitlines()]
     for line in lines[:5]:
         record = tests[line["doc_id"]]
-        image = open_image(finished.data_root / "charts" / record["image"])
+        image = load_image(finished.data_root / "charts" / record["image"])
         assert answer(model, processor, record["text"], image, 4) == line["reply"]
 
 

@@ -15,6 +15,7 @@ from mllm_keeplora.runs.files import (
     ArtifactError,
     WriteError,
     load_tensors,
+    read_json,
     remove_temporaries,
     replaced_directory,
     save_tensors,
@@ -30,6 +31,19 @@ from mllm_keeplora.runs.run_directory import RunDirectory, StageDirectory
 
 def no_room(*_: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("read", [read_json, load_tensors, sha256_file])
+@pytest.mark.parametrize("kind", ["a named pipe", "a character device", "a folder"])
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(read, kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    {
+        "a named pipe": lambda: os.mkfifo(path),
+        "a character device": lambda: path.symlink_to("/dev/zero"),
+        "a folder": path.mkdir,
+    }[kind]()
+    with pytest.raises(ArtifactError, match=f"file is {kind}.*; expected a regular file"):
+        read(path)
 
 
 def test_a_full_disk_leaves_the_old_file_and_no_litter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
