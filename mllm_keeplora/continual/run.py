@@ -33,7 +33,7 @@ from mllm_keeplora.modeling.adapters import ACCUMULATED, Factors, attach, detach
 from mllm_keeplora.modeling.loading import load_base, read_initial_adapter, resolve_device, save_adapter
 from mllm_keeplora.modeling.targets import targets_of
 from mllm_keeplora.probes.protected_bases import weight_basis_directory, weight_basis_files
-from mllm_keeplora.runs.files import ArtifactError, read_json, write_json
+from mllm_keeplora.runs.files import ArtifactError, read_json, remove_temporaries, write_json
 from mllm_keeplora.runs.locks import only_run
 from mllm_keeplora.runs.run_directory import RunDirectory
 
@@ -118,6 +118,8 @@ class Run:
 def _begin(config: RunConfig, stream: Stream, directory: RunDirectory) -> History:
     """The history, and the files that other commands read; written also for a finished run: data may have moved."""
     _check_ours(directory)
+    for folder in (directory.path, Path(config.cache_dir)):
+        remove_temporaries(folder)
     history = History.read(config, stream, directory)
     write_json(directory.config, asdict(config))
     write_task_files(stream, directory.task_files)
@@ -125,7 +127,10 @@ def _begin(config: RunConfig, stream: Stream, directory: RunDirectory) -> Histor
 
 
 def _check_ours(directory: RunDirectory) -> None:
-    """A folder of somebody's own is not written into."""
+    """A folder of somebody's own is not written into, nor one where a file is in a folder's place."""
+    for folder in (directory.stages, directory.task_files, directory.logs):
+        if folder.exists() and not folder.is_dir():
+            raise ArtifactError(f"{folder} is a file, expected a folder; put the folder back, or remove the file")
     found = sorted(path.name for path in directory.path.iterdir() if path != directory.lock)
     if not found or directory.stages.is_dir():
         return

@@ -28,7 +28,15 @@ from mllm_keeplora.modeling.adapters import ACCUMULATED, Factors, read_factors
 from mllm_keeplora.modeling.families import family_of
 from mllm_keeplora.modeling.linear4bit import guard_linear4bit
 from mllm_keeplora.resources import find
-from mllm_keeplora.runs.files import read_json, replaced_directory, sha256_file, sha256_json, write_json
+from mllm_keeplora.runs.files import (
+    read_json,
+    replaced_directory,
+    sha256_file,
+    sha256_json,
+    write_hashes,
+    write_json,
+)
+from mllm_keeplora.runs.run_directory import ADAPTER_HASHES
 
 logger = logging.getLogger(__name__)
 
@@ -303,3 +311,4 @@ def save_adapter(directory: Path, model: PeftModel, config: ModelConfig) -> None
     with replaced_directory(directory) as temporary:
         model.save_pretrained(str(temporary), selected_adapters=[ACCUMULATED])
         write_json(temporary / "quantization_config.json", quantization.to_dict() if quantization else None)
+        write_hashes(temporary / ADAPTER_HASHES)
