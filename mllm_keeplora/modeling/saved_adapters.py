@@ -6,6 +6,7 @@ initialisations moreover rewrite the base in place when they are loaded. So the 
 the model's modules, and attached by `attach`, which only ever adds.
 """
 
+import logging
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.logging import get_logger
 from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
@@ -28,14 +28,15 @@ from mllm_keeplora.modeling.adapters import ACCUMULATED, AdapterError, Factors, 
 from mllm_keeplora.runs.files import ArtifactError, check_hashes, check_regular, read_json
 from mllm_keeplora.runs.run_directory import ADAPTER_HASHES
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PREFIX = "base_model.model."
 # Of a LoRA config, what W x + s B A x is made of, and what says nothing about it.
 _UNDERSTOOD = {
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "base_model_name_or_path"),
 }
 _NO_MATTER = {
     *(
@@ -289,10 +290,8 @@ def _check_pair(name: str, a: Tensor, b: Tensor, module: nn.Module, config: Lora
 
 
 def _scale(config: LoraConfig, name: str) -> float:
-    rank, alpha = (
-        _by_pattern(config.rank_pattern, name, config.r),
-        _by_pattern(config.alpha_pattern, name, config.lora_alpha),
-    )
+    rank = _by_pattern(config.rank_pattern, name, config.r)
+    alpha = _by_pattern(config.alpha_pattern, name, config.lora_alpha)
     return float(alpha / (math.sqrt(rank) if config.use_rslora else rank))
 
 
