@@ -86,9 +86,9 @@ def read_adapter(model: PreTrainedModel, directory: Path, base_model: str) -> St
     config = _read_config(directory)
     tensors = _read_tensors(directory)
     converted = convert_peft_adapter_state_dict_for_transformers(model, config, tensors)
-    pairs = _pairs(converted, directory)
     modules = dict(model.named_modules())
-    _check_names(pairs, _wanted(config, modules, directory), directory)
+    pairs = _pairs(_without_copies_of_the_base(converted, modules), directory)
+    _check_names(pairs, _wanted(config, modules, directory), modules, directory)
     for name, (a, b) in pairs.items():
         _check_pair(name, a, b, modules[name], config, directory)
     _say_other_base(config, base_model, directory)
@@ -201,6 +201,19 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
         raise AdapterError(f"adapter {directory}: {WEIGHTS} cannot be read: {error}; copy it again") from error
 
 
+def _without_copies_of_the_base(tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """PEFT saves an adapted output layer's own weight beside its factors; one that was changed is not left out."""
+
+    def is_copy(key: str, tensor: Tensor) -> bool:
+        module = modules.get(key.removeprefix(_PREFIX).removesuffix(".base_layer.weight"))
+        if not key.endswith(".base_layer.weight") or not isinstance(module, nn.Linear):
+            return False
+        weight = module.weight.detach().cpu()
+        return weight.shape == tensor.shape and torch.equal(weight, tensor.to(weight.dtype))
+
+    return {key: tensor for key, tensor in tensors.items() if not is_copy(key, tensor)}
+
+
 def _pairs(tensors: Mapping[str, Tensor], directory: Path) -> Factors:
     """Module name -> (A, B), from PEFT's names; every tensor belongs to a pair."""
     halves: dict[str, dict[str, Tensor]] = {}
@@ -237,36 +250,35 @@ def _wanted(config: LoraConfig, modules: Mapping[str, nn.Module], directory: Pat
         raise AdapterError(f"adapter {directory}: target_modules in {CONFIG} cannot be used: {error}") from error
 
 
-def _check_names(pairs: Factors, wanted: Collection[str], directory: Path) -> None:
+def _check_names(pairs: Factors, wanted: Collection[str], modules: Collection[str], directory: Path) -> None:
     unknown, missing = [n for n in pairs if n not in wanted], [n for n in wanted if n not in pairs]
-    if not unknown and not missing:
-        return
     parts = []
     if unknown:
         parts.append(f"{len(unknown)} of the file's {len(pairs)} modules are not taken, {unknown[0]!r} first")
     if missing:
         parts.append(f"{len(missing)} modules that its target_modules name are not in the file, {missing[0]!r} first")
-    raise AdapterError(f"adapter {directory} does not fit the model: {'; '.join(parts)}{_remedy(unknown, missing)}")
+    if parts:
+        remedy = _other_names(unknown, missing)
+        if remedy is None and all(name in modules for name in unknown):
+            remedy = f"Name in {CONFIG}'s target_modules what was trained, no more and no less, or save it again"
+        remedy = remedy or "It was made on another base model; name the one that it was made on"
+        raise AdapterError(f"adapter {directory} does not fit the model: {'; '.join(parts)}. {remedy}")
 
 
-def _remedy(unknown: Sequence[str], missing: Sequence[str]) -> str:
-    """Other names for the same layers are the usual case; then the first pair of them says what to rename."""
+def _other_names(unknown: Sequence[str], missing: Sequence[str]) -> str | None:
+    """What to rename, where the file has other names for the same layers."""
     for name in unknown:
         tail = name.split(".")
-        for length in range(len(tail) - 1, 1, -1):
-            end = "." + ".".join(tail[-length:])
-            same = [other for other in missing if other.endswith(end)]
-            if len(same) == 1 and "layers" in tail[-length:]:
-                there, here = name.removesuffix(end), same[0].removesuffix(end)
-                return (
-                    f". The file says {there!r} where this model says {here!r}: it was saved from a text-only model "
-                    f"or by transformers before 4.52. If it was made on this base, rename its tensors in {WEIGHTS}"
-                )
-    if unknown and not missing:
-        return f". Add them to target_modules in {CONFIG}, if they were trained"
-    if missing and not unknown:
-        return f". Name in {CONFIG}'s target_modules what was trained alone (a tower may be missing), or save it again"
-    return ". It was made on another base model; name the one that it was made on"
+        start = tail.index("layers") if "layers" in tail else len(tail)
+        end = "".join(f".{part}" for part in tail[start:])
+        same = [other for other in missing if end and other.endswith(end)]
+        if same:
+            there, here = name.removesuffix(end), " or ".join(repr(other.removesuffix(end)) for other in same)
+            return (
+                f"The file says {there!r} where this model says {here}: it was saved from a text-only model or by "
+                f"transformers before 4.52. If it was made on this base, rename its tensors in {WEIGHTS}"
+            )
+    return None
 
 
 def _check_pair(name: str, a: Tensor, b: Tensor, module: nn.Module, config: LoraConfig, directory: Path) -> None:
