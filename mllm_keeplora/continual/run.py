@@ -31,16 +31,11 @@ from mllm_keeplora.methods.base import Method, load_method
 from mllm_keeplora.methods.context import RunContext, StageContext
 from mllm_keeplora.modeling.adapters import ACCUMULATED, Factors, attach, detach
 from mllm_keeplora.modeling.families import check_clip_lengths
-from mllm_keeplora.modeling.loading import (
-    load_base,
-    read_initial_adapter,
-    read_model_config,
-    resolve_device,
-    save_adapter,
-)
+from mllm_keeplora.modeling.loading import load_base, read_model_config, resolve_device, save_adapter
+from mllm_keeplora.modeling.saved_adapters import read_initial_adapter
 from mllm_keeplora.modeling.targets import targets_of
 from mllm_keeplora.probes.protected_bases import weight_basis_directory, weight_basis_files
-from mllm_keeplora.runs.files import ArtifactError, read_json, write_json
+from mllm_keeplora.runs.files import ArtifactError, read_json, remove_temporaries, write_json
 from mllm_keeplora.runs.locks import only_run
 from mllm_keeplora.runs.run_directory import RunDirectory
 
@@ -79,6 +74,7 @@ class Run:
         stream = load_stream(Path(config.stream), Path(config.data_root) if config.data_root else None)
         directory = RunDirectory(Path(config.run_dir))
         _check_train_settings(config, stream)
+        _check_initial_adapter(config)
         with lost_processes_explained(), _held(directory):
             history = from_main(lambda: _begin(config, stream, directory))
             yield cls(config, stream, method, history)
@@ -109,7 +105,8 @@ class Run:
     def accumulated(self, number: int) -> Factors:
         """Factors after stage `number`, bit for bit as they were; before the first, those of `initial_adapter`."""
         initial = self.config.initial_adapter
-        factors = read_initial_adapter(self.context.model, Path(initial)) if initial else {}
+        base = self.config.model.base_model
+        factors = read_initial_adapter(self.context.model, Path(initial), base) if initial else {}
         for n in range(1, number + 1):
             scales = {m["name"]: m["scale"] for m in self.history.manifests[n]["modules"]}
             factors = self.method.fold(factors, read_stage_factors(self.history.stage(n)), scales)
@@ -125,6 +122,8 @@ class Run:
 def _begin(config: RunConfig, stream: Stream, directory: RunDirectory) -> History:
     """The history, and the files that other commands read; written also for a finished run: data may have moved."""
     _check_ours(directory)
+    for folder in (directory.path, Path(config.cache_dir)):
+        remove_temporaries(folder)
     history = History.read(config, stream, directory)
     write_json(directory.config, asdict(config))
     write_task_files(stream, directory.task_files)
@@ -132,7 +131,10 @@ def _begin(config: RunConfig, stream: Stream, directory: RunDirectory) -> Histor
 
 
 def _check_ours(directory: RunDirectory) -> None:
-    """A folder of somebody's own is not written into."""
+    """A folder of somebody's own is not written into, nor one where a file is in a folder's place."""
+    for folder in (directory.stages, directory.task_files, directory.logs):
+        if folder.exists() and not folder.is_dir():
+            raise ArtifactError(f"{folder} is a file, expected a folder; put the folder back, or remove the file")
     found = sorted(path.name for path in directory.path.iterdir() if path != directory.lock)
     if not found or directory.stages.is_dir():
         return
@@ -151,6 +153,15 @@ def _held(directory: RunDirectory) -> Iterator[None]:
     with only_run(directory.lock) if is_main() else nullcontext():
         wait_for_everyone()
         yield
+
+
+def _check_initial_adapter(config: RunConfig) -> None:
+    """The run writes its own adapter, so that it cannot start from that; and what it starts from stays as it is."""
+    initial = config.initial_adapter
+    if initial and Path(initial).resolve().is_relative_to(Path(config.run_dir).resolve()):
+        raise ConfigError(
+            f"initial_adapter {initial} lies in run_dir {config.run_dir}, which the run writes to; name another run_dir"
+        )
 
 
 def _check_train_settings(config: RunConfig, stream: Stream) -> None:

@@ -47,7 +47,7 @@ from mllm_keeplora.distributed.processes import from_main, num_processes
 from mllm_keeplora.distributed.sharding import is_sharded
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.methods.hooks import Hooks
-from mllm_keeplora.runs.files import WriteError, atomic_path
+from mllm_keeplora.runs.files import ArtifactError, WriteError, hash_files, read_sealed, remove, write_sealed
 
 logger = get_logger(__name__)
 
@@ -131,7 +131,7 @@ class StageTrainer(Trainer):
                 "it continues from the checkpoint before"
             ) from error
         # Marks a checkpoint whose every file is written, each process's generators included: a kill in the
-        # middle leaves one without the mark.
+        # middle leaves one without the mark. The hashes in it tell a file that was changed later.
         self.accelerator.wait_for_everyone()
         mark = Path(str(self.args.output_dir), f"checkpoint-{self.state.global_step}", COMPLETE)
         from_main(lambda: _write_mark(mark))
@@ -149,8 +149,7 @@ class StageTrainer(Trainer):
 
 
 def _write_mark(mark: Path) -> None:
-    with atomic_path(mark) as temporary:
-        temporary.write_text(str(num_processes()))
+    write_sealed(mark, {"processes": num_processes(), "files": hash_files(mark.parent, skip=(mark.name,))})
 
 
 class FiniteGradients(TrainerCallback):
@@ -250,27 +249,42 @@ def train_stage(
 
 def _begin(directory: Path, log_dir: Path) -> str | None:
     checkpoint = last_complete_checkpoint(directory)
-    if checkpoint is None:  # curves of an attempt that is redone from its start
-        shutil.rmtree(log_dir, ignore_errors=True)
+    if checkpoint is None:  # whatever lies there is redone from its start, the curves too
+        remove(directory)
+        remove(log_dir)
+    elif not log_dir.is_dir():
+        remove(log_dir)
     return checkpoint
 
 
 def last_complete_checkpoint(directory: Path) -> str | None:
-    """The newest checkpoint that can be continued; half-written ones are removed.
+    """The newest checkpoint that can be continued; those that cannot are removed.
 
-    So are those of another number of processes: which samples each of them has seen depends on it.
+    They are half-written or were changed since. So are those of another number of processes: which samples each
+    of them has seen depends on it.
     """
+    for entry in directory.iterdir() if directory.is_dir() else ():
+        if not entry.is_dir():  # the Trainer would make a folder of that name
+            remove(entry)
     while directory.is_dir() and (found := get_last_checkpoint(str(directory))) is not None:
-        mark = Path(found, COMPLETE)
-        if mark.exists():
-            written_by = mark.read_text()
-            if written_by == str(num_processes()):
-                return found
-            logger.warning(
-                f"{found} was written by {written_by} process(es) and the run now has {num_processes()}: it "
-                "is not continued"
-            )
+        reason = _why_not_continued(Path(found))
+        if reason is None:
+            return found
+        if Path(found, COMPLETE).exists():
+            logger.warning(f"{found} {reason}: it is not continued")
         shutil.rmtree(found)
+    return None
+
+
+def _why_not_continued(checkpoint: Path) -> str | None:
+    try:
+        mark = read_sealed(checkpoint / COMPLETE, "it is removed")
+    except ArtifactError:
+        return "is not complete"
+    if mark["processes"] != num_processes():
+        return f"was written by {mark['processes']} process(es) and the run now has {num_processes()}"
+    if mark["files"] != hash_files(checkpoint, skip=(COMPLETE,)):
+        return "was changed since it was written"
     return None
 
 

@@ -229,11 +229,11 @@ def load_for_evaluation(settings: Mapping[str, Any]) -> tuple[Any, Any]:
     Raises:
         EvaluationError: for a setting that is missing or unknown, or a value that it cannot have.
         ConfigError: for a base model that cannot be loaded.
+        AdapterError: for an adapter that does not fit the base model, or was never trained.
     """
-    from peft import PeftModel
-
     from mllm_keeplora.config import ModelConfig
     from mllm_keeplora.modeling.loading import load_base
+    from mllm_keeplora.modeling.saved_adapters import load_adapter
 
     known = get_type_hints(ModelConfig)
     # lmms-eval turns anything that looks like a number into one; names and revisions are strings.
@@ -245,8 +245,9 @@ def load_for_evaluation(settings: Mapping[str, Any]) -> tuple[Any, Any]:
     _check_settings(values, known)
     if "base_model" not in values:
         raise EvaluationError(f"--model_args: base_model is missing; known are adapter, {', '.join(known)}")
-    model, processor = load_base(ModelConfig(**values))
-    return (model if adapter is None else PeftModel.from_pretrained(model, adapter).eval()), processor
+    config = ModelConfig(**values)
+    model, processor = load_base(config)
+    return (model if adapter is None else load_adapter(model, Path(adapter), config.base_model)), processor
 
 
 def _read_video_settings(settings: Mapping[str, Any]) -> VideoConfig:

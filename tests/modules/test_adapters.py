@@ -18,7 +18,8 @@ from mllm_keeplora.modeling.adapters import (
     read_factors,
     without_dropout,
 )
-from mllm_keeplora.modeling.loading import load_base, read_initial_adapter, save_adapter
+from mllm_keeplora.modeling.loading import load_base, save_adapter
+from mllm_keeplora.modeling.saved_adapters import read_initial_adapter
 from mllm_keeplora.modeling.targets import Target
 from mllm_keeplora.runs.files import read_json
 from tests.modules.conftest import all_targets, batch, model_config, read_adapter
@@ -147,7 +148,7 @@ def test_an_existing_peft_adapter_becomes_the_past_with_its_scale(tiny_llava: Pa
     expected = adapted(**batch()).logits
     adapted.save_pretrained(str(tmp_path))
     adapted.unload()
-    past = read_initial_adapter(model, tmp_path)
+    past = read_initial_adapter(model, tmp_path, "base")
     found = attach(model, ACCUMULATED, past, ones(past))(**batch()).logits
     assert (found - expected).norm() / expected.norm() < 1e-5
 
