@@ -147,7 +147,10 @@ def read_results(path: Path, entries: Sequence[ScoredTask]) -> dict[str, Score]:
     prefix = path.name.removesuffix("results.json") + "samples_"
     results["samples"] = {
         file.name.removeprefix(prefix).removesuffix(".jsonl"): [
-            json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()
+            # Not splitlines(): U+2028 and its like stand inside lines of JSON.
+            json.loads(line)
+            for line in file.read_text(encoding="utf-8").split("\n")
+            if line
         ]
         for file in path.parent.glob(f"{prefix}*.jsonl")
     }

@@ -20,9 +20,10 @@ import yaml
 from mllm_keeplora import RunConfig, load_run, run_stream
 from mllm_keeplora.config import ConfigError, Count, LearningRate, Seed, parse_config
 from mllm_keeplora.continual.saved_run import SavedRun
+from mllm_keeplora.data.record_files import read_rows
 from mllm_keeplora.data.stream import Stream, TaskSpec, load_stream
 from mllm_keeplora.resources import find
-from mllm_keeplora.runs.files import read_json, replaced_directory, write_json
+from mllm_keeplora.runs.files import replaced_directory, write_json
 from mllm_keeplora.runs.run_directory import RunDirectory
 from mllm_keeplora.settings import build, flat_settings
 from mllm_keeplora.yaml_files import read_yaml
@@ -271,7 +272,7 @@ def held_out_stream(stream_file: Path, tuning: Tuning) -> Path:
 
 def _split(stream: Stream, task: TaskSpec, tuning: Tuning, folder: Path) -> dict[str, Any]:
     """Writes a task's records to `folder`; its entry in the split's stream file."""
-    records = read_json(stream.train_file(task))
+    records = [value for _, value in read_rows(stream.train_file(task), stream.extracted)]
     kept, held_out = records[: -tuning.held_out], records[-tuning.held_out :]
     if not kept:
         raise ConfigError(f"tuning.held_out is {tuning.held_out}; {stream.train_file(task)} has {len(records)} records")

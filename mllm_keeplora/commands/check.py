@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     from mllm_keeplora.recipes.small.streams import draw_small_stream
 
     draw_small_stream(given.stream, given.data_root)
-    stream = load_stream(Path(given.stream), given.data_root, check_files=False)
+    stream = load_stream(Path(given.stream), given.data_root, check_files=False, cache_dir=given.cache_dir)
     checker = MediaChecker(VideoReader(video, None), Path(given.cache_dir) / "checked_media")
     report = check_stream(stream, checker)
     print(format_report(report), end="")

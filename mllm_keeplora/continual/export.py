@@ -63,12 +63,13 @@ def _test_batches(run: SavedRun, processor: Any, questions: int) -> list[dict[st
     asked = task.test_prompt_suffix
     suffix = asked if isinstance(asked, str) else asked[OTHER_ANSWERS]
     samples, _ = load_records(
-        stream.data_root / task.test,
+        stream.source(task.test),
         stream.test_media_root(task),
         answers=stream.answers_file(task),
         prompt_suffix=task.prompt_suffix + suffix,
         allow_text_only=task.allow_text_only,
         checker=None,
+        extracted=stream.extracted,
     )
     collator = ChatCollator(processor, None, run.reader())
     return [collator([sample]) for sample in samples[:questions]]

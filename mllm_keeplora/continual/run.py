@@ -71,7 +71,8 @@ class Run:
         """
         start_processes(cpu=resolve_device(config.model).type == "cpu")
         method = load_method(config)
-        stream = load_stream(Path(config.stream), Path(config.data_root) if config.data_root else None)
+        root = Path(config.data_root) if config.data_root else None
+        stream = load_stream(Path(config.stream), root, cache_dir=config.cache_dir)
         directory = RunDirectory(Path(config.run_dir))
         _check_train_settings(config, stream)
         _check_initial_adapter(config)

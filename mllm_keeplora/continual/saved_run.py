@@ -62,8 +62,8 @@ class SavedRun:
         Raises:
             StreamError: they are not.
         """
-        data_root = self.config.data_root
-        return load_stream(Path(self.config.stream), Path(data_root) if data_root else None)
+        root = Path(self.config.data_root) if self.config.data_root else None
+        return load_stream(Path(self.config.stream), root, cache_dir=self.config.cache_dir)
 
     def reader(self) -> VideoReader:
         """Decodes clips as the run did; nothing is cached."""

@@ -16,6 +16,7 @@ import pandas as pd
 
 from mllm_keeplora.data.conversation import MediaFile, Sample, paths_of
 from mllm_keeplora.data.media import MediaChecker, file_state
+from mllm_keeplora.data.record_files import HubTable
 from mllm_keeplora.data.records import (
     RecordError,
     clean_question,
@@ -84,7 +85,7 @@ class _DataFile:
 
     spec: Spec
     kind: Literal["train", "test"]
-    path: Path
+    path: Path | HubTable
     samples: dict[int, Sample] = field(default_factory=dict)
     bad: dict[int, str] = field(default_factory=dict)
     refused: str | None = None  # why the file as a whole cannot be used
@@ -126,21 +127,29 @@ def check_stream(stream: Stream, checker: MediaChecker) -> Report:
 
 def _read_files(stream: Stream, spec: Spec) -> Iterator[_DataFile]:
     test, answers = stream.test_file(spec), stream.answers_file(spec)
-    if isinstance(spec, TaskSpec) and stream.train_file(spec).is_file():
-        yield _read(_DataFile(spec, "train", stream.train_file(spec)), stream.media_root(spec))
-    if test is not None and test.is_file():
+    if isinstance(spec, TaskSpec) and _is_there(stream.train_file(spec)):
+        yield _read(stream, _DataFile(spec, "train", stream.train_file(spec)), stream.media_root(spec))
+    if test is not None and _is_there(test):
         root, file = stream.test_media_root(spec), _DataFile(spec, "test", test)
         if answers is not None and not answers.is_file():
-            file.videos = _named_media(test, root)  # they can be checked without the answers
+            file.videos = _named_media(stream, test, root)  # they can be checked without the answers
             yield file
         else:
-            yield _read(file, root, answers)
+            yield _read(stream, file, root, answers)
 
 
-def _read(file: _DataFile, root: Path, answers: Path | None = None) -> _DataFile:
+def _is_there(source: Path | HubTable) -> bool:
+    return isinstance(source, HubTable) or source.is_file()
+
+
+def _read(stream: Stream, file: _DataFile, root: Path, answers: Path | None = None) -> _DataFile:
     try:
         file.samples, file.bad = read_records(
-            file.path, root, answers=answers, allow_text_only=file.spec.allow_text_only
+            file.path,
+            root,
+            answers=answers,
+            allow_text_only=file.spec.allow_text_only,
+            extracted=stream.extracted,
         )
     except RecordError as error:
         file.refused = str(error)
@@ -148,15 +157,15 @@ def _read(file: _DataFile, root: Path, answers: Path | None = None) -> _DataFile
         file.refused = f"{file.path} holds no records; expected a list of at least one"
     if file.refused is not None:
         # Questions that do not go with their answers still name clips, which may be wrong as well.
-        file.videos = _named_media(file.path, root) if answers is not None else set()
+        file.videos = _named_media(stream, file.path, root) if answers is not None else set()
         return file
     file.images, file.videos = paths_of(file.samples.values(), "image"), paths_of(file.samples.values(), "video")
     return file
 
 
-def _named_media(path: Path, root: Path) -> set[Path]:
+def _named_media(stream: Stream, path: Path | HubTable, root: Path) -> set[Path]:
     try:
-        return named_media(path, root)
+        return named_media(path, root, stream.extracted)
     except RecordError:  # said already, as the reason why the file is refused
         return set()
 
@@ -260,7 +269,7 @@ def _as_task(spec: Spec) -> TaskSpec:
         return spec
     known = {item.name for item in fields(TaskSpec)}
     shared = {item.name: getattr(spec, item.name) for item in fields(spec) if item.name in known}
-    return TaskSpec(train=str(spec.test), **shared)
+    return TaskSpec(train=shared["test"], **shared)
 
 
 # --- What is there, and where the rest is ---
@@ -277,7 +286,7 @@ def _count(name: str, files: Sequence[_DataFile], sizes: Mapping[Path, int]) -> 
         test=sum(number for kind, number in rows if kind == "test"),
         images=len(images),
         clips=len(clips),
-        text_only=sum(sample.media is None for file in files for sample in file.samples.values()),
+        text_only=sum(not sample.media for file in files for sample in file.samples.values()),
         size=sum(sizes.get(path, 0) for path in images | clips),
     )
 

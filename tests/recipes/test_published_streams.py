@@ -19,7 +19,7 @@ from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.evaluation.task_files import scored_tasks, write_task_files
 from mllm_keeplora.planning.check_stream import Problem, check_stream
 from tests.clips import cut
-from tests.conversations import turns_of
+from tests.conversations import read_copy, turns_of
 from tests.forked import run
 from tests.modules.tiny_families import save_tiny
 from tests.recipes.published import LAYOUTS, LETTER, ONE_WORD, TEST
@@ -177,7 +177,7 @@ FAULTS: dict[str, tuple[str, Callable[[Path], object], str, str]] = {
         "mllm_dcl",
         lambda r: _edit(r / "Med/train.json", lambda x: x[0].pop("image")),
         "Med",
-        "row 1: no image or video",
+        "row 1: no image although",
     ),
 }
 
@@ -272,11 +272,9 @@ def test_the_words_that_reach_the_chat_template(name: str, roots: dict[str, Path
 def _asked(task: dict[str, Any]) -> set[str]:
     """The text of every test question's message, by the function that lmms-eval calls."""
     messages = _scoring().doc_to_messages
-    records = json.loads(Path(task["dataset_kwargs"]["data_files"]["test"]).read_text())
-    settings = task["lmms_eval_specific_kwargs"]["default"]
     texts = set()
-    for record in records:
-        (message,) = messages(record, settings)
+    for record in read_copy(task):
+        (message,) = messages(record)
         *media, text = message["content"]
         assert len(media) == bool(record.get("image") or record.get("video"))
         texts.add(text["text"])
