@@ -1,6 +1,6 @@
 """Samples to model inputs: the model's own chat template, its own processor, answers alone supervised."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,7 +15,6 @@ from mllm_keeplora.data.conversation import MediaFile, Message, Sample
 from mllm_keeplora.data.media import ImageError, decode_image, refuse_truncated_images
 from mllm_keeplora.data.video.reader import Clip, VideoError, VideoReader
 from mllm_keeplora.errors import KeepLoRAError
-from mllm_keeplora.modeling.families import Media
 from mllm_keeplora.modeling.loss import IGNORED_LABEL
 
 
@@ -63,7 +62,7 @@ def process_media(
 
     Args:
         processor: the base model's.
-        images: of each conversation, in the order of the prompts that show them.
+        images: of each message, in order.
         clips: likewise.
         text: prompts, None for the media alone.
         **settings: for the tokenizer (padding_side).
@@ -80,7 +79,8 @@ def process_media(
     if text is not None:
         settings |= {"text": list(text), "padding": True}
     shown: list[Any] = [list(group) for group in images if group]
-    # LLaVA-OneVision gives an image fewer tokens where a conversation shows several. The others count none.
+    # LLaVA-OneVision gives an image fewer tokens where it is shown with others. Together are those of one message,
+    # not of the conversation: what an image takes may not depend on questions that come later.
     if "batch_num_images" not in processor.image_processor.model_input_names:  # type: ignore[attr-defined]
         shown = [image for group in shown for image in group]
     return dict(processor(images=shown or None, return_tensors="pt", **settings))
@@ -115,7 +115,7 @@ def prepare_questions(
         ProcessorError: see `render`.
     """
     form = form or chat_form(processor)
-    shown = [[part for message in messages for part in message.parts] for messages in conversations]
+    shown = [message.parts for messages in conversations for message in messages]
     images = [[part for part in parts if isinstance(part, Image.Image)] for parts in shown]
     clips = [part for parts in shown for part in parts if isinstance(part, Clip)]
     rendered = [render(processor, messages, form) for messages in conversations]
@@ -187,7 +187,8 @@ class ChatCollator:
 
     def _read_clips(self, samples: Sequence[Sample]) -> list[Clip]:
         clips = []
-        for sample, file in _files(samples, "video"):
+        files = [(sample, file) for sample in samples for file in sample.media if file.kind == "video"]
+        for sample, file in files:
             if self.reader is None:
                 raise VideoError(f"sample {sample.id!r}: clip {file.path}, but no reader for clips")
             try:
@@ -231,20 +232,16 @@ class _EncodedSample:
     supervised: torch.Tensor  # [T] bool
 
 
-def _files(samples: Sequence[Sample], kind: Media) -> Iterator[tuple[Sample, MediaFile]]:
-    return ((sample, file) for sample in samples for file in sample.media if file.kind == kind)
-
-
 def _read_images(samples: Sequence[Sample]) -> list[list[Image.Image]]:
+    """Message by message."""
     images: list[list[Image.Image]] = []
     with refuse_truncated_images():
         for sample in samples:
-            images.append([])
-            for _, file in _files([sample], "image"):
-                try:
-                    images[-1].append(decode_image(file.path))
-                except ImageError as error:
-                    raise ImageError(f"sample {sample.id!r}: {error}") from error
+            files = [[part for part in message.parts if isinstance(part, MediaFile)] for message in sample.messages]
+            try:
+                images += [[decode_image(file.path) for file in shown if file.kind == "image"] for shown in files]
+            except ImageError as error:
+                raise ImageError(f"sample {sample.id!r}: {error}") from error
     return images
 
 

@@ -404,7 +404,9 @@ def test_a_control_token_in_a_text_is_refused_by_name(text: str, where: str) -> 
 
 
 def test_a_tokenizer_without_case_takes_image_for_its_image_token() -> None:
-    tokenizer = Tokenizer(WordLevel({token: index for index, token in enumerate([*SPECIAL, *WORDS])}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        WordLevel({token: index for index, token in enumerate([*SPECIAL, *WORDS])}, unk_token="<unk>")
+    )
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens([AddedToken("<image>", normalized=True)])
