@@ -26,6 +26,8 @@ from mllm_keeplora.distributed.processes import (
     wait_for_everyone,
 )
 from mllm_keeplora.distributed.sharding import shard_base, sharding_asked
+from mllm_keeplora.evaluation.answer import generation_settings
+from mllm_keeplora.evaluation.score import check_logins
 from mllm_keeplora.evaluation.task_files import write_task_files
 from mllm_keeplora.methods.base import Method, load_method
 from mllm_keeplora.methods.context import RunContext, StageContext
@@ -115,8 +117,10 @@ class Run:
 
     def write_adapter(self, accumulated: Factors) -> None:
         """Writes factors as the run's adapter; the base carries nothing before or after."""
-        model = attach(self.context.model, ACCUMULATED, accumulated, dict.fromkeys(accumulated, 1))
-        from_main(lambda: save_adapter(self.directory.adapter, model, self.config.model))
+        base, processor = self.context.model, self.context.processor
+        generation = generation_settings(base, processor)
+        model = attach(base, ACCUMULATED, accumulated, dict.fromkeys(accumulated, 1))
+        from_main(lambda: save_adapter(self.directory.adapter, model, self.config.model, processor, generation))
         detach(model)
 
 
@@ -183,6 +187,8 @@ def _load_context(run: Run) -> RunContext:
     reader = VideoReader(config.video, cache)
     checker = MediaChecker(reader, cache / "checked_media")
     records = from_main(lambda: load_training_records(stream, config.on_bad_record, checker))
+    stock = [spec.lmms_eval_task for spec in stream.general if spec.lmms_eval_task is not None]
+    from_main(lambda: check_logins(stock, run.directory.task_files))
     logger.info(f"loading {config.model.base_model} ({config.model.quantization})")
     model, processor = load_base(config.model)
     if config.train.activation_checkpointing:

@@ -3,7 +3,7 @@
 import importlib.util
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from mllm_keeplora.config import ConfigError, ModelConfig
 from mllm_keeplora.distributed.sharding import sharding_asked
@@ -275,10 +276,20 @@ def _hash_memory(files: Sequence[Path], cache: Path) -> Path:
     return cache / "model_hashes" / f"{sha256_json(state)}.json"
 
 
-def save_adapter(directory: Path, model: PeftModel, config: ModelConfig) -> None:
-    """Writes the accumulated adapter as a plain PEFT adapter, with the quantisation of its base beside it.
+def save_adapter(
+    directory: Path, model: PeftModel, config: ModelConfig, processor: Any, generation: Mapping[str, Any]
+) -> None:
+    """Writes the accumulated adapter as a plain PEFT adapter, with what its user has to do as training did.
 
-    Stock `PeftModel.from_pretrained` loads the directory. It appears whole or not at all.
+    Stock `PeftModel.from_pretrained` loads the directory, `AutoProcessor.from_pretrained` the processor with the
+    chat template of the run. It appears whole or not at all.
+
+    Args:
+        directory: where to.
+        model: with the accumulated adapter.
+        config: how its base was loaded; the quantisation is written beside the adapter.
+        processor: the run's.
+        generation: content of generation_config.json.
     """
     peft_config = model.peft_config[ACCUMULATED]
     peft_config.base_model_name_or_path = config.base_model
@@ -288,4 +299,6 @@ def save_adapter(directory: Path, model: PeftModel, config: ModelConfig) -> None
     with replaced_directory(directory) as temporary:
         model.save_pretrained(str(temporary), selected_adapters=[ACCUMULATED])
         write_json(temporary / "quantization_config.json", quantization.to_dict() if quantization else None)
+        write_json(temporary / GENERATION_CONFIG_NAME, dict(generation))
+        processor.save_pretrained(str(temporary))
         write_hashes(temporary / ADAPTER_HASHES)

@@ -246,7 +246,9 @@ def test_generate_is_greedy_and_its_new_tokens_are_the_verdict(
 
     monkeypatch.setattr(loaded.model, "generate", generate)
     assert loaded.verdicts([reply_of(0, "birds", 1), reply_of(0, "tools", 2)]) == ["cat red"] * 2
-    assert given["do_sample"] is False and given["temperature"] is None and given["max_new_tokens"] == 6
+    settings_given = given["generation_config"]
+    assert settings_given.do_sample is False and settings_given.num_beams == 1 and settings_given.max_new_tokens == 6
+    assert settings_given.repetition_penalty is settings_given.temperature is None
 
 
 def test_interrupted_judging_continues(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
