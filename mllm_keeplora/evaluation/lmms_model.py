@@ -17,6 +17,7 @@ import torch
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.utils import simple_parse_args_string
+from PIL import Image
 from tqdm import tqdm
 
 from mllm_keeplora.config import VideoConfig

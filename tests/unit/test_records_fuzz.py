@@ -135,7 +135,7 @@ turns = st.lists(st.tuples(words, words), min_size=1, max_size=3)
 
 def forms(turns: list[tuple[str, str]], system: str | None, images: list[str]) -> dict[str, dict[str, Any]]:
     """One conversation in every form that can say it; images stand before the first question."""
-    (*history, last), place = turns, "<image>" * len(images)
+    place = "<image>" * len(images)
     first = [(place + turns[0][0], turns[0][1]), *turns[1:]]
     (*marked, end) = first
     head = {"id": "x", "images": images, **({} if system is None else {"system": system})}
