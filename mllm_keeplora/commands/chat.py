@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm_keeplora.command_line import OptionParser
+from mllm_keeplora.config import NewTokens
 
 
 def main(argv: Sequence[str]) -> None:
@@ -23,7 +24,7 @@ def main(argv: Sequence[str]) -> None:
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--image", type=Path, help="what the questions are about; without it, text alone")
     shown.add_argument("--video", type=Path, help="a clip instead, sampled as the run sampled its clips")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="longest answer (default: 128)")
+    parser.add_setting("max_new_tokens", NewTokens, "longest answer, in tokens (default: %(default)s)", default=128)
     given = parser.read(argv)
 
     from mllm_keeplora.continual.saved_run import load_run

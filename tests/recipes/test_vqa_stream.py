@@ -24,6 +24,7 @@ from mllm_keeplora.continual.saved_run import load_run
 from mllm_keeplora.data.images import load_image
 from mllm_keeplora.evaluation.answer import answer
 from mllm_keeplora.modeling.linear4bit import guard_linear4bit
+from tests.forked import Forked
 from tests.recipes.conftest import ROOT, TASKS, TEST, Recipe
 
 SCORE_KEYS = {"value", "native", "native_max", "stderr", "n"}
@@ -159,7 +160,7 @@ def appears(path: Path) -> Callable[[], bool]:
     return path.exists
 
 
-def kill_when(process: subprocess.Popen[bytes], condition: Callable[[], bool]) -> None:
+def kill_when(process: Forked, condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 300
     while not condition() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
