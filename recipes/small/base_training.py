@@ -125,8 +125,8 @@ def train_base(
 
 def model_settings(tokenizer: PreTrainedTokenizerFast, vision_layers: int) -> dict[str, Any]:
     """What the configs of both models have in common. Every in_features is a multiple of 64, NF4's block size."""
-    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    size = {"hidden_size": WIDTH, "intermediate_size": 256, "num_attention_heads": 4}
+    special: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    size: dict[str, Any] = {"hidden_size": WIDTH, "intermediate_size": 256, "num_attention_heads": 4}
     vision = CLIPVisionConfig(
         num_hidden_layers=vision_layers, image_size=draw.SIZE, patch_size=draw.CELL, projection_dim=WIDTH, **size
     )

@@ -17,6 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 from mllm_keeplora.linalg.sketch import extend_basis_from_sketch
+from tests import forked
 from tests.forked import run_together
 from tests.recipes.conftest import ROOT, TASKS, TEST, Recipe, checked
 
@@ -90,7 +91,10 @@ def worker(mixed: Recipe, launcher: list[str], processes: int, job: str, name: s
 
 def compare(mixed: Recipe, processes: int, name: str) -> Compared:
     command = worker(mixed, FSDP if name == "fsdp" else [], processes, "compare", name)
-    all_done = [run(mixed, command)] if name == "fsdp" else run_together(command, processes)
+    if name == "fsdp":
+        all_done = [run(mixed, command)]
+    else:
+        all_done = run_together(command, processes) if processes > 1 else [forked.run(command)]
     assert [done.returncode for done in all_done] == [0] * len(all_done), all_done[0].stderr
     assert ("spreading the language layers" in all_done[0].stderr) == (name == "fsdp")
     files = [mixed.directory / name / f"process-{rank}" for rank in range(processes)]
