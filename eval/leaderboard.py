@@ -17,7 +17,7 @@ from mllm_keeplora.continual.saved_run import SavedRun, load_run
 from mllm_keeplora.evaluation.entry_point import MODEL_ID
 from mllm_keeplora.evaluation.errors import EvaluationError
 from mllm_keeplora.evaluation.score import Score, check_logins, read_score
-from mllm_keeplora.evaluation.task_files import ScoredTask, read_index
+from mllm_keeplora.evaluation.task_files import ScoredTask, follow_move, read_index
 from mllm_keeplora.runs.files import atomic_path, read_json, write_json
 
 SCHEMA_VERSION = 1
@@ -98,6 +98,7 @@ def evaluate_saved(run: CompleteRun, limit: int | None) -> dict[str, Score]:
         )
     stock = [e.lmms_task for e in run.entries if not e.lmms_task.startswith(f"{MODEL_ID}_")]
     check_logins(stock, run.saved.directory.task_files)
+    follow_move(run.saved.directory.task_files)
     output = run.saved.directory.leaderboard
     before = set(output.rglob("*_results.json"))
     sys.argv = ["lmms-eval", *lmms_eval_arguments(run, output, limit)]

@@ -6,6 +6,7 @@ column of text, one question a row as JSON, which eval/tasks/utils.py decodes.
 """
 
 import json
+import re
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -115,6 +116,17 @@ def read_index(directory: Path) -> tuple[str, list[ScoredTask]]:
     return index["stream"], [ScoredTask(**entry) for entry in index["tasks"]]
 
 
+def follow_move(directory: Path) -> None:
+    """Corrects the copies' paths in the task files of a run that was moved to another folder."""
+    for file in directory.glob("*.yaml"):
+        task = yaml.safe_load(file.read_text(encoding="utf-8"))
+        files = task.get("dataset_kwargs", {}).get("data_files")
+        copy = directory.resolve() / Path(files["test"]).name if files else None
+        if copy is not None and files["test"] != str(copy):
+            files["test"] = str(copy)
+            write_text(file, yaml.safe_dump(task, sort_keys=False))
+
+
 def _task_yaml(
     stream: Stream, spec: TaskSpec | GeneralSpec, entry: ScoredTask, test: Path | HubTable, directory: Path
 ) -> dict[str, Any]:
@@ -206,8 +218,8 @@ def _write_copy(documents: Sequence[Document], directory: Path, name: str) -> Pa
     rows = [json.dumps(document, ensure_ascii=False, allow_nan=False) for document in documents]
     digest = sha256_json(rows)[:16]
     path = directory / f"{name}-{digest}.parquet"
-    for old in directory.glob(f"{name}-*.parquet"):
-        if old != path:
+    for old in directory.glob("*.parquet"):
+        if old != path and re.fullmatch(rf"{re.escape(name)}-[0-9a-f]{{16}}\.parquet", old.name):
             old.unlink()
     with atomic_path(path) as temporary:
         pq.write_table(pa.table({COPY_COLUMN: pa.array(rows, pa.string())}), temporary)

@@ -17,7 +17,7 @@ from mllm_keeplora.data.conversation import MediaFile, Message, Part
 from mllm_keeplora.data.record_files import HubTable, RecordError
 from mllm_keeplora.data.records import load_records, read_records
 from mllm_keeplora.data.stream import Stream, StreamError, TaskSpec, data_hash
-from mllm_keeplora.evaluation.task_files import write_task_files
+from mllm_keeplora.evaluation.task_files import follow_move, write_task_files
 from tests.conversations import read_copy
 from tests.unit.test_scoring import utils
 
@@ -537,6 +537,18 @@ def test_a_file_replaced_at_the_same_path_and_time_gives_new_questions(root: Pat
         seen.append(utils.process_docs(loaded)[0]["answer"])
     assert seen == ["one", "two"]
     assert len(list((tmp_path / "tasks").glob("*.parquet"))) == 1
+
+
+def test_copies_are_each_tasks_own_and_follow_a_moved_run(root: Path, tmp_path: Path) -> None:
+    (root / "r.json").write_text(GOOD.join("[]"))
+    tasks = tuple(TaskSpec(name, "r.json", "r.json", "exact", allow_text_only=True) for name in ("a-b", "a"))
+    for _ in range(2):
+        write_task_files(Stream("s", root, tasks), tmp_path / "run/tasks")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    follow_move(tmp_path / "moved/tasks")
+    for task in tasks:
+        text = (tmp_path / f"moved/tasks/keeplora_s_{task.name}.yaml").read_text()
+        assert [doc["answer"] for doc in read_copy(yaml.safe_load(text))] == ["a"]
 
 
 def test_turns_are_asked_apart_where_they_are_about_one_picture(root: Path, tmp_path: Path) -> None:

@@ -21,9 +21,9 @@ from mllm_keeplora.data.stream import Stream, TaskSpec
 from mllm_keeplora.evaluation.task_files import write_task_files
 
 QUICK = settings(
-    max_examples=300, deadline=2000, derandomize=True, suppress_health_check=list(HealthCheck), database=None
+    max_examples=100, deadline=10_000, derandomize=True, suppress_health_check=list(HealthCheck), database=None
 )
-LONG = settings(max_examples=50_000, deadline=5000, suppress_health_check=list(HealthCheck), database=None)
+LONG = settings(max_examples=50_000, deadline=10_000, suppress_health_check=list(HealthCheck), database=None)
 
 KEYS = (*MEDIA_KEYS, *_QUESTIONS, *_ANSWERS, *_REFUSED_KEYS, *_SWITCHES, "messages", "conversations", "history")
 KEYS += ("system", "input", "id", "question_id", "label", "role", "content", "from", "value", "type", "url", "path")
@@ -61,7 +61,6 @@ def check(folder: Path, path: Path) -> None:
     assert not samples.keys() & bad.keys()
     for sample in samples.values():
         assert sample.questions and all(message.text.strip() for message in sample.messages)
-        assert all(not isinstance(part, str) or part.isprintable() or part for m in sample.messages for part in m.parts)
     if samples and not bad:
         task = TaskSpec("t", path.name, path.name, "exact", allow_text_only=True)
         write_task_files(Stream("s", folder, (task,), extracted=folder / "extracted"), folder / "tasks")
@@ -159,7 +158,7 @@ def forms(turns: list[tuple[str, str]], system: str | None, images: list[str]) -
 
 
 @given(turns, st.none() | words, st.lists(st.sampled_from(["1.png", "2.png"]), max_size=2))
-@settings(max_examples=60, deadline=2000, derandomize=True, database=None)
+@settings(max_examples=60, deadline=10_000, derandomize=True, database=None)
 def test_a_conversation_is_the_same_sample_in_every_form(
     turns: list[tuple[str, str]], system: str | None, images: list[str]
 ) -> None:

@@ -12,7 +12,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from mllm_keeplora.data.records import RecordError, load_records
+from mllm_keeplora.data.record_files import HubTable
+from mllm_keeplora.data.records import RecordError, load_records, read_records
 from mllm_keeplora.data.stream import (
     GeneralSpec,
     Hub,
@@ -349,3 +350,15 @@ def test_the_worked_example_of_the_docs_works(tmp_path: Path, monkeypatch: pytes
     stream = load_stream(Path(run["stream"]))
     assert len(stream.tasks) == 2
     load_training_records(stream)
+    # Every other form that the page shows is read as well, as training and as test.
+    others = [name for name in blocks if name.startswith("my_data/") and "/drives/" not in name]
+    assert len(others) == 7
+    for name in others:
+        samples, _ = load_records(tmp_path / name, (tmp_path / name).parent)
+        assert all(sample.media for sample in samples)
+    drives = tmp_path / "my_data/drives"
+    questions, bad = read_records(drives / "test_questions.json", drives, answers=drives / "test_answers.json")
+    assert bad == {} and questions[1].answers == ("yes",)
+    train = yaml.safe_load(blocks["hub_entry.yaml"])["train"]
+    source = Stream("s", tmp_path, (replace(stream.tasks[0], train=train),)).source(train)
+    assert isinstance(source, HubTable) and source.columns["answer"] == "label_text"
