@@ -60,10 +60,16 @@ def pope() -> list[dict[str, Any]]:
 
 def seedbench() -> list[dict[str, Any]]:
     choices = {f"choice_{letter}": word for letter, word in zip("abcd", ("one", "two", "three", "four"), strict=True)}
-    doc = {**choices, "question": "How many are there?", "answer": "A"}
+    doc = {**choices, "answer": "A"}
     return [
-        {**doc, "data_type": "image", "question_id": "1", "image": [picture()]},
-        {**doc, "data_type": "video", "question_id": "v2", "image": [picture(n) for n in range(8)]},
+        {**doc, "data_type": "image", "question_id": "1", "question": "How many stand?", "image": [picture()]},
+        {
+            **doc,
+            "data_type": "video",
+            "question_id": "v2",
+            "question": "How many pass?",
+            "image": [picture(n) for n in range(8)],
+        },
     ]
 
 
@@ -107,7 +113,7 @@ def ai2d() -> list[dict[str, Any]]:
 
 
 def mvbench() -> list[dict[str, Any]]:
-    return [{"video": "clip.mp4", "question": "What?", "candidates": ["a", "b", "c"], "answer": "b"} for _ in range(2)]
+    return [{"video": "clip.mp4", "question": "What?", "candidates": ["a", "b", "c"], "answer": "b"}]
 
 
 def nextqa() -> list[dict[str, Any]]:
@@ -286,8 +292,7 @@ def test_every_question_of_the_image_suite_is_asked(
         assert all(isinstance(part, Image.Image) and part.mode == "RGB" for part in found)
         return found
 
-    assert sorted(len(media) for text, media in shown.items() if "How many are there" in text) == [1]  # asked twice
-    assert max(len(messages[-1].parts) for messages in asked) == 9  # SEED-Bench's eight frames and their question
+    assert (len(images("How many stand")), len(images("How many pass"))) == (1, 8)
     assert len(images("later in")) == 2
     assert len(images("What does it show")) == 5
     assert images("Nothing is shown") == []
@@ -307,7 +312,7 @@ def test_every_question_of_the_video_suite_is_asked(
     family: str, asked: list[Any], listed: Path, tmp_path: Path, tmp_path_factory: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = row("general_video", family, tmp_path_factory, listed, tmp_path, monkeypatch)
-    expected = {"mvbench": 2 * len(MVBENCH), "nextqa": 2, "longvideobench": 2, "mmvu": 2, "video_mme": 2}
+    expected = {"mvbench": len(MVBENCH), "nextqa": 2, "longvideobench": 2, "mmvu": 2, "video_mme": 2}
     assert {name: found["n"] for name, found in scores.items()} == expected
     assert len(asked) == sum(expected.values())
     for messages in asked:
