@@ -2,12 +2,14 @@
 
 import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lmms_eval
 import pytest
 import yaml
+from lmms_eval.api.task import _resolve_hf_datasets_cache_dir
 from lmms_eval.tasks import TaskManager
 from lmms_eval.utils import load_yaml_config
 
@@ -169,7 +171,7 @@ def test_a_subset_says_so() -> None:
 
 
 @pytest.fixture
-def listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """lmms-eval's own tasks, few of them, and nobody logged in."""
     folder = tmp_path / "listed"
     folder.mkdir()
@@ -185,7 +187,9 @@ def listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("datasets.config.HF_DATASETS_OFFLINE", False)
     monkeypatch.setattr(score, "get_token", lambda: None)
     monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path / "cache"))
-    return folder
+    _resolve_hf_datasets_cache_dir.cache_clear()
+    yield folder
+    _resolve_hf_datasets_cache_dir.cache_clear()
 
 
 STOCK = ["pope", "mmmu_val", "mvbench", "mmvu_val_rules"]
