@@ -113,7 +113,7 @@ def _chat_form(processor: ProcessorMixin, probe: list[Message], *, parts: bool) 
         token = max(tokens, key=len)
         written = end = after[:gap] + token
     else:
-        token = end = processor.tokenizer.eos_token  # type: ignore[attr-defined]
+        token = end = processor.tokenizer.eos_token
         written = after
     return ChatForm(lead if lead.strip(" ") == "" else "", end, token, written, parts, controls)
 
@@ -125,7 +125,7 @@ def _alike(first: str, second: str) -> bool:
 
 
 def _control_tokens(processor: ProcessorMixin) -> dict[int, str]:
-    tokenizer: Any = processor.tokenizer  # type: ignore[attr-defined]
+    tokenizer: Any = processor.tokenizer
     found = {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     found |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
     for kind in ("image", "video"):
@@ -142,7 +142,7 @@ def _check_texts(processor: ProcessorMixin, messages: Sequence[Message], form: C
     Told by the tokenizer, not by comparing texts: one that ignores case takes `<IMAGE>` for `<image>`. Texts of a
     message are taken together, because templates write them without a gap.
     """
-    tokenizer: Any = processor.tokenizer  # type: ignore[attr-defined]
+    tokenizer: Any = processor.tokenizer
     for message in messages:
         text = "".join(part for part in message.parts if isinstance(part, str))
         for index in tokenizer(text, add_special_tokens=False)["input_ids"]:
@@ -278,7 +278,7 @@ def _one_text(processor: ProcessorMixin, message: Message) -> str:
 
 def _without_bos(processor: ProcessorMixin, text: str) -> str:
     """Removes a begin-of-sequence token that the tokenizer is going to add itself."""
-    tokenizer: Any = processor.tokenizer  # type: ignore[attr-defined]
+    tokenizer: Any = processor.tokenizer
     bos = tokenizer.bos_token
     if bos and text.startswith(bos) and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
         return text[len(bos) :]

@@ -84,7 +84,7 @@ def process_media(
     shown: list[Any] = [list(group) for group in images if group]
     # LLaVA-OneVision gives an image fewer tokens where it is shown with others. Together are those of one message,
     # not of the conversation: what an image takes may not depend on questions that come later.
-    if "batch_num_images" not in processor.image_processor.model_input_names:  # type: ignore[attr-defined]
+    if "batch_num_images" not in processor.image_processor.model_input_names:
         shown = [image for group in shown for image in group]
     # Left to guess, some take a picture or clip of a height of 1 or 3 for one with its channels first.
     settings["input_data_format"] = "channels_last"

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from mllm_keeplora.data.stream import Stream
 from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.distributed.processes import from_main
-from mllm_keeplora.evaluation.entry_point import MODEL_ID
+from mllm_keeplora.evaluation.entry_point import MODEL_ID, name_hub_home
 from mllm_keeplora.evaluation.errors import EvaluationError
 from mllm_keeplora.evaluation.task_files import ScoredTask, scored_tasks, write_text
 
@@ -244,6 +244,7 @@ def _run_lmms_eval(
     limit: int | None,
 ) -> dict[str, Any] | None:
     """lmms-eval's results, None on all processes but the main one."""
+    name_hub_home()
     with _undisturbed():
         from lmms_eval.evaluator import simple_evaluate
         from lmms_eval.tasks import TaskManager
