@@ -60,6 +60,12 @@ def pictures_in(value: Any) -> Iterator[Image.Image]:
             yield from pictures_in(item)
 
 
+def asked_about(path: Path) -> dict[str, Any]:
+    """A document of our own tasks."""
+    parts = [{"type": "image", "path": str(path)}, {"type": "text", "text": "what ?"}]
+    return {utils.ASKED: [{"role": "user", "content": parts}]}
+
+
 def as_evaluation_shows_it(url: Any, processor: Any, monkeypatch: pytest.MonkeyPatch) -> Image.Image:
     """The picture that the wrapper of lmms-eval gives the processor for a message with `url`."""
     shown: list[Image.Image] = []
@@ -119,19 +125,18 @@ def test_a_picture_is_the_same_in_training_evaluation_and_chat(
 ) -> None:
     path = MAKE[name](tmp_path / name)
     right, llava = expected(path), processors["llava"]
-    doc = {"image": name, "text": "what ?"}
-    settings = {"media_root": str(tmp_path), "prompt_suffix": ""}
+    doc = asked_about(path)
     shown = {
-        "our tasks": utils.doc_to_visual(doc, settings)[0],
+        "our tasks": utils.doc_to_visual(doc)[0],
         "chat": chat._open(None, path, None),
         "evaluation, by path": as_evaluation_shows_it(str(path), llava, monkeypatch),
         "evaluation, as a benchmark opens it": as_evaluation_shows_it(Image.open(path), llava, monkeypatch),
-        "evaluation of our tasks": as_evaluation_shows_it(utils.doc_to_visual(doc, settings)[0], llava, monkeypatch),
+        "evaluation of our tasks": as_evaluation_shows_it(utils.doc_to_visual(doc)[0], llava, monkeypatch),
     }
     for where, picture in shown.items():
         np.testing.assert_array_equal(np.asarray(picture), right, err_msg=where)
     batch = ChatCollator(llava)([sample("1", path, TURNS)])
-    alone = process_media(llava, [Image.fromarray(right)], [])
+    alone = process_media(llava, [[Image.fromarray(right)]], [])
     assert torch.equal(pixel_values(batch), pixel_values(alone))
     assert IMAGES_ONLY.problems([path], [], "x") == {}
 
@@ -143,7 +148,7 @@ def test_what_the_check_refuses_every_way_in_refuses(make: Any, tmp_path: Path, 
     [reason] = IMAGES_ONLY.problems([path], [], "x").values()
     for read in (
         lambda: ChatCollator(processors["llava"])([sample("1", path, TURNS)]),
-        lambda: utils.doc_to_visual({"image": "a.tif"}, {"media_root": str(tmp_path)}),
+        lambda: utils.doc_to_visual(asked_about(path)),
         lambda: chat._open(None, path, None),
     ):
         with pytest.raises(ValueError) as caught:
@@ -160,7 +165,7 @@ def test_a_thin_picture_is_not_taken_for_one_with_its_channels_first(
     family: str, height: int, width: int, processors: dict[str, Any]
 ) -> None:
     processor, picture = processors[family], noise(height, width)
-    found = pixel_values(process_media(processor, [Image.fromarray(picture)], []))
+    found = pixel_values(process_media(processor, [[Image.fromarray(picture)]], []))
     told = processor.image_processor(
         picture.transpose(2, 0, 1), input_data_format="channels_first", return_tensors="pt"
     )
