@@ -142,6 +142,10 @@ def _written(name: str, form: str, value: str) -> list[str]:
 # --------------------------------------------------------------------------------------------------
 
 
+# What is said of several settings together, wherever they come from.
+ACROSS = ("train", "language", "projector", "vision", "initial", "method", "--")
+
+
 class Count:
     """What became of the examples, printed at the end: how many, and how many of them were accepted."""
 
@@ -160,7 +164,7 @@ class Count:
             text = str(error)
             assert text and len(text) < 8000 and "Traceback" not in text
             if file is not None:
-                assert file in text or text.startswith(("train", "language", "projector", "vision", "initial", "--"))
+                assert file in text or text.startswith(ACROSS)
         except SystemExit as ended:
             assert ended.code in (0, 2)  # after --help, or OptionParser's clean end
         assert time.process_time() - started < SECONDS
