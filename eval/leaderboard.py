@@ -16,7 +16,7 @@ from typing import Any
 from mllm_keeplora.continual.saved_run import SavedRun, load_run
 from mllm_keeplora.evaluation.entry_point import MODEL_ID
 from mllm_keeplora.evaluation.errors import EvaluationError
-from mllm_keeplora.evaluation.score import Score, read_score
+from mllm_keeplora.evaluation.score import Score, check_logins, read_score
 from mllm_keeplora.evaluation.task_files import ScoredTask, follow_move, read_index
 from mllm_keeplora.runs.files import atomic_path, read_json, write_json
 
@@ -85,8 +85,8 @@ def evaluate_saved(run: CompleteRun, limit: int | None) -> dict[str, Score]:
         limit: first questions asked of each task; None asks all.
 
     Raises:
-        EvaluationError: if our model id is not registered, or lmms-eval left no results (it prints why and
-            exits with 0).
+        EvaluationError: if our model id is not registered, a benchmark needs a login, or lmms-eval left no results
+            (it prints why and exits with 0).
     """
     from lmms_eval.cli.dispatch import main as lmms_eval_main
     from lmms_eval.models import list_available_models
@@ -96,6 +96,8 @@ def evaluate_saved(run: CompleteRun, limit: int | None) -> dict[str, Score]:
             f"lmms-eval does not know the model {MODEL_ID!r}: the installed package does not register it; "
             "install it again"
         )
+    stock = [e.lmms_task for e in run.entries if not e.lmms_task.startswith(f"{MODEL_ID}_")]
+    check_logins(stock, run.saved.directory.task_files)
     follow_move(run.saved.directory.task_files)
     output = run.saved.directory.leaderboard
     before = set(output.rglob("*_results.json"))

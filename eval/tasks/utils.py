@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from mllm_keeplora.data.media import decode_image, refuse_truncated_images
+from mllm_keeplora.data.images import load_image
 from mllm_keeplora.evaluation.task_files import ASKED, COPY_COLUMN
 
 Doc = dict[str, Any]
@@ -60,14 +60,13 @@ def doc_to_messages(doc: Doc) -> list[dict[str, Any]]:
     Raises:
         ImageError: as `doc_to_visual`.
     """
-    with refuse_truncated_images():
-        return [{"role": message["role"], "content": [*_shown(message["content"])]} for message in doc[ASKED]]
+    return [{"role": message["role"], "content": [*_shown(message["content"])]} for message in doc[ASKED]]
 
 
 def _shown(parts: list[dict[str, str]]) -> Iterator[dict[str, Any]]:
     for part in parts:
         if part["type"] == "image":
-            yield {"type": "image", "url": decode_image(Path(part["path"]))}
+            yield {"type": "image", "url": load_image(Path(part["path"]))}
         elif part["type"] == "video":
             yield {"type": "video", "url": part["path"]}
         else:

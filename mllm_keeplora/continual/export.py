@@ -5,10 +5,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from mllm_keeplora.continual.saved_run import SavedRun, load_run
 from mllm_keeplora.data.collator import ChatCollator
 from mllm_keeplora.data.records import OTHER_ANSWERS, load_records
+from mllm_keeplora.evaluation.answer import generation_settings
 from mllm_keeplora.modeling.loading import DTYPES, load_dense
 from mllm_keeplora.modeling.loss import supervised_positions
 from mllm_keeplora.runs.files import ArtifactError, replaced_directory, write_json
@@ -47,6 +49,7 @@ def export(run_dir: Path, out: Path, dtype: str = "bfloat16", questions: int = 3
     with replaced_directory(out) as temporary:
         merged.save_pretrained(temporary)
         processor.save_pretrained(temporary)
+        write_json(temporary / GENERATION_CONFIG_NAME, generation_settings(merged, processor))
         write_json(temporary / "export.json", {"run": str(run_dir), "dtype": dtype, **difference._asdict()})
     return difference
 

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mllm_keeplora.errors import KeepLoRAError
-from mllm_keeplora.runs.files import atomic_path
+from mllm_keeplora.runs.files import atomic_path, irregular_kind
 
 RECORD_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 # Where media that lie inside tables are written, below a run's cache_dir.
@@ -83,8 +83,8 @@ def read_rows(source: Path | HubTable, extracted: Path) -> Rows:
         return _check_values(enumerate(_hub_rows(source, extracted), start=1))
     if not source.name.endswith(RECORD_SUFFIXES):
         raise RecordError(f"{source}: unknown kind of data file; expected one of {', '.join(RECORD_SUFFIXES)}")
-    if source.exists() and not source.is_file():
-        raise RecordError(f"{source} cannot be read: it is no regular file")
+    if source.exists() and (kind := irregular_kind(source)) is not None:
+        raise RecordError(f"{source} is {kind}; expected a regular file")
     if source.suffix == ".parquet":
         return _check_values(enumerate(_parquet_rows(source, extracted), start=1))
     text = _read_text(source)

@@ -19,28 +19,27 @@ For example:
         native_max: 1.0
 """
 
-import difflib
 import hashlib
 import json
 import os
 import re
-import types
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path, PurePath
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
-
+from mllm_keeplora.config import ConfigError, NewTokens
 from mllm_keeplora.data.conversation import Sample
 from mllm_keeplora.data.media import IMAGES_ONLY, MediaChecker, file_state
 from mllm_keeplora.data.record_files import EXTRACTED, RECORD_SUFFIXES, HubTable, content_hash
 from mllm_keeplora.data.records import OTHER_ANSWERS, SkippedRecord, load_records, named_media
-from mllm_keeplora.errors import KeepLoRAError
-from mllm_keeplora.resources import find
+from mllm_keeplora.errors import KeepLoRAError, did_you_mean
+from mllm_keeplora.resources import find, is_there
+from mllm_keeplora.settings import Range, check_settings, shown
+from mllm_keeplora.yaml_files import read_yaml
 
 # Names become folder, file and lmms-eval task names.
-_NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 _Spec = TypeVar("_Spec")
 
@@ -107,7 +106,7 @@ class TaskSpec:
     test_answers: str | None = None
     media_root: str = "."
     prompt_suffix: str = ""
-    max_new_tokens: int = 128
+    max_new_tokens: NewTokens = 128
     allow_text_only: bool = False
     test_media_root: str | None = None
     test_prompt_suffix: str | Mapping[str, str] = ""
@@ -141,11 +140,11 @@ class GeneralSpec:
     test_answers: str | None = None
     media_root: str = "."
     prompt_suffix: str = ""
-    max_new_tokens: int = 128
+    max_new_tokens: NewTokens = 128
     allow_text_only: bool = False
     lmms_eval_task: str | None = None
     score: str | None = None
-    native_max: float | None = None
+    native_max: Annotated[float, Range(0, 1_000_000_000, "(]")] | None = None
     references: str | None = None
 
     def __post_init__(self) -> None:
@@ -155,10 +154,6 @@ class GeneralSpec:
         for key in ("test", "test_answers"):
             _check_record_file(self, key, getattr(self, key))
         _check_references(self)
-        if self.native_max is not None and not self.native_max > 0:
-            raise StreamError(
-                f"general benchmark {self.name!r}: native_max is {self.native_max}; expected a number > 0"
-            )
 
     def _check_kind(self) -> None:
         """Either an own file or a stock task: refuses keys that the other kind alone would read."""
@@ -357,13 +352,9 @@ def _size(path: Path) -> int | None:
 
 def _read_yaml(path: Path) -> object:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise StreamError(f"the stream file cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise StreamError(f"not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    except yaml.YAMLError as error:
-        raise StreamError(f"not valid YAML: {error}") from error
+        return read_yaml(path)
+    except ConfigError as error:
+        raise StreamError(str(error)) from error
 
 
 def _with_suite(document: object, folder: Path) -> object:
@@ -405,7 +396,7 @@ def _build_hub(entry: object) -> Hub | None:
 
 def _build_specs(items: object, kind: type[_Spec], key: str) -> tuple[_Spec, ...]:
     if not isinstance(items, list):
-        raise StreamError(f"{key!r} is {items!r}; expected a list of entries, each beginning with '- name: ...'")
+        raise StreamError(f"{key!r} is {shown(items)}; expected a list of entries, each beginning with '- name: ...'")
     specs = []
     for index, item in enumerate(items):
         name = item.get("name") if isinstance(item, dict) else None
@@ -417,13 +408,12 @@ def _build_specs(items: object, kind: type[_Spec], key: str) -> tuple[_Spec, ...
 def _check_keys(values: object, kind: type, where: str, optional: Sequence[str] = ()) -> dict[str, Any]:
     """Returns `values` when it is a mapping whose keys are fields of `kind` with none missing."""
     if not isinstance(values, dict):
-        raise StreamError(f"{where} is {values!r}; expected 'key: value' lines")
+        raise StreamError(f"{where} is {shown(values)}; expected 'key: value' lines")
     known = [field.name for field in fields(kind)]
     for key in values:
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise StreamError(f"{where}: unknown key {key!r}{hint} (known keys: {', '.join(known)})")
+            hint = did_you_mean(str(key), known)
+            raise StreamError(f"{where}: unknown key {shown(key)}{hint}; known keys: {', '.join(known)}")
     required = [
         item.name
         for item in fields(kind)
@@ -436,16 +426,10 @@ def _check_keys(values: object, kind: type, where: str, optional: Sequence[str] 
 
 
 def _check_types(spec: TaskSpec | GeneralSpec) -> None:
-    for key, hint in get_type_hints(type(spec)).items():
-        value = getattr(spec, key)
-        hints = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        allowed = tuple(get_origin(kind) or kind for kind in hints)
-        accepted = (*allowed, int) if float in allowed else allowed
-        # bool is an int to Python; `max_new_tokens: yes` is not a number to anybody else.
-        if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in allowed):
-            expected = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in allowed)
-            quote = " (put it in quotes)" if str in allowed and isinstance(value, int | float) else ""
-            raise StreamError(f"task or benchmark {spec.name!r}: {key} is {value!r}; expected {expected}{quote}")
+    try:
+        check_settings(spec)
+    except ConfigError as error:
+        raise StreamError(f"task or benchmark {shown(spec.name)}: {error}") from error
 
 
 def _check_common(spec: TaskSpec | GeneralSpec) -> None:
@@ -454,27 +438,24 @@ def _check_common(spec: TaskSpec | GeneralSpec) -> None:
     if isinstance(spec, TaskSpec):
         _check_inside(spec, "test_media_root", spec.test_media_root or ".")
         _check_suffix(spec)
-    if spec.max_new_tokens < 1:
-        raise StreamError(f"{spec.name!r}: max_new_tokens is {spec.max_new_tokens}; expected at least 1")
 
 
 def _check_suffix(spec: TaskSpec) -> None:
     suffix = spec.test_prompt_suffix
     if isinstance(suffix, str):
         return
-    texts = all(isinstance(text, str) for text in (*suffix, *suffix.values()))
-    if not texts or OTHER_ANSWERS not in suffix:
+    if OTHER_ANSWERS not in suffix:
         raise StreamError(
-            f"{spec.name!r}: test_prompt_suffix is {dict(suffix)!r}; expected text, or 'answer: text' lines, "
-            "all in quotes (YAML reads Yes and No as true and false), with "
-            f'"{OTHER_ANSWERS}" for the other answers'
+            f"{spec.name!r}: test_prompt_suffix is {shown(dict(suffix))}; expected text, or 'answer: text' lines "
+            f'with "{OTHER_ANSWERS}" for the other answers'
         )
 
 
 def _check_name(name: object, what: str) -> None:
     if not isinstance(name, str) or not _NAME_PATTERN.fullmatch(name):
         raise StreamError(
-            f"the name of {what} is {name!r}; expected letters, digits, '_', '.' and '-' (it names files)"
+            f"the name of {what} is {shown(name)}; expected at most 100 letters, digits, '_', '.' and '-' (it names "
+            "files)"
         )
 
 
@@ -524,7 +505,7 @@ def _check_files(stream: Stream) -> None:
             f"the data root {stream.data_root} (seen from {Path.cwd()}) does not exist or is no folder; set "
             "'data_root' in the stream or run YAML to the folder that holds the data"
         )
-    missing = [path for spec in stream.specs for path in named_paths(stream, spec) if not path.exists()]
+    missing = [path for spec in stream.specs for path in named_paths(stream, spec) if not is_there(path)]
     if missing:
         raise StreamError(f"not found under the data root {stream.data_root}: {', '.join(map(str, missing))}")
 

@@ -28,13 +28,13 @@ from mllm_keeplora.data.stream import GeneralSpec, Stream, TaskSpec, named_paths
 from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.evaluation.errors import EvaluationError
 from mllm_keeplora.evaluation.task_files import write_task_files
+from mllm_keeplora.units import GB, format_bytes
 
 Spec = TaskSpec | GeneralSpec
 
 SHOWN = 10  # lines of one list
 _STAT_THREADS = 16  # network file systems answer many questions at once, one at a time slowly
 _SAMPLED_CLIPS = 8
-_UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 @dataclass(frozen=True)
@@ -317,14 +317,14 @@ def _cache_notes(reader: VideoReader | None, clips: set[Path], sizes: Mapping[Pa
     ordered = sorted(clips)
     sampled = [ordered[index] for index in select_evenly(len(ordered), 1.0, _SAMPLED_CLIPS)]
     decoded = len(clips) * sum(reader.read(path).frames.nbytes for path in sampled) // len(sampled)
-    allowed = int(reader.config.cache_gb * 1e9)
+    allowed = int(reader.config.cache_gb * GB)
     verdict = (
         "all fit" if decoded <= allowed else f"{allowed / decoded:.0%} of them fit, the others are decoded every time"
     )
     yield (
-        f"{len(clips)} clips, {_bytes(sum(sizes.get(path, 0) for path in clips))}; decoded to "
-        f"{reader.config.frames} frames each about {_bytes(decoded)}. Of video.cache_gb, "
-        f"{_bytes(allowed)}: {verdict}."
+        f"{len(clips)} clips, {format_bytes(sum(sizes.get(path, 0) for path in clips))}; decoded to "
+        f"{reader.config.frames} frames each about {format_bytes(decoded)}. Of video.cache_gb, "
+        f"{format_bytes(allowed)}: {verdict}."
     )
 
 
@@ -374,16 +374,8 @@ def _table(counts: Sequence[Counts]) -> str:
             "images": c.images,
             "clips": c.clips,
             "text only": c.text_only,
-            "media": _bytes(c.size),
+            "media": format_bytes(c.size),
         }
         for c in counts
     }
     return pd.DataFrame.from_dict(rows, orient="index").to_string()
-
-
-def _bytes(number: float) -> str:
-    for unit in _UNITS[:-1]:
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} {_UNITS[-1]}"

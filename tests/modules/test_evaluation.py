@@ -41,6 +41,7 @@ from mllm_keeplora.evaluation.score import evaluate_row
 from mllm_keeplora.evaluation.task_files import read_index, write_task_files
 from mllm_keeplora.modeling.loading import load_base
 from mllm_keeplora.resources import shipped
+from tests import forked
 from tests.conversations import read_copy
 
 SPECIAL_TOKENS = ["<pad>", "<unk>", "<s>", "</s>", "<image>"]
@@ -514,11 +515,6 @@ def make_run(base: Path, stream: Stream, directory: Path) -> Path:
     return directory
 
 
-def run_leaderboard(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mllm_keeplora.commands.main", "leaderboard", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
-
-
 def test_leaderboard_repeats_the_run_in_a_fresh_process(base: Path, tmp_path: Path) -> None:
     stream = make_stream(tmp_path / "data")
     run = make_run(base, stream, tmp_path / "run")
@@ -529,7 +525,8 @@ def test_leaderboard_repeats_the_run_in_a_fresh_process(base: Path, tmp_path: Pa
     expected = json.loads((run / "retention.json").read_text())["rows"][-1]["scores"]
     assert expected["birds"]["value"] >= 5 / 7
 
-    finished = run_leaderboard(run, "--table", tmp_path / "table")
+    command = ["-m", "mllm_keeplora.commands.main", "leaderboard", run, "--table", tmp_path / "table"]
+    finished = forked.run(command)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert "All 3 scores equal" in finished.stdout
     table = json.loads((tmp_path / "table" / "leaderboard.json").read_text())

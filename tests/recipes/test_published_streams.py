@@ -2,11 +2,8 @@
 
 import importlib.util
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from mllm_keeplora.evaluation.task_files import scored_tasks, write_task_files
 from mllm_keeplora.planning.check_stream import Problem, check_stream
 from tests.clips import cut
 from tests.conversations import read_copy, turns_of
+from tests.forked import run
 from tests.modules.tiny_families import save_tiny
 from tests.recipes.published import LAYOUTS, LETTER, ONE_WORD, TEST
 
@@ -343,10 +341,8 @@ def test_the_recipe_runs_the_stream_to_its_report(name: str, roots: dict[str, Pa
         "vision.rank": 2,
         "evaluation.limit": 2,
     }
-    command = [sys.executable, f"recipes/{'video' if name in VIDEO else 'vqa'}.py"]
-    command += [text for key, value in settings.items() for text in (f"--{key}", str(value))]
-    offline = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **offline}, capture_output=True, text=True, check=False)
+    options = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
+    done = run([f"recipes/{'video' if name in VIDEO else 'vqa'}.py", *options])
     assert done.returncode == 0, done.stderr[-3000:]
     retention = json.loads((tmp_path / "run" / "retention.json").read_text())
     tasks = ORDERS[name].split()

@@ -13,6 +13,8 @@ LAYERS = (
     "errors",
     "units",
     "resources",
+    "yaml_files",
+    "settings",
     "command_line",
     "linalg",
     "config",
@@ -34,7 +36,11 @@ LAYERS = (
 LAYER_OF = {name: layer for layer, name in enumerate(LAYERS)}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # What travels inside the package; recipes/vqa.py and recipes/video.py are command lines, above all layers.
-BESIDE = [path for folder in ("recipes/small", "studies", "eval") for path in sorted((ROOT / folder).rglob("*.py"))]
+BESIDE = [
+    path
+    for folder in ("recipes/small", "recipes/general", "studies", "eval")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+]
 
 
 def unit(path: Path) -> str:

@@ -430,7 +430,7 @@ def test_files_that_are_no_records_are_refused(root: Path, name: str, data: byte
 
 def test_a_device_is_no_file_of_records(root: Path) -> None:
     os.mkfifo(root / "r.json")
-    with pytest.raises(RecordError, match="no regular file"):
+    with pytest.raises(RecordError, match="named pipe .FIFO.; expected a regular file"):
         read_records(root / "r.json", root)
 
 

@@ -1,13 +1,14 @@
 """Records: what is read, what is refused and in which words, even selection."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image, ImageFile
 
-from mllm_keeplora.data.media import decode_image, refuse_truncated_images
+from mllm_keeplora.data.images import load_image
 from mllm_keeplora.data.records import (
     RecordError,
     clean_question,
@@ -209,7 +210,7 @@ def test_missing_empty_and_foreign_files_are_refused_as_images(root: Path) -> No
     message = refusal(root, *(question_record(image=name) for name in names))
     assert "4 of 4 records" in message
     for row, what in enumerate(
-        ["none.png does not exist", "empty.png is empty (0 bytes)", "text.png does not decode"], 1
+        ["none.png does not exist", "empty.png is empty (0 bytes)", "text.png is a text that begins"], 1
     ):
         assert f"row {row}: image" in message
         assert what in message
@@ -284,6 +285,12 @@ def test_a_missing_file_is_refused(root: Path) -> None:
         load_records(root / "none.json", root)
 
 
+def test_records_in_a_pipe_are_refused_and_not_waited_for(root: Path) -> None:
+    os.mkfifo(root / "pipe.jsonl")
+    with pytest.raises(RecordError, match="pipe.jsonl is a named pipe .FIFO.; expected a regular file"):
+        load_records(root / "pipe.jsonl", root)
+
+
 def test_named_media_lists_what_the_records_name(root: Path) -> None:
     path = write(root, question_record(), train_record(image="b.png"), train_record(), {"image": "bad record"})
     assert named_media(path, root) == {root / "images/a.png", root / "b.png"}
@@ -293,8 +300,7 @@ def test_images_come_as_rgb_whatever_the_file_holds(root: Path) -> None:
     for mode in ("1", "L", "P", "RGBA", "CMYK"):
         path = root / f"{mode}.{'jpg' if mode == 'CMYK' else 'png'}"
         Image.new(mode, (5, 4)).save(path)
-        with refuse_truncated_images():
-            image = decode_image(path)
+        image = load_image(path)
         assert (image.mode, image.size) == ("RGB", (5, 4))
 
 

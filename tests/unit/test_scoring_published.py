@@ -313,6 +313,7 @@ def caption(text: str, *references: str) -> dict[str, Any]:
 
 
 @pytest.mark.skipif(JAVA is None, reason="METEOR and the PTB tokenizer are Java programs; java is not here")
+@pytest.mark.usefixtures("one_meteor")
 def test_corpus_metrics_against_hand_computed_ones() -> None:
     items = [
         caption("A cat sits on the mat.", "a cat sits on the mat", "the cat is here"),
@@ -334,6 +335,7 @@ def test_corpus_metrics_against_hand_computed_ones() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(JAVA is None, reason="METEOR and the PTB tokenizer are Java programs; java is not here")
+@pytest.mark.usefixtures("one_meteor")
 def test_corpus_score_falls_with_the_captions() -> None:
     references = [
         ("a cat on a mat", "one cat"),
