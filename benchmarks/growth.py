@@ -41,6 +41,7 @@ from noise_run import Noise, NoiseRun, noise_config
 from shapes import Shape, llava_config, random_factors, random_model
 
 from mllm_keeplora.continual.stage import check_no_leakage
+from mllm_keeplora.evaluation.answer import generation_settings
 from mllm_keeplora.evaluation.lmms_model import inference_state
 from mllm_keeplora.linalg.subspace import orthonormal_complement
 from mllm_keeplora.modeling.adapters import ACCUMULATED, STAGE, activate, attach, detach
@@ -165,7 +166,9 @@ class AfterStages:
         }
 
     def _save_adapter(self) -> None:
-        save_adapter(self.run.directory.adapter, self.model, self.run.config.model)
+        context = self.run.context
+        generation = generation_settings(context.model, context.processor)
+        save_adapter(self.run.directory.adapter, self.model, self.run.config.model, context.processor, generation)
 
     def probe(self) -> dict[str, torch.Tensor]:
         """A of every module for the next task."""

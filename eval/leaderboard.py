@@ -16,8 +16,8 @@ from typing import Any
 from mllm_keeplora.continual.saved_run import SavedRun, load_run
 from mllm_keeplora.evaluation.entry_point import MODEL_ID
 from mllm_keeplora.evaluation.errors import EvaluationError
-from mllm_keeplora.evaluation.score import Score, read_score
-from mllm_keeplora.evaluation.task_files import ScoredTask, read_index
+from mllm_keeplora.evaluation.score import Score, check_logins, read_score
+from mllm_keeplora.evaluation.task_files import ScoredTask, follow_move, read_index
 from mllm_keeplora.runs.files import atomic_path, read_json, write_json
 
 SCHEMA_VERSION = 1
@@ -85,8 +85,8 @@ def evaluate_saved(run: CompleteRun, limit: int | None) -> dict[str, Score]:
         limit: first questions asked of each task; None asks all.
 
     Raises:
-        EvaluationError: if our model id is not registered, or lmms-eval left no results (it prints why and
-            exits with 0).
+        EvaluationError: if our model id is not registered, a benchmark needs a login, or lmms-eval left no results
+            (it prints why and exits with 0).
     """
     from lmms_eval.cli.dispatch import main as lmms_eval_main
     from lmms_eval.models import list_available_models
@@ -96,6 +96,9 @@ def evaluate_saved(run: CompleteRun, limit: int | None) -> dict[str, Score]:
             f"lmms-eval does not know the model {MODEL_ID!r}: the installed package does not register it; "
             "install it again"
         )
+    stock = [e.lmms_task for e in run.entries if not e.lmms_task.startswith(f"{MODEL_ID}_")]
+    check_logins(stock, run.saved.directory.task_files)
+    follow_move(run.saved.directory.task_files)
     output = run.saved.directory.leaderboard
     before = set(output.rglob("*_results.json"))
     sys.argv = ["lmms-eval", *lmms_eval_arguments(run, output, limit)]
@@ -147,7 +150,10 @@ def read_results(path: Path, entries: Sequence[ScoredTask]) -> dict[str, Score]:
     prefix = path.name.removesuffix("results.json") + "samples_"
     results["samples"] = {
         file.name.removeprefix(prefix).removesuffix(".jsonl"): [
-            json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()
+            # Not splitlines(): U+2028 and its like stand inside lines of JSON.
+            json.loads(line)
+            for line in file.read_text(encoding="utf-8").split("\n")
+            if line
         ]
         for file in path.parent.glob(f"{prefix}*.jsonl")
     }

@@ -5,88 +5,153 @@ import errno
 import logging
 import os
 import re
+import select
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import MISSING, Field, fields, is_dataclass
 from importlib.metadata import requires
-from typing import NoReturn
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, NoReturn, Union, get_args, get_origin
 
-import jsonargparse
+import docstring_parser
 
 from mllm_keeplora.errors import ConfigError, KeepLoRAError, did_you_mean
+from mllm_keeplora.settings import expected, hints_of, typed
+from mllm_keeplora.yaml_files import parse_yaml
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+_REQUIRED = "required"
 INTERRUPTED = 130  # the exit status that shells give to Ctrl-C
+OUTPUT_CLOSED = 141  # and to a command whose output nobody reads any more
 
 # --------------------------------------------------------------------------------------------------
 # reading a command line
 
 
 class OptionParser(argparse.ArgumentParser):
-    """Reads the command line of a command that takes a few options; names are never abbreviated."""
+    """Reads a command line: options, of which names are never abbreviated, and other arguments.
 
-    def __init__(self, prog: str, description: str | None) -> None:
+    Args:
+        prog: the command, such as `keeplora run`.
+        description: for `--help`, printed as it is.
+        usage: how it is called, where its settings are too many to be listed there.
+    """
+
+    def __init__(self, prog: str, description: str | None, usage: str | None = None) -> None:
         raw = argparse.RawDescriptionHelpFormatter
-        super().__init__(prog=prog, description=description, formatter_class=raw, allow_abbrev=False)
+        whole = None if usage is None else f"{prog} {usage} [--NAME VALUE ...]".replace("  ", " ")
+        super().__init__(prog, whole, description, formatter_class=raw, allow_abbrev=False)
+        self._hints: dict[str, Any] = {}
+
+    def add_setting(self, name: str, hint: Any, text: str, group: Any = None, **options: Any) -> None:
+        """An option with one value, of which the annotation says kind and range.
+
+        Args:
+            name: without dashes.
+            hint: annotation as of a setting.
+            text: for `--help`.
+            group: of the options in `--help`.
+            options: of argparse, such as `default`; without one `read` gives nothing where it is not there.
+        """
+        self._hints[name] = hint
+        to = self if group is None else group
+        to.add_argument(f"--{name}", metavar="VALUE", help=text, **{"default": argparse.SUPPRESS, **options})
+
+    def add_settings(self, kind: type, prefix: str = "", elsewhere: Mapping[str, str] | None = None) -> None:
+        """An option for every setting of a dataclass and of the groups in it, as its docstring describes them.
+
+        Args:
+            kind: the dataclass.
+            prefix: of the names.
+            elsewhere: dotted name of a setting or a group -> where its default comes from.
+        """
+        docs, elsewhere = docstring_parser.parse(kind.__doc__ or ""), elsewhere or {}
+        texts = {found.arg_name: found.description for found in docs.params}
+        group = self.add_argument_group(prefix.rstrip(".") or "settings", docs.short_description)
+        for field in fields(kind):
+            name, hint = prefix + field.name, hints_of(kind)[field.name]
+            if is_dataclass(hint):
+                self.add_settings(hint, f"{name}.", elsewhere)  # type: ignore[arg-type]
+                continue
+            default = elsewhere.get(name) or elsewhere.get(prefix.rstrip("."))
+            end = f"default: {default}" if default else _default(field)
+            text = f"{texts[field.name]} ({expected(hint)}; {end})".replace("%", "%%")
+            self.add_setting(name, hint, text, group, required=end == _REQUIRED)
 
     def read(self, argv: Sequence[str]) -> argparse.Namespace:
         """The values of a command line; options may stand before, between and after other arguments.
+
+        A setting may be written `name=value` as well.
 
         Raises:
             SystemExit: after `--help`.
             ConfigError: an unknown option, a missing argument or a value that cannot be used.
         """
-        given = with_underscores(argv)
+        given = list(self._joined(with_underscores(argv)))
         known = _options_of(self)
         for option in (text for text in given if re.match(r"--\w", text)):
             if option[2:].partition("=")[0] not in known:  # before anything else is said to be missing
                 self.error(f"unrecognized arguments: {option}")
-        return self.parse_intermixed_args(given)
+        values = self.parse_intermixed_args(given)
+        for name, hint in self._hints.items():
+            text = getattr(values, name, None)
+            if isinstance(text, str):
+                try:
+                    setattr(values, name, value_of(text, hint, f"--{name}"))
+                except ConfigError as error:
+                    self.error(str(error))
+        return values
+
+    def _joined(self, argv: Sequence[str]) -> Iterator[str]:
+        """Settings and their values as one text each, so that a value may begin with a dash."""
+        rest = iter(argv)
+        for text in rest:
+            name, equals, _ = text.partition("=")
+            if text[:2] == "--" and text[2:] in self._hints:
+                value = next(rest, None)
+                if value is None or re.match(r"--\w", value):
+                    self.error(f"{text}: expected a value behind it, found {value or 'none'}")
+                text = f"{text}={value}"
+            elif equals and name in self._hints:
+                text = f"--{text}"
+            yield text
 
     def error(self, message: str) -> NoReturn:
         """Raises ConfigError in place of printing the usage."""
-        raise ConfigError(f"{message}{_hint(message, _options_of(self), self.prog)}")
+        found = re.search(r"unrecognized arguments: (?:--)?([^\s=]+)", message)
+        options = _options_of(self)
+        hint = did_you_mean(found[1], options, "--") if found else ""
+        if found and any(option.startswith(f"{found[1]}.") for option in options):
+            hint = f" (a group of settings, each --{found[1]}.NAME)"
+        raise ConfigError(f"{message}{hint} ({self.prog} --help lists every option)")
 
 
-class _SettingsHelp(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
-    """Keeps the lines of the description as they are."""
+def _default(field: Field[Any]) -> str:
+    """What `--help` says of a setting that is not given."""
+    if field.default_factory is not MISSING:
+        value: Any = field.default_factory()
+    elif field.default is not MISSING:
+        value = field.default
+    else:
+        return _REQUIRED
+    if value is None:
+        return "default: not set"
+    return f"default: {str(value).lower() if isinstance(value, bool) else str(value).replace(chr(39), '')}"
 
 
-def settings_parser(prog: str, description: str | None, usage: str = "") -> jsonargparse.ArgumentParser:
-    """A parser for dataclasses of settings: each is `--group.name VALUE`; names are never abbreviated.
-
-    Args:
-        prog: the command, such as `keeplora run`.
-        description: for `--help`, printed as it is.
-        usage: what stands before the settings on the command line.
-    """
-    return jsonargparse.ArgumentParser(
-        prog=prog,
-        usage=f"{prog} {usage} [--NAME VALUE ...]".replace("  ", " "),
-        description=description,
-        formatter_class=_SettingsHelp,
-        parser_mode="yaml",
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-
-
-def read_settings(parser: jsonargparse.ArgumentParser, argv: Sequence[str]) -> jsonargparse.Namespace:
-    """The values that a command line gives to the parser's settings, dataclasses built.
-
-    Raises:
-        SystemExit: after `--help`.
-        ConfigError: an unknown name, or a value of the wrong type or out of range.
-    """
+def value_of(text: str, hint: Any, name: str) -> Any:
+    """What the text behind an option means; text is taken as it is where text is expected."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if NoneType in kinds and text in ("null", "None"):
+        return None
+    as_it_is = any(kind in (str, Path) or isinstance(next(iter(get_args(kind)), None), str) for kind in kinds)
     try:
-        return parser.instantiate(parser.parse_args(with_underscores(_with_dashes(argv))))
-    except jsonargparse.ArgumentError as error:
-        raise ConfigError(f"{error}{_hint(str(error), _options_of(parser), parser.prog)}") from error
-    except TypeError as error:  # jsonargparse expands a group that is no mapping
-        options = _options_of(parser)
-        groups = ", ".join(dict.fromkeys(name.split(".")[0] for name in options if "." in name))
-        raise ConfigError(f"one of the groups {groups} holds a value; it takes 'name: value' lines") from error
+        return typed(text if as_it_is else parse_yaml(text), hint, name)
+    except ConfigError as error:
+        raise ConfigError(str(error) if str(error).startswith(name) else f"{name}: {error}") from error
 
 
 def with_underscores(argv: Sequence[str]) -> list[str]:
@@ -94,35 +159,10 @@ def with_underscores(argv: Sequence[str]) -> list[str]:
     return [re.sub(r"^--[\w.-]+", lambda option: "--" + option[0][2:].replace("-", "_"), text) for text in argv]
 
 
-def _with_dashes(argv: Sequence[str]) -> list[str]:
-    """`name=value` as `--name=value`, except where it is the value of the option before it."""
-    previous = ["", *argv]
-    return [
-        f"--{text}" if re.match(r"[a-z_.]+=", text) and not re.fullmatch(r"--[^=]+", before) else text
-        for before, text in zip(previous, argv, strict=False)
-    ]
-
-
 def _options_of(parser: argparse.ArgumentParser) -> list[str]:
     """Without their dashes; those too that the usage alone names, since the command reads them itself."""
     options = [name for action in parser._actions for name in action.option_strings]
     return [name[2:] for name in [*options, *re.findall(r"--[a-z_]+", parser.usage or "")] if name[:2] == "--"]
-
-
-# How argparse and jsonargparse speak of a name that they do not know.
-_UNKNOWN = re.compile(
-    r"unrecognized arguments: --([^\s=]+)|Option '([\w.]+)' is not accepted"
-    r"|Group '([\w.]+)' does not accept option '([\w.]+)'"
-)
-
-
-def _hint(message: str, known: Sequence[str], prog: str) -> str:
-    """What may be meant by the unknown name in a parser's message; empty for any other message."""
-    found = _UNKNOWN.search(message)
-    if found is None:
-        return ""
-    name = ".".join(filter(None, found.groups()))
-    return did_you_mean(name, known) or f" ({prog} --help lists every option)"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -133,12 +173,21 @@ def _hint(message: str, known: Sequence[str], prog: str) -> str:
 def command() -> Iterator[None]:
     """Prepares the process for a command, and ends it with one line where that line is all a user needs.
 
-    A `KeepLoRAError`, a full disk and a missing package end with status 2, Ctrl-C with 130; any other error
-    keeps its traceback. Whatever is slow to import is to be imported inside.
+    A `KeepLoRAError`, a full disk and a missing package end with status 2, Ctrl-C with 130. Where nobody reads the
+    output any more (`| head`) it ends without a word, with 141. Any other error keeps its traceback. Whatever is slow
+    to import is to be imported inside.
     """
     _prepare()
     try:
-        yield
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # at the interpreter's end nobody could answer
+    except BrokenPipeError:
+        if not _output_is_closed():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to be flushed goes there
+        sys.exit(OUTPUT_CLOSED)
     except KeyboardInterrupt:
         _end("interrupted; the same command continues", INTERRUPTED)
     except KeepLoRAError as error:
@@ -152,6 +201,13 @@ def command() -> Iterator[None]:
         if error.errno not in _DISK_ERRORS:
             raise
         _end(f"error: {error}; make room (or fix the permission) and run the same command again")
+
+
+def _output_is_closed() -> bool:
+    """Whether the reader of a pipe on standard output is gone."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _prepare() -> None:

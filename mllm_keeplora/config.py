@@ -1,22 +1,29 @@
 """Settings of a run: one YAML file, one dataclass tree; the command line wins, unknown keys are errors."""
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from jsonargparse import ArgumentParser
-
-from mllm_keeplora.command_line import read_settings, settings_parser
+from mllm_keeplora.command_line import OptionParser
 from mllm_keeplora.errors import ConfigError as ConfigError  # known by this module's name everywhere
 from mllm_keeplora.errors import did_you_mean
-from mllm_keeplora.linalg.energy import check_energy
-from mllm_keeplora.linalg.layer_scaling import layer_scales
 from mllm_keeplora.resources import find
+from mllm_keeplora.settings import Range, build, check_settings, flat_settings, hints_of, typed
+from mllm_keeplora.yaml_files import read_yaml
 
 Tower = Literal["vision", "language"]
 Dtype = Literal["float32", "bfloat16"]
+
+# Ranges that several settings have. Upper ends are what no sensible run comes near.
+Share = Annotated[float, Range(0, 1, "(]")]
+Count = Annotated[int, Range(1, 1_000_000_000)]
+LearningRate = Annotated[float, Range(0, 10, "(]")]
+BatchSize = Annotated[int, Range(1, 65_536)]
+NewTokens = Annotated[int, Range(1, 65_536)]
+Seed = Annotated[int, Range(0, 4_000_000_000)]  # numpy takes 32 bits, and stage t adds t
 
 
 def _require(condition: bool, message: str) -> None:
@@ -50,11 +57,10 @@ class ModelConfig:
     attn_implementation: str = "sdpa"
     trust_remote_code: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    cpu_threads: int | None = None
+    cpu_threads: Annotated[int, Range(1, 1024)] | None = None
 
     def __post_init__(self) -> None:
-        threads = self.cpu_threads
-        _require(threads is None or threads >= 1, f"model.cpu_threads must be at least 1, got {threads}")
+        check_settings(self, "model.")
 
 
 @dataclass(frozen=True)
@@ -65,30 +71,17 @@ class TowerConfig:
         adapt: Whether the tower gets LoRA updates at all.
         targets: Linear layers by name (q_proj, mlp.fc1, ..), or all-linear.
         rank: r, the rank of one stage's update.
-        eps_w: Share of a pre-trained weight's energy that its protected principal subspace holds, in (0, 1]
-            (E1).
-        eps_f: Share of a learnt task's gradient energy that the protected feature subspace holds, in (0, 1]
-            (E8).
+        eps_w: Share of a pre-trained weight's energy that its protected principal subspace holds (E1).
+        eps_f: Share of a learnt task's gradient energy that the protected feature subspace holds (E8).
         gamma: Scale of the shallowest layer's update; 1 gives KeepLoRA (E5).
     """
 
     adapt: bool = True
     targets: list[str] = field(default_factory=lambda: ["all-linear"])
-    rank: int = 16
-    eps_w: float = 0.6
-    eps_f: float = 0.99
-    gamma: float = 0.2
-
-    def check(self, tower: str) -> None:
-        """Raises ConfigError for a value out of range, naming the tower."""
-        _require(self.rank >= 1, f"{tower}.rank must be at least 1, got {self.rank}")
-        _require(len(self.targets) > 0, f"{tower}.targets is empty; name linear layers, or use [all-linear]")
-        try:
-            check_energy(self.eps_w, "eps_w")
-            check_energy(self.eps_f, "eps_f")
-            layer_scales(2, self.gamma)
-        except ValueError as error:
-            raise ConfigError(f"{tower}: {error}") from error
+    rank: Annotated[int, Range(1, 16_384)] = 16
+    eps_w: Share = 0.6
+    eps_f: Share = 0.99
+    gamma: Annotated[float, Range(0, 1)] = 0.2
 
 
 @dataclass(frozen=True)
@@ -103,16 +96,14 @@ class ProbeConfig:
         batch_size: Samples per forward and backward of a probe pass.
     """
 
-    fraction: float = 0.2
-    max_samples: int = 256
-    columns_per_rank: int = 4
+    fraction: Share = 0.2
+    max_samples: Count = 256
+    columns_per_rank: Annotated[int, Range(1, 64)] = 4
     refine: bool = False
-    batch_size: int = 8
+    batch_size: BatchSize = 8
 
     def __post_init__(self) -> None:
-        _require(0.0 < self.fraction <= 1.0, f"probe.fraction must lie in (0, 1], got {self.fraction}")
-        for name in ("max_samples", "columns_per_rank", "batch_size"):
-            _require(getattr(self, name) >= 1, f"probe.{name} must be at least 1, got {getattr(self, name)}")
+        check_settings(self, "probe.")
 
 
 @dataclass(frozen=True)
@@ -120,26 +111,24 @@ class VideoConfig:
     """How clips become frames; the same in probes, training and evaluation.
 
     Args:
-        frames: Frames taken from a clip, evenly spaced from its first to its last; with fps set, the most
-            that are taken.
-        fps: Frames per second of the clip, in place of a fixed number; None takes `frames` of every clip.
+        frames: Frames taken from a clip, evenly spaced from its first to its last, by time where its rate
+            varies; with fps set, the most that are taken.
+        fps: Frames per second of the clip, in place of a fixed number; None takes `frames` of every clip. Only
+            Qwen's models take clips of different lengths in a batch; others need batch sizes of 1.
         backend: pyav decodes every file and checks each frame. decord and torchcodec (to be installed by you)
             decode every clip a second time; one of which they give other frames than pyav is refused.
         timeout: Seconds that decoding one clip may take before its decoder is ended and the clip is refused.
         cache_gb: Decoded frames kept on disk under cache_dir, in GB (1e9 bytes); 0 keeps none.
     """
 
-    frames: int = 8
-    fps: float | None = None
+    frames: Annotated[int, Range(1, 4096)] = 8
+    fps: Annotated[float, Range(0, 1000, "(]")] | None = None
     backend: Literal["pyav", "decord", "torchcodec"] = "pyav"
-    timeout: float = 60.0
-    cache_gb: float = 20.0
+    timeout: Annotated[float, Range(0, 86_400, "(]")] = 60.0
+    cache_gb: Annotated[float, Range(0, 1_000_000)] = 20.0
 
     def __post_init__(self) -> None:
-        _require(self.frames >= 1, f"video.frames must be at least 1, got {self.frames}")
-        _require(self.fps is None or self.fps > 0, f"video.fps must be positive, got {self.fps}")
-        _require(self.timeout > 0, f"video.timeout must be positive, got {self.timeout}")
-        _require(self.cache_gb >= 0, f"video.cache_gb must not be negative, got {self.cache_gb}")
+        check_settings(self, "video.")
 
 
 @dataclass(frozen=True)
@@ -149,7 +138,7 @@ class TrainConfig:
     Args:
         learning_rate: Peak learning rate of AdamW.
         num_train_epochs: Passes over a task's training samples.
-        max_steps: Optimizer steps; overrides the epochs when positive.
+        max_steps: Optimizer steps in place of epochs; -1 counts epochs.
         per_device_train_batch_size: Samples per forward.
         gradient_accumulation_steps: Forwards per optimizer step.
         lr_scheduler_type: Schedule after the warm-up.
@@ -166,31 +155,25 @@ class TrainConfig:
         dataloader_num_workers: Worker processes that read images.
     """
 
-    learning_rate: float = 2e-4
-    num_train_epochs: float = 1.0
-    max_steps: int = -1
-    per_device_train_batch_size: int = 8
-    gradient_accumulation_steps: int = 1
+    learning_rate: LearningRate = 2e-4
+    num_train_epochs: Annotated[float, Range(0, 100_000, "(]")] = 1.0
+    max_steps: Literal[-1] | Count = -1
+    per_device_train_batch_size: BatchSize = 8
+    gradient_accumulation_steps: BatchSize = 1
     lr_scheduler_type: str = "cosine"
-    warmup_ratio: float = 0.03
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    lora_dropout: float = 0.0
+    warmup_ratio: Annotated[float, Range(0, 1, "[)")] = 0.03
+    weight_decay: Annotated[float, Range(0, 10)] = 0.0
+    max_grad_norm: Annotated[float, Range(0, 1_000_000_000, "(]")] = 1.0
+    lora_dropout: Annotated[float, Range(0, 1, "[)")] = 0.0
     activation_checkpointing: bool = False
     optim: str = "adamw_torch"
-    max_length: int | None = None
-    save_steps: int = 0
-    logging_steps: int = 10
-    dataloader_num_workers: int = 0
+    max_length: Count | None = None
+    save_steps: Annotated[int, Range(0, 1_000_000_000)] = 0
+    logging_steps: Count = 10
+    dataloader_num_workers: Annotated[int, Range(0, 256)] = 0
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "num_train_epochs", "max_grad_norm"):
-            _require(getattr(self, name) > 0, f"train.{name} must be positive, got {getattr(self, name)}")
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"):
-            _require(getattr(self, name) >= 1, f"train.{name} must be at least 1, got {getattr(self, name)}")
-        _require(0.0 <= self.lora_dropout < 1.0, f"train.lora_dropout must lie in [0, 1), got {self.lora_dropout}")
-        _require(0.0 <= self.warmup_ratio < 1.0, f"train.warmup_ratio must lie in [0, 1), got {self.warmup_ratio}")
-        _require(self.max_steps != 0, "train.max_steps is 0: nothing would be learnt; use -1 to count epochs")
+        check_settings(self, "train.")
 
 
 @dataclass(frozen=True)
@@ -257,15 +240,12 @@ class EvaluationConfig:
         general_limit: The same for the general benchmarks alone, which are large; None = limit.
     """
 
-    batch_size: int = 32
-    limit: int | None = None
-    general_limit: int | None = None
+    batch_size: BatchSize = 32
+    limit: Count | None = None
+    general_limit: Count | None = None
 
     def __post_init__(self) -> None:
-        _require(self.batch_size >= 1, f"evaluation.batch_size must be at least 1, got {self.batch_size}")
-        for name in ("limit", "general_limit"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, f"evaluation.{name} must be at least 1, got {value}")
+        check_settings(self, "evaluation.")
 
     def limits(self) -> dict[str, int | None]:
         """Most questions asked per task of the stream ("task") and per general benchmark ("general")."""
@@ -308,7 +288,7 @@ class RunConfig:
     data_root: str | None = None
     method: str = "keeplora"
     method_options: dict[str, Any] = field(default_factory=dict)
-    alpha: float = 32.0
+    alpha: Annotated[float, Range(0, 1_000_000, "(]")] = 32.0
     projector: Literal["frozen", "protected"] = "frozen"
     model: ModelConfig = field(default_factory=ModelConfig)
     language: TowerConfig = field(default_factory=TowerConfig)
@@ -324,12 +304,13 @@ class RunConfig:
     backfill: bool = False
     cache_dir: str = "cache"
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        _require(self.alpha > 0, f"alpha must be positive, got {self.alpha}")
-        self.language.check("language")
-        self.vision.check("vision")
+        check_settings(self)
+        for name in ("language", "vision"):
+            targets = getattr(self, name).targets
+            _require(len(targets) > 0, f"{name}.targets is empty; name linear layers, or use [all-linear]")
         _require(
             self.language.adapt or self.vision.adapt,
             "language.adapt and vision.adapt are both false: nothing to learn",
@@ -340,27 +321,31 @@ class RunConfig:
         )
         for task in self.train_overrides:
             self.train_for(task)
+        own, initial = os.path.realpath(self.run_dir), os.path.realpath(self.initial_adapter or os.sep)
+        _require(
+            not Path(initial).is_relative_to(own),
+            f"initial_adapter {self.initial_adapter} lies in run_dir {self.run_dir}, which the run writes; copy it "
+            "elsewhere",
+        )
 
     def train_for(self, task: str) -> TrainConfig:
         """Training settings of one task, its overrides applied.
 
         Raises:
-            ConfigError: an override that is not a setting of `train`.
+            ConfigError: an override that is not a setting of `train`, or a value that cannot be used.
         """
         overrides = self.train_overrides.get(task, {})
-        known = [f.name for f in fields(TrainConfig)]
-        for key in overrides:
-            hint = did_you_mean(key, known)
-            _require(key in known, f"train_overrides.{task}.{key} is not a setting of train{hint}")
+        hints, values = hints_of(TrainConfig), {}
+        for key, value in overrides.items():
+            name, hint = f"train_overrides.{task}.{key}", did_you_mean(key, hints)
+            _require(key in hints, f"{name} is not a setting of train{hint}")
+            values[key] = typed(value, hints[key], name)
         _require(
             "activation_checkpointing" not in overrides,
             f"train_overrides.{task}.activation_checkpointing: it is a setting of the whole run, "
             "probes included; set it in train",
         )
-        try:
-            return replace(self.train, **overrides)
-        except TypeError as error:
-            raise ConfigError(f"train_overrides.{task}: a value of the wrong type ({error})") from error
+        return replace(self.train, **values)
 
     def towers(self) -> dict[Tower, TowerConfig]:
         """The adapted towers."""
@@ -385,12 +370,11 @@ class JudgeConfig:
     revision: str | None = None
     quantization: Literal["nf4", "none"] = "none"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    max_new_tokens: int = 48
-    batch_size: int = 16
+    max_new_tokens: NewTokens = 48
+    batch_size: BatchSize = 16
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "batch_size"):
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        check_settings(self)
 
 
 # What a continued run may change: it decides no number (train and its overrides are compared per task
@@ -428,14 +412,17 @@ def config_from_dict(values: Mapping[str, Any], where: Path) -> RunConfig:
     """The settings that a run wrote down, as `asdict` gives them.
 
     Raises:
-        ConfigError: a setting that is missing or unknown: another version wrote them.
+        ConfigError: a group that is missing, a setting that is unknown or holds what it cannot: another version wrote
+            them, or somebody edited them.
     """
-    groups: dict[str, Any] = {f.name: f.default_factory for f in fields(RunConfig) if is_dataclass(f.default_factory)}
+    groups = [f.name for f in fields(RunConfig) if is_dataclass(f.default_factory)]
     try:
-        built = {name: group(**values[name]) for name, group in groups.items()}
-        return RunConfig(**{**values, **built})
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"{where} was written by another version of this package ({error})") from error
+        flat = flat_settings(RunConfig, values)
+        missing = [name for name in groups if name not in values]
+        _require(not missing, f"{', '.join(missing)} is missing")
+        return build(RunConfig, flat)
+    except ConfigError as error:
+        raise ConfigError(f"{where} was written by another version of this package, or edited ({error})") from error
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -456,16 +443,6 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def build_parser(
-    description: str | None, default_config: Path, prog: str = "keeplora run", flags: str = ""
-) -> ArgumentParser:
-    """The command line of a run: `--config FILE`, and every setting as `--group.name VALUE`."""
-    parser = settings_parser(prog, description, f"[--config FILE ...] {flags}")
-    parser.add_argument("--config", action="config", help=f"YAML file with settings (default: {default_config})")
-    parser.add_class_arguments(RunConfig)
-    return parser
-
-
 def parse_config(
     description: str | None,
     default_config: Path,
@@ -473,35 +450,32 @@ def parse_config(
     prog: str = "keeplora run",
     flags: str = "",
 ) -> RunConfig:
-    """Reads the settings of a run; without `--config` the default file is read, as if it had been named.
+    """Reads the settings of a run: those of the files that `--config` names, then those of the command line.
 
     Args:
         description: for `--help`.
-        default_config: YAML file of settings.
+        default_config: YAML file that is read where `--config` names none.
         argv: the command line; None takes the process's own.
         prog: the command, for `--help` and messages.
         flags: further options that the command takes, for `--help` and messages.
 
     Raises:
         SystemExit: after `--help`.
-        ConfigError: an unknown key, a value of the wrong type, a value out of range.
+        ConfigError: an unknown key, a value of the wrong kind or out of range, or a file that cannot be read.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if not any(argument == "--config" or argument.startswith("--config=") for argument in argv):
-        argv = ["--config", str(default_config), *argv]
-    parser = build_parser(description, default_config, prog, flags)
-    values = read_settings(parser, _with_shipped_configs(argv))
-    return RunConfig(**{f.name: getattr(values, f.name) for f in fields(RunConfig)})
+    parser = OptionParser(prog, description, f"[--config FILE ...] {flags}")
+    text = f"YAML file with settings; of several the later wins (default: {default_config})"
+    parser.add_argument("--config", action="append", metavar="FILE", help=text)
+    parser.add_settings(RunConfig)
+    given = parser.read(sys.argv[1:] if argv is None else argv)
+    flat: dict[str, Any] = {}
+    for file in given.config or [default_config]:
+        flat |= _read_file(find(file))
+    return build(RunConfig, {**flat, **vars(given)})
 
 
-def _with_shipped_configs(argv: Sequence[str]) -> list[str]:
-    """The command line, shipped files behind `--config` by their whole path."""
-    found = []
-    for before, argument in zip(["", *argv], argv, strict=False):
-        option, equals, value = argument.partition("=")
-        if before == "--config":
-            argument = str(find(argument))
-        elif option == "--config" and equals:
-            argument = f"--config={find(value)}"
-        found.append(argument)
-    return found
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        return flat_settings(RunConfig, read_yaml(path))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error

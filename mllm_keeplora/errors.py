@@ -12,7 +12,7 @@ class ConfigError(KeepLoRAError, ValueError):
     """A setting that cannot be used; the message names it and says what it should be."""
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str], dashes: str = "") -> str:
     """` (did you mean 'train.learning_rate'?)` for a name that is close to a known one or begins it, else "".
 
     The last part of a dotted name decides, so that a group that is missing or wrong is put right as well.
@@ -20,6 +20,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     Args:
         name: what was given.
         known: names that could have been meant.
+        dashes: what is written before a name.
     """
     group, _, last = name.rpartition(".")
     parts = {option: option.rpartition(".")[2] for option in known}
@@ -27,4 +28,4 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     close = close or [part for part in parts.values() if last and part.startswith(last)]
     meant = [option for option, part in parts.items() if part in close]
     meant = [option for option in meant if option.rpartition(".")[0] == group] or meant
-    return f" (did you mean {' or '.join(map(repr, meant))}?)" if meant else ""
+    return f" (did you mean {' or '.join(repr(dashes + option) for option in meant)}?)" if meant else ""

@@ -1,5 +1,6 @@
 """Files that come along with the package, in a checkout and in an installed wheel alike."""
 
+import os
 from importlib.resources import files
 from pathlib import Path
 
@@ -23,7 +24,12 @@ def find(path: str | Path) -> Path:
     one. A path that is neither comes back as it is; whoever opens it says that it is missing.
     """
     own = Path(path)
-    if own.exists() or own.is_absolute() or own.parts[:1] not in [(name,) for name in SHIPPED]:
+    if is_there(own) or own.is_absolute() or own.parts[:1] not in [(name,) for name in SHIPPED]:
         return own
     found = shipped(str(path))
     return found if found.exists() else own
+
+
+def is_there(path: Path) -> bool:
+    """Whether a path exists; False too for one that no file can have, of which `Path.exists` makes an OSError."""
+    return os.path.exists(path)  # noqa: PTH110

@@ -6,14 +6,13 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
 setup_environment
 cd "$REPOSITORY"
-selection=(-m "not slow")
-if [ "${1:-}" = --slow ]; then
-    selection=()
-    shift
-fi
+selection=(-m "not slow") arguments=()
+for argument in "$@"; do
+    if [ "$argument" = --slow ]; then selection=(); else arguments+=("$argument"); fi
+done
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
 # One worker a core; a file stays on one worker, so that its models are built once.
-exec "$PYTHON" -m pytest -n logical --dist loadfile --no-loadscope-reorder "${selection[@]}" "$@"
+exec "$PYTHON" -m pytest -n logical --dist loadfile --no-loadscope-reorder "${selection[@]}" "${arguments[@]}"

@@ -189,7 +189,8 @@ def analyze(config: AnalysisConfig) -> dict[str, Any]:
         EvaluationError: a cell that cannot be measured; those before it are kept.
     """
     out = Path(config.out)
-    stream = load_stream(Path(config.stream), Path(config.data_root) if config.data_root else None)
+    root = Path(config.data_root) if config.data_root else None
+    stream = load_stream(Path(config.stream), root, cache_dir=config.cache_dir)
     results = _open_results(config, stream)
     cells = {UNCHANGED: None, **{cell.name: cell for cell in cells_of(config)}}
     missing = {name: cell for name, cell in cells.items() if name not in results["cells"]}

@@ -1,15 +1,26 @@
 """Settings of an analysis (`analysis`). They are read before torch is imported, so that `--help` is quick."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mllm_keeplora.command_line import read_settings, settings_parser
-from mllm_keeplora.config import ConfigError, ModelConfig, VideoConfig, flatten, parse_config
-from mllm_keeplora.linalg.energy import check_energy
+from mllm_keeplora.command_line import OptionParser
+from mllm_keeplora.config import (
+    BatchSize,
+    ConfigError,
+    Count,
+    ModelConfig,
+    Share,
+    VideoConfig,
+    flatten,
+    parse_config,
+)
+from mllm_keeplora.settings import build, check_settings
 
 DEFAULT_RECIPE = "recipes/configs/vqa/small.yaml"
+# What a run or a recipe says.
+FROM_RUN = ("stream", "data_root", "cache_dir", "model", "video", "batch_size")
 
 
 @dataclass(frozen=True)
@@ -25,7 +36,7 @@ class AnalysisConfig:
         video: How clips become frames.
         batch_size: Questions generated together.
         limit: Questions per task, None = all.
-        energies: Shares of a weight's energy that its principal subspace holds, each in (0, 1].
+        energies: Shares of a weight's energy that its principal subspace holds.
         depth_energy: The share at which thirds of the depth are compared.
         cache_dir: Hashes of base models, and decoded frames.
     """
@@ -36,25 +47,16 @@ class AnalysisConfig:
     data_root: str | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
-    batch_size: int = 32
-    limit: int | None = 100
-    energies: list[float] = field(default_factory=lambda: [0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.99])
-    depth_energy: float = 0.6
+    batch_size: BatchSize = 32
+    limit: Count | None = 100
+    energies: list[Share] = field(default_factory=lambda: [0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.99])
+    depth_energy: Share = 0.6
     cache_dir: str = "cache"
 
     def __post_init__(self) -> None:
+        check_settings(self)
         if not self.energies:
             raise ConfigError("energies is empty: name at least one share, such as [0.6]")
-        try:
-            for energy in self.energies:
-                check_energy(energy, "energies")
-            check_energy(self.depth_energy, "depth_energy")
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        for name in ("batch_size", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}")
 
 
 def parse_analysis(argv: Sequence[str], description: str | None = None) -> AnalysisConfig:
@@ -69,17 +71,15 @@ def parse_analysis(argv: Sequence[str], description: str | None = None) -> Analy
         ConfigError: an unknown setting, one of the wrong type or out of range; both a run and a YAML.
         ArtifactError: a run that is not there, or has not learnt anything yet.
     """
-    parser = settings_parser("keeplora analyze", description, "[--run RUN | --config FILE]")
+    parser = OptionParser("keeplora analyze", description, "[--run RUN | --config FILE]")
     recipe_help = f"settings of a run, for its base (default: {DEFAULT_RECIPE})"
-    parser.add_argument("--config", type=str, help=recipe_help)
-    parser.add_class_arguments(AnalysisConfig)
-    parser.set_defaults(_defaults(None, DEFAULT_RECIPE))
-    given = read_settings(parser, argv)
-    if given.run and given.config:
+    parser.add_argument("--config", metavar="FILE", help=recipe_help)
+    parser.add_settings(AnalysisConfig, elsewhere=dict.fromkeys(FROM_RUN, "that of --run or --config"))
+    given = parser.read(argv)
+    run = getattr(given, "run", None)
+    if run and given.config:
         raise ConfigError("--config and --run were both given; a run brings its own settings: leave --config out")
-    parser.set_defaults(_defaults(given.run, given.config or DEFAULT_RECIPE))
-    values = read_settings(parser, argv)
-    return AnalysisConfig(**{f.name: getattr(values, f.name) for f in fields(AnalysisConfig)})
+    return build(AnalysisConfig, {**_defaults(run, given.config or DEFAULT_RECIPE), **vars(given)})
 
 
 def _defaults(run: str | None, recipe: str) -> dict[str, Any]:

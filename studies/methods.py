@@ -16,15 +16,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
 
 from mllm_keeplora import RunConfig, load_run, run_stream
-from mllm_keeplora.config import ConfigError, parse_config
+from mllm_keeplora.config import ConfigError, Count, LearningRate, Seed, parse_config
 from mllm_keeplora.continual.saved_run import SavedRun
+from mllm_keeplora.data.record_files import read_rows
 from mllm_keeplora.data.stream import Stream, TaskSpec, load_stream
 from mllm_keeplora.resources import find
-from mllm_keeplora.runs.files import read_json, replaced_directory, write_json
+from mllm_keeplora.runs.files import replaced_directory, write_json
 from mllm_keeplora.runs.run_directory import RunDirectory
+from mllm_keeplora.settings import build, flat_settings
+from mllm_keeplora.yaml_files import read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +52,10 @@ class Tuning:
         data: folder for the split's records.
     """
 
-    learning_rates: list[float]
-    tasks: int
-    held_out: int
-    seed: int
+    learning_rates: list[LearningRate]
+    tasks: Count
+    held_out: Count
+    seed: Seed
     data: str
 
 
@@ -80,8 +82,8 @@ class Study:
     runs: str
     results: str
     reference: str
-    seeds: list[int]
-    more_seeds: list[int]
+    seeds: list[Seed]
+    more_seeds: list[Seed]
     methods: Arms
     settings: Settings = field(default_factory=dict)
     tuning: Tuning | None = None
@@ -124,15 +126,10 @@ def load_study(path: Path) -> Study:
     Raises:
         ConfigError: a file that cannot be read, an unknown key, a value of the wrong type or out of range.
     """
-    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
-    parser.add_class_arguments(Study)
     try:
-        values = parser.instantiate(parser.parse_object(yaml.safe_load(find(path).read_text())))
-    except OSError as error:
-        raise ConfigError(f"cannot read the study {path}: {error}") from error
-    except (ArgumentError, yaml.YAMLError, TypeError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-    return Study(**vars(values))
+        return build(Study, flat_settings(Study, read_yaml(find(path))))
+    except ConfigError as error:
+        raise ConfigError(f"the study {path}: {error}") from error
 
 
 def jobs_of(study: Study, everything: bool, only: Sequence[str] = ()) -> list[Job]:
@@ -275,7 +272,7 @@ def held_out_stream(stream_file: Path, tuning: Tuning) -> Path:
 
 def _split(stream: Stream, task: TaskSpec, tuning: Tuning, folder: Path) -> dict[str, Any]:
     """Writes a task's records to `folder`; its entry in the split's stream file."""
-    records = read_json(stream.train_file(task))
+    records = [value for _, value in read_rows(stream.train_file(task), stream.extracted)]
     kept, held_out = records[: -tuning.held_out], records[-tuning.held_out :]
     if not kept:
         raise ConfigError(f"tuning.held_out is {tuning.held_out}; {stream.train_file(task)} has {len(records)} records")

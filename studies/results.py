@@ -18,7 +18,7 @@ from mllm_keeplora.continual.saved_run import SavedRun
 from mllm_keeplora.evaluation.metrics import Estimate, mean_over_seeds
 from mllm_keeplora.reports.comparison import Run, draw_comparison, grouped
 from mllm_keeplora.reports.tables import with_error
-from mllm_keeplora.runs.files import atomic_path, sha256_file, write_json
+from mllm_keeplora.runs.files import atomic_path, write_json
 from mllm_keeplora.runs.manifests import SCHEMA_VERSION
 from mllm_keeplora.studies.methods import (
     Job,
@@ -183,14 +183,12 @@ def _p(value: float | None) -> str:
 
 def environment() -> dict[str, Any]:
     """What the runs ran on, as far as the collecting process sees it; None for what is not there."""
-    lock = Path("constraints.txt")
     return {
         "packages": {name: version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "processor": processor(),
         "commit": _git("rev-parse", "HEAD") or None,
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "lock": sha256_file(lock) if lock.exists() else None,
     }
 
 

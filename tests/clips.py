@@ -2,10 +2,12 @@
 
 import struct
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
+from av.stream import Disposition
 
 BT709, FULL_RANGE = 1, 2  # AVColorSpace, AVColorRange
 
@@ -43,6 +45,36 @@ def write_clip(
                 picture.color_range = color_range
             container.mux(stream.encode(picture))
         container.mux(stream.encode(None))
+    return path
+
+
+def write_timed_clip(path: Path, times: Sequence[float], codec: str = "libx264") -> Path:
+    """A clip whose frames are shown at the given seconds; the container is the suffix's."""
+    milliseconds = Fraction(1, 1000)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=30)
+        frames = moving_frames(len(times))
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt, stream.codec_context.time_base = "yuv420p", milliseconds
+        for frame, seconds in zip(frames, times, strict=True):
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="yuv420p")
+            picture.pts, picture.time_base = round(seconds * 1000), milliseconds
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
+    return path
+
+
+def write_cover(path: Path) -> Path:
+    """A sound with a cover picture, which containers store as a video stream."""
+    with av.open(str(path), "w") as container:
+        sound, cover = container.add_stream("aac", rate=8000), container.add_stream("mjpeg", rate=1)
+        cover.width = cover.height = 64
+        cover.pix_fmt, cover.disposition = "yuvj420p", Disposition.attached_pic.value
+        picture = av.VideoFrame.from_ndarray(moving_frames(1, 64, 64)[0], format="rgb24").reformat(format="yuvj420p")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 8000
+        for stream, content in ((cover, picture), (sound, frame), (sound, None)):
+            container.mux(stream.encode(content))
     return path
 
 

@@ -1,8 +1,11 @@
 """Conversations of the tests, told in turns of (question, answer)."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import pyarrow.parquet as pq
 
 from mllm_keeplora.data.conversation import MediaFile, Message, Part, Sample
 
@@ -45,3 +48,9 @@ def shown_by(sample: Sample) -> Path | None:
 def ask(question: str, shown: Part | None = None) -> list[Message]:
     """A conversation that asks one question."""
     return [Message("user", (question,) if shown is None else (shown, question))]
+
+
+def read_copy(task: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The documents of a run's copy of a test file; `task` is its lmms-eval YAML."""
+    table = pq.read_table(task["dataset_kwargs"]["data_files"]["test"])
+    return [json.loads(text) for text in table["record"].to_pylist()]

@@ -1,32 +1,49 @@
-"""What lmms-eval asks of a task on a LLaVA test file: its image or clip, its question, its reference answer,
-its score.
+"""What lmms-eval asks of a task on a run's copy of a test file: what is shown and asked, the reference answer, its
+score.
 
-lmms-eval loads this file by path from the YAMLs beside it. A scoring function gets lmms-eval's (doc,
-replies), one reply per document, and returns {its own name: score}; adding one means a function here and a
-YAML of its name beside this file.
+lmms-eval loads this file by path from the YAMLs beside it. A scoring function gets lmms-eval's (doc, replies): the
+user's record with `question_id`, `text` and `answer`, and one reply. It returns {its own name: score}; adding one means
+a function here and a YAML of its name beside this file.
 """
 
+import json
+import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from mllm_keeplora.data.media import decode_image, refuse_truncated_images
-from mllm_keeplora.data.records import clean_question, suffix_for
+from mllm_keeplora.data.images import load_image
+from mllm_keeplora.evaluation.task_files import ASKED, COPY_COLUMN
 
 Doc = dict[str, Any]
-Settings = dict[str, Any]
 
 
-def doc_to_text(doc: Doc, lmms_eval_specific_kwargs: Settings) -> str:
-    """The question as training asks it: without media placeholder, with the task's prompt suffix; then what
-    the task adds in evaluation alone."""
-    question = clean_question(str(doc["text"]), lmms_eval_specific_kwargs["prompt_suffix"])
-    return question + suffix_for(lmms_eval_specific_kwargs.get("test_prompt_suffix", ""), doc.get("answer"))
+def process_docs(copy: Any) -> Any:
+    """The run's copy as documents: each row is one JSON text, decoded where lmms-eval takes it.
+
+    As a transform, not by `map`, which would infer types for the decoded values.
+
+    Args:
+        copy: the `datasets.Dataset` of the copy.
+    """
+    return copy.with_transform(_decode)
 
 
-def doc_to_visual(doc: Doc, lmms_eval_specific_kwargs: Settings) -> list[Image.Image | str]:
-    """The document's image, or the path of its clip, or an empty list for a text-only question.
+def _decode(rows: dict[str, list[str]]) -> dict[str, list[Any]]:
+    docs = [json.loads(text) for text in rows[COPY_COLUMN]]
+    keys = dict.fromkeys(key for doc in docs for key in doc)
+    return {key: [doc.get(key) for doc in docs] for key in keys}
+
+
+def doc_to_text(doc: Doc) -> str:
+    """The question's words as training asks them, with the task's suffixes; for models without messages."""
+    return "\n".join(part["text"] for part in doc[ASKED][-1]["content"] if part["type"] == "text")
+
+
+def doc_to_visual(doc: Doc) -> list[Image.Image | str]:
+    """Everything that is shown, in order: images, and the paths of clips.
 
     A path, as in lmms-eval's own video tasks: the model samples the frames it was trained with.
 
@@ -34,21 +51,26 @@ def doc_to_visual(doc: Doc, lmms_eval_specific_kwargs: Settings) -> list[Image.I
         ImageError: if the file is missing or truncated. lmms-eval has PIL accept truncated images, and the
             grey that is filled in would be scored as if it were the real image.
     """
-    media_root = Path(lmms_eval_specific_kwargs["media_root"])
-    if doc.get("video"):
-        return [str(media_root / doc["video"])]
-    if not doc.get("image"):
-        return []
-    with refuse_truncated_images():
-        return [decode_image(media_root / doc["image"])]
+    return [part["url"] for message in doc_to_messages(doc) for part in message["content"] if part["type"] != "text"]
 
 
-def doc_to_messages(doc: Doc, lmms_eval_specific_kwargs: Settings) -> list[dict[str, Any]]:
-    """One user message: the image or clip, where there is one, then the question."""
-    kind = "video" if doc.get("video") else "image"
-    media = [{"type": kind, "url": item} for item in doc_to_visual(doc, lmms_eval_specific_kwargs)]
-    question = {"type": "text", "text": doc_to_text(doc, lmms_eval_specific_kwargs)}
-    return [{"role": "user", "content": [*media, question]}]
+def doc_to_messages(doc: Doc) -> list[dict[str, Any]]:
+    """The conversation that ends with the question; images decoded, clips by path.
+
+    Raises:
+        ImageError: as `doc_to_visual`.
+    """
+    return [{"role": message["role"], "content": [*_shown(message["content"])]} for message in doc[ASKED]]
+
+
+def _shown(parts: list[dict[str, str]]) -> Iterator[dict[str, Any]]:
+    for part in parts:
+        if part["type"] == "image":
+            yield {"type": "image", "url": load_image(Path(part["path"]))}
+        elif part["type"] == "video":
+            yield {"type": "video", "url": part["path"]}
+        else:
+            yield part
 
 
 def doc_to_target(doc: Doc) -> str:
@@ -80,4 +102,5 @@ def contains(doc: Doc, replies: list[str]) -> dict[str, float]:
 
 
 def _normalise(text: str) -> str:
-    return text.strip().lower()
+    # Tokenizers compose accents (NFC), so a reply never has them as a decomposed reference answer does.
+    return unicodedata.normalize("NFC", text.strip().lower())

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm_keeplora.command_line import OptionParser
-from mllm_keeplora.errors import ConfigError
+from mllm_keeplora.config import NewTokens
 
 
 def main(argv: Sequence[str]) -> None:
@@ -24,31 +24,25 @@ def main(argv: Sequence[str]) -> None:
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--image", type=Path, help="what the questions are about; without it, text alone")
     shown.add_argument("--video", type=Path, help="a clip instead, sampled as the run sampled its clips")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="longest answer (default: 128)")
+    parser.add_setting("max_new_tokens", NewTokens, "longest answer, in tokens (default: %(default)s)", default=128)
     given = parser.read(argv)
 
     from mllm_keeplora.continual.saved_run import load_run
     from mllm_keeplora.evaluation.answer import answer
 
     run = load_run(given.run)
-    media = open_image(given.image) if given.video is None else run.reader().read(given.video)
+    media = _open(run, given.image, given.video)
     model, processor = run.load_model()
     for question in _questions(given.question):
         print(answer(model, processor, question, media, given.max_new_tokens), flush=True)
 
 
-def open_image(path: Path | None) -> Any:
-    """The image in RGB, None without a path.
+def _open(run: Any, image: Path | None, video: Path | None) -> Any:
+    from mllm_keeplora.data.images import load_image
 
-    Raises:
-        ConfigError: it cannot be read.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        return None if path is None else Image.open(path).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise ConfigError(f"--image {path} cannot be read: {error}") from error
+    if video is not None:
+        return run.reader().read(video)
+    return None if image is None else load_image(image)
 
 
 def _questions(given: str | None) -> Iterator[str]:

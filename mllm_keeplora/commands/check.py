@@ -11,18 +11,20 @@ found, 1 something found, 2 it could not begin.
 from collections.abc import Sequence
 from pathlib import Path
 
-from mllm_keeplora.command_line import read_settings, settings_parser
+from mllm_keeplora.command_line import OptionParser
 from mllm_keeplora.config import RunConfig, VideoConfig
+from mllm_keeplora.settings import build
 
 
 def main(argv: Sequence[str]) -> int:
     """The command line."""
-    parser = settings_parser("keeplora check", __doc__, "STREAM.yaml [--data_root FOLDER]")
-    parser.add_argument("stream", type=str, help="the stream's YAML")
-    parser.add_argument("--data_root", type=Path | None, help="folder of the data, if not the YAML's own")
-    parser.add_argument("--cache_dir", type=str, default=RunConfig().cache_dir, help="as of the run")
-    parser.add_class_arguments(VideoConfig, "video", help="as of the run")
-    given = read_settings(parser, argv)
+    parser = OptionParser("keeplora check", __doc__, "STREAM.yaml [--data_root FOLDER]")
+    parser.add_argument("stream", help="the stream's YAML")
+    parser.add_setting("data_root", Path | None, "folder of the data, if not the YAML's own", default=None)
+    parser.add_setting("cache_dir", str, "as of the run (default: %(default)s)", default=RunConfig().cache_dir)
+    parser.add_settings(VideoConfig, "video.")
+    given = parser.read(argv)
+    video = build(VideoConfig, vars(given), "video.")
 
     from mllm_keeplora.data.media import MediaChecker
     from mllm_keeplora.data.stream import load_stream
@@ -31,8 +33,8 @@ def main(argv: Sequence[str]) -> int:
     from mllm_keeplora.recipes.small.streams import draw_small_stream
 
     draw_small_stream(given.stream, given.data_root)
-    stream = load_stream(Path(given.stream), given.data_root, check_files=False)
-    checker = MediaChecker(VideoReader(given.video, None), Path(given.cache_dir) / "checked_media")
+    stream = load_stream(Path(given.stream), given.data_root, check_files=False, cache_dir=given.cache_dir)
+    checker = MediaChecker(VideoReader(video, None), Path(given.cache_dir) / "checked_media")
     report = check_stream(stream, checker)
     print(format_report(report), end="")
     return 1 if report.problems else 0

@@ -20,7 +20,8 @@ def main(argv: Sequence[str]) -> None:
     parser = OptionParser("keeplora export", __doc__)
     parser.add_argument("run", type=Path, help="directory of a run")
     parser.add_argument("--out", type=Path, required=True, help="directory to create")
-    parser.add_argument("--dtype", choices=get_args(Dtype), default="bfloat16", help="(default: %(default)s)")
+    text = "of its weights; float32 rounds nothing (default: %(default)s)"
+    parser.add_argument("--dtype", choices=get_args(Dtype), default="bfloat16", help=text)
     given = parser.read(argv)
 
     from mllm_keeplora.continual.export import export

@@ -12,15 +12,15 @@ the repository), 2 where it could not go on.
 from collections.abc import Sequence
 from pathlib import Path
 
-from mllm_keeplora.command_line import read_settings, settings_parser
+from mllm_keeplora.command_line import OptionParser
 
 
 def main(argv: Sequence[str]) -> int:
     """The command line."""
-    parser = settings_parser("keeplora fetch", __doc__, "STREAM.yaml [--data_root FOLDER]")
-    parser.add_argument("stream", type=str, help="the stream's YAML")
-    parser.add_argument("--data_root", type=Path | None, help="folder that the data go to")
-    given = read_settings(parser, argv)
+    parser = OptionParser("keeplora fetch", __doc__)
+    parser.add_argument("stream", help="the stream's YAML")
+    parser.add_setting("data_root", Path | None, "folder that the data go to, if not the YAML's own", default=None)
+    given = parser.read(argv)
 
     from mllm_keeplora.data.fetch_stream import fetch_stream, format_fetched, left_to_do
     from mllm_keeplora.data.stream import load_stream

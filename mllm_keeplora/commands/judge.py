@@ -11,28 +11,29 @@ same command continues: verdicts are kept in RUN/judge/ by what was judged and b
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from mllm_keeplora.command_line import read_settings, settings_parser
+from mllm_keeplora.command_line import OptionParser
 from mllm_keeplora.config import JudgeConfig
-from mllm_keeplora.runs.run_directory import RunDirectory
+from mllm_keeplora.settings import build
 
 
 def main(argv: Sequence[str]) -> None:
     """The command line."""
-    parser = settings_parser("keeplora judge", __doc__, "RUN --judge MODEL")
-    parser.add_argument("run", type=str, help="directory of a run that is at its end")
-    parser.add_argument("--tasks", nargs="+", type=str, help="tasks to judge (default: all of the stream)")
-    parser.add_class_arguments(JudgeConfig)
-    given = read_settings(parser, argv)
+    parser = OptionParser("keeplora judge", __doc__, "RUN --judge MODEL")
+    parser.add_argument("run", type=Path, help="directory of a run that is at its end")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks to judge (default: all of the stream)")
+    parser.add_settings(JudgeConfig)
+    given = parser.read(argv)
+    config = build(JudgeConfig, vars(given))
 
+    from mllm_keeplora.continual.saved_run import load_run
     from mllm_keeplora.evaluation.judge import judge_run
 
-    config = JudgeConfig(**{f.name: getattr(given, f.name) for f in fields(JudgeConfig)})
-    judged = judge_run(Path(given.run), config, given.tasks)
-    print(f"{format_judged(judged)}\njudged: {RunDirectory(Path(given.run)).judged}")
+    run = load_run(given.run).directory
+    judged = judge_run(run.path, config, given.tasks)
+    print(f"{format_judged(judged)}\njudged: {run.judged}")
 
 
 def format_judged(judged: Mapping[str, Any]) -> str:

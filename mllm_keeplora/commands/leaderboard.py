@@ -12,15 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mllm_keeplora.command_line import OptionParser
+from mllm_keeplora.config import Count
 
 
 def main(argv: Sequence[str]) -> int:
     """The command line."""
     parser = OptionParser("keeplora leaderboard", __doc__)
     parser.add_argument("run", type=Path, help="directory of a run that is at its end")
-    parser.add_argument(
-        "--limit", type=int, help="first questions of each task only: a quick look, no comparison and no row"
-    )
+    text = "first questions of each task only: a quick look, no comparison and no row"
+    parser.add_setting("limit", Count, text, default=None)
     parser.add_argument("--table", type=Path, default=Path("leaderboard"), help="its directory (default: %(default)s)")
     given = parser.read(argv)
 

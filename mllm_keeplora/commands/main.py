@@ -9,6 +9,7 @@ Files of the package, such as recipes/configs/video/small.yaml, are found from a
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.metadata import version
 from typing import Any
 
 from mllm_keeplora.command_line import command
@@ -42,9 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name in ("-h", "--help"):
             print(_help())
             return 0
+        if name == "--version":
+            print(f"keeplora {version('mllm-keeplora')}")
+            return 0
         if name not in COMMANDS:
             hint = did_you_mean(name, COMMANDS) or f" ({', '.join(COMMANDS)})"
-            raise ConfigError(f"{name!r} is no command of keeplora{hint}")
+            raise ConfigError(f"{name!r} is no command of keeplora{hint} (keeplora --help says what each does)")
         return int(_module(name).main(rest) or 0)
 
 

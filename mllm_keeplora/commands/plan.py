@@ -10,9 +10,13 @@ is the same.
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-from mllm_keeplora.command_line import with_underscores
+from mllm_keeplora.command_line import value_of, with_underscores
 from mllm_keeplora.config import ConfigError, RunConfig, parse_config
+from mllm_keeplora.settings import Range
+
+MemoryGB = Annotated[float, Range(0, 1_000_000, "(]")]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -31,15 +35,15 @@ def parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--plan", action="store_true")
-    parser.add_argument("--memory_gb", type=float)
+    parser.add_argument("--memory_gb")
     try:
         flags, rest = parser.parse_known_args(with_underscores(argv))
     except argparse.ArgumentError as error:
-        raise ConfigError(f"{error}; --memory_gb takes a device's memory in GB, such as 24") from error
-    if flags.memory_gb is not None and not (flags.plan and flags.memory_gb > 0):
-        raise ConfigError(
-            f"--memory_gb {flags.memory_gb:g}: a positive size that --plan compares with; it goes with --plan"
-        )
+        raise ConfigError(f"{error} (keeplora plan --help says what it takes)") from error
+    if flags.memory_gb is not None:
+        flags.memory_gb = value_of(flags.memory_gb, MemoryGB, "--memory_gb")
+        if not flags.plan:
+            raise ConfigError(f"--memory_gb {flags.memory_gb:g}: it goes with --plan, which compares with it")
     return flags, rest
 
 

@@ -5,10 +5,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from mllm_keeplora.continual.saved_run import SavedRun, load_run
 from mllm_keeplora.data.collator import ChatCollator
 from mllm_keeplora.data.records import OTHER_ANSWERS, load_records
+from mllm_keeplora.evaluation.answer import generation_settings
 from mllm_keeplora.modeling.loading import DTYPES, load_dense
 from mllm_keeplora.modeling.loss import supervised_positions
 from mllm_keeplora.runs.files import ArtifactError, replaced_directory, write_json
@@ -47,6 +49,7 @@ def export(run_dir: Path, out: Path, dtype: str = "bfloat16", questions: int = 3
     with replaced_directory(out) as temporary:
         merged.save_pretrained(temporary)
         processor.save_pretrained(temporary)
+        write_json(temporary / GENERATION_CONFIG_NAME, generation_settings(merged, processor))
         write_json(temporary / "export.json", {"run": str(run_dir), "dtype": dtype, **difference._asdict()})
     return difference
 
@@ -63,12 +66,13 @@ def _test_batches(run: SavedRun, processor: Any, questions: int) -> list[dict[st
     asked = task.test_prompt_suffix
     suffix = asked if isinstance(asked, str) else asked[OTHER_ANSWERS]
     samples, _ = load_records(
-        stream.data_root / task.test,
+        stream.source(task.test),
         stream.test_media_root(task),
         answers=stream.answers_file(task),
         prompt_suffix=task.prompt_suffix + suffix,
         allow_text_only=task.allow_text_only,
         checker=None,
+        extracted=stream.extracted,
     )
     collator = ChatCollator(processor, None, run.reader())
     return [collator([sample]) for sample in samples[:questions]]

@@ -7,15 +7,27 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from accelerate.logging import get_logger
+
 from mllm_keeplora.config import RunConfig, differences, identity
 from mllm_keeplora.continual.general import prompts_hash
 from mllm_keeplora.data.stream import Stream, data_hash
 from mllm_keeplora.distributed.processes import num_processes
 from mllm_keeplora.evaluation.metrics import retention_ratios, summarize
 from mllm_keeplora.modeling.loading import base_model_hash, resolve_model_directory
-from mllm_keeplora.runs.files import ArtifactError, hash_files, read_json, sha256_file, write_json
+from mllm_keeplora.runs.files import (
+    ArtifactError,
+    check_hashes,
+    found_hash,
+    hash_files,
+    read_sealed,
+    sha256_file,
+    write_sealed,
+)
 from mllm_keeplora.runs.manifests import SCHEMA_VERSION, read_manifest
 from mllm_keeplora.runs.run_directory import RunDirectory, StageDirectory
+
+logger = get_logger(__name__)
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "lmms_eval", "mllm-keeplora")
 
@@ -125,8 +137,17 @@ class History:
         return {number: names for number, names in cells.items() if names}
 
     def has_its_adapter(self) -> bool:
-        """Whether the run's adapter is that of the last complete stage."""
-        return bool(self.manifests) and adapter_hash(self.directory) == self.manifests[-1].get("adapter")
+        """Whether the run's adapter is that of the last complete stage, and every file of it as it was written."""
+        if not self.manifests or adapter_hash(self.directory) != self.manifests[-1].get("adapter"):
+            return False
+        if not self.directory.adapter.exists():  # before the first stage has learnt
+            return True
+        try:
+            check_hashes(self.directory.adapter_hashes, "it is written again")
+        except ArtifactError as error:
+            logger.warning(str(error))
+            return False
+        return True
 
     def retention(self) -> dict[str, Any]:
         """The content of `retention.json`: every row of scores and the metrics of the matrix."""
@@ -187,14 +208,31 @@ class History:
 
 def adapter_hash(directory: RunDirectory) -> str | None:
     """sha256 of the accumulated adapter's tensors, which lie outside the stages; None without an adapter."""
-    return sha256_file(directory.adapter_weights) if directory.adapter_weights.exists() else None
+    return found_hash(directory.adapter_weights)
 
 
 def read_backfill(stage: StageDirectory) -> dict[str, Any]:
-    """Cells of a row measured after its stage: name -> {"data": hash of what was asked, "score"}."""
-    return dict(read_json(stage.backfill)) if stage.backfill.exists() else {}
+    """Cells of a row measured after its stage: name -> {"data": hash of what was asked, "score", "replies": hash}.
+
+    Raises:
+        ArtifactError: the file, or the replies behind a cell, were changed.
+    """
+    if not stage.backfill.exists():
+        return {}
+    remedy = f"restore it, or delete {stage.backfill} and run with backfill: true"
+    cells: dict[str, Any] = read_sealed(stage.backfill, remedy)["cells"]
+    for name, cell in cells.items():
+        replies = _backfilled_replies(stage, name)
+        if found_hash(replies) != cell["replies"]:
+            raise ArtifactError(f"{replies} is not what the backfill wrote; {remedy}")
+    return cells
 
 
 def add_backfill(stage: StageDirectory, cells: Mapping[str, Any]) -> None:
-    """Adds cells to those of `read_backfill`."""
-    write_json(stage.backfill, {**read_backfill(stage), **cells})
+    """Adds cells to those of `read_backfill`, each with the hash of its replies."""
+    new = {name: {**cell, "replies": sha256_file(_backfilled_replies(stage, name))} for name, cell in cells.items()}
+    write_sealed(stage.backfill, {"cells": {**read_backfill(stage), **new}})
+
+
+def _backfilled_replies(stage: StageDirectory, name: str) -> Path:
+    return stage.backfilled_replies / f"{name}.jsonl"

@@ -13,7 +13,7 @@ from mllm_keeplora.continual.general import general_bases, general_samples, prom
 from mllm_keeplora.continual.history import History
 from mllm_keeplora.continual.learning import read_stage_factors
 from mllm_keeplora.continual.stage import Stage, check_ranks, open_context
-from mllm_keeplora.continual.trainer import check_settings
+from mllm_keeplora.continual.trainer import check_loggers, check_settings
 from mllm_keeplora.data.media import MediaChecker
 from mllm_keeplora.data.stream import Stream, load_stream, load_training_records
 from mllm_keeplora.data.video.reader import VideoReader
@@ -27,14 +27,18 @@ from mllm_keeplora.distributed.processes import (
     wait_for_everyone,
 )
 from mllm_keeplora.distributed.sharding import shard_base, sharding_asked
+from mllm_keeplora.evaluation.answer import generation_settings
+from mllm_keeplora.evaluation.score import check_logins
 from mllm_keeplora.evaluation.task_files import write_task_files
 from mllm_keeplora.methods.base import Method, load_method
 from mllm_keeplora.methods.context import RunContext, StageContext
 from mllm_keeplora.modeling.adapters import ACCUMULATED, Factors, attach, detach
-from mllm_keeplora.modeling.loading import load_base, read_initial_adapter, resolve_device, save_adapter
+from mllm_keeplora.modeling.families import check_clip_lengths
+from mllm_keeplora.modeling.loading import load_base, read_model_config, resolve_device, save_adapter
+from mllm_keeplora.modeling.saved_adapters import read_initial_adapter
 from mllm_keeplora.modeling.targets import targets_of
 from mllm_keeplora.probes.protected_bases import weight_basis_directory, weight_basis_files
-from mllm_keeplora.runs.files import ArtifactError, read_json, write_json
+from mllm_keeplora.runs.files import ArtifactError, read_json, remove_temporaries, write_json
 from mllm_keeplora.runs.locks import only_run
 from mllm_keeplora.runs.run_directory import RunDirectory
 
@@ -70,10 +74,12 @@ class Run:
         """
         start_processes(cpu=resolve_device(config.model).type == "cpu")
         method = load_method(config)
-        stream = load_stream(Path(config.stream), Path(config.data_root) if config.data_root else None)
+        root = Path(config.data_root) if config.data_root else None
+        stream = load_stream(Path(config.stream), root, cache_dir=config.cache_dir)
         directory = RunDirectory(Path(config.run_dir))
         _check_train_settings(config, stream)
         _check_general(config, method)
+        _check_initial_adapter(config)
         with lost_processes_explained(), _held(directory):
             history = from_main(lambda: _begin(config, stream, directory))
             yield cls(config, stream, method, history)
@@ -104,7 +110,8 @@ class Run:
     def accumulated(self, number: int) -> Factors:
         """Factors after stage `number`, bit for bit as they were; before the first, those of `initial_adapter`."""
         initial = self.config.initial_adapter
-        factors = read_initial_adapter(self.context.model, Path(initial)) if initial else {}
+        base = self.config.model.base_model
+        factors = read_initial_adapter(self.context.model, Path(initial), base) if initial else {}
         for n in range(1, number + 1):
             scales = {m["name"]: m["scale"] for m in self.history.manifests[n]["modules"]}
             factors = self.method.fold(factors, read_stage_factors(self.history.stage(n)), scales)
@@ -112,14 +119,18 @@ class Run:
 
     def write_adapter(self, accumulated: Factors) -> None:
         """Writes factors as the run's adapter; the base carries nothing before or after."""
-        model = attach(self.context.model, ACCUMULATED, accumulated, dict.fromkeys(accumulated, 1))
-        from_main(lambda: save_adapter(self.directory.adapter, model, self.config.model))
+        base, processor = self.context.model, self.context.processor
+        generation = generation_settings(base, processor)
+        model = attach(base, ACCUMULATED, accumulated, dict.fromkeys(accumulated, 1))
+        from_main(lambda: save_adapter(self.directory.adapter, model, self.config.model, processor, generation))
         detach(model)
 
 
 def _begin(config: RunConfig, stream: Stream, directory: RunDirectory) -> History:
     """The history, and the files that other commands read; written also for a finished run: data may have moved."""
     _check_ours(directory)
+    for folder in (directory.path, Path(config.cache_dir)):
+        remove_temporaries(folder)
     history = History.read(config, stream, directory)
     write_json(directory.config, asdict(config))
     write_task_files(stream, directory.task_files)
@@ -127,7 +138,10 @@ def _begin(config: RunConfig, stream: Stream, directory: RunDirectory) -> Histor
 
 
 def _check_ours(directory: RunDirectory) -> None:
-    """A folder of somebody's own is not written into."""
+    """A folder of somebody's own is not written into, nor one where a file is in a folder's place."""
+    for folder in (directory.stages, directory.task_files, directory.logs):
+        if folder.exists() and not folder.is_dir():
+            raise ArtifactError(f"{folder} is a file, expected a folder; put the folder back, or remove the file")
     found = sorted(path.name for path in directory.path.iterdir() if path != directory.lock)
     if not found or directory.stages.is_dir():
         return
@@ -148,14 +162,24 @@ def _held(directory: RunDirectory) -> Iterator[None]:
         yield
 
 
+def _check_initial_adapter(config: RunConfig) -> None:
+    """The run writes its own adapter, so that it cannot start from that; and what it starts from stays as it is."""
+    initial = config.initial_adapter
+    if initial and Path(initial).resolve().is_relative_to(Path(config.run_dir).resolve()):
+        raise ConfigError(
+            f"initial_adapter {initial} lies in run_dir {config.run_dir}, which the run writes to; name another run_dir"
+        )
+
+
 def _check_train_settings(config: RunConfig, stream: Stream) -> None:
     """Settings of every task, before any of them has cost anything."""
     tasks = [task.name for task in stream.tasks]
     for name in config.train_overrides:
         if name not in tasks:
             raise ConfigError(f"train_overrides names {name!r}, no task of the stream ({', '.join(tasks)})")
+    check_loggers(config.report_to)
     for name in tasks:
-        check_settings(config.train_for(name), config.report_to, resolve_device(config.model))
+        check_settings(config.train_for(name), resolve_device(config.model))
 
 
 def _check_general(config: RunConfig, method: Method) -> None:
@@ -171,9 +195,13 @@ def _check_general(config: RunConfig, method: Method) -> None:
 
 def _load_context(run: Run) -> RunContext:
     config, stream, cache = run.config, run.stream, Path(run.config.cache_dir)
+    if config.video.fps is not None:
+        check_clip_lengths(config, read_model_config(config.model))
     reader = VideoReader(config.video, cache)
     checker = MediaChecker(reader, cache / "checked_media")
     records = from_main(lambda: load_training_records(stream, config.on_bad_record, checker))
+    stock = [spec.lmms_eval_task for spec in stream.general if spec.lmms_eval_task is not None]
+    from_main(lambda: check_logins(stock, run.directory.task_files))
     logger.info(f"loading {config.model.base_model} ({config.model.quantization})")
     model, processor = load_base(config.model)
     if config.train.activation_checkpointing:

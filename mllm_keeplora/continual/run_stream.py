@@ -60,7 +60,7 @@ def run_stage(run: Run, number: int, past: Factors) -> Factors:
             stage.save_adapter()
 
         protect = stage.phase("protect", lambda: Outcome(*method.features(context, model)))  # E8
-        stage.phase("rehearse", lambda: Outcome(method.remember(context, model) or None))
+        stage.phase("rehearse", lambda: Outcome(method.rehearsal(context, model) or None))
         stage.evaluate(model)
 
         rows = [{**row, **protect.facts[name]} for name, row in table.items()]

@@ -11,6 +11,7 @@ from mllm_keeplora.config import RunConfig, config_from_dict
 from mllm_keeplora.data.stream import Stream, load_stream
 from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.modeling.loading import load_base
+from mllm_keeplora.modeling.saved_adapters import load_adapter
 from mllm_keeplora.runs.files import ArtifactError, read_json
 from mllm_keeplora.runs.run_directory import RunDirectory
 
@@ -61,8 +62,8 @@ class SavedRun:
         Raises:
             StreamError: they are not.
         """
-        data_root = self.config.data_root
-        return load_stream(Path(self.config.stream), Path(data_root) if data_root else None)
+        root = Path(self.config.data_root) if self.config.data_root else None
+        return load_stream(Path(self.config.stream), root, cache_dir=self.config.cache_dir)
 
     def reader(self) -> VideoReader:
         """Decodes clips as the run did; nothing is cached."""
@@ -72,14 +73,13 @@ class SavedRun:
         """The model as the last stage that has learnt left it, in eval mode, and its processor.
 
         Raises:
-            ArtifactError: no stage has learnt anything yet.
+            ArtifactError: no stage has learnt anything yet, or a file of the adapter was changed since.
             ConfigError: the base model cannot be loaded.
+            AdapterError: the adapter does not fit the base model.
         """
         adapter = self.adapter
         model, processor = load_base(self.config.model)
-        adapted = PeftModel.from_pretrained(model, str(adapter))
-        adapted.eval()
-        return adapted, processor
+        return load_adapter(model, adapter, self.config.model.base_model, may_be_untrained=True), processor
 
 
 def load_run(path: str | Path) -> SavedRun:

@@ -12,6 +12,7 @@ from torch import Tensor
 from mllm_keeplora.continual.history import adapter_hash
 from mllm_keeplora.distributed.processes import from_main, gather
 from mllm_keeplora.errors import KeepLoRAError
+from mllm_keeplora.evaluation.answer import generation_settings
 from mllm_keeplora.evaluation.score import evaluate_row
 from mllm_keeplora.linalg.subspace import orthonormality_error
 from mllm_keeplora.methods.base import Method
@@ -70,7 +71,9 @@ class Stage:
     def save_adapter(self) -> None:
         """Writes the current model's factors as the run's adapter."""
         model = cast(PeftModel, self._model)  # a stage that learns leaves factors, zeros at least
-        from_main(lambda: save_adapter(self.run.directory.adapter, model, self.run.config.model))
+        run = self.run
+        generation = generation_settings(run.model, run.processor)
+        from_main(lambda: save_adapter(run.directory.adapter, model, run.config.model, run.processor, generation))
 
     def evaluate(self, model: Model) -> None:
         """The row of the accuracy matrix: every task of the stream and every general benchmark.

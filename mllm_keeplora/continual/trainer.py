@@ -14,6 +14,7 @@ processes samples count twice. It stays on, since a process without a batch woul
 the number is logged and recorded.
 """
 
+import importlib
 import os
 import shutil
 import sys
@@ -36,7 +37,9 @@ from transformers import (
     TrainerControl,
     TrainerState,
     TrainingArguments,
+    get_scheduler,
 )
+from transformers.integrations import integration_utils
 from transformers.trainer_utils import get_last_checkpoint
 
 from mllm_keeplora.config import ConfigError, TrainConfig
@@ -44,7 +47,7 @@ from mllm_keeplora.distributed.processes import from_main, num_processes
 from mllm_keeplora.distributed.sharding import is_sharded
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.methods.hooks import Hooks
-from mllm_keeplora.runs.files import WriteError, atomic_path
+from mllm_keeplora.runs.files import ArtifactError, WriteError, hash_files, read_sealed, remove, write_sealed
 
 logger = get_logger(__name__)
 
@@ -128,7 +131,7 @@ class StageTrainer(Trainer):
                 "it continues from the checkpoint before"
             ) from error
         # Marks a checkpoint whose every file is written, each process's generators included: a kill in the
-        # middle leaves one without the mark.
+        # middle leaves one without the mark. The hashes in it tell a file that was changed later.
         self.accelerator.wait_for_everyone()
         mark = Path(str(self.args.output_dir), f"checkpoint-{self.state.global_step}", COMPLETE)
         from_main(lambda: _write_mark(mark))
@@ -146,8 +149,7 @@ class StageTrainer(Trainer):
 
 
 def _write_mark(mark: Path) -> None:
-    with atomic_path(mark) as temporary:
-        temporary.write_text(str(num_processes()))
+    write_sealed(mark, {"processes": num_processes(), "files": hash_files(mark.parent, skip=(mark.name,))})
 
 
 class FiniteGradients(TrainerCallback):
@@ -247,27 +249,42 @@ def train_stage(
 
 def _begin(directory: Path, log_dir: Path) -> str | None:
     checkpoint = last_complete_checkpoint(directory)
-    if checkpoint is None:  # curves of an attempt that is redone from its start
-        shutil.rmtree(log_dir, ignore_errors=True)
+    if checkpoint is None:  # whatever lies there is redone from its start, the curves too
+        remove(directory)
+        remove(log_dir)
+    elif not log_dir.is_dir():
+        remove(log_dir)
     return checkpoint
 
 
 def last_complete_checkpoint(directory: Path) -> str | None:
-    """The newest checkpoint that can be continued; half-written ones are removed.
+    """The newest checkpoint that can be continued; those that cannot are removed.
 
-    So are those of another number of processes: which samples each of them has seen depends on it.
+    They are half-written or were changed since. So are those of another number of processes: which samples each
+    of them has seen depends on it.
     """
+    for entry in directory.iterdir() if directory.is_dir() else ():
+        if not entry.is_dir():  # the Trainer would make a folder of that name
+            remove(entry)
     while directory.is_dir() and (found := get_last_checkpoint(str(directory))) is not None:
-        mark = Path(found, COMPLETE)
-        if mark.exists():
-            written_by = mark.read_text()
-            if written_by == str(num_processes()):
-                return found
-            logger.warning(
-                f"{found} was written by {written_by} process(es) and the run now has {num_processes()}: it "
-                "is not continued"
-            )
+        reason = _why_not_continued(Path(found))
+        if reason is None:
+            return found
+        if Path(found, COMPLETE).exists():
+            logger.warning(f"{found} {reason}: it is not continued")
         shutil.rmtree(found)
+    return None
+
+
+def _why_not_continued(checkpoint: Path) -> str | None:
+    try:
+        mark = read_sealed(checkpoint / COMPLETE, "it is removed")
+    except ArtifactError:
+        return "is not complete"
+    if mark["processes"] != num_processes():
+        return f"was written by {mark['processes']} process(es) and the run now has {num_processes()}"
+    if mark["files"] != hash_files(checkpoint, skip=(COMPLETE,)):
+        return "was changed since it was written"
     return None
 
 
@@ -288,16 +305,47 @@ def _leave_frozen_parameters_alone(model: PeftModel) -> None:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, {*frozen, *buffers})
 
 
-def check_settings(config: TrainConfig, report_to: Sequence[str], device: torch.device) -> None:
-    """Lets the Trainer judge the settings before a run has cost anything.
+def check_settings(config: TrainConfig, device: torch.device) -> None:
+    """Lets the Trainer judge the settings before a run has cost anything, on one weight.
 
     Raises:
-        ConfigError: a value that it refuses, such as an unknown optimizer or schedule.
+        ConfigError: a value that it refuses, such as an unknown optimizer or one whose package is not installed, or a
+            schedule that needs settings of its own.
     """
+    optimizer = torch.optim.SGD(torch.nn.Linear(1, 1).parameters())
     try:
-        _arguments(config, 0, Path(), report_to, device, mixed=False)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"train: {error}") from error
+        arguments = _arguments(config, 0, Path(), (), device, mixed=False)
+        Trainer.get_optimizer_cls_and_kwargs(arguments)
+        get_scheduler(arguments.lr_scheduler_type, optimizer, num_warmup_steps=1, num_training_steps=2)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"train: optim or lr_scheduler_type cannot be used: {error}") from error
+
+
+def check_loggers(report_to: Sequence[str]) -> None:
+    """Looks for each logger before a run has cost anything.
+
+    Raises:
+        ConfigError: one that transformers does not know, whose package is not installed, or wandb without a login.
+    """
+    arguments = _arguments(TrainConfig(), 0, Path(), report_to, torch.device("cpu"), mixed=False)
+    names = list(arguments.report_to or ())  # `all` and `none` resolved
+    try:
+        integration_utils.get_reporting_integration_callbacks(names)
+    except ValueError as error:
+        raise ConfigError(f"report_to: {error}") from error
+    there = [*integration_utils.get_available_reporting_integrations(), "flyte"]  # which is never listed
+    for name in names:
+        if name not in there:
+            raise ConfigError(f"report_to: the package of {name} is not installed; install it, or leave {name} out")
+    if "wandb" in names and not _wandb_can_log():
+        raise ConfigError(
+            "report_to: wandb has no login here; run `wandb login`, set WANDB_MODE=offline, or leave wandb out"
+        )
+
+
+def _wandb_can_log() -> bool:
+    wandb = importlib.import_module("wandb")
+    return wandb.setup().settings.mode in ("offline", "disabled") or bool(wandb.api.api_key)
 
 
 def _arguments(

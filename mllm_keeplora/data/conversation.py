@@ -42,16 +42,23 @@ class Message:
         role: who says it.
         parts: in the order in which the chat template is given them; an assistant's is one text.
         supervised: whether an assistant's text is learnt; without meaning for the other roles.
+        accepted: other answers that evaluation counts as right; likewise.
     """
 
     role: Role
     parts: tuple[Part, ...]
     supervised: bool = True
+    accepted: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
         """Its texts, joined by line breaks."""
         return "\n".join(part for part in self.parts if isinstance(part, str))
+
+    @property
+    def media(self) -> tuple[MediaFile, ...]:
+        """The images and clips it shows, in order."""
+        return tuple(part for part in self.parts if isinstance(part, MediaFile))
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ class Sample:
     @property
     def media(self) -> tuple[MediaFile, ...]:
         """The images and clips it shows, in order."""
-        return tuple(part for message in self.messages for part in message.parts if isinstance(part, MediaFile))
+        return tuple(file for message in self.messages for file in message.media)
 
     @property
     def kinds(self) -> frozenset[Media]:
@@ -80,6 +87,26 @@ class Sample:
     def answers(self) -> tuple[str, ...]:
         """The assistant's texts, in order."""
         return tuple(message.text for message in self.messages if message.role == "assistant")
+
+    @property
+    def questions(self) -> tuple[tuple[tuple[Message, ...], Message], ...]:
+        """(what the model is asked, the answer) for each answer that is learnt: one question of a test each.
+
+        A question is asked on its own, with the system message and the media of the record, where all media stand at
+        the beginning and every answer is learnt: questions about one picture. Else what comes before it is its context.
+        """
+        start = 1 if self.messages[0].role == "system" else 0
+        shown = self.messages[start].media
+        apart = self.media == shown == self.messages[start].parts[: len(shown)]
+        apart = apart and all(message.supervised for message in self.messages if message.role == "assistant")
+        questions = []
+        for index, message in enumerate(self.messages):
+            if message.role == "assistant" and message.supervised:
+                before = self.messages[:index]
+                if apart and index > start + 1:
+                    before = (*self.messages[:start], Message("user", (*shown, *before[-1].parts)))
+                questions.append((before, message))
+        return tuple(questions)
 
 
 def paths_of(samples: Iterable[Sample], kind: Media) -> set[Path]:

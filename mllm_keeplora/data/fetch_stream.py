@@ -37,6 +37,7 @@ from mllm_keeplora.data.stream import (
 )
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.runs.files import atomic_path
+from mllm_keeplora.units import format_bytes
 
 # Longer ones first: .tar.gz is not a .gz.
 ARCHIVES = (".tar.gz", ".tar.bz2", ".tar.xz", ".tgz", ".tar", ".zip")
@@ -156,7 +157,7 @@ def _check_room(root: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise FetchError(
-            f"{needed / 1e9:.1f} GB are to be downloaded to {root}, but the disk has {free / 1e9:.1f} GB "
+            f"{format_bytes(needed)} are to be downloaded to {root}, but the disk has {format_bytes(free)} "
             "free (and archives need about as much again when unpacked); make room or choose another "
             "data_root"
         )
@@ -249,7 +250,7 @@ def _elsewhere(stream: Stream) -> Iterator[str]:
 def format_fetched(stream: Stream, fetched: Fetched, left: Sequence[str]) -> str:
     """What has arrived, the commit that it is, and what is left to do."""
     hub = stream.hub
-    lines = [f"{len(fetched.files)} files ({fetched.size / 1e9:.2f} GB) are in {stream.data_root}."]
+    lines = [f"{len(fetched.files)} files ({format_bytes(fetched.size)}) are in {stream.data_root}."]
     if hub is not None and hub.revision != fetched.commit:
         lines.append(f"They are commit {fetched.commit} of {hub.repo_id}; 'revision: {fetched.commit}' pins it.")
     if left:

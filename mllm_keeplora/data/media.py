@@ -1,62 +1,20 @@
-"""Images and clips as files: reading an image, and checking every file that a data file names."""
+"""Checks every image and clip that a data file names, before anything is paid for."""
 
 import os
-import struct
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageFile
 from tqdm import tqdm
 
+from mllm_keeplora.data.images import ImageError, load_image
 from mllm_keeplora.data.video.reader import VideoError, VideoReader
-from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.runs.files import sha256_json, write_json
 
-# Everything Pillow's decoders raise on damaged files; it has no common base class.
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 _IMAGE_THREADS = 8  # decoding releases the GIL; more threads than this only contend for the disk
-
-
-class ImageError(KeepLoRAError, ValueError):
-    """An image file that is missing, empty or does not decode."""
-
-
-@contextmanager
-def refuse_truncated_images() -> Iterator[None]:
-    """Makes Pillow raise on truncated files inside the block.
-
-    lmms-eval sets `ImageFile.LOAD_TRUNCATED_IMAGES` for the whole process when it is imported, and from then
-    on Pillow fills the missing part with grey and says nothing. The flag is global: enter the block outside
-    any thread pool.
-    """
-    before = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
-    try:
-        yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
-
-
-def decode_image(path: Path) -> Image.Image:
-    """Reads an image file completely, as RGB. Call inside `refuse_truncated_images`.
-
-    Raises:
-        ImageError: the file is missing, empty, truncated or no image that Pillow can read.
-    """
-    try:
-        if path.stat().st_size == 0:
-            raise ImageError(f"image {path} is empty (0 bytes)")
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except FileNotFoundError as error:
-        raise ImageError(f"image {path} does not exist") from error
-    except ImageError:
-        raise
-    except _DECODE_ERRORS as error:
-        raise ImageError(f"image {path} does not decode ({type(error).__name__}: {error})") from error
+# Enters what is remembered: raise it when a file that was sound may no longer be.
+_RULES_VERSION = 2
 
 
 def file_state(path: Path) -> tuple[int, int] | None:
@@ -130,7 +88,7 @@ class MediaChecker:
             return None
         sampling = None if self.reader is None else [self.reader.config.frames, self.reader.config.fps]
         state = [[os.path.realpath(path), file_state(path)] for path in (*images, *videos)]
-        return self.memory / f"{sha256_json([state, sampling])}.json"
+        return self.memory / f"{sha256_json([_RULES_VERSION, state, sampling])}.json"
 
 
 # Decodes images, refuses clips, remembers nothing.
@@ -140,7 +98,7 @@ IMAGES_ONLY = MediaChecker()
 def _check_all(
     paths: list[Path], check: Callable[[Path], str | None], label: str, unit: str, threads: int
 ) -> dict[Path, str]:
-    with refuse_truncated_images(), ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         reasons = tqdm(
             pool.map(check, paths),
             total=len(paths),
@@ -154,7 +112,7 @@ def _check_all(
 
 def _image_problem(path: Path) -> str | None:
     try:
-        decode_image(path)
+        load_image(path)
     except ImageError as error:
         return str(error)
     return None

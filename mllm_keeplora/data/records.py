@@ -1,32 +1,21 @@
-"""Question-answer records on disk, read and checked into `Sample`s.
+"""Question-answer records, read and checked into `Sample`s: the one reader of training, tests, checks and plans.
 
-Four forms are read, told apart record by record by their keys; `image` may be `video` in the first three:
-
-- LLaVA training: `{"id", "image", "conversations": [{"from": "human" | "gpt", "value"}, ...]}`
-- LLaVA test: `{"question_id", "image", "text", "answer"}`; a list of answers accepts any of them (MLLM-ACL's
-  OCR), and CoIN's Grounding has its answer under `answer_bbox`
-- TRL messages: `{"messages": [{"role": "user" | "assistant", "content"}, ...], "images": [path]}`
-- CL-VISTA test, two files paired by position: `{"question_id", "video_name", "question"}` and `{"answer"}`
-
-A `.json` file is one list of records, a `.jsonl` file has one record a line. Rows are counted from 1, so that
-the row of a `.jsonl` record is its line number.
+Where records lie: `record_files`. In which forms: `record_forms`.
 """
 
-import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal
 
-from mllm_keeplora.data.conversation import MediaFile, Message, Sample, paths_of
-from mllm_keeplora.data.media import IMAGES_ONLY, MediaChecker
-from mllm_keeplora.errors import KeepLoRAError
+from mllm_keeplora.data.conversation import MediaFile, Message, Part, Sample, paths_of
+from mllm_keeplora.data.media import IMAGES_ONLY, MediaChecker, file_state
+from mllm_keeplora.data.record_files import EXTRACTED, BadRecord, HubTable, Rows, read_rows
+from mllm_keeplora.data.record_files import RecordError as RecordError
+from mllm_keeplora.data.record_forms import PLACEHOLDERS, Parsed, Said, Slot, parse_record
 from mllm_keeplora.modeling.families import Media
 
-# Where image and video go in LLaVA's own records. Samples do not carry it: the chat template places its own.
-PLACEHOLDERS: dict[Media, str] = {"image": "<image>", "video": "<video>"}
-RECORD_SUFFIXES = (".json", ".jsonl")
 # In the order in which CL-VISTA tries them behind a video's name.
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv")
 
@@ -34,15 +23,7 @@ VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv")
 OTHER_ANSWERS = "*"
 
 _ERRORS_SHOWN = 10
-_LLAVA_ROLES = {"human": "user", "gpt": "assistant"}
-
-
-class RecordError(KeepLoRAError, ValueError):
-    """A data file, or records in it, cannot be used; the message names file, rows and remedy."""
-
-
-class _BadRecord(Exception):
-    """One record is unusable; the message is the reason, without file and row."""
+_EXTRACTED = Path("cache").absolute() / EXTRACTED
 
 
 @dataclass(frozen=True)
@@ -55,27 +36,39 @@ class SkippedRecord:
 
 
 @dataclass(frozen=True)
-class _ParsedRecord:
-    id: object
-    media: Media | None
-    name: str | None  # of the image or clip, as written
-    messages: list[tuple[str, str]]  # (role, text) with role in {user, assistant}
+class Record:
+    """One record that was read.
+
+    Attributes:
+        row: counted from 1.
+        value: as the user wrote it; of a table's media, the paths.
+        sample: what it means; None where it cannot be used.
+        problem: why it cannot be used.
+        is_test_form: LLaVA's test form, whose `text` and `answer` a scoring function is given as they are.
+    """
+
+    row: int
+    value: Any
+    sample: Sample | None = None
+    problem: str = ""
+    is_test_form: bool = False
 
 
 def load_records(
-    path: Path,
+    path: Path | HubTable,
     media_root: Path,
     *,
-    answers: Path | None = None,
+    answers: Path | HubTable | None = None,
     prompt_suffix: str = "",
     allow_text_only: bool = False,
     on_bad_record: Literal["error", "skip"] = "error",
     checker: MediaChecker | None = IMAGES_ONLY,
+    extracted: Path = _EXTRACTED,
 ) -> tuple[list[Sample], list[SkippedRecord]]:
     """Reads and checks a whole data file: its records and every image or clip they name, decoded once.
 
     Args:
-        path: a `.json` or `.jsonl` file, see the module's docstring for the forms.
+        path: a file (`RECORD_SUFFIXES`) or a dataset.
         media_root: folder that the records' image and video paths are relative to and must stay in, links
             resolved.
         answers: the file with the answers, where questions and answers lie apart.
@@ -84,6 +77,7 @@ def load_records(
         on_bad_record: "error" refuses the file when any record is bad; "skip" leaves the bad ones out and
             returns them.
         checker: decodes what the records name; None where that has been done before.
+        extracted: folder for the media that lie inside a table.
 
     Returns:
         The samples in file order, and the skipped records in row order (none with "error").
@@ -93,7 +87,12 @@ def load_records(
             them are counted and the first ten named; or questions and answers differ in number.
     """
     samples, bad = read_records(
-        path, media_root, answers=answers, prompt_suffix=prompt_suffix, allow_text_only=allow_text_only
+        path,
+        media_root,
+        answers=answers,
+        prompt_suffix=prompt_suffix,
+        allow_text_only=allow_text_only,
+        extracted=extracted,
     )
     if checker is not None:
         bad |= _find_media_problems(samples, checker, path.name)
@@ -101,19 +100,20 @@ def load_records(
     kept = [sample for row, sample in samples.items() if row not in bad]
     skipped = [SkippedRecord(file=str(path), row=row, reason=bad[row]) for row in sorted(bad)]
     if skipped and (on_bad_record == "error" or not kept):
-        raise RecordError(_describe(path, skipped, total=len(kept) + len(skipped)))
+        raise bad_records(path, skipped, total=len(kept) + len(skipped))
     if not kept:
         raise RecordError(f"{path} holds no records; expected a list of at least one")
     return kept, skipped
 
 
 def read_records(
-    path: Path,
+    path: Path | HubTable,
     media_root: Path,
     *,
-    answers: Path | None = None,
+    answers: Path | HubTable | None = None,
     prompt_suffix: str = "",
     allow_text_only: bool = False,
+    extracted: Path = _EXTRACTED,
 ) -> tuple[dict[int, Sample], dict[int, str]]:
     """Reads a data file without opening what its records name; the arguments are those of `load_records`.
 
@@ -125,15 +125,42 @@ def read_records(
     """
     samples: dict[int, Sample] = {}
     bad: dict[int, str] = {}
-    for row, value in _read_rows(path, answers):
-        try:
-            record = _parse_record(value)
-            samples[row] = _to_sample(record, f"{path.name}:{row}", media_root, prompt_suffix, allow_text_only)
-        except _BadRecord as error:
-            bad[row] = str(error)
+    for record in each_record(path, media_root, answers=answers, allow_text_only=allow_text_only, extracted=extracted):
+        if record.sample is None:
+            bad[record.row] = record.problem
+        else:
+            samples[record.row] = _with_suffix(record.sample, prompt_suffix)
     if answers is not None:
         bad |= _find_repeated_ids(samples)
     return samples, bad
+
+
+def each_record(
+    path: Path | HubTable,
+    media_root: Path,
+    *,
+    answers: Path | HubTable | None = None,
+    allow_text_only: bool = False,
+    answered: bool = True,
+    extracted: Path = _EXTRACTED,
+) -> Iterator[Record]:
+    """Reads record by record; the arguments are those of `load_records`.
+
+    Args:
+        answered: False where a record's answer lies in another file that is not read.
+
+    Raises:
+        RecordError: the file cannot be read; or questions and answers differ in number.
+    """
+    roots = tuple(os.path.realpath(root) for root in (media_root, extracted))
+    name = path.name
+    for row, value in _read_pairs(path, answers, extracted):
+        try:
+            parsed = parse_record(value, answered)
+            sample = _to_sample(parsed, f"{name}:{row}", media_root, roots, allow_text_only)
+            yield Record(row, value, sample, is_test_form=parsed.is_test_form)
+        except BadRecord as error:
+            yield Record(row, value, problem=str(error))
 
 
 def _find_repeated_ids(samples: Mapping[int, Sample]) -> dict[int, str]:
@@ -153,12 +180,27 @@ def _find_media_problems(samples: Mapping[int, Sample], checker: MediaChecker, l
     }
 
 
-def clean_question(text: str, prompt_suffix: str = "") -> str:
-    """The question as the model is asked it: no media placeholder, no outer white space, the suffix added.
+def clean_question(text: str) -> str:
+    """A test record's question without media placeholders and outer white space."""
+    for placeholder in PLACEHOLDERS:
+        text = text.replace(placeholder, "")
+    return text.strip()
 
-    Training and evaluation both go through here, so that a question reads the same in both.
-    """
-    return _without_placeholders(text).strip() + prompt_suffix
+
+def with_suffix(message: Message, suffix: str) -> Message:
+    """A question with a text behind its words. Training and evaluation both go through here."""
+    if not suffix:
+        return message
+    last = max(index for index, part in enumerate(message.parts) if isinstance(part, str))
+    parts = (*message.parts[:last], f"{message.parts[last]}{suffix}", *message.parts[last + 1 :])
+    return replace(message, parts=parts)
+
+
+def _with_suffix(sample: Sample, suffix: str) -> Sample:
+    if not suffix:
+        return sample
+    messages = (with_suffix(m, suffix) if m.role == "user" else m for m in sample.messages)
+    return replace(sample, messages=tuple(messages))
 
 
 def suffix_for(suffix: str | Mapping[str, str], answer: object) -> str:
@@ -166,12 +208,6 @@ def suffix_for(suffix: str | Mapping[str, str], answer: object) -> str:
     if isinstance(suffix, str):
         return suffix
     return suffix.get(str(answer), suffix[OTHER_ANSWERS])
-
-
-def _without_placeholders(text: str) -> str:
-    for placeholder in PLACEHOLDERS.values():
-        text = text.replace(placeholder, "")
-    return text
 
 
 def select_evenly(n: int, fraction: float, cap: int | None = None) -> list[int]:
@@ -200,32 +236,23 @@ def select_evenly(n: int, fraction: float, cap: int | None = None) -> list[int]:
     return [index * n // count for index in range(count)]
 
 
-def named_media(path: Path, media_root: Path) -> set[Path]:
+def named_media(path: Path | HubTable, media_root: Path, extracted: Path = _EXTRACTED) -> set[Path]:
     """The images and clips that a data file's records name; unusable records name none.
 
     Raises:
         RecordError: the file cannot be read.
     """
-    names = set()
-    for _, value in _read_rows(path):
-        try:
-            record = _parse_record(value, answered=False)
-        except _BadRecord:
-            continue  # load_records reports it; for the caller it has no image
-        if record.name is not None and record.media is not None:
-            names.add(_find_file(record.name, media_root, record.media))
-    return names
+    # Of an unusable record load_records speaks; for the caller it has no image.
+    records = each_record(path, media_root, allow_text_only=True, answered=False, extracted=extracted)
+    return {file.path for record in records if record.sample is not None for file in record.sample.media}
 
 
-def _read_rows(path: Path, answers: Path | None = None) -> list[tuple[int, object]]:
-    """(row, parsed JSON value) of every record; the value is a `_BadRecord` for a line that is not JSON.
-
-    With a file of answers, each question gets the answer of its position.
-    """
-    rows = _read_file(path)
+def _read_pairs(path: Path | HubTable, answers: Path | HubTable | None, extracted: Path) -> Rows:
+    """(row, value) of every record. With a file of answers, each question gets the answer of its position."""
+    rows = read_rows(path, extracted)
     if answers is None:
         return rows
-    replies = _read_file(answers)
+    replies = read_rows(answers, extracted)
     if len(replies) != len(rows):
         raise RecordError(
             f"{path} has {len(rows)} questions, {answers} has {len(replies)} answers; they are paired by "
@@ -237,206 +264,57 @@ def _read_rows(path: Path, answers: Path | None = None) -> list[tuple[int, objec
 def _join(question: object, reply: object) -> object:
     if isinstance(question, dict) and isinstance(reply, dict):
         return {**question, "answer": reply.get("answer")}
-    return question if isinstance(question, _BadRecord) else _BadRecord("the answer is no JSON object")
-
-
-def _read_file(path: Path) -> list[tuple[int, object]]:
-    if path.suffix not in RECORD_SUFFIXES:
-        raise RecordError(f"{path}: unknown kind of data file; expected one of {', '.join(RECORD_SUFFIXES)}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # -sig: editors on Windows write a byte order mark
-    except OSError as error:
-        raise RecordError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise RecordError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    if path.suffix == ".jsonl":
-        # Not splitlines(): JSON strings may hold U+2028 and its like, which are no line ends in JSONL.
-        lines = enumerate(text.split("\n"), start=1)
-        return [(row, _parse_line(line)) for row, line in lines if line.strip()]
-    try:
-        records = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise RecordError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(records, list):
-        raise RecordError(
-            f"{path} holds a JSON {_kind(records)}; expected a list of records (one a line: name it .jsonl)"
-        )
-    return list(enumerate(records, start=1))
-
-
-def _parse_line(line: str) -> object:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        return _BadRecord(f"the line is not valid JSON: {error}")
-
-
-def _parse_record(value: object, answered: bool = True) -> _ParsedRecord:
-    """One record's content; `answered` is False where its answer lies in another file that is not read."""
-    if isinstance(value, _BadRecord):
-        raise value
-    if not isinstance(value, dict):
-        raise _BadRecord(f"the record is a JSON {_kind(value)}; expected an object")
-    if "conversations" in value:
-        messages = _read_messages(value["conversations"], "conversations", "from", "value", _LLAVA_ROLES)
-    elif "messages" in value:
-        roles = {"user": "user", "assistant": "assistant"}
-        messages = _read_messages(value["messages"], "messages", "role", "content", roles)
-    elif "text" in value or "question" in value:
-        key = "text" if "text" in value else "question"
-        messages = [("user", _read_text(value[key], f"question ({key!r})"))]
-        if answered:
-            messages.append(("assistant", _read_answer(value)))
-    else:
-        raise _BadRecord(
-            "no question: none of 'conversations' (LLaVA training), 'text' (LLaVA test), 'question' "
-            f"(CL-VISTA test) and 'messages' is there; found {', '.join(map(repr, value)) or 'no key at all'}"
-        )
-    media, name = _read_media_name(value)
-    return _ParsedRecord(id=value.get("id", value.get("question_id")), media=media, name=name, messages=messages)
-
-
-def _read_messages(
-    value: object, key: str, role_key: str, text_key: str, roles: Mapping[str, str]
-) -> list[tuple[str, str]]:
-    """Reads a list of alternating questions and answers; the last one has to be an answer."""
-    if not isinstance(value, list) or not value:
-        raise _BadRecord(f"no question: {key!r} is empty or no list; expected a list of messages")
-    expected = list(roles)
-    messages = []
-    for index, message in enumerate(value):
-        where = f"{key}[{index}]"
-        if not isinstance(message, dict):
-            raise _BadRecord(
-                f"{where} is a JSON {_kind(message)}; expected an object with {role_key!r} and {text_key!r}"
-            )
-        role = expected[index % 2]
-        if message.get(role_key) != role:
-            raise _BadRecord(
-                f"{where} has {role_key!r} {message.get(role_key)!r}; expected {role!r} "
-                f"({expected[0]!r} and {expected[1]!r} in turn, beginning with {expected[0]!r})"
-            )
-        what = f"{'question' if index % 2 == 0 else 'answer'} ({where}[{text_key!r}])"
-        messages.append((roles[role], _read_text(message.get(text_key), what)))
-    if len(messages) % 2:
-        raise _BadRecord(f"no answer: {key!r} ends with a question ({expected[0]!r})")
-    return messages
-
-
-def _read_text(value: object, what: str) -> str:
-    """Text of one message; TRL's content parts become one text, media parts LLaVA's placeholders."""
-    if isinstance(value, list):
-        value = "\n".join(_read_part(part, what) for part in value)
-    if value is None:
-        raise _BadRecord(f"no {what}")
-    if not isinstance(value, str):
-        raise _BadRecord(f"the {what} is {value!r}, a JSON {_kind(value)}; expected text in quotes")
-    if not _without_placeholders(value).strip():
-        raise _BadRecord(f"no {what}: it is empty")
-    return value
-
-
-def _read_answer(record: Mapping[str, object]) -> str:
-    """The reference answer of a test record; the first one where several are accepted."""
-    value = record.get("answer", record.get("answer_bbox"))
-    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
-        value = value[0]
-    return _read_text(value, "answer")
-
-
-def _read_part(part: object, what: str) -> str:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind in PLACEHOLDERS:
-        return PLACEHOLDERS[kind]
-    if isinstance(part, dict) and kind == "text" and isinstance(part.get("text"), str):
-        return str(part["text"])
-    raise _BadRecord(
-        f'the {what} has a part {part!r}; expected {{"type": "image"}}, {{"type": "video"}} or '
-        '{"type": "text", "text": "..."}'
-    )
-
-
-def _read_media_name(record: Mapping[str, object]) -> tuple[Media | None, str | None]:
-    """What a record shows and its name; (None, None) where it shows nothing."""
-    found: dict[Media, str] = {}
-    for media in get_args(Media):
-        for key in (media, f"{media}s", f"{media}_name"):
-            name = _read_name(record.get(key), media)
-            if name is not None:
-                found[media] = name
-    if len(found) > 1:
-        raise _BadRecord("an image and a video; expected at most one of them")
-    return next(iter(found.items()), (None, None))
-
-
-def _read_name(value: object, media: Media) -> str | None:
-    if isinstance(value, list):
-        if len(value) > 1:
-            raise _BadRecord(f"{len(value)} {media}s; expected at most one")
-        value = value[0] if value else None
-    if value is None:
-        return None
-    if not isinstance(value, str):
-        raise _BadRecord(f"the {media} is a JSON {_kind(value)}; expected the path of a file")
-    if not value.strip() or "\0" in value:
-        raise _BadRecord(f"the {media} path is {value!r}; expected the path of a file")
-    return value
+    return question if isinstance(question, BadRecord) else BadRecord("the answer is no JSON object")
 
 
 def _to_sample(
-    record: _ParsedRecord, default_id: str, media_root: Path, prompt_suffix: str, allow_text_only: bool
+    parsed: Parsed, default_id: str, media_root: Path, roots: Sequence[str], allow_text_only: bool
 ) -> Sample:
-    if record.media is None and not allow_text_only:
-        raise _BadRecord(
+    messages = tuple(_to_message(said, media_root, roots) for said in parsed.messages)
+    sample = Sample(default_id if parsed.id is None else str(parsed.id), messages)
+    if not sample.media and not allow_text_only:
+        raise BadRecord(
             "no image or video; text-only records need 'allow_text_only: true' at the task in the stream YAML"
         )
-    _check_placeholders(record)
-    messages = [
-        Message("user", (clean_question(text, prompt_suffix),))
-        if role == "user"
-        else Message("assistant", (text.strip(),))
-        for role, text in record.messages
-    ]
-    if record.media is not None and record.name is not None:
-        shown = MediaFile(record.media, _locate(record.name, media_root, record.media))
-        messages[0] = Message("user", (shown, *messages[0].parts))
-    return Sample(default_id if record.id is None else str(record.id), tuple(messages))
+    return sample
 
 
-def _check_placeholders(record: _ParsedRecord) -> None:
-    for media, placeholder in PLACEHOLDERS.items():
-        counts = [text.count(placeholder) for _, text in record.messages]
-        if sum(counts) > 1:
-            raise _BadRecord(
-                f"{sum(counts)} times {placeholder} in its text; expected one {media}, in the first question"
-            )
-        if sum(counts[1:]):
-            raise _BadRecord(f"{placeholder} in a later message; expected it in the first question")
-        if sum(counts) and record.media != media:
-            raise _BadRecord(f"no {media} although the question has {placeholder}")
+def _to_message(said: Said, media_root: Path, roots: Sequence[str]) -> Message:
+    parts: list[Part] = [_locate(part, media_root, roots) if isinstance(part, Slot) else part for part in said.parts]
+    return Message(said.role, tuple(parts), said.supervised, said.accepted)
 
 
-def _locate(name: str, media_root: Path, media: Media) -> Path:
-    path = _find_file(name, media_root, media)
-    # realpath on both: a data root that is itself a link is fine, a link that leads out of it is not.
-    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(media_root)):
-        raise _BadRecord(
-            f"{media} {name!r} lies outside the media root {media_root} (links resolved); move the file into "
+def _locate(slot: Slot, media_root: Path, roots: Sequence[str]) -> MediaFile:
+    """The file, which has to lie in the media root, or among the media of tables.
+
+    Args:
+        slot: its name is known.
+        media_root: as written.
+        roots: real paths of the folders that files may lie in. A data root that is itself a link is fine, a link that
+            leads out of it is not.
+    """
+    name = str(slot.name)
+    path = _find_file(name, media_root, slot.kind)
+    real = Path(os.path.realpath(path))
+    if not any(real.is_relative_to(root) for root in roots):
+        raise BadRecord(
+            f"{slot.kind} {name!r} lies outside the media root {media_root} (links resolved); move the file into "
             "it, or set the task's 'media_root' in the stream YAML to a folder that holds it"
         )
-    return path
+    return MediaFile(slot.kind, path)
 
 
 def _find_file(name: str, media_root: Path, media: Media) -> Path:
     """The file of that name; a clip may be named without its suffix."""
     path = media_root / name
-    if media == "image" or path.is_file():
+    if media == "image" or file_state(path) is not None:
         return path
     completed = (media_root / f"{name}{suffix}" for suffix in VIDEO_SUFFIXES)
-    return next((candidate for candidate in completed if candidate.is_file()), path)
+    return next((candidate for candidate in completed if file_state(candidate) is not None), path)
 
 
-def _describe(path: Path, bad: Sequence[SkippedRecord], total: int) -> str:
+def bad_records(path: Path | HubTable, bad: Sequence[SkippedRecord], total: int) -> RecordError:
+    """The error that counts the bad records of a file and names the first ten."""
     lines = [f"{path}: {len(bad)} of {total} records cannot be used"]
     lines += [f"  row {record.row}: {record.reason}" for record in bad[:_ERRORS_SHOWN]]
     if len(bad) > _ERRORS_SHOWN:
@@ -444,10 +322,4 @@ def _describe(path: Path, bad: Sequence[SkippedRecord], total: int) -> str:
     remedy = "Correct them"
     if len(bad) < total:
         remedy += ", or, in training files, leave them out by 'on_bad_record: skip' (the manifest then names them)"
-    return "\n".join([*lines, remedy + "."])
-
-
-def _kind(value: object) -> str:
-    """JSON's name for the type of a parsed value."""
-    names = {dict: "object", list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
-    return names.get(type(value), "null")
+    return RecordError("\n".join([*lines, remedy + "."]))

@@ -6,7 +6,7 @@ For example:
     data_root: my_data             # relative to the working directory; the run YAML may override it
     tasks:                         # learnt in this order
       - name: birds
-        train: birds/train.json    # relative to data_root; record forms: see `mllm_keeplora.data.records`
+        train: birds/train.json    # relative to data_root; forms: see `mllm_keeplora.data.record_forms`
         test: birds/test.json
         media_root: birds          # the records' image paths are relative to data_root/media_root
         metric: exact              # a scoring function of eval/tasks
@@ -19,33 +19,27 @@ For example:
         native_max: 1.0
 """
 
-import difflib
 import hashlib
 import json
 import os
 import re
-import types
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path, PurePath
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
-
+from mllm_keeplora.config import ConfigError, NewTokens
 from mllm_keeplora.data.conversation import Sample
 from mllm_keeplora.data.media import IMAGES_ONLY, MediaChecker, file_state
-from mllm_keeplora.data.records import (
-    OTHER_ANSWERS,
-    RECORD_SUFFIXES,
-    SkippedRecord,
-    load_records,
-    named_media,
-)
-from mllm_keeplora.errors import KeepLoRAError
-from mllm_keeplora.resources import find
+from mllm_keeplora.data.record_files import EXTRACTED, RECORD_SUFFIXES, HubTable, content_hash
+from mllm_keeplora.data.records import OTHER_ANSWERS, SkippedRecord, load_records, named_media
+from mllm_keeplora.errors import KeepLoRAError, did_you_mean
+from mllm_keeplora.resources import find, is_there
+from mllm_keeplora.settings import Range, check_settings, shown
+from mllm_keeplora.yaml_files import read_yaml
 
 # Names become folder, file and lmms-eval task names.
-_NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 _Spec = TypeVar("_Spec")
 
@@ -90,8 +84,8 @@ class TaskSpec:
 
     Attributes:
         name: unique in the stream; letters, digits, `_`, `.`, `-`.
-        train: file of training records.
-        test: file of test records.
+        train: file of training records; or a dataset of the hub: the fields of `HubTable`.
+        test: test records, likewise.
         metric: name of the scoring function in eval/tasks.
         test_answers: file of the answers, where `test` holds the questions alone; paired by position.
         media_root: folder that the records' image and video paths are relative to.
@@ -106,13 +100,13 @@ class TaskSpec:
     """
 
     name: str
-    train: str
-    test: str
+    train: str | Mapping[str, Any]
+    test: str | Mapping[str, Any]
     metric: str
     test_answers: str | None = None
     media_root: str = "."
     prompt_suffix: str = ""
-    max_new_tokens: int = 128
+    max_new_tokens: NewTokens = 128
     allow_text_only: bool = False
     test_media_root: str | None = None
     test_prompt_suffix: str | Mapping[str, str] = ""
@@ -132,7 +126,7 @@ class GeneralSpec:
 
     Attributes:
         name: as in `TaskSpec`.
-        test: file of test records; None for a stock task.
+        test: test records, as in `TaskSpec`; None for a stock task.
         metric, test_answers, media_root, prompt_suffix, max_new_tokens, allow_text_only, references: as in
             `TaskSpec`; own file only.
         lmms_eval_task: name of the stock task; None for an own file.
@@ -141,16 +135,16 @@ class GeneralSpec:
     """
 
     name: str
-    test: str | None = None
+    test: str | Mapping[str, Any] | None = None
     metric: str | None = None
     test_answers: str | None = None
     media_root: str = "."
     prompt_suffix: str = ""
-    max_new_tokens: int = 128
+    max_new_tokens: NewTokens = 128
     allow_text_only: bool = False
     lmms_eval_task: str | None = None
     score: str | None = None
-    native_max: float | None = None
+    native_max: Annotated[float, Range(0, 1_000_000_000, "(]")] | None = None
     references: str | None = None
 
     def __post_init__(self) -> None:
@@ -160,10 +154,6 @@ class GeneralSpec:
         for key in ("test", "test_answers"):
             _check_record_file(self, key, getattr(self, key))
         _check_references(self)
-        if self.native_max is not None and not self.native_max > 0:
-            raise StreamError(
-                f"general benchmark {self.name!r}: native_max is {self.native_max}; expected a number > 0"
-            )
 
     def _check_kind(self) -> None:
         """Either an own file or a stock task: refuses keys that the other kind alone would read."""
@@ -191,13 +181,19 @@ class GeneralSpec:
 
 @dataclass(frozen=True)
 class Stream:
-    """An ordered sequence of tasks with the general benchmarks, and the folder that holds their data."""
+    """An ordered sequence of tasks with the general benchmarks, and the folder that holds their data.
+
+    Attributes:
+        name, data_root, tasks, general, hub: as in the YAML.
+        extracted: folder for the media that lie inside tables of records.
+    """
 
     name: str
     data_root: Path
     tasks: tuple[TaskSpec, ...]
     general: tuple[GeneralSpec, ...] = ()
     hub: Hub | None = None
+    extracted: Path = field(default_factory=lambda: Path("cache").absolute() / EXTRACTED)
 
     def __post_init__(self) -> None:
         _check_name(self.name, "the stream")
@@ -213,13 +209,21 @@ class Stream:
         """The tasks, then the general benchmarks."""
         return (*self.tasks, *self.general)
 
-    def train_file(self, task: TaskSpec) -> Path:
-        """Path of the task's training records."""
-        return self.data_root / task.train
+    def train_file(self, task: TaskSpec) -> Path | HubTable:
+        """The task's training records."""
+        return self.source(task.train)
 
-    def test_file(self, spec: TaskSpec | GeneralSpec) -> Path | None:
-        """Path of the test records; None for a stock lmms-eval task."""
-        return None if spec.test is None else self.data_root / spec.test
+    def test_file(self, spec: TaskSpec | GeneralSpec) -> Path | HubTable | None:
+        """The test records; None for a stock lmms-eval task."""
+        return None if spec.test is None else self.source(spec.test)
+
+    def source(self, named: str | Mapping[str, Any]) -> Path | HubTable:
+        """Where the records lie that an entry names: a file, or a dataset of the hub (or a folder like one)."""
+        if isinstance(named, str):
+            return self.data_root / named
+        table = HubTable(**named)
+        folder = self.data_root / table.dataset
+        return replace(table, dataset=str(folder)) if folder.is_dir() else table
 
     def answers_file(self, spec: TaskSpec | GeneralSpec) -> Path | None:
         """Path of the answers to the test questions; None where these lie in the test file itself."""
@@ -239,7 +243,9 @@ class Stream:
         return self.data_root / (spec.media_root if other is None else other)
 
 
-def load_stream(path: Path, data_root: Path | None = None, *, check_files: bool = True) -> Stream:
+def load_stream(
+    path: Path, data_root: Path | None = None, *, check_files: bool = True, cache_dir: str | Path = "cache"
+) -> Stream:
     """Reads a stream YAML and checks that the files it names are there.
 
     What is in the files is checked by `load_records`.
@@ -248,6 +254,7 @@ def load_stream(path: Path, data_root: Path | None = None, *, check_files: bool 
         path: the YAML file.
         data_root: used in place of the YAML's own `data_root` when given.
         check_files: False where the files may yet be missing.
+        cache_dir: as of the run; media that lie inside tables of records are written below it.
 
     Raises:
         StreamError: the file is missing or no YAML, a key is unknown, missing or of the wrong type, a name is
@@ -256,6 +263,7 @@ def load_stream(path: Path, data_root: Path | None = None, *, check_files: bool 
     path = find(path)
     try:
         stream = _build_stream(_with_suite(_read_yaml(path), path.parent), data_root)
+        stream = replace(stream, extracted=Path(cache_dir).absolute() / EXTRACTED)
         if check_files:
             _check_files(stream)
     except StreamError as error:
@@ -292,6 +300,7 @@ def load_training_records(
                 allow_text_only=text_only,
                 on_bad_record=on_bad_record,
                 checker=checker,
+                extracted=stream.extracted,
             )
         test, answers = stream.test_file(spec), stream.answers_file(spec)
         if test is not None:
@@ -301,6 +310,7 @@ def load_training_records(
                 answers=answers,
                 allow_text_only=text_only,
                 checker=checker,
+                extracted=stream.extracted,
             )
     return training
 
@@ -320,10 +330,14 @@ def data_hash(stream: Stream, spec: TaskSpec | GeneralSpec) -> str:
     """
     digest = hashlib.sha256(json.dumps(asdict(spec), sort_keys=True).encode())
     train = stream.train_file(spec) if isinstance(spec, TaskSpec) else None
-    for file in record_files(stream, spec):
+    for file in _record_sources(stream, spec):
         root = stream.media_root(spec) if file == train else stream.test_media_root(spec)
-        sizes = [(os.path.relpath(path, root), _size(path)) for path in sorted(named_media(file, root))]
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
+        named = sorted(named_media(file, root, stream.extracted))
+        # Media of a table are part of its own bytes, wherever they are kept.
+        sizes = [
+            (os.path.relpath(path, root), _size(path)) for path in named if not path.is_relative_to(stream.extracted)
+        ]
+        digest.update(bytes.fromhex(content_hash(file, stream.extracted)))
         digest.update(json.dumps(sizes).encode())
     references = stream.references_file(spec)
     if references is not None:
@@ -338,13 +352,9 @@ def _size(path: Path) -> int | None:
 
 def _read_yaml(path: Path) -> object:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise StreamError(f"the stream file cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise StreamError(f"not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    except yaml.YAMLError as error:
-        raise StreamError(f"not valid YAML: {error}") from error
+        return read_yaml(path)
+    except ConfigError as error:
+        raise StreamError(str(error)) from error
 
 
 def _with_suite(document: object, folder: Path) -> object:
@@ -361,6 +371,8 @@ def _with_suite(document: object, folder: Path) -> object:
 
 def _build_stream(document: object, data_root: Path | None) -> Stream:
     values = _check_keys(document, Stream, "the stream", optional=("data_root",))
+    if "extracted" in values:  # no key of the YAML: the run's cache_dir decides
+        raise StreamError("the stream: unknown key 'extracted'")
     root = data_root if data_root is not None else values.get("data_root")
     if not isinstance(root, str | Path) or not str(root):
         raise StreamError(f"data_root is {root!r}; expected the folder that holds the data, here or in the run YAML")
@@ -384,7 +396,7 @@ def _build_hub(entry: object) -> Hub | None:
 
 def _build_specs(items: object, kind: type[_Spec], key: str) -> tuple[_Spec, ...]:
     if not isinstance(items, list):
-        raise StreamError(f"{key!r} is {items!r}; expected a list of entries, each beginning with '- name: ...'")
+        raise StreamError(f"{key!r} is {shown(items)}; expected a list of entries, each beginning with '- name: ...'")
     specs = []
     for index, item in enumerate(items):
         name = item.get("name") if isinstance(item, dict) else None
@@ -396,13 +408,12 @@ def _build_specs(items: object, kind: type[_Spec], key: str) -> tuple[_Spec, ...
 def _check_keys(values: object, kind: type, where: str, optional: Sequence[str] = ()) -> dict[str, Any]:
     """Returns `values` when it is a mapping whose keys are fields of `kind` with none missing."""
     if not isinstance(values, dict):
-        raise StreamError(f"{where} is {values!r}; expected 'key: value' lines")
+        raise StreamError(f"{where} is {shown(values)}; expected 'key: value' lines")
     known = [field.name for field in fields(kind)]
     for key in values:
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise StreamError(f"{where}: unknown key {key!r}{hint} (known keys: {', '.join(known)})")
+            hint = did_you_mean(str(key), known)
+            raise StreamError(f"{where}: unknown key {shown(key)}{hint}; known keys: {', '.join(known)}")
     required = [
         item.name
         for item in fields(kind)
@@ -415,16 +426,10 @@ def _check_keys(values: object, kind: type, where: str, optional: Sequence[str] 
 
 
 def _check_types(spec: TaskSpec | GeneralSpec) -> None:
-    for key, hint in get_type_hints(type(spec)).items():
-        value = getattr(spec, key)
-        hints = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        allowed = tuple(get_origin(kind) or kind for kind in hints)
-        accepted = (*allowed, int) if float in allowed else allowed
-        # bool is an int to Python; `max_new_tokens: yes` is not a number to anybody else.
-        if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in allowed):
-            expected = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in allowed)
-            quote = " (put it in quotes)" if str in allowed and isinstance(value, int | float) else ""
-            raise StreamError(f"task or benchmark {spec.name!r}: {key} is {value!r}; expected {expected}{quote}")
+    try:
+        check_settings(spec)
+    except ConfigError as error:
+        raise StreamError(f"task or benchmark {shown(spec.name)}: {error}") from error
 
 
 def _check_common(spec: TaskSpec | GeneralSpec) -> None:
@@ -433,38 +438,49 @@ def _check_common(spec: TaskSpec | GeneralSpec) -> None:
     if isinstance(spec, TaskSpec):
         _check_inside(spec, "test_media_root", spec.test_media_root or ".")
         _check_suffix(spec)
-    if spec.max_new_tokens < 1:
-        raise StreamError(f"{spec.name!r}: max_new_tokens is {spec.max_new_tokens}; expected at least 1")
 
 
 def _check_suffix(spec: TaskSpec) -> None:
     suffix = spec.test_prompt_suffix
     if isinstance(suffix, str):
         return
-    texts = all(isinstance(text, str) for text in (*suffix, *suffix.values()))
-    if not texts or OTHER_ANSWERS not in suffix:
+    if OTHER_ANSWERS not in suffix:
         raise StreamError(
-            f"{spec.name!r}: test_prompt_suffix is {dict(suffix)!r}; expected text, or 'answer: text' lines, "
-            "all in quotes (YAML reads Yes and No as true and false), with "
-            f'"{OTHER_ANSWERS}" for the other answers'
+            f"{spec.name!r}: test_prompt_suffix is {shown(dict(suffix))}; expected text, or 'answer: text' lines "
+            f'with "{OTHER_ANSWERS}" for the other answers'
         )
 
 
 def _check_name(name: object, what: str) -> None:
     if not isinstance(name, str) or not _NAME_PATTERN.fullmatch(name):
         raise StreamError(
-            f"the name of {what} is {name!r}; expected letters, digits, '_', '.' and '-' (it names files)"
+            f"the name of {what} is {shown(name)}; expected at most 100 letters, digits, '_', '.' and '-' (it names "
+            "files)"
         )
 
 
-def _check_record_file(spec: TaskSpec | GeneralSpec, key: str, value: str | None) -> None:
+def _check_record_file(spec: TaskSpec | GeneralSpec, key: str, value: str | Mapping[str, Any] | None) -> None:
     if value is None:
         return
+    if isinstance(value, Mapping):
+        _check_table(spec, key, value)
+        return
     _check_inside(spec, key, value)
-    if PurePath(value).suffix not in RECORD_SUFFIXES:
+    if not value.endswith(RECORD_SUFFIXES):
         raise StreamError(
             f"{spec.name!r}: {key} is {value!r}; expected a file ending in {' or '.join(RECORD_SUFFIXES)}"
         )
+
+
+def _check_table(spec: TaskSpec | GeneralSpec, key: str, value: Mapping[str, Any]) -> None:
+    where = f"{spec.name!r}: {key}"
+    given = _check_keys(dict(value), HubTable, where)
+    columns = given.get("columns", {})
+    texts = [item for name, item in given.items() if name != "columns" and item is not None]
+    if isinstance(columns, Mapping):
+        texts += [*columns, *columns.values()]
+    if not isinstance(columns, Mapping) or not all(isinstance(text, str) and text for text in texts):
+        raise StreamError(f"{where} is {dict(value)!r}; expected text, and columns as 'our key: its column' lines")
 
 
 def _check_references(spec: TaskSpec | GeneralSpec) -> None:
@@ -489,7 +505,7 @@ def _check_files(stream: Stream) -> None:
             f"the data root {stream.data_root} (seen from {Path.cwd()}) does not exist or is no folder; set "
             "'data_root' in the stream or run YAML to the folder that holds the data"
         )
-    missing = [path for spec in stream.specs for path in named_paths(stream, spec) if not path.exists()]
+    missing = [path for spec in stream.specs for path in named_paths(stream, spec) if not is_there(path)]
     if missing:
         raise StreamError(f"not found under the data root {stream.data_root}: {', '.join(map(str, missing))}")
 
@@ -505,6 +521,10 @@ def named_paths(stream: Stream, spec: TaskSpec | GeneralSpec) -> list[Path]:
 
 
 def record_files(stream: Stream, spec: TaskSpec | GeneralSpec) -> list[Path]:
-    """The files of records that an entry names; none for a stock lmms-eval task."""
+    """The files of records that an entry names; none for a stock lmms-eval task and for datasets of the hub."""
+    return [source for source in _record_sources(stream, spec) if isinstance(source, Path)]
+
+
+def _record_sources(stream: Stream, spec: TaskSpec | GeneralSpec) -> list[Path | HubTable]:
     train = stream.train_file(spec) if isinstance(spec, TaskSpec) else None
     return [file for file in (train, stream.test_file(spec), stream.answers_file(spec)) if file is not None]

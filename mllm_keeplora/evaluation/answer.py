@@ -1,20 +1,23 @@
-"""One question at a time, asked as in training and evaluation."""
+"""Greedy answers to conversations, as training taught them: the same prompts, ended by the same tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftModel
 from PIL import Image
+from transformers import GenerationConfig
 
+from mllm_keeplora.data.chat_template import ChatForm, chat_form
 from mllm_keeplora.data.collator import prepare_questions
 from mllm_keeplora.data.conversation import Message
 from mllm_keeplora.data.video.reader import Clip
+from mllm_keeplora.distributed.sharding import is_sharded
 
 
 @torch.no_grad()
 def answer(
-    model: PeftModel,
+    model: Any,
     processor: Any,
     question: str,
     shown: Image.Image | Clip | None,
@@ -28,6 +31,9 @@ def answer(
         question: text of the user's turn.
         shown: what it is about.
         max_new_tokens: longest answer, in tokens.
+
+    Raises:
+        ProcessorError: a question that cannot be asked this model.
     """
     parts = (question,) if shown is None else (shown, question)
     return greedy_replies(model, processor, [[Message("user", parts)]], max_new_tokens)[0]
@@ -37,9 +43,86 @@ def answer(
 def greedy_replies(
     model: Any, processor: Any, conversations: Sequence[Sequence[Message]], max_new_tokens: int
 ) -> list[str]:
-    """Greedy replies to conversations that each end with a question; images and clips are decoded."""
-    model.eval()
-    inputs = prepare_questions(processor, conversations, model.device)
-    output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
-    replies = processor.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [str(reply).strip() for reply in replies]
+    """Greedy replies to conversations that each end with a question; images and clips are decoded.
+
+    Raises:
+        ProcessorError: a question that cannot be asked this model.
+    """
+    form = chat_form(processor)
+    inputs = prepare_questions(processor, conversations, model.device, form)
+    return [reply.strip() for reply in generate_replies(model, processor, form, inputs, max_new_tokens)]
+
+
+def generate_replies(
+    model: Any, processor: Any, form: ChatForm, inputs: dict[str, Any], max_new_tokens: int
+) -> list[str]:
+    """One greedy reply for each row of `inputs`, without the token that ended it.
+
+    Args:
+        model: in eval mode.
+        processor: the model's.
+        form: the processor's.
+        inputs: of `prepare_questions`.
+        max_new_tokens: longest reply, in tokens.
+    """
+    tokenizer = processor.tokenizer
+    stops = stop_tokens(model, tokenizer, form)
+    with greedy(model, stops, tokenizer.pad_token_id, max_new_tokens) as settings:
+        sequences = model.generate(**inputs, generation_config=settings, synced_gpus=is_sharded(model))
+    replies = sequences[:, inputs["input_ids"].shape[1] :].tolist()
+    ends = [next((at for at, token in enumerate(reply) if token in stops), None) for reply in replies]
+    kept = [reply[:end] for reply, end in zip(replies, ends, strict=True)]
+    return [str(text) for text in tokenizer.batch_decode(kept, skip_special_tokens=True)]
+
+
+def stop_tokens(model: Any, tokenizer: Any, form: ChatForm) -> list[int]:
+    """Ids of the tokens at which a reply ends: the checkpoint's own, and the one that training supervises.
+
+    The two differ where a chat template ends answers with a token that the generation config does not name.
+    """
+    taught = tokenizer.convert_tokens_to_ids(form.end_token)
+    return list(dict.fromkeys([*own_stop_tokens(model, tokenizer), taught]))
+
+
+def own_stop_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Ids of the tokens at which a checkpoint says that a reply ends."""
+    own = model.generation_config.eos_token_id
+    own = tokenizer.eos_token_id if own is None else own
+    return list(own) if isinstance(own, list | tuple) else [own]
+
+
+def generation_settings(model: Any, processor: Any) -> dict[str, Any]:
+    """The checkpoint's generation config, for those who generate with other code: it names all stop tokens."""
+    stops = stop_tokens(model, processor.tokenizer, chat_form(processor))
+    return {**model.generation_config.to_diff_dict(), "eos_token_id": stops}
+
+
+@contextmanager
+def greedy(model: Any, stops: Sequence[int], pad_token_id: int, max_new_tokens: int) -> Iterator[GenerationConfig]:
+    """Settings with which every token of a reply is the likeliest one.
+
+    A checkpoint's own generation config can ask for more than sampling: penalties on repetition (Qwen2.5-VL's),
+    suppressed or forced tokens, a least length. transformers fills in from it whatever a given config leaves open,
+    so it is set aside meanwhile.
+
+    Side effects:
+        The model's `generation_config`, for the duration of the context.
+    """
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        eos_token_id=list(stops),
+        pad_token_id=pad_token_id,
+    )
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    # PEFT keeps a second one for causal language models.
+    own = [(holder, holder.generation_config) for holder in (model, inner) if "generation_config" in vars(holder)]
+    try:
+        for holder, _ in own:
+            holder.generation_config = settings
+        yield settings
+    finally:
+        for holder, config in own:
+            holder.generation_config = config

@@ -3,9 +3,17 @@
 Importing this file is cheap: lmms-eval loads it before it knows any model.
 """
 
+import os
 from typing import Any
 
+from huggingface_hub.constants import HF_HOME
+
 MODEL_ID = "keeplora"
+
+
+def name_hub_home() -> None:
+    """Names the hub's cache in the environment: lmms-eval's video tasks look for HF_HOME there, and fail without."""
+    os.environ.setdefault("HF_HOME", HF_HOME)
 
 
 def model_manifest() -> Any:
@@ -16,4 +24,5 @@ def model_manifest() -> Any:
     """
     from lmms_eval.models.registry_v2 import ModelManifest
 
+    name_hub_home()
     return ModelManifest(MODEL_ID, chat_class_path="mllm_keeplora.evaluation.lmms_model.KeepLoRAModel")

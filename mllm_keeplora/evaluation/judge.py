@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mllm_keeplora.config import JudgeConfig
 from mllm_keeplora.data.records import clean_question
 from mllm_keeplora.errors import KeepLoRAError
+from mllm_keeplora.evaluation.answer import greedy, own_stop_tokens
 from mllm_keeplora.evaluation.metrics import summarize
 from mllm_keeplora.evaluation.score import Score
 from mllm_keeplora.modeling.linear4bit import guard_linear4bit
@@ -94,18 +95,13 @@ class Judge:
             for reply in replies
         ]
         inputs = self.tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
-        output = self.model.generate(
-            input_ids=inputs["input_ids"].to(self.model.device),
-            attention_mask=inputs["attention_mask"].to(self.model.device),
-            max_new_tokens=self.identity["max_new_tokens"],
-            do_sample=False,
-            num_beams=1,
-            # None overrides the sampling that a chat model's generation config asks for.
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
+        stops = own_stop_tokens(self.model, self.tokenizer)
+        with greedy(self.model, stops, self.tokenizer.pad_token_id, self.identity["max_new_tokens"]) as settings:
+            output = self.model.generate(
+                input_ids=inputs["input_ids"].to(self.model.device),
+                attention_mask=inputs["attention_mask"].to(self.model.device),
+                generation_config=settings,
+            )
         texts = self.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return [str(text).strip() for text in texts]
 

@@ -6,7 +6,8 @@ and a PEFT adapter, it answers in batches, and a failed generation stops the eva
 log the error and return an empty answer, so that an out-of-memory reads as forgetting.
 """
 
-from collections import defaultdict
+import logging
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,11 +21,16 @@ from PIL import Image
 from tqdm import tqdm
 
 from mllm_keeplora.config import VideoConfig
+from mllm_keeplora.data.chat_template import chat_form, render
 from mllm_keeplora.data.collator import prepare_questions
-from mllm_keeplora.data.conversation import Message
+from mllm_keeplora.data.conversation import Message, Part, Role
+from mllm_keeplora.data.images import load_image
 from mllm_keeplora.data.video.reader import VideoReader
-from mllm_keeplora.distributed.sharding import fillers, is_sharded
+from mllm_keeplora.distributed.sharding import fillers
+from mllm_keeplora.evaluation.answer import generate_replies
 from mllm_keeplora.evaluation.errors import EvaluationError
+
+logger = logging.getLogger(__name__)
 
 # lmms-eval's own LLaVA wrapper generates this many tokens where a task names no limit.
 DEFAULT_MAX_NEW_TOKENS = 1024
@@ -106,12 +112,14 @@ class KeepLoRAModel(lmms):
 
         Raises:
             ValueError: if batch_size is not a positive whole number.
+            ProcessorError: for a chat template that renders no question and answer.
         """
         super().__init__()
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ValueError(f"batch_size must be a positive whole number, found {batch_size!r}")
         self.model = model
         self.processor = processor
+        self.form = chat_form(processor)
         self.batch_size = int(batch_size)
         self.reader = reader
 
@@ -157,13 +165,23 @@ class KeepLoRAModel(lmms):
             EvaluationError: naming the task and documents whose answer could not be generated.
         """
         answers: dict[int, str] = {}
+        self._beyond_context: Counter[str] = Counter()
         with inference_state(self.model), self._progress(len(requests)) as progress:
             batches = list(self._batches(requests))
             for batch in [*batches, *fillers(self.model, batches, batches[-1])]:
                 replies = self._answer([requests[index] for index in batch])
                 answers.update(zip(batch, replies, strict=True))
                 progress.update(len(batch))
+        for task, count in self._beyond_context.items():
+            logger.warning(
+                f"task {task!r}: {count} questions are longer than the {self._context} tokens that the base model was "
+                "made for, images and clips included; read its score with that in mind"
+            )
         return [answers[index] for index in range(len(requests))]
+
+    @property
+    def _context(self) -> int:
+        return int(self.model.config.get_text_config().max_position_embeddings)
 
     def loglikelihood(self, requests: list[Instance]) -> NoReturn:
         """Refused: log-likelihood tasks compare given answers, this model generates them."""
@@ -194,29 +212,16 @@ class KeepLoRAModel(lmms):
             with _named(task, [doc_id]):
                 messages = doc_to_messages(self.task_dict[task][split][doc_id])
                 questions.append(_read_messages(messages, self.reader))
+                render(self.processor, questions[-1], self.form)  # what cannot be asked is named by itself
         with _named(batch[0].task_name, [request.doc_id for request in batch]):
-            return self._generate(questions, _read_decoding(batch[0].args[2]))
+            return self._generate(batch[0].task_name, questions, _read_decoding(batch[0].args[2]))
 
-    def _generate(self, questions: list[list[Message]], decoding: _Decoding) -> list[str]:
-        tokenizer = self.processor.tokenizer
-        inputs = prepare_questions(self.processor, questions, self.device)
-        eos = self.model.generation_config.eos_token_id
-        sequences = self.model.generate(
-            **inputs,
-            max_new_tokens=decoding.max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            # None overrides what a checkpoint's generation config may ask for; greedy decoding has no use for
-            # them.
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            use_cache=True,
-            synced_gpus=is_sharded(self.model),
-            eos_token_id=tokenizer.eos_token_id if eos is None else eos,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        replies = tokenizer.batch_decode(sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    def _generate(self, task: str, questions: list[list[Message]], decoding: _Decoding) -> list[str]:
+        inputs = prepare_questions(self.processor, questions, self.device, self.form)
+        too_long = int((inputs["attention_mask"].sum(dim=1) > self._context).sum())
+        if too_long:
+            self._beyond_context[task] += too_long
+        replies = generate_replies(self.model, self.processor, self.form, inputs, decoding.max_new_tokens)
         return [_cut(reply, decoding.until) for reply in replies]
 
 
@@ -229,11 +234,11 @@ def load_for_evaluation(settings: Mapping[str, Any]) -> tuple[Any, Any]:
     Raises:
         EvaluationError: for a setting that is missing or unknown, or a value that it cannot have.
         ConfigError: for a base model that cannot be loaded.
+        AdapterError: for an adapter that does not fit the base model, or was never trained.
     """
-    from peft import PeftModel
-
     from mllm_keeplora.config import ModelConfig
     from mllm_keeplora.modeling.loading import load_base
+    from mllm_keeplora.modeling.saved_adapters import load_adapter
 
     known = get_type_hints(ModelConfig)
     # lmms-eval turns anything that looks like a number into one; names and revisions are strings.
@@ -245,8 +250,9 @@ def load_for_evaluation(settings: Mapping[str, Any]) -> tuple[Any, Any]:
     _check_settings(values, known)
     if "base_model" not in values:
         raise EvaluationError(f"--model_args: base_model is missing; known are adapter, {', '.join(known)}")
-    model, processor = load_base(ModelConfig(**values))
-    return (model if adapter is None else PeftModel.from_pretrained(model, adapter).eval()), processor
+    config = ModelConfig(**values)
+    model, processor = load_base(config)
+    return (model if adapter is None else load_adapter(model, Path(adapter), config.base_model)), processor
 
 
 def _read_video_settings(settings: Mapping[str, Any]) -> VideoConfig:
@@ -285,31 +291,47 @@ def _read_decoding(settings: Mapping[str, Any]) -> _Decoding:
 
 
 def _read_messages(messages: Sequence[Mapping[str, Any]], reader: VideoReader | None) -> list[Message]:
-    """Reads one user turn of lmms-eval's chat messages: one text and at most one image (PIL image or path) or
-    clip (path).
+    """Reads lmms-eval's chat messages: texts, images and clips in any order and number, and earlier turns.
+
+    A list of images stays one, also where they are frames of a clip (SEED-Bench's): they come without the times
+    that a clip has, and lmms-eval's own models are shown them as images as well. A clip is what comes as a file.
 
     Raises:
-        ValueError: for several turns, a system turn, several images, or other media.
-        VideoError: for a clip that does not decode.
+        ValueError: for messages that end with no question, or other media than images and clips.
+        ImageError, VideoError: for an image or clip that does not decode.
     """
-    roles = [message["role"] for message in messages]
-    if roles != ["user"]:
-        raise ValueError(f"expected one user message, found roles {roles}")
-    parts = messages[0]["content"]
-    kinds = [part["type"] for part in parts]
-    if sorted(kinds) not in (["text"], ["image", "text"], ["text", "video"]):
-        raise ValueError(f"expected one text and at most one image or video, found {kinds}")
-    text = next(part["text"] for part in parts if part["type"] == "text")
-    shown = next((part for part in parts if part["type"] != "text"), None)
-    if shown is None:
-        return [Message("user", (text,))]
-    source = shown["url"]
-    if shown["type"] == "video":
+    roles: list[Role] = [message["role"] for message in messages]
+    unknown = sorted(set(roles) - set(get_args(Role)))
+    if unknown or roles[-1:] != ["user"]:
+        raise ValueError(f"expected messages of {', '.join(get_args(Role))}, a user's at the end, found roles {roles}")
+    conversation = []
+    for role, message in zip(roles, messages, strict=True):
+        content = message["content"]
+        content = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        parts = tuple(part for item in content if (part := _read_part(item, reader)) != "")
+        if role != "user" and not all(isinstance(part, str) for part in parts):
+            raise ValueError(f"expected images and clips in a user's messages alone, found one in the {role}'s")
+        conversation.append(Message(role, parts))
+    return conversation
+
+
+def _read_part(item: Mapping[str, Any], reader: VideoReader | None) -> Part:
+    """A text, image or clip that is told as lmms-eval's `ChatContent`."""
+    if item["type"] == "text":
+        return str(item["text"])
+    kind, source = item["type"], item.get("url")
+    # lmms-eval tells files by their suffix, and takes .webm for sound alone.
+    if kind == "audio" and str(source).lower().endswith(".webm"):
+        kind = "video"
+    if kind == "image" and isinstance(source, Image.Image | str):
+        return load_image(Path(source) if isinstance(source, str) else source)
+    if kind == "video" and isinstance(source, str) and item.get("start_time") is item.get("end_time") is None:
         if reader is None:
             raise ValueError(f"{source}: a video, but this evaluation was given no reader for clips")
-        return [Message("user", (reader.read(Path(source)), text))]
-    image = Image.open(source) if isinstance(source, str) else source
-    return [Message("user", (image.convert("RGB"), text))]
+        return reader.read(Path(source))
+    raise ValueError(
+        f"expected a text, an image or a whole clip, found {kind} {source!r} ({', '.join(map(str, item))})"
+    )
 
 
 def _cut(reply: str, until: tuple[str, ...]) -> str:

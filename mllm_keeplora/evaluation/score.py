@@ -19,13 +19,14 @@ from unittest import mock
 
 import numpy as np
 import torch
+from huggingface_hub import get_token, is_offline_mode
 from PIL import ImageFile
 from tqdm import tqdm
 
 from mllm_keeplora.data.stream import Stream
 from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.distributed.processes import from_main
-from mllm_keeplora.evaluation.entry_point import MODEL_ID
+from mllm_keeplora.evaluation.entry_point import MODEL_ID, name_hub_home
 from mllm_keeplora.evaluation.errors import EvaluationError
 from mllm_keeplora.evaluation.task_files import ScoredTask, scored_tasks, write_text
 
@@ -93,6 +94,62 @@ def evaluate_row(
         results = _run_lmms_eval(wrapper, group, task_directory, stock, batch_size, most)
         row |= from_main(functools.partial(_read_row, results, group, output))
     return row
+
+
+def check_logins(tasks: Sequence[str], task_directory: Path) -> None:
+    """Says before anything is loaded that a benchmark's data would ask for a login to the hub.
+
+    lmms-eval has `token: True` for many of its data sets, public ones too, and then the hub's client wants a token.
+    Data that an earlier evaluation has fetched are taken from the cache without.
+
+    Args:
+        tasks: names of lmms-eval's own tasks or groups.
+        task_directory: where `write_task_files` wrote the stream's tasks.
+
+    Raises:
+        EvaluationError: naming the benchmarks, and how to log in.
+    """
+    import datasets
+
+    if not tasks or is_offline_mode() or datasets.config.HF_DATASETS_OFFLINE or get_token() is not None:
+        return
+    with _undisturbed():
+        from lmms_eval.tasks import TaskManager
+
+        manager = TaskManager(include_path=str(task_directory), include_defaults=True, model_name=MODEL_ID)
+        asking = [task for task in tasks if any(map(_asks_for_token, _configs(manager, task)))]
+    if asking:
+        raise EvaluationError(
+            f"{', '.join(asking)}: lmms-eval fetches the data with a login to the Hugging Face hub, and there is none "
+            "here. Log in by `hf auth login`, or set HF_TOKEN (a token that may read is enough); or take the "
+            "benchmarks out of `general` in the stream"
+        )
+
+
+def _configs(manager: Any, name: str) -> Iterator[Mapping[str, Any]]:
+    """The YAMLs of a task, or of the tasks of a group; what they name is not imported."""
+    from lmms_eval.utils import load_yaml_config
+
+    if name not in manager.task_index:
+        return  # said where it is asked
+    config = load_yaml_config(str(manager.task_index[name]["yaml_path"]), mode="simple")
+    yield config
+    for member in config.get("task", []) if isinstance(config.get("task"), list) else []:
+        if isinstance(member, str):
+            yield from _configs(manager, member)
+
+
+def _asks_for_token(config: Mapping[str, Any]) -> bool:
+    from datasets.load import CachedDatasetModuleFactory
+    from lmms_eval.api.task import _resolve_hf_datasets_cache_dir
+
+    if not (config.get("dataset_kwargs") or {}).get("token"):
+        return False
+    try:
+        CachedDatasetModuleFactory(str(config["dataset_path"]), cache_dir=_resolve_hf_datasets_cache_dir()).get_module()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def _by_limit(
@@ -187,6 +244,7 @@ def _run_lmms_eval(
     limit: int | None,
 ) -> dict[str, Any] | None:
     """lmms-eval's results, None on all processes but the main one."""
+    name_hub_home()
     with _undisturbed():
         from lmms_eval.evaluator import simple_evaluate
         from lmms_eval.tasks import TaskManager

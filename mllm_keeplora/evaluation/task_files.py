@@ -1,26 +1,38 @@
-"""A stream's test files as lmms-eval tasks."""
+"""A stream's test files as lmms-eval tasks.
+
+Evaluation reads the run's own copy of a test file, written by the reader of training. lmms-eval reads data through the
+datasets library, which infers types: dates become timestamps, and lists do not go with texts. So the copy has one
+column of text, one question a row as JSON, which eval/tasks/utils.py decodes.
+"""
 
 import json
+import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 
-from mllm_keeplora.data.conversation import Sample
-from mllm_keeplora.data.records import load_records
+from mllm_keeplora.data.conversation import MediaFile, Message, Sample
+from mllm_keeplora.data.record_files import HubTable, RecordError
+from mllm_keeplora.data.records import Record, SkippedRecord, bad_records, each_record, suffix_for, with_suffix
 from mllm_keeplora.data.stream import GeneralSpec, Stream, TaskSpec
 from mllm_keeplora.evaluation.entry_point import MODEL_ID
 from mllm_keeplora.evaluation.errors import EvaluationError
+from mllm_keeplora.modeling.families import Media
 from mllm_keeplora.resources import shipped
-from mllm_keeplora.runs.files import atomic_path, read_json, write_json
+from mllm_keeplora.runs.files import atomic_path, read_json, sha256_json, write_json
 
 TEMPLATES = shipped("eval/tasks")
-
-
 INDEX_FILE = "tasks.json"
+# Of the copy of a test file; eval/tasks/utils.py reads it.
+COPY_COLUMN = "record"
+# Key of a question's messages.
+ASKED = "asked"
+
+Document = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -67,9 +79,8 @@ def write_task_files(stream: Stream, directory: Path) -> list[str]:
     """Writes one lmms-eval task YAML per own test file, and tasks.json, which says what is read from the
     results.
 
-    Test files in LLaVA's test form are used where they are. Other forms (conversations, `messages` lines,
-    CL-VISTA's questions and answers) are copied to the directory in that form, one question per turn, each
-    asked on its own. So are test files with reference captions, which every question then carries.
+    Beside each YAML lies the run's copy of the test file (`COPY_COLUMN`), one question a row (`Sample.questions`). Its
+    name holds the hash of its content: datasets remembers files by path and time, and would give older questions.
 
     Args:
         stream: stock lmms-eval tasks among its general benchmarks need no file.
@@ -92,7 +103,7 @@ def write_task_files(stream: Stream, directory: Path) -> list[str]:
         if test is None and own.is_file():  # a variant of a stock task, not known to lmms-eval
             write_text(directory / own.name, yaml.safe_dump({"include": str(own), "task": own.stem}))
         if test is not None:
-            task = _task_yaml(stream, spec, entry, test.resolve(), directory.resolve())
+            task = _task_yaml(stream, spec, entry, test, directory.resolve())
             write_text(directory / f"{entry.lmms_task}.yaml", yaml.safe_dump(task, sort_keys=False))
     index = {"stream": stream.name, "tasks": [asdict(entry) for entry in entries]}
     write_json(directory / INDEX_FILE, index)
@@ -105,38 +116,114 @@ def read_index(directory: Path) -> tuple[str, list[ScoredTask]]:
     return index["stream"], [ScoredTask(**entry) for entry in index["tasks"]]
 
 
+def follow_move(directory: Path) -> None:
+    """Corrects the copies' paths in the task files of a run that was moved to another folder."""
+    for file in directory.glob("*.yaml"):
+        task = yaml.safe_load(file.read_text(encoding="utf-8"))
+        files = task.get("dataset_kwargs", {}).get("data_files")
+        copy = directory.resolve() / Path(files["test"]).name if files else None
+        if copy is not None and files["test"] != str(copy):
+            files["test"] = str(copy)
+            write_text(file, yaml.safe_dump(task, sort_keys=False))
+
+
 def _task_yaml(
-    stream: Stream, spec: TaskSpec | GeneralSpec, entry: ScoredTask, test: Path, directory: Path
+    stream: Stream, spec: TaskSpec | GeneralSpec, entry: ScoredTask, test: Path | HubTable, directory: Path
 ) -> dict[str, Any]:
     needs = _metric_needs(spec)
-    media_root = stream.test_media_root(spec).resolve()
-    answers = stream.answers_file(spec)
-    if answers is not None or not _is_test_form(test):
-        samples, _ = load_records(test, media_root, answers=answers, allow_text_only=spec.allow_text_only, checker=None)
-        test = _write_test_form(samples, directory / f"{entry.lmms_task}.json")
+    documents = _read_documents(stream, spec, test)
     references = _references_file(stream, spec, needs.get("references"))
     if references is not None:
-        write = _write_with_answers if needs["references"] == "answers" else _write_with_references
-        test = write(spec, test, references, directory / f"{entry.lmms_task}.json")
-    _check_record_keys(spec, test, needs.get("record_keys", []))
+        add = _add_answers if needs["references"] == "answers" else _add_references
+        add(spec, documents, references, test)
+    _check_record_keys(spec, documents, test, needs.get("record_keys", []))
+    copy = _write_copy(documents, directory, entry.lmms_task)
     return {
         "include": str(TEMPLATES / f"{spec.metric}.yaml"),
         "task": entry.lmms_task,
-        "dataset_kwargs": {"data_files": {"test": str(test)}},
+        "dataset_kwargs": {"data_files": {"test": str(copy)}},
         "generation_kwargs": {"max_new_tokens": spec.max_new_tokens, "do_sample": False, "until": []},
-        "lmms_eval_specific_kwargs": {
-            "default": {
-                "media_root": str(media_root),
-                "prompt_suffix": spec.prompt_suffix,
-                "test_prompt_suffix": _test_prompt_suffix(spec),
-            }
-        },
     }
 
 
-def _test_prompt_suffix(spec: TaskSpec | GeneralSpec) -> str | dict[str, str]:
-    suffix = spec.test_prompt_suffix if isinstance(spec, TaskSpec) else ""
-    return suffix if isinstance(suffix, str) else dict(suffix)
+# --- The run's copy of a test file ---
+
+
+def _read_documents(stream: Stream, spec: TaskSpec | GeneralSpec, test: Path | HubTable) -> list[Document]:
+    """What a scoring function is given of each question: the user's record, and what `_documents` adds."""
+    documents: list[Document] = []
+    bad: list[SkippedRecord] = []
+    total = 0
+    for record in each_record(
+        test,
+        stream.test_media_root(spec).resolve(),
+        answers=stream.answers_file(spec),
+        allow_text_only=spec.allow_text_only,
+        extracted=stream.extracted,
+    ):
+        total += 1
+        if record.sample is None:
+            bad.append(SkippedRecord(str(test), record.row, record.problem))
+        else:
+            documents += _documents(spec, record, record.sample)
+    if bad:
+        raise bad_records(test, bad, total)
+    if not documents:
+        raise RecordError(f"{test} holds no records; expected a list of at least one")
+    return documents
+
+
+def _documents(spec: TaskSpec | GeneralSpec, record: Record, sample: Sample) -> Iterator[Document]:
+    """One for each question: `asked` is what the model is given, suffixes included.
+
+    `question_id`, `text`, `answer`, `image` and `video` are LLaVA's test form, in which rules are written; a record of
+    that form keeps its own.
+    """
+    several = len(sample.questions) > 1
+    media = {
+        kind: next((str(file.path) for file in sample.media if file.kind == kind), None) for kind in get_args(Media)
+    }
+    kept = record.value if record.is_test_form else {}
+    for number, (prompt, answer) in enumerate(sample.questions):
+        ours = {
+            "question_id": f"{sample.id}-{number}" if several else sample.id,
+            **media,
+            "text": prompt[-1].text,
+            "answer": [answer.text, *answer.accepted] if answer.accepted else answer.text,
+        }
+        document = {**record.value, **{key: value for key, value in ours.items() if kept.get(key) is None}}
+        asked = [with_suffix(message, spec.prompt_suffix) if message.role == "user" else message for message in prompt]
+        test_suffix = suffix_for(spec.test_prompt_suffix, document["answer"]) if isinstance(spec, TaskSpec) else ""
+        asked[-1] = with_suffix(asked[-1], test_suffix)
+        yield {**document, ASKED: [_message(message) for message in asked]}
+
+
+def _message(message: Message) -> dict[str, Any]:
+    return {
+        "role": message.role,
+        "content": [
+            {"type": part.kind, "path": str(part.path)}
+            if isinstance(part, MediaFile)
+            else {"type": "text", "text": part}
+            for part in message.parts
+        ],
+    }
+
+
+def _write_copy(documents: Sequence[Document], directory: Path, name: str) -> Path:
+    """Writes the copy, in place of what an earlier state of the test file left."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [json.dumps(document, ensure_ascii=False, allow_nan=False) for document in documents]
+    digest = sha256_json(rows)[:16]
+    path = directory / f"{name}-{digest}.parquet"
+    for old in directory.glob("*.parquet"):
+        if old != path and re.fullmatch(rf"{re.escape(name)}-[0-9a-f]{{16}}\.parquet", old.name):
+            old.unlink()
+    with atomic_path(path) as temporary:
+        pq.write_table(pa.table({COPY_COLUMN: pa.array(rows, pa.string())}), temporary)
+    return path
 
 
 class _TemplateLoader(yaml.SafeLoader):
@@ -177,15 +264,15 @@ def _check_java(stream: Stream) -> None:
         )
 
 
-def _check_record_keys(spec: TaskSpec | GeneralSpec, test: Path, keys: Sequence[str]) -> None:
-    if not keys:
-        return
-    for row, record in enumerate(json.loads(test.read_text(encoding="utf-8")), start=1):
-        missing = [key for key in keys if record.get(key) is None]
+def _check_record_keys(
+    spec: TaskSpec | GeneralSpec, documents: Sequence[Document], test: object, keys: Sequence[str]
+) -> None:
+    for row, document in enumerate(documents, start=1):
+        missing = [key for key in keys if document.get(key) is None]
         if missing:
             raise EvaluationError(
                 f"{spec.name}: metric {spec.metric!r} reads {', '.join(keys)} from every test record, but "
-                f"row {row} of {test} has no {', '.join(missing)}; add it (in records of LLaVA's test form)"
+                f"row {row} of {test} has no {', '.join(missing)}; add it"
             )
 
 
@@ -205,25 +292,24 @@ def _references_file(stream: Stream, spec: TaskSpec | GeneralSpec, kind: object)
     return references
 
 
-def _write_with_references(spec: TaskSpec | GeneralSpec, test: Path, references: Path, path: Path) -> Path:
-    """The test file, every record with its captions: lmms-eval hands a scoring function the record alone."""
-    records = json.loads(test.read_text(encoding="utf-8"))
+def _add_references(
+    spec: TaskSpec | GeneralSpec, documents: Sequence[Document], references: Path, test: object
+) -> None:
+    """Gives every question its captions: lmms-eval hands a scoring function the record alone."""
     captions = _read_captions(spec, references)
-    numbers = list(range(1, len(records) + 1))
+    numbers = list(range(1, len(documents) + 1))
     if sorted(captions) != numbers:
         raise EvaluationError(
-            f"{spec.name}: {test} has {len(records)} records, so {references} has to caption the images "
-            f"1..{len(records)}; found captions of {len(captions)} images, not of "
+            f"{spec.name}: {test} has {len(documents)} records, so {references} has to caption the images "
+            f"1..{len(documents)}; found captions of {len(captions)} images, not of "
             f"{sorted(set(numbers) - set(captions))[:5]}, but of {sorted(set(captions) - set(numbers))[:5]}"
         )
-    write_json(path, [{**record, "references": captions[n]} for n, record in zip(numbers, records, strict=True)])
-    return path
+    for number, document in zip(numbers, documents, strict=True):
+        document["references"] = captions[number]
 
 
-def _write_with_answers(spec: TaskSpec | GeneralSpec, test: Path, references: Path, path: Path) -> Path:
-    """The test file, every record with the accepted `answers` that TextVQA's annotations have under its
-    question_id."""
-    records = json.loads(test.read_text(encoding="utf-8"))
+def _add_answers(spec: TaskSpec | GeneralSpec, documents: Sequence[Document], references: Path, test: object) -> None:
+    """Gives every question the accepted `answers` that TextVQA's annotations have under its question_id."""
     try:
         entries = json.loads(references.read_text(encoding="utf-8"))["data"]
         answers = {str(entry["question_id"]): entry["answers"] for entry in entries}
@@ -232,15 +318,14 @@ def _write_with_answers(spec: TaskSpec | GeneralSpec, test: Path, references: Pa
             f"{spec.name}: {references} is no TextVQA annotation file ({type(error).__name__}: {error}); "
             'expected {"data": [{"question_id": 1, "answers": ["...", ...]}, ...]}'
         ) from error
-    missing = [str(record.get("question_id")) for record in records]
-    missing = [name for name in missing if name not in answers]
+    missing = [name for name in (str(document["question_id"]) for document in documents) if name not in answers]
     if missing:
         raise EvaluationError(
-            f"{spec.name}: {references} has no answers to {len(missing)} of the {len(records)} questions of "
+            f"{spec.name}: {references} has no answers to {len(missing)} of the {len(documents)} questions of "
             f"{test}, the first with question_id {missing[0]}; it belongs to another split"
         )
-    write_json(path, [{**record, "answers": answers[str(record["question_id"])]} for record in records])
-    return path
+    for document in documents:
+        document["answers"] = answers[str(document["question_id"])]
 
 
 def _read_captions(spec: TaskSpec | GeneralSpec, references: Path) -> dict[int, list[str]]:
@@ -255,30 +340,6 @@ def _read_captions(spec: TaskSpec | GeneralSpec, references: Path) -> dict[int, 
             '{"annotations": [{"image_id": 1, "caption": "..."}, ...]}'
         ) from error
     return captions
-
-
-def _is_test_form(path: Path) -> bool:
-    if path.suffix != ".json":
-        return False
-    records = json.loads(path.read_text(encoding="utf-8"))
-    return all("text" in record and not {"conversations", "messages"} & record.keys() for record in records)
-
-
-def _write_test_form(samples: Sequence[Sample], path: Path) -> Path:
-    """One row a question. The prompt suffix is added by the task itself, as for files in test form."""
-    rows = [
-        {
-            "question_id": sample.id if len(sample.answers) == 1 else f"{sample.id}-{number}",
-            "image": next((str(file.path) for file in sample.media if file.kind == "image"), None),
-            "video": next((str(file.path) for file in sample.media if file.kind == "video"), None),
-            "text": question.text,
-            "answer": answer.text,
-        }
-        for sample in samples
-        for number, (question, answer) in enumerate(zip(sample.messages[::2], sample.messages[1::2], strict=True))
-    ]
-    write_json(path, rows)
-    return path
 
 
 def write_text(path: Path, text: str) -> None:

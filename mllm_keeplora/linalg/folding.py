@@ -10,8 +10,8 @@ from torch import Tensor
 def fold_factors(stages: Sequence[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor]:
     """Concatenates LoRA factors along the rank: `sum_t s_t B_t A_t = [s_1 B_1 .. s_T B_T] [A_1; ..; A_T]`.
 
-    Nothing is recompressed or requantised, so the past is kept bit for bit up to the fp32 product s_t B_t;
-    the scale is absorbed in B, hence the folded adapter has scale 1 (PEFT: alpha = rank).
+    Nothing is recompressed or requantised, so the past is kept bit for bit up to the fp32 product s_t B_t. The
+    scale is absorbed in B. So the folded adapter has scale 1, which is alpha = rank for PEFT.
 
     Args:
         stages: (A [r_t, in], B [out, r_t], s_t) in the order of learning; the accumulated factors come first

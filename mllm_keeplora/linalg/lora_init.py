@@ -10,8 +10,8 @@ from mllm_keeplora.linalg.subspace import RANK_TOLERANCE, project_to_residual, r
 def lora_a_from_gradient(gradient: Tensor, basis: Tensor, rank: int) -> Tensor:
     """A_t = the top-r right singular vectors of the residual gradient G (I - M M^T), as rows (E4).
 
-    With orthonormal rows orthogonal to M, B A moves the weight only inside the residual subspace whatever B
-    becomes.
+    The rows are orthonormal, and orthogonal to M. So B A moves the weight inside the residual subspace alone,
+    whatever B becomes.
 
     Args:
         gradient: G, [rows, in]; a full gradient, or a sketch Omega^T G, which has the same row space.

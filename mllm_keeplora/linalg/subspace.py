@@ -32,7 +32,7 @@ def _check_basis(basis: Tensor, in_features: int) -> None:
 
 
 def smallest_rank(energies: Tensor, target: float) -> int:
-    """Smallest k whose leading energies sum to `target` (fewer than all are too few: then their number).
+    """The smallest k whose leading energies sum to `target`; the number of all of them where even these do not.
 
     Args:
         energies: [n], squared singular values in descending order, any unit.
@@ -49,11 +49,11 @@ def smallest_rank(energies: Tensor, target: float) -> int:
 def principal_basis(weight: Tensor, energy: float) -> Tensor:
     """Principal subspace of a pre-trained weight (E1).
 
-    W = U S V^T; the basis is V[:, :k] with k the smallest such that sum_{i<=k} s_i^2 >= energy * sum_i s_i^2.
-    Computed from the Gram matrix of W's smaller side, which is one matrix product and one symmetric
-    eigenproblem of size min(out, in) instead of a full SVD; mapped back through W^T when the input side is
-    the larger one. The official code has three different thresholds, one of them a direction short; this is
-    the one rule.
+    W = U S V^T. The basis is V[:, :k], with k the smallest such that sum_{i<=k} s_i^2 >= energy * sum_i s_i^2.
+
+    It is computed from the Gram matrix of W's smaller side. That takes one matrix product and one symmetric
+    eigenproblem of size min(out, in), not a full SVD. Where the input side is the larger one, the result is mapped
+    back through W^T. The official code has three thresholds, of which one is a direction short; here is one rule.
 
     Args:
         weight: [out, in], any float dtype; the weight that the model computes with (dequantised when it is
@@ -96,8 +96,7 @@ def orthonormal_columns(matrix: Tensor) -> Tensor:
 def project_to_residual(gradient: Tensor, basis: Tensor) -> Tensor:
     """Residual part of a gradient, G (I - M M^T) (E3).
 
-    Projected twice: where most of G lies inside M, one fp32 projection leaks 5e-6 of it, the second takes
-    that to 3e-7.
+    G is projected twice. Where most of it lies inside M, one fp32 projection leaks 5e-6; the second takes that to 3e-7.
 
     Args:
         gradient: [rows, in]; a full gradient (rows = out) or a sketch of one (rows = q), the projection is
@@ -131,9 +130,8 @@ def extend_basis(basis: Tensor, gradient: Tensor, energy: float, total_energy: f
         basis: M, [in, k], orthonormal columns.
         gradient: G, [rows, in]; a full gradient or a sketch.
         energy: eps_f, fraction in (0, 1].
-        total_energy: the 100 % that `energy` refers to, in the units of `gradient` (squared Frobenius norm);
-            default
-            ||G||_F^2. When it exceeds what `gradient` holds, all directions may be used up below the target.
+        total_energy: the 100 % that `energy` refers to, a squared Frobenius norm in the units of `gradient`; None
+            stands for ||G||_F^2. Where it exceeds what `gradient` holds, all directions may be used up too early.
 
     Returns:
         [in, k'], fp32, k' >= k, orthonormal columns; its first k columns are `basis`.

@@ -9,7 +9,8 @@ import importlib
 import math
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -30,9 +31,11 @@ from mllm_keeplora.methods.hooks import Hooks
 from mllm_keeplora.modeling.adapters import Factors, Model, Trainable
 from mllm_keeplora.modeling.targets import Target
 from mllm_keeplora.probes.gradients import module_generator
+from mllm_keeplora.settings import build, check_settings, hints_of
 
 logger = get_logger(__name__)
 
+OPTIONS = "method_options."  # before the names of a method's settings
 NO_METHODS = ("base", "context", "hooks")  # files of this folder that are no methods
 
 
@@ -72,6 +75,9 @@ class Method:
     gradients_of: ClassVar[Literal["weights", "factors"]] = "weights"
     input_passes: ClassVar[int] = 0
     adds_updates: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_settings(self, OPTIONS)
 
     def probe_passes(self, config: RunConfig) -> int:
         """Passes over the probe sample in a stage, of either kind."""
@@ -125,7 +131,7 @@ class Method:
         empty = {t.name: torch.zeros(t.in_features, 0) for t in stage.targets}
         return Features(empty, {t.name: dict(nothing) for t in stage.targets})
 
-    def remember(self, stage: StageContext, model: Model) -> dict[str, Tensor]:
+    def rehearsal(self, stage: StageContext, model: Model) -> dict[str, Tensor]:
         """Anything else that later stages need; `StageContext.rehearsals` gives it to them. fp32 on the CPU."""
         return {}
 
@@ -198,20 +204,22 @@ def load_method(config: RunConfig) -> Method:
     if config.method not in names:
         raise ConfigError(f"method {config.method!r} is none of {', '.join(names)}{did_you_mean(config.method, names)}")
     module = importlib.import_module(f"{mllm_keeplora.methods.__name__}.{config.method}")
-    chosen = next(
-        value
-        for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__
-    )
-    known = [field.name for field in fields(chosen)]
+    chosen = _method_in(module)
+    if chosen is None:
+        raise ConfigError(f"method {config.method}: {module.__file__} defines no class derived from Method")
+    known = list(hints_of(chosen))
     for key in config.method_options:
         if key not in known:
             raise ConfigError(
                 f"method_options.{key}: method {config.method} takes {', '.join(known) or 'no options'}"
                 f"{did_you_mean(key, known)}"
             )
-    try:
-        method: Method = chosen(**config.method_options)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"method_options of {config.method}: {error}") from error
-    return method
+    return build(chosen, {f"{OPTIONS}{key}": value for key, value in config.method_options.items()}, OPTIONS)
+
+
+def _method_in(module: ModuleType) -> type[Method] | None:
+    """The class that a method's file defines; None where it defines none."""
+    for value in vars(module).values():
+        if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__:
+            return value
+    return None

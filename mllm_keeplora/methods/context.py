@@ -145,7 +145,7 @@ class StageContext:
         return ProtectedBases(self.run.weight_files, self.run.general_basis, features, self.run.device)
 
     def rehearsals(self) -> list[dict[str, Tensor]]:
-        """What the method's `remember` kept after each earlier stage, oldest first; fp32 on the CPU."""
+        """What the method's `rehearsal` gave after each earlier stage, oldest first; fp32 on the CPU."""
         return [load_tensors(stage.tensors("rehearse")) for stage in self.earlier]
 
     @cached_property

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, cast
+from typing import Annotated, ClassVar, Literal, cast
 
 import torch
 from peft import PeftModel
@@ -21,6 +21,7 @@ from mllm_keeplora.modeling.adapters import (
     without_dropout,
 )
 from mllm_keeplora.modeling.loss import summed_token_loss, supervised_positions
+from mllm_keeplora.settings import Range
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,7 @@ class Ewc(LoraThroughout):
     gradient_passes: ClassVar[int] = 1
     gradients_of: ClassVar[Literal["weights", "factors"]] = "factors"
 
-    strength: float = 100.0
-
-    def __post_init__(self) -> None:
-        if not self.strength >= 0.0:
-            raise ValueError(f"strength must be at least 0, got {self.strength!r}")
+    strength: Annotated[float, Range(0, 1_000_000_000)] = 100.0
 
     def hooks(self, stage: StageContext, model: PeftModel) -> Hooks:
         """The penalty at each step; none before there is a past."""
@@ -57,7 +54,7 @@ class Ewc(LoraThroughout):
         parameters = _named_factors(model, STAGE, stage)
         return Hooks(penalty=lambda _: self.strength / 2 * weighted_distance(parameters, anchor, fisher))
 
-    def remember(self, stage: StageContext, model: Model) -> dict[str, Tensor]:
+    def rehearsal(self, stage: StageContext, model: Model) -> dict[str, Tensor]:
         """F of all tasks so far, for each factor as training sees it."""
         own = fisher_diagonal(stage, cast(PeftModel, model))
         for t in stage.targets:  # the accumulated B is s times the trained one: dL/dB = s dL/d(sB)

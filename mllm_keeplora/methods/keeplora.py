@@ -38,10 +38,6 @@ class KeepLora(Method):
 
     features_from: Literal["gradients", "activations"] = "gradients"
 
-    def __post_init__(self) -> None:
-        if self.features_from not in ("gradients", "activations"):
-            raise ValueError(f"features_from must be gradients or activations, got {self.features_from!r}")
-
     def probe_passes(self, config: RunConfig) -> int:
         """One more where the probe is refined."""
         return super().probe_passes(config) + config.probe.refine

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from mllm_keeplora.linalg.subspace import orthonormal_columns
 from mllm_keeplora.methods.base import Method, per_module
 from mllm_keeplora.methods.context import StageContext
 from mllm_keeplora.modeling.adapters import Model, Trainable
+from mllm_keeplora.settings import Range
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,7 @@ class Loda(Method):
     trains: ClassVar[Trainable] = "B"
     input_passes: ClassVar[int] = 2
 
-    ridge: float = 0.01
-
-    def __post_init__(self) -> None:
-        if not self.ridge > 0.0:
-            raise ValueError(f"ridge must be above 0, got {self.ridge!r}")
+    ridge: Annotated[float, Range(0, 1_000_000, "(]")] = 0.01
 
     def initial_a(self, stage: StageContext, model: Model) -> dict[str, Tensor]:
         """The directions of the largest energy ratio."""
@@ -48,7 +45,7 @@ class Loda(Method):
             ),
         )
 
-    def remember(self, stage: StageContext, model: Model) -> dict[str, Tensor]:
+    def rehearsal(self, stage: StageContext, model: Model) -> dict[str, Tensor]:
         """The task's inputs, sketched, at the model that has learnt it."""
         return stage.sketch_inputs(model, 1)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from peft import PeftModel
@@ -11,6 +12,7 @@ from mllm_keeplora.methods.base import Method
 from mllm_keeplora.methods.context import StageContext
 from mllm_keeplora.methods.hooks import Hooks
 from mllm_keeplora.modeling.adapters import STAGE, factor_parameters
+from mllm_keeplora.settings import Range
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,7 @@ class OLora(Method):
         strength: lambda_1, at least 0; 0.5 in the paper.
     """
 
-    strength: float = 0.5
-
-    def __post_init__(self) -> None:
-        if not self.strength >= 0.0:
-            raise ValueError(f"strength must be at least 0, got {self.strength!r}")
+    strength: Annotated[float, Range(0, 1_000_000_000)] = 0.5
 
     def hooks(self, stage: StageContext, model: PeftModel) -> Hooks:
         """The penalty at each step; none in the first stage."""

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from mllm_keeplora.config import Share
 from mllm_keeplora.data.conversation import Sample
 from mllm_keeplora.data.records import select_evenly
 from mllm_keeplora.methods.base import Method
@@ -16,14 +17,10 @@ class Replay(Method):
     step draws from own and kept samples alike.
 
     Args:
-        share: kept samples of an earlier task over all of them, in (0, 1].
+        share: kept samples of an earlier task over all of them.
     """
 
-    share: float = 0.1
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.share <= 1.0:
-            raise ValueError(f"share must lie in (0, 1], got {self.share!r}")
+    share: Share = 0.1
 
     def samples(self, run: RunContext, number: int) -> list[Sample]:
         """The task's own, then those kept of the earlier tasks."""

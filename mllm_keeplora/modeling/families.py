@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from mllm_keeplora.config import Tower
-from mllm_keeplora.errors import KeepLoRAError
+from mllm_keeplora.config import RunConfig, Tower
+from mllm_keeplora.errors import ConfigError, KeepLoRAError
 
 Media = Literal["image", "video"]
 
@@ -63,6 +63,7 @@ class ModelFamily:
             name.
         fused: linear layers that give queries, keys and values in one, likewise.
         keys: the linear layer that gives the keys in the language tower, by its whole name in a layer.
+        clips_of_any_length: whether clips of different numbers of frames may share a batch.
         head_norms: norm of queries or keys -> the linear layer that it follows, whose heads it norms one by
             one.
     """
@@ -76,6 +77,7 @@ class ModelFamily:
     writers: tuple[str, ...] = ("out_proj", "fc2", "o_proj", "down_proj")
     fused: tuple[str, ...] = ()
     keys: str = "self_attn.k_proj"
+    clips_of_any_length: bool = False
     head_norms: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -114,6 +116,7 @@ FAMILIES: dict[str, ModelFamily] = {
             vision_rows=_patches_cut_by_the_processor,
             writers=("proj", "down_proj", "o_proj"),
             fused=("qkv",),
+            clips_of_any_length=True,
         ),
         # Its vision tower also feeds the first language layers, through projectors of their own.
         ModelFamily(
@@ -124,6 +127,7 @@ FAMILIES: dict[str, ModelFamily] = {
             vision_rows=_patches_cut_by_the_processor,
             writers=("proj", "linear_fc2", "o_proj", "down_proj"),
             fused=("qkv",),
+            clips_of_any_length=True,
             head_norms={"self_attn.q_norm": "self_attn.q_proj", "self_attn.k_norm": "self_attn.k_proj"},
         ),
     )
@@ -143,3 +147,27 @@ def family_of(config: Any) -> ModelFamily:
             f"{', '.join(FAMILIES)}); add one ModelFamily entry to mllm_keeplora/modeling/families.py"
         )
     return family
+
+
+# What to do where a family takes clips of one length.
+EQUAL_LENGTHS = "set video.fps to null, which takes video.frames of every clip, or all batch sizes to 1"
+
+
+def check_clip_lengths(config: RunConfig, model_config: Any) -> None:
+    """Refuses `video.fps` for a family that takes clips of one length in a batch.
+
+    Raises:
+        ConfigError: it is set, and a batch may hold several clips.
+        TargetError: an unknown model family.
+    """
+    trained = [config.train, *map(config.train_for, config.train_overrides)]
+    together = max(
+        *(train.per_device_train_batch_size for train in trained),
+        config.probe.batch_size,
+        config.evaluation.batch_size,
+    )
+    if config.video.fps is not None and together > 1 and not family_of(model_config).clips_of_any_length:
+        raise ConfigError(
+            f"video.fps is {config.video.fps:g}, by which clips have different numbers of frames, but "
+            f"{model_config.model_type} takes one number in a batch; {EQUAL_LENGTHS}"
+        )

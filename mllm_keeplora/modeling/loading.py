@@ -1,9 +1,9 @@
-"""Loading the base model: 4-bit in both towers, guarded, frozen; and a PEFT adapter to start from."""
+"""Loading the base model: 4-bit in both towers, guarded, frozen; and saving what is learnt on it."""
 
 import importlib.util
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -20,15 +20,25 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from mllm_keeplora.config import ConfigError, ModelConfig
 from mllm_keeplora.distributed.sharding import sharding_asked
 from mllm_keeplora.errors import KeepLoRAError
-from mllm_keeplora.modeling.adapters import ACCUMULATED, Factors, read_factors
+from mllm_keeplora.modeling.adapters import ACCUMULATED
 from mllm_keeplora.modeling.families import family_of
 from mllm_keeplora.modeling.linear4bit import guard_linear4bit
+from mllm_keeplora.modeling.saved_adapters import load_adapter
 from mllm_keeplora.resources import find
-from mllm_keeplora.runs.files import read_json, replaced_directory, sha256_file, sha256_json, write_json
+from mllm_keeplora.runs.files import (
+    read_json,
+    replaced_directory,
+    sha256_file,
+    sha256_json,
+    write_hashes,
+    write_json,
+)
+from mllm_keeplora.runs.run_directory import ADAPTER_HASHES
 
 logger = logging.getLogger(__name__)
 
@@ -131,6 +141,19 @@ def nf4_config(compute_dtype: str, not_quantised: Sequence[str] | None = None) -
     )
 
 
+def read_model_config(config: ModelConfig) -> Any:
+    """The base model's own config; no weights are loaded.
+
+    Raises:
+        ConfigError: an unusable model directory.
+    """
+    directory = resolve_model_directory(config)
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"base model {directory} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
 def load_base(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
     """Loads the base model and its processor; the model is frozen and in eval mode.
 
@@ -186,13 +209,15 @@ def load_dense(config: ModelConfig, adapter: Path | None) -> tuple[Any, Any]:
 
     Raises:
         ConfigError: the base model cannot be loaded.
+        AdapterError: the adapter does not fit it.
     """
     model: Any
     model, processor = load_base(config)
     if config.quantization == "nf4":
         model.dequantize(DTYPES[config.compute_dtype])
     if adapter is not None:
-        model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+        adapted: Any = load_adapter(model, adapter, config.base_model, may_be_untrained=True)
+        model = adapted.merge_and_unload()
     return model, processor
 
 
@@ -251,49 +276,20 @@ def _hash_memory(files: Sequence[Path], cache: Path) -> Path:
     return cache / "model_hashes" / f"{sha256_json(state)}.json"
 
 
-def read_initial_adapter(model: PreTrainedModel, directory: Path) -> Factors:
-    """Factors of an existing PEFT LoRA adapter, scales absorbed in B: the past of a stream that starts from
-    it.
+def save_adapter(
+    directory: Path, model: PeftModel, config: ModelConfig, processor: Any, generation: Mapping[str, Any]
+) -> None:
+    """Writes the accumulated adapter as a plain PEFT adapter, with what its user has to do as training did.
 
-    Raises:
-        ConfigError: no LoRA adapter there, or one with parts that rank concatenation cannot represent.
-    """
-    if not (directory / "adapter_config.json").is_file():
-        raise ConfigError(
-            f"initial_adapter {directory} has no adapter_config.json: name the directory of a PEFT adapter"
-        )
-    if not (directory / "adapter_model.safetensors").is_file():
-        raise ConfigError(
-            f"initial_adapter {directory} has no adapter_model.safetensors; convert it first, pickled "
-            "weights are not read"
-        )
-    config: Any = PeftConfig.from_pretrained(str(directory))
-    unsupported = [
-        name
-        for name in ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices")
-        if getattr(config, name, None)
-    ]
-    if config.peft_type != "LORA" or getattr(config, "bias", "none") != "none" or unsupported:
-        raise ConfigError(
-            f"initial_adapter {directory}: only plain LoRA can be folded exactly, this is "
-            f"{config.peft_type} with "
-            f"bias {getattr(config, 'bias', None)!r} and {unsupported or 'no extra parts'}"
-        )
-    try:
-        peft_model = PeftModel.from_pretrained(model, str(directory), adapter_name=ACCUMULATED)
-    except (ValueError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"initial_adapter {directory} does not fit the base model: {error}") from error
-    layers = {name: module for name, module in peft_model.get_base_model().named_modules() if hasattr(module, "lora_A")}
-    factors = read_factors(peft_model, ACCUMULATED, list(layers))
-    scaled = {name: (a, b * layers[name].scaling[ACCUMULATED]) for name, (a, b) in factors.items()}
-    peft_model.unload()
-    return scaled
+    Stock `PeftModel.from_pretrained` loads the directory, `AutoProcessor.from_pretrained` the processor with the
+    chat template of the run. It appears whole or not at all.
 
-
-def save_adapter(directory: Path, model: PeftModel, config: ModelConfig) -> None:
-    """Writes the accumulated adapter as a plain PEFT adapter, with the quantisation of its base beside it.
-
-    Stock `PeftModel.from_pretrained` loads the directory. It appears whole or not at all.
+    Args:
+        directory: where to.
+        model: with the accumulated adapter.
+        config: how its base was loaded; the quantisation is written beside the adapter.
+        processor: the run's.
+        generation: content of generation_config.json.
     """
     peft_config = model.peft_config[ACCUMULATED]
     peft_config.base_model_name_or_path = config.base_model
@@ -303,3 +299,6 @@ def save_adapter(directory: Path, model: PeftModel, config: ModelConfig) -> None
     with replaced_directory(directory) as temporary:
         model.save_pretrained(str(temporary), selected_adapters=[ACCUMULATED])
         write_json(temporary / "quantization_config.json", quantization.to_dict() if quantization else None)
+        write_json(temporary / GENERATION_CONFIG_NAME, dict(generation))
+        processor.save_pretrained(str(temporary))
+        write_hashes(temporary / ADAPTER_HASHES)

@@ -16,6 +16,7 @@ import pandas as pd
 
 from mllm_keeplora.data.conversation import MediaFile, Sample, paths_of
 from mllm_keeplora.data.media import MediaChecker, file_state
+from mllm_keeplora.data.record_files import HubTable
 from mllm_keeplora.data.records import (
     RecordError,
     clean_question,
@@ -27,13 +28,13 @@ from mllm_keeplora.data.stream import GeneralSpec, Stream, TaskSpec, named_paths
 from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.evaluation.errors import EvaluationError
 from mllm_keeplora.evaluation.task_files import write_task_files
+from mllm_keeplora.units import GB, format_bytes
 
 Spec = TaskSpec | GeneralSpec
 
 SHOWN = 10  # lines of one list
 _STAT_THREADS = 16  # network file systems answer many questions at once, one at a time slowly
 _SAMPLED_CLIPS = 8
-_UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class _DataFile:
 
     spec: Spec
     kind: Literal["train", "test"]
-    path: Path
+    path: Path | HubTable
     samples: dict[int, Sample] = field(default_factory=dict)
     bad: dict[int, str] = field(default_factory=dict)
     refused: str | None = None  # why the file as a whole cannot be used
@@ -126,21 +127,29 @@ def check_stream(stream: Stream, checker: MediaChecker) -> Report:
 
 def _read_files(stream: Stream, spec: Spec) -> Iterator[_DataFile]:
     test, answers = stream.test_file(spec), stream.answers_file(spec)
-    if isinstance(spec, TaskSpec) and stream.train_file(spec).is_file():
-        yield _read(_DataFile(spec, "train", stream.train_file(spec)), stream.media_root(spec))
-    if test is not None and test.is_file():
+    if isinstance(spec, TaskSpec) and _is_there(stream.train_file(spec)):
+        yield _read(stream, _DataFile(spec, "train", stream.train_file(spec)), stream.media_root(spec))
+    if test is not None and _is_there(test):
         root, file = stream.test_media_root(spec), _DataFile(spec, "test", test)
         if answers is not None and not answers.is_file():
-            file.videos = _named_media(test, root)  # they can be checked without the answers
+            file.videos = _named_media(stream, test, root)  # they can be checked without the answers
             yield file
         else:
-            yield _read(file, root, answers)
+            yield _read(stream, file, root, answers)
 
 
-def _read(file: _DataFile, root: Path, answers: Path | None = None) -> _DataFile:
+def _is_there(source: Path | HubTable) -> bool:
+    return isinstance(source, HubTable) or source.is_file()
+
+
+def _read(stream: Stream, file: _DataFile, root: Path, answers: Path | None = None) -> _DataFile:
     try:
         file.samples, file.bad = read_records(
-            file.path, root, answers=answers, allow_text_only=file.spec.allow_text_only
+            file.path,
+            root,
+            answers=answers,
+            allow_text_only=file.spec.allow_text_only,
+            extracted=stream.extracted,
         )
     except RecordError as error:
         file.refused = str(error)
@@ -148,15 +157,15 @@ def _read(file: _DataFile, root: Path, answers: Path | None = None) -> _DataFile
         file.refused = f"{file.path} holds no records; expected a list of at least one"
     if file.refused is not None:
         # Questions that do not go with their answers still name clips, which may be wrong as well.
-        file.videos = _named_media(file.path, root) if answers is not None else set()
+        file.videos = _named_media(stream, file.path, root) if answers is not None else set()
         return file
     file.images, file.videos = paths_of(file.samples.values(), "image"), paths_of(file.samples.values(), "video")
     return file
 
 
-def _named_media(path: Path, root: Path) -> set[Path]:
+def _named_media(stream: Stream, path: Path | HubTable, root: Path) -> set[Path]:
     try:
-        return named_media(path, root)
+        return named_media(path, root, stream.extracted)
     except RecordError:  # said already, as the reason why the file is refused
         return set()
 
@@ -260,7 +269,7 @@ def _as_task(spec: Spec) -> TaskSpec:
         return spec
     known = {item.name for item in fields(TaskSpec)}
     shared = {item.name: getattr(spec, item.name) for item in fields(spec) if item.name in known}
-    return TaskSpec(train=str(spec.test), **shared)
+    return TaskSpec(train=shared["test"], **shared)
 
 
 # --- What is there, and where the rest is ---
@@ -277,7 +286,7 @@ def _count(name: str, files: Sequence[_DataFile], sizes: Mapping[Path, int]) -> 
         test=sum(number for kind, number in rows if kind == "test"),
         images=len(images),
         clips=len(clips),
-        text_only=sum(sample.media is None for file in files for sample in file.samples.values()),
+        text_only=sum(not sample.media for file in files for sample in file.samples.values()),
         size=sum(sizes.get(path, 0) for path in images | clips),
     )
 
@@ -308,14 +317,14 @@ def _cache_notes(reader: VideoReader | None, clips: set[Path], sizes: Mapping[Pa
     ordered = sorted(clips)
     sampled = [ordered[index] for index in select_evenly(len(ordered), 1.0, _SAMPLED_CLIPS)]
     decoded = len(clips) * sum(reader.read(path).frames.nbytes for path in sampled) // len(sampled)
-    allowed = int(reader.config.cache_gb * 1e9)
+    allowed = int(reader.config.cache_gb * GB)
     verdict = (
         "all fit" if decoded <= allowed else f"{allowed / decoded:.0%} of them fit, the others are decoded every time"
     )
     yield (
-        f"{len(clips)} clips, {_bytes(sum(sizes.get(path, 0) for path in clips))}; decoded to "
-        f"{reader.config.frames} frames each about {_bytes(decoded)}. Of video.cache_gb, "
-        f"{_bytes(allowed)}: {verdict}."
+        f"{len(clips)} clips, {format_bytes(sum(sizes.get(path, 0) for path in clips))}; decoded to "
+        f"{reader.config.frames} frames each about {format_bytes(decoded)}. Of video.cache_gb, "
+        f"{format_bytes(allowed)}: {verdict}."
     )
 
 
@@ -365,16 +374,8 @@ def _table(counts: Sequence[Counts]) -> str:
             "images": c.images,
             "clips": c.clips,
             "text only": c.text_only,
-            "media": _bytes(c.size),
+            "media": format_bytes(c.size),
         }
         for c in counts
     }
     return pd.DataFrame.from_dict(rows, orient="index").to_string()
-
-
-def _bytes(number: float) -> str:
-    for unit in _UNITS[:-1]:
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} {_UNITS[-1]}"

@@ -23,6 +23,7 @@ from safetensors import safe_open
 
 from mllm_keeplora.config import ConfigError, ModelConfig, RunConfig, TrainConfig, config_from_dict
 from mllm_keeplora.data.conversation import Sample
+from mllm_keeplora.data.record_files import HubTable
 from mllm_keeplora.data.records import read_records, select_evenly
 from mllm_keeplora.data.stream import GeneralSpec, Stream, TaskSpec, load_stream
 from mllm_keeplora.data.video.reader import VideoReader
@@ -30,6 +31,7 @@ from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.linalg.sketch import HELD_OUT_SHARE
 from mllm_keeplora.methods.base import load_method
 from mllm_keeplora.methods.context import RunContext
+from mllm_keeplora.modeling.families import check_clip_lengths
 from mllm_keeplora.modeling.loading import known_base_hash, resolve_device
 from mllm_keeplora.modeling.targets import Target, left_out, targets_of
 from mllm_keeplora.planning import skeleton
@@ -142,8 +144,9 @@ def make_plan(config: RunConfig, memory_gb: float | None = None) -> Plan:
         ConfigError, TargetError, StreamError, RecordError: what the run itself would refuse.
     """
     root = Path(config.data_root) if config.data_root else None
-    stream = load_stream(Path(config.stream), root, check_files=False)
+    stream = load_stream(Path(config.stream), root, check_files=False, cache_dir=config.cache_dir)
     model, processor = skeleton.build_skeleton(config.model), skeleton.build_processor(config.model)
+    check_clip_lengths(config, model.config)
     records = read_training(stream)
     if records:
         shape = skeleton.longest_shape(processor, model, config, records)
@@ -183,9 +186,15 @@ def read_training(stream: Stream) -> dict[str, list[Sample]]:
     """The records of the tasks whose training files are there; images and clips are not opened."""
     found = {}
     for task in stream.tasks:
-        file, root, text_only = stream.train_file(task), stream.media_root(task), task.allow_text_only
-        if file.exists():
-            samples, _ = read_records(file, root, prompt_suffix=task.prompt_suffix, allow_text_only=text_only)
+        file = stream.train_file(task)
+        if isinstance(file, HubTable) or file.exists():
+            samples, _ = read_records(
+                file,
+                stream.media_root(task),
+                prompt_suffix=task.prompt_suffix,
+                allow_text_only=task.allow_text_only,
+                extracted=stream.extracted,
+            )
             found[task.name] = list(samples.values())
     return {task: samples for task, samples in found.items() if samples}
 
@@ -217,11 +226,16 @@ def optimizer_steps(train: TrainConfig, samples: int) -> int:
 def _questions(stream: Stream, spec: TaskSpec | GeneralSpec, config: RunConfig) -> int | None:
     """Questions of a task or benchmark; None for a stock benchmark and where the file is not there."""
     test, answers = stream.test_file(spec), stream.answers_file(spec)
-    if test is None or not all(file.exists() for file in (test, answers) if file is not None):
+    if test is None or not all(file.exists() for file in (test, answers) if isinstance(file, Path)):
         return None
-    root = stream.test_media_root(spec)
-    samples, _ = read_records(test, root, answers=answers, allow_text_only=spec.allow_text_only)
-    count = sum(len(sample.answers) for sample in samples.values())
+    samples, _ = read_records(
+        test,
+        stream.test_media_root(spec),
+        answers=answers,
+        allow_text_only=spec.allow_text_only,
+        extracted=stream.extracted,
+    )
+    count = sum(len(sample.questions) for sample in samples.values())
     limit = config.evaluation.limits()["task" if isinstance(spec, TaskSpec) else "general"]
     return min(count, limit or count)
 

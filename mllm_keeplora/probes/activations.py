@@ -1,9 +1,8 @@
 """Input activations of linear layers, sketched like task gradients: Y = Omega^T X.
 
-X [tokens, in] stacks what a layer reads over all tokens of a sample, Omega [tokens, q] is Gaussian, so Y
-[q, in] is the input-side range sketch of X, and Y^T Y / q estimates X^T X. What reads gradient sketches (E4,
-E8) reads these: the directions that a task's inputs occupy, in place of those along which its loss changes a
-weight.
+X [tokens, in] stacks what a layer reads over all tokens of a sample. Omega [tokens, q] is Gaussian. So Y [q, in] is
+the input-side range sketch of X, and Y^T Y / q estimates X^T X. E4 and E8 take such a sketch where they take one of
+gradients. They then find the directions that a task's inputs occupy, not those along which its loss changes a weight.
 """
 
 from collections.abc import Mapping, Sequence
@@ -49,6 +48,7 @@ def sketch_inputs(
     mask: list[Tensor] = []  # the current batch's; empty for a batch that only keeps a collective going
 
     def add(name: str, _: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        """Adds what a module is about to read [.., in] to its sketch; a hook before its forward."""
         if not mask:
             return
         inputs = arguments[0]

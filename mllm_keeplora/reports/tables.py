@@ -14,6 +14,7 @@ import pandas as pd
 
 from mllm_keeplora.evaluation.metrics import Estimate
 from mllm_keeplora.reports.results import names_of, score_of
+from mllm_keeplora.units import format_bytes
 
 TEXT_WIDTH = 100  # columns of a terminal that a table may use
 
@@ -30,6 +31,8 @@ METRICS = {
 
 
 def _dashed(written: Callable[[float], str]) -> Callable[[float | None], str]:
+    """Gives a function that writes a number a dash for what is undefined: None and NaN."""
+
     @wraps(written)
     def dashed(value: float | None) -> str:
         return "-" if value is None or math.isnan(value) else written(value)
@@ -66,10 +69,7 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-@_dashed
-def size(count: float) -> str:
-    """Bytes in MiB or GiB."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+size = _dashed(format_bytes)
 
 
 def shown(cell: str | float | None) -> str:

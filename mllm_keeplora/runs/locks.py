@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mllm_keeplora.runs.files import ArtifactError, WriteError
+from mllm_keeplora.runs.files import ArtifactError, WriteError, check_regular
 
 logger = logging.getLogger(__name__)
 
@@ -21,9 +21,10 @@ def only_run(lock: Path) -> Iterator[None]:
     Where the file system has no locks a warning says so, and the run goes on.
 
     Raises:
-        ArtifactError: another process holds it.
+        ArtifactError: another process holds it, or its lock is no regular file.
         WriteError: the directory cannot be written.
     """
+    check_regular(lock)  # a pipe would be waited for
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         handle = lock.open("w")

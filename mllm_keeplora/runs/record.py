@@ -1,6 +1,5 @@
 """The phases of a stage: computed once, written, hashed into the stage's record, read from then on."""
 
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,13 +12,16 @@ from torch import Tensor
 
 from mllm_keeplora.distributed.processes import from_main
 from mllm_keeplora.runs.files import (
-    ArtifactError,
+    found_hash,
     load_tensors,
     read_json,
+    read_sealed,
+    remove,
     remove_temporaries,
     save_tensors,
     sha256_file,
     write_json,
+    write_sealed,
 )
 from mllm_keeplora.runs.run_directory import StageDirectory
 
@@ -54,7 +56,8 @@ class StageRecord:
     """What an unfinished stage was begun with, and which of its phases are done.
 
     A killed stage continues from here. A phase is done when the record names its files and they still have the
-    hashes that it names. Otherwise it is computed again.
+    hashes that it names. Otherwise it is computed again. The record
+    carries a hash of itself, so that an edited one is refused.
     """
 
     def __init__(self, directory: StageDirectory, inputs: Mapping[str, Any]) -> None:
@@ -71,9 +74,9 @@ class StageRecord:
         remove_temporaries(folder)
         if folder.exists() and not (path.exists() and self._read()["inputs"] == inputs):
             logger.warning(f"{folder} was begun with other settings or data and not finished; it begins anew")
-            shutil.rmtree(folder)
+            remove(folder)
         if not path.exists():
-            write_json(path, {"inputs": inputs, "phases": {}})
+            write_sealed(path, {"inputs": inputs, "phases": {}})
 
     def phase(self, name: str, compute: Callable[[], Outcome], key: str = "") -> Phase:
         """The outcome of a phase: read where it is there, else computed and written.
@@ -84,6 +87,7 @@ class StageRecord:
             key: of what the phase depends on beside the stage's inputs; under another key it is computed again.
         """
         if not from_main(lambda: self._is_done(name, key)):
+            from_main(lambda: self._clear(name))
             with self.timed(name):
                 outcome = compute()
                 from_main(lambda: self._write(name, outcome))
@@ -92,13 +96,9 @@ class StageRecord:
         return Phase(*self._files(name))
 
     def _read(self) -> dict[str, Any]:
-        record = read_json(self.directory.record)
-        if not isinstance(record, dict) or not {"inputs", "phases"} <= record.keys():
-            raise ArtifactError(
-                f"{self.directory.record} is no record of a stage: it was edited. Delete {self.directory.path} "
-                "to have the stage computed again"
-            )
-        return record
+        return read_sealed(
+            self.directory.record, f"delete {self.directory.path} to have the unfinished stage computed again"
+        )
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -107,31 +107,37 @@ class StageRecord:
         yield
         self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - start
 
-    def _files(self, name: str) -> tuple[Path, Path]:
-        return self.directory.tensors(name), self.directory.facts(name)
-
     def _is_done(self, name: str, key: str) -> bool:
         known = self._read()["phases"].get(name)
         if known is None or known["key"] != key:
             return False
         for file, expected in known["files"].items():
             path = self.directory.path / file
-            if not path.exists() or sha256_file(path) != expected:
+            if found_hash(path) != expected:
                 logger.warning(f"{path} is not what phase {name!r} wrote; the phase is computed again")
                 return False
         return True
 
+    def _clear(self, name: str) -> None:
+        """Removes what the phase left when it was computed before, and anything else in its place."""
+        for path in (*self._files(name), *self.directory.sidecars(name)):
+            remove(path)
+
     def _write(self, name: str, outcome: Outcome) -> None:
         tensors, facts = self._files(name)
-        for path in (tensors, facts):
-            path.unlink(missing_ok=True)
         if outcome.tensors is not None:
             save_tensors(tensors, outcome.tensors)
         if outcome.facts is not None:
             write_json(facts, outcome.facts)
 
     def _note(self, name: str, key: str) -> None:
-        record = self._read()
-        files = {path.name: sha256_file(path) for path in self._files(name) if path.exists()}
+        record, folder = self._read(), self.directory.path
+        found = [path for path in self._files(name) if path.exists()]
+        for sidecar in self.directory.sidecars(name):
+            found += sorted(sidecar.iterdir()) if sidecar.exists() else []
+        files = {str(path.relative_to(folder)): sha256_file(path) for path in found}
         record["phases"][name] = {"files": files, "key": key, "seconds": self.timings[name]}
-        write_json(self.directory.record, record)
+        write_sealed(self.directory.record, record)
+
+    def _files(self, name: str) -> tuple[Path, Path]:
+        return self.directory.tensors(name), self.directory.facts(name)

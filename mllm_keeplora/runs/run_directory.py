@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+ADAPTER_HASHES = "hashes.json"
 # What a phase of a stage leaves: `<stem>.safetensors` for tensors, `<stem>.json` for facts.
 PHASE_STEMS = {
     "probe": "lora_a",
@@ -53,6 +54,10 @@ class StageDirectory:
     def facts(self, phase: str) -> Path:
         """The facts that a phase leaves."""
         return self.path / f"{PHASE_STEMS[phase]}.json"
+
+    def sidecars(self, phase: str) -> list[Path]:
+        """Folders with what a phase leaves beside its tensors and facts."""
+        return [self.replies] if phase == "evaluate" else []
 
     @property
     def checkpoints(self) -> Path:
@@ -126,6 +131,11 @@ class RunDirectory:
         return self.adapter / "adapter_config.json"
 
     @property
+    def adapter_hashes(self) -> Path:
+        """The hashes of all other files in its folder."""
+        return self.adapter / ADAPTER_HASHES
+
+    @property
     def retention(self) -> Path:
         """The accuracy matrix and its metrics."""
         return self.path / "retention.json"
@@ -169,9 +179,14 @@ class RunDirectory:
         """Stage `number`; its task is None for stage 0, the untouched base."""
         return StageDirectory(self.stages / f"{number:02d}-{task or 'base'}")
 
+    @property
+    def logs(self) -> Path:
+        """Folder of the training logs."""
+        return self.path / "tensorboard"
+
     def log(self, stage: StageDirectory) -> Path:
         """Where the stage's training logs go."""
-        return self.path / "tensorboard" / stage.path.name
+        return self.logs / stage.path.name
 
     def found_stages(self) -> Iterator[StageDirectory]:
         """The stage folders that exist, in order."""

@@ -3,10 +3,12 @@
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import bitsandbytes.functional as bnb
 import numpy as np
@@ -15,13 +17,22 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoProcessor, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+)
 
 from mllm_keeplora.command_line import OptionParser
 from mllm_keeplora.modeling.linear4bit import guard_linear4bit
 from mllm_keeplora.modeling.loading import nf4_config
 from mllm_keeplora.modeling.loss import IGNORED_LABEL
+from mllm_keeplora.recipes.small import draw
 from mllm_keeplora.recipes.small.draw import NUMBERS, Question
+from mllm_keeplora.recipes.small.folders import whole_folder
 
 NOT_QUANTISED = ["model.multi_modal_projector", "lm_head"]
 # Words that no drawing uses but a user's own questions may; anything else is spelt letter by letter.
@@ -35,25 +46,110 @@ COMMON_WORDS = (
     "backward fast slow inside lighter longer lower middle more less outside shorter smaller upper"
 )
 
+WIDTH = 128  # of both towers
+LAYERS = 4  # of the language model
+_SIDE = {"height": draw.SIZE, "width": draw.SIZE}
+# What both models' processors have in common: of images and frames, and of the whole.
+PIXELS: dict[str, Any] = {"size": _SIDE, "crop_size": _SIDE, "do_center_crop": False}
+PIXELS |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+PROCESSOR: dict[str, Any] = {"patch_size": draw.CELL, "vision_feature_select_strategy": "default"}
+# The class token, which the "default" strategy drops again.
+PROCESSOR |= {"image_token": "<image>", "num_additional_image_tokens": 1}
+
 B = TypeVar("B")
-S = TypeVar("S", bound=tuple[Any, ...])
 
 
-class Optimisation(NamedTuple):
-    """AdamW's weight decay, and the fraction of a phase's steps in which its learning rate rises."""
+@dataclass(frozen=True)
+class Setup:
+    """How long and how to train. Steps and images (or clips) per step of each phase; peak rates of AdamW."""
 
-    weight_decay: float
-    warmup: float
+    seed: int = 2026
+    tower_steps: int = 600
+    tower_batch: int = 64  # single frames of clips
+    tower_lr: float = 2e-3
+    plain_steps: int = 1200
+    language_steps: int = 2200
+    rounded_steps: int = 800
+    batch: int = 32
+    lr: float = 1.5e-3
+    weight_decay: float = 0.02
+    warmup: float = 0.05  # fraction of a phase's steps
+    measured_questions: int = 1000
+
+
+S = TypeVar("S", bound=Setup)
 
 
 def parse_command(doc: str, defaults: S) -> tuple[Path, S]:
     """The command line of a training script: `--out` and one option per field of its setup."""
     parser = OptionParser(Path(sys.argv[0]).name, doc)
     parser.add_argument("--out", type=Path, required=True, help="folder to write; an old one is replaced")
-    for name, default in defaults._asdict().items():  # type: ignore[attr-defined]
+    for name, default in asdict(defaults).items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help="see Setup (default: %(default)s)")
     given = vars(parser.read(sys.argv[1:]))
     return given.pop("out"), type(defaults)(**given)
+
+
+def train_base(
+    out: Path,
+    setup: S,
+    processor: ProcessorMixin,
+    build_model: Callable[[PreTrainedTokenizerFast], PreTrainedModel],
+    train: Callable[[Any, Any, S], None],
+    measure_all: Callable[[Path, S], dict[str, dict[str, float]]],
+    *account: Any,
+) -> None:
+    """Trains, saves and measures a base model; `out` is replaced only by a finished model.
+
+    Args:
+        out: the folder to write.
+        setup: how to train.
+        processor: of the model; it is saved beside it.
+        build_model: makes the untrained model for a tokenizer.
+        train: trains a model with its processor.
+        measure_all: the accuracy of a saved model, by row of its README's table, then by kind of question.
+        account: title, description and notes for `write_account`.
+    """
+    started = time.monotonic()
+    torch.manual_seed(setup.seed)
+    model = build_model(processor.tokenizer)
+    train(model, processor, setup)
+    with whole_folder(out, replace=True) as staging:
+        model.bfloat16().save_pretrained(staging)
+        processor.save_pretrained(staging)
+        accuracy = measure_all(staging, setup)
+        minutes = (time.monotonic() - started) / 60
+        write_account(staging, setup, accuracy, model, minutes, *account)
+    print(f"wrote {out}: {json.dumps(accuracy)}")
+
+
+def model_settings(tokenizer: PreTrainedTokenizerFast, vision_layers: int) -> dict[str, Any]:
+    """What the configs of both models have in common. Every in_features is a multiple of 64, NF4's block size."""
+    special: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    size: dict[str, Any] = {"hidden_size": WIDTH, "intermediate_size": 256, "num_attention_heads": 4}
+    vision = CLIPVisionConfig(
+        num_hidden_layers=vision_layers, image_size=draw.SIZE, patch_size=draw.CELL, projection_dim=WIDTH, **size
+    )
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        num_hidden_layers=LAYERS,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        initializer_range=0.06,
+        bos_token_id=tokenizer.bos_token_id,
+        **size,
+        **special,
+    )
+    return {
+        "vision_config": vision,
+        "text_config": text,
+        "image_token_index": tokenizer.get_vocab()["<image>"],
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "image_seq_length": draw.GRID**2,
+        "tie_word_embeddings": False,
+        **special,
+    }
 
 
 def words_of(questions: Iterable[Question]) -> list[str]:
@@ -116,6 +212,42 @@ def chat_template(*media: str) -> str:
     )
 
 
+class Talk:
+    """Makes turns of the questions about a picture or clip, now and then with a loose turn among them."""
+
+    def __init__(self, rng: np.random.Generator, words: Sequence[str]) -> None:
+        self.rng = rng
+        self.words = [word for word in words if word.isalpha() and word not in {*draw.COLORS, *draw.SHAPES}]
+        self.loose = False  # whether conversations hold a loose turn
+
+    def turns(self, questions: list[Question], colors: list[str], ways: Sequence[str] = ()) -> list[tuple[str, str]]:
+        """The turns about things of these colours, which move these ways."""
+        turns = [(question.text, question.answer) for question in questions]
+        if self.loose:
+            turns.insert(int(self.rng.integers(len(turns) + 1)), self._loose_turn(colors, ways))
+        return turns
+
+    def _loose_turn(self, colors: list[str], ways: Sequence[str]) -> tuple[str, str]:
+        """A question around words that the scene does not explain.
+
+        Without it the model answers only the exact wordings of the scenes, starts at zero on any other task
+        and has no trained place for most words in the output layer, which LoRA does not reach.
+        """
+        first, second = (str(word) for word in self.rng.choice(self.words, size=2))
+        about = f"{first} {second}" if self.rng.integers(2) else first
+        color = str(self.rng.choice(colors if self.rng.integers(2) else list(draw.COLORS)))
+        turns = [
+            (f"Say {first}.", first),
+            (f"What color is the {about}?", str(self.rng.choice(colors))),
+            (f"How many {first} are there?", NUMBERS[len(colors)]),
+            (f"Is there a {color} {first}?", "yes" if color in colors else "no"),
+            (f"Is there {about}?", "no"),
+        ]
+        if ways:
+            turns.append((f"Which way does the {about} move?", str(self.rng.choice(ways))))
+        return turns[int(self.rng.integers(len(turns)))]
+
+
 class Conversations:
     """Turns question-answer turns about one medium into token ids and labels, as the processor would."""
 
@@ -157,13 +289,11 @@ def steps(
     lr: float,
     parameters: list[nn.Parameter],
     next_batch: Callable[[], B],
-    optimisation: Optimisation,
+    setup: Setup,
 ) -> Iterator[B]:
     """Yields one batch a step; the caller fills the gradients, this takes the AdamW step afterwards."""
-    optimizer = torch.optim.AdamW(
-        parameters, lr=lr, betas=(0.9, 0.98), weight_decay=optimisation.weight_decay, fused=True
-    )
-    warmup = max(1, round(optimisation.warmup * total))
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=setup.weight_decay, fused=True)
+    warmup = max(1, round(setup.warmup * total))
 
     def schedule(step: int) -> float:
         return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / total)))
@@ -247,29 +377,29 @@ def measure(
 
 def write_account(
     folder: Path,
-    title: str,
-    description: str,
-    setup: Any,
+    setup: Setup,
     accuracy: dict[str, dict[str, float]],
     model: nn.Module,
     minutes: float,
+    title: str,
+    description: str,
     notes: Sequence[str] = (),
 ) -> None:
     """Writes training.json and README.md: what was run, with what, and what was measured.
 
     Args:
         folder: where to.
-        title: the README's.
-        description: what the model is, to follow its number of parameters: "A LLaVA of {parameters} ...".
-        setup: the script's settings, a named tuple with `seed` and `measured_questions`.
+        setup: the script's settings.
         accuracy: by row of the README's table, then by kind of question.
         model: the trained model.
         minutes: what training and measuring took.
+        title: the README's.
+        description: what the model is, to follow its number of parameters: "A LLaVA of {parameters} ...".
         notes: paragraphs that follow the table.
     """
     account: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),
-        "setup": setup._asdict(),
+        "setup": asdict(setup),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "accuracy": accuracy,
         "n": setup.measured_questions,

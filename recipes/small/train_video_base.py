@@ -22,9 +22,8 @@ decoded, by the saved model loaded in fp32 and in NF4, and once more with every 
 frames. All of it is written to `training.json` and `README.md` beside the weights.
 """
 
-import json
 import tempfile
-import time
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,8 +35,6 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
     LlavaNextImageProcessor,
     LlavaNextVideoConfig,
     LlavaNextVideoForConditionalGeneration,
@@ -54,10 +51,7 @@ from mllm_keeplora.recipes.small import draw, draw_video
 from mllm_keeplora.recipes.small.build_video_data import read_mp4, write_mp4
 from mllm_keeplora.recipes.small.draw import Question
 from mllm_keeplora.recipes.small.draw_video import SIZE, SLOTS, Clip, Pixels, Thing
-from mllm_keeplora.recipes.small.folders import whole_folder
 
-WIDTH = 128  # of both towers
-LAYERS = 4  # of the language model
 POOL = 2  # patches a side that become one token
 QUARTERS = (SIZE // draw.CELL // POOL) ** 2  # video tokens a frame
 SIDE = SIZE // 2  # pixels a side of a quarter
@@ -73,29 +67,18 @@ STATES = (
 )  # of a trait in a quarter at a frame
 
 
-class Setup(NamedTuple):
-    """How long and how to train. Steps and clips per step of each phase; peak learning rates of AdamW."""
+@dataclass(frozen=True)
+class Setup(common.Setup):
+    """Likewise for clips."""
 
-    seed: int = 2026
     tower_steps: int = 1500
-    tower_batch: int = 128  # single frames
-    tower_lr: float = 2e-3
+    tower_batch: int = 128
     plain_steps: int = 1300
     language_steps: int = 1200
     rounded_steps: int = 350
-    batch: int = 32
-    lr: float = 1.5e-3
     remembered: int = 4096  # clips that may be met again in phase 2
     fresh: int = 8  # of them replaced by new ones each step
     motion_weight: float = 1.0  # of the throw-away motion head's loss
-    weight_decay: float = 0.02
-    warmup: float = 0.05  # fraction of a phase's steps
-    measured_questions: int = 1000
-
-    @property
-    def optimisation(self) -> common.Optimisation:
-        """What every phase shares."""
-        return common.Optimisation(self.weight_decay, self.warmup)
 
 
 class Batch(NamedTuple):
@@ -122,25 +105,15 @@ class Stills(NamedTuple):
 
 def main() -> None:
     with command():
-        train_base(*common.parse_command(__doc__, Setup()))
+        out, setup = common.parse_command(__doc__, Setup())
+        account = ("Small video base model", _DESCRIPTION, [_NOTE])
+        common.train_base(out, setup, build_processor(), build_model, _train, _measure_all, *account)
 
 
-def train_base(out: Path, setup: Setup) -> None:
-    """Trains, saves and measures the base model; `out` is replaced only by a finished model."""
-    started = time.monotonic()
-    torch.manual_seed(setup.seed)
-    processor = build_processor()
-    model = build_model(processor.tokenizer)
+def _train(model: LlavaNextVideoForConditionalGeneration, processor: LlavaNextVideoProcessor, setup: Setup) -> None:
     batches = Batches(processor, np.random.default_rng(setup.seed))
     train_tower(model, batches, setup)
     train_language(model, batches, setup)
-    with whole_folder(out, replace=True) as staging:
-        model.bfloat16().save_pretrained(staging)
-        processor.save_pretrained(staging)
-        accuracy = _measure_all(staging, setup)
-        minutes = (time.monotonic() - started) / 60
-        common.write_account(staging, "Small video base model", _DESCRIPTION, setup, accuracy, model, minutes, [_NOTE])
-    print(f"wrote {out}: {json.dumps(accuracy)}")
 
 
 _DESCRIPTION = "A LLaVA-NeXT-Video of {parameters} parameters trained from scratch on drawn clips of eight frames"
@@ -153,23 +126,13 @@ _NOTE = (
 
 def build_processor() -> LlavaNextVideoProcessor:
     """The tokenizer (whole words where it knows them, else letters), media processors, chat template."""
-    side = {"height": SIZE, "width": SIZE}
-    pixels: dict[str, Any] = {
-        "size": side,
-        "crop_size": side,
-        "image_mean": [0.5] * 3,
-        "image_std": [0.5] * 3,
-    }
     return LlavaNextVideoProcessor(
-        LlavaNextVideoVideoProcessor(do_center_crop=False, **pixels),
-        LlavaNextImageProcessor(do_center_crop=False, image_grid_pinpoints=[[SIZE, SIZE]], **pixels),
+        LlavaNextVideoVideoProcessor(**common.PIXELS),
+        LlavaNextImageProcessor(image_grid_pinpoints=[[SIZE, SIZE]], **common.PIXELS),
         common.word_tokenizer(("<image>", "<video>"), spoken_words()),
-        patch_size=draw.CELL,
-        vision_feature_select_strategy="default",
         chat_template=common.chat_template("video", "image"),
         video_token="<video>",
-        image_token="<image>",
-        num_additional_image_tokens=1,  # the class token, which the "default" strategy drops again
+        **common.PROCESSOR,
     )
 
 
@@ -189,42 +152,13 @@ def spoken_words() -> list[str]:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaNextVideoForConditionalGeneration:
-    """The untrained model. Every in_features is a multiple of 64, the block size of NF4."""
-    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    vision = CLIPVisionConfig(
-        hidden_size=WIDTH,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        image_size=SIZE,
-        patch_size=draw.CELL,
-        projection_dim=WIDTH,
-    )
-    text = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=256,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=2048,
-        initializer_range=0.06,
-        bos_token_id=tokenizer.bos_token_id,
-        **special,
-    )
+    """The untrained model."""
     config = LlavaNextVideoConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=tokenizer.get_vocab()["<image>"],
+        **common.model_settings(tokenizer, vision_layers=4),
         video_token_index=tokenizer.get_vocab()["<video>"],
         image_grid_pinpoints=[[SIZE, SIZE]],
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
         spatial_pool_stride=POOL,
-        image_seq_length=(SIZE // draw.CELL) ** 2,
         video_seq_length=QUARTERS * SLOTS,
-        tie_word_embeddings=False,
-        **special,
     )
     return LlavaNextVideoForConditionalGeneration(config)
 
@@ -235,8 +169,7 @@ class Batches:
     def __init__(self, processor: LlavaNextVideoProcessor, rng: np.random.Generator) -> None:
         self.conversations = common.Conversations(processor.tokenizer, "<video>" * QUARTERS * SLOTS)
         self.rng = rng
-        self.words = [word for word in spoken_words() if word.isalpha() and word not in {*draw.COLORS, *draw.SHAPES}]
-        self.loose = False  # whether conversations hold a loose turn
+        self.talk = common.Talk(rng, spoken_words())
 
     def clips(self, size: int) -> Batch:
         """One batch of new clips."""
@@ -268,34 +201,8 @@ class Batches:
         return Stills(_as_decoded(np.stack(pixels)), present, partners, places)
 
     def _turns(self, questions: list[Question], things: list[Thing]) -> list[tuple[str, str]]:
-        """The questions as turns, with or without a loose turn among them."""
-        turns = [(question.text, question.answer) for question in questions]
-        if self.loose:
-            turns.insert(int(self.rng.integers(len(turns) + 1)), self._loose_turn(things))
-        return turns
-
-    def _loose_turn(self, things: list[Thing]) -> tuple[str, str]:
-        """A question around words that the scene does not explain.
-
-        Without it the model answers only the exact wordings of the scenes, starts at zero on any other task
-        and has no trained place for most words in the output layer, which LoRA does not reach.
-        """
-        first, second = (str(word) for word in self.rng.choice(self.words, size=2))
-        about = f"{first} {second}" if self.rng.integers(2) else first
-        colors = [thing.color for thing in things]
-        acts = [thing.act for thing in things]
-        color = str(self.rng.choice(colors if self.rng.integers(2) else COLORS))
-        turns = [
-            (f"Say {first}.", first),
-            (f"What color is the {about}?", str(self.rng.choice(colors))),
-            (f"How many {first} are there?", draw.NUMBERS[len(things)]),
-            (f"Is there a {color} {first}?", "yes" if color in colors else "no"),
-            (f"Is there {about}?", "no"),
-        ]
-        ways = [act for act in acts if act in draw_video.WAYS]
-        if ways:
-            turns.append((f"Which way does the {about} move?", str(self.rng.choice(ways))))
-        return turns[int(self.rng.integers(len(turns)))]
+        ways = [thing.act for thing in things if thing.act in draw_video.WAYS]
+        return self.talk.turns(questions, [thing.color for thing in things], ways)
 
 
 class Memory:
@@ -306,7 +213,7 @@ class Memory:
         self.rng = rng
         self.oldest = 0
         self.scenes: list[list[Thing]] = [[] for _ in range(size)]
-        self.pooled = torch.empty(size, QUARTERS * SLOTS, WIDTH)
+        self.pooled = torch.empty(size, QUARTERS * SLOTS, common.WIDTH)
 
     @torch.no_grad()
     def refresh(self, count: int) -> None:
@@ -392,14 +299,14 @@ def _states(things: list[Thing]) -> NDArray[np.int64]:
 def train_tower(model: LlavaNextVideoForConditionalGeneration, batches: Batches, setup: Setup) -> None:
     """Phase 1: the tower learns to see. The head on its pooled features is thrown away."""
     sizes = (1, len(TRAITS), 2)  # presence, partner and place of each trait
-    head = nn.Linear(WIDTH, len(TRAITS) * sum(sizes))
+    head = nn.Linear(common.WIDTH, len(TRAITS) * sum(sizes))
     steps = common.steps(
         "tower",
         setup.tower_steps,
         setup.tower_lr,
         [*model.model.vision_tower.parameters(), *head.parameters()],
         lambda: batches.stills(setup.tower_batch),
-        setup.optimisation,
+        setup,
     )
     for batch in steps:
         features = pooled(model, batch.pixel_values)
@@ -415,14 +322,14 @@ def train_language(model: LlavaNextVideoForConditionalGeneration, batches: Batch
     """Phases 2 and 3, one learning-rate schedule over both."""
     resting = setup.plain_steps + setup.language_steps
     linears = common.quantised_linears(model)
-    head = nn.Linear(WIDTH, len(TRAITS) * len(STATES))
+    head = nn.Linear(common.WIDTH, len(TRAITS) * len(STATES))
     memory = Memory(model, batches.rng, setup.remembered)
     for _ in tqdm(range(setup.remembered // 64), desc="memory", unit="64 clips", disable=None):
         memory.refresh(64)
     step = 0
 
     def next_batch() -> Batch:
-        batches.loose = step >= setup.plain_steps
+        batches.talk.loose = step >= setup.plain_steps
         if step >= resting:
             return batches.clips(setup.batch)
         memory.refresh(setup.fresh)
@@ -430,7 +337,7 @@ def train_language(model: LlavaNextVideoForConditionalGeneration, batches: Batch
 
     parameters = [*model.parameters(), *head.parameters()]
     total = resting + setup.rounded_steps
-    for batch in common.steps("language", total, setup.lr, parameters, next_batch, setup.optimisation):
+    for batch in common.steps("language", total, setup.lr, parameters, next_batch, setup):
         with common.rounded_to_nf4(linears if step >= resting else []):
             loss = _language_loss(model, head, batch, setup.motion_weight)
             loss.backward()
@@ -446,7 +353,7 @@ def _language_loss(
         projected = model.model.multi_modal_projector(batch.pooled)
         seen = {"mm_encoder_outputs": {"video": BaseModelOutputWithPooling(pooler_output=projected)}}
     output = model(input_ids=batch.input_ids, labels=batch.labels, use_cache=False, output_hidden_states=True, **seen)
-    middle = output.hidden_states[LAYERS // 2]
+    middle = output.hidden_states[common.LAYERS // 2]
     states = head(middle[batch.input_ids == model.config.video_token_index]).view(-1, len(STATES))
     weights = torch.tensor([0.1, *[1.0] * (len(STATES) - 1)])  # most are elsewhere
     motion = nn.functional.cross_entropy(states, batch.states.flatten(), weights, ignore_index=IGNORED_LABEL)

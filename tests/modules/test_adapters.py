@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from transformers import GenerationConfig
 
 from mllm_keeplora.modeling.adapters import (
     ACCUMULATED,
@@ -18,7 +19,8 @@ from mllm_keeplora.modeling.adapters import (
     read_factors,
     without_dropout,
 )
-from mllm_keeplora.modeling.loading import load_base, read_initial_adapter, save_adapter
+from mllm_keeplora.modeling.loading import load_base, save_adapter
+from mllm_keeplora.modeling.saved_adapters import read_initial_adapter
 from mllm_keeplora.modeling.targets import Target
 from mllm_keeplora.runs.files import read_json
 from tests.modules.conftest import all_targets, batch, model_config, read_adapter
@@ -125,11 +127,11 @@ def test_dropout_is_off_inside_the_block_and_restored() -> None:
 
 def test_a_saved_adapter_is_plain_peft_and_exact(tiny_llava: Path, tmp_path: Path) -> None:
     config = model_config(tiny_llava, "nf4")
-    model, _ = load_base(config)
+    model, processor = load_base(config)
     factors = random_factors(all_targets(model))
     adapted = attach(model, ACCUMULATED, factors, ones(factors))
     expected = adapted(**batch()).logits
-    save_adapter(tmp_path / "adapter", adapted, config)
+    save_adapter(tmp_path / "adapter", adapted, config, processor, {"eos_token_id": [2, 7]})
     stored = read_adapter(tmp_path / "adapter")
     assert all(torch.equal(x, y) for name in factors for x, y in zip(stored[name], factors[name], strict=True))
     again = PeftModel.from_pretrained(load_base(config)[0], str(tmp_path / "adapter"))
@@ -138,6 +140,7 @@ def test_a_saved_adapter_is_plain_peft_and_exact(tiny_llava: Path, tmp_path: Pat
     quantization = read_json(tmp_path / "adapter" / "quantization_config.json")
     assert quantization["bnb_4bit_quant_type"] == "nf4"
     assert quantization["bnb_4bit_use_double_quant"] is True
+    assert GenerationConfig.from_pretrained(tmp_path / "adapter").eos_token_id == [2, 7]
 
 
 def test_an_existing_peft_adapter_becomes_the_past_with_its_scale(tiny_llava: Path, tmp_path: Path) -> None:
@@ -147,7 +150,7 @@ def test_an_existing_peft_adapter_becomes_the_past_with_its_scale(tiny_llava: Pa
     expected = adapted(**batch()).logits
     adapted.save_pretrained(str(tmp_path))
     adapted.unload()
-    past = read_initial_adapter(model, tmp_path)
+    past = read_initial_adapter(model, tmp_path, "base")
     found = attach(model, ACCUMULATED, past, ones(past))(**batch()).logits
     assert (found - expected).norm() / expected.norm() < 1e-5
 

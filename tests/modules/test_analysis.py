@@ -272,13 +272,13 @@ def test_a_recipe_gives_the_model_and_the_command_line_wins() -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--energies", "[0.5, 1.5]"], r"energies must lie in \(0, 1\], got 1.5"),
-        (["--energies", "[0]"], r"energies must lie in \(0, 1\], got 0"),
+        (["--energies", "[0.5, 1.5]"], r"energies: expected a number in \(0, 1\], found 1.5"),
+        (["--energies", "[0]"], r"energies: expected a number in \(0, 1\], found 0"),
         (["--energies", "[]"], "energies is empty"),
-        (["--depth_energy", "-0.1"], r"depth_energy must lie in \(0, 1\]"),
-        (["--limit", "0"], "limit must be at least 1"),
-        (["--energy", "0.5"], "did you mean 'energies'"),
-        (["--lim", "5"], "did you mean 'limit'"),
+        (["--depth_energy", "-0.1"], r"depth_energy: expected a number in \(0, 1\], found -0.1"),
+        (["--limit", "0"], "limit: expected a whole number in .*, found 0"),
+        (["--energy", "0.5"], "did you mean '--energies'"),
+        (["--lim", "5"], "did you mean '--limit'"),
         (["--run", "a", "--config", "b"], "both given"),
     ],
 )

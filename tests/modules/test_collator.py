@@ -1,13 +1,14 @@
 """Collation: what is supervised, training prompt == evaluation prompt, images, padding, refusals."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image, ImageFile
-from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE, WordLevel
 from tokenizers.processors import TemplateProcessing
 from torch.utils.data import DataLoader
@@ -18,9 +19,10 @@ from mllm_keeplora.data.collator import (
     ProcessorError,
     SampleDataset,
     SampleTooLongError,
+    prepare_questions,
     render_prompt,
 )
-from mllm_keeplora.data.media import ImageError
+from mllm_keeplora.data.images import ImageError
 from mllm_keeplora.modeling.loss import IGNORED_LABEL
 
 # isort: split
@@ -37,7 +39,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mllm_keeplora.data.conversation import MediaFile
+from mllm_keeplora.data.conversation import MediaFile, Message, Sample
 from tests.conversations import Turn, ask, sample
 
 EMBEDDED_MODEL = Path(__file__).parents[2] / "recipes/small/vqa_base"
@@ -370,7 +372,7 @@ def test_an_unreadable_image_is_named_with_its_sample(image: Path, monkeypatch: 
     ("chat_template", "reason"),
     [
         ("{{ messages | length }}" + TEMPLATES["embedded"], "rewrites what it rendered before"),
-        (template("USER: ", "", " ASSISTANT: so ", "</s>", " ASSISTANT:"), "expected the answer 'red'"),
+        (template("USER: ", "", " ASSISTANT: so ", "</s>", " ASSISTANT:"), "puts words of its own before an answer"),
         (TEMPLATES["embedded"].replace("<image>", ""), "comes 0 times"),
     ],
     ids=["not prefix-stable", "changes answers", "drops images"],
@@ -380,9 +382,42 @@ def test_unsuitable_chat_templates_are_refused(chat_template: str, reason: str, 
         ChatCollator(make_processor(chat_template))([sample("s", image, ONE)])
 
 
-def test_an_image_token_in_the_text_is_refused(image: Path) -> None:
-    with pytest.raises(ProcessorError, match="'<image>' comes 2 times .*expected 1"):
-        ChatCollator(make_processor())([sample("s", image, (Turn("what is <image>?", "red"),))])
+@pytest.mark.parametrize("text", ["is it </s> red", "</s>", "is<|end|>it", "what is <image>?", "a<s>b", "<pad>"])
+@pytest.mark.parametrize("where", ["question", "answer", "system", "an earlier answer", "two texts put together"])
+def test_a_control_token_in_a_text_is_refused_by_name(text: str, where: str) -> None:
+    """Such a text would teach to stop in mid-answer, or count as an image."""
+    question, answer = Message("user", ("what?",)), Message("assistant", ("red",))
+    messages = {
+        "question": (Message("user", (text,)), answer),
+        "answer": (question, Message("assistant", (text,))),
+        "system": (Message("system", (text,)), question, answer),
+        "an earlier answer": (question, Message("assistant", (text,), supervised=False), question, answer),
+        "two texts put together": (Message("user", (text[: text.index(">")], text[text.index(">") :])), answer),
+    }[where]
+    [token] = [token for token in SPECIAL if token in text]
+    collator = ChatCollator(make_processor())
+    with pytest.raises(ProcessorError, match=f"sample 's': the .* text .*contains {re.escape(repr(token))}"):
+        collator([Sample("s", messages)])
+    if where == "question":
+        with pytest.raises(ProcessorError, match="which is no text to this model"):
+            prepare_questions(collator.processor, [messages[:1]], torch.device("cpu"))
+
+
+def test_a_tokenizer_without_case_takes_image_for_its_image_token() -> None:
+    tokenizer = Tokenizer(
+        WordLevel({token: index for index, token in enumerate([*SPECIAL, *WORDS])}, unk_token="<unk>")
+    )
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens([AddedToken("<image>", normalized=True)])
+    collator = ChatCollator(make_processor(tokenizer=wrap(tokenizer)))
+    with pytest.raises(ProcessorError, match="'<IMAGE>.*' contains '<image>'"):
+        collator([sample("s", None, (Turn("<IMAGE> what?", "red"),))])
+
+
+@pytest.mark.parametrize("text", ["<think> it", "< /s>", "<video>", "<|im_end|>", "<unk> it", "<image 1>"])
+def test_words_that_are_no_tokens_of_this_model_stay_words(text: str, image: Path) -> None:
+    ChatCollator(make_processor())([sample("s", image, (Turn(text, text),))])
 
 
 @pytest.mark.parametrize("name", ["pad_token", "eos_token"])

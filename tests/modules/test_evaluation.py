@@ -7,7 +7,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ from mllm_keeplora.evaluation.score import evaluate_row
 from mllm_keeplora.evaluation.task_files import read_index, write_task_files
 from mllm_keeplora.modeling.loading import load_base
 from mllm_keeplora.resources import shipped
+from tests import forked
+from tests.conversations import read_copy
 
 SPECIAL_TOKENS = ["<pad>", "<unk>", "<s>", "</s>", "<image>"]
 WORDS = ["USER", "ASSISTANT", ":", "?", "what", "is", "the", "colour", "of", "this", "thing", "and", "shape"]
@@ -179,6 +181,7 @@ def test_scores_count_the_right_replies(live: tuple[Any, Any], stream: Stream, t
     replies = read_replies(tmp_path, "birds")
     assert len(set(replies)) > 2, "replies have to depend on the question for the other tests to mean something"
     write_data(stream.data_root / "birds", 7, {index: replies[index].upper() for index in (0, 3, 5)})
+    write_task_files(stream, tmp_path / "tasks")
     score = evaluate(live, stream, tmp_path, names=["birds"])["birds"]
     assert score["native"] == score["value"] == pytest.approx(3 / 7)
     assert score["stderr"] == pytest.approx(math.sqrt((3 / 7) * (4 / 7) / 6))
@@ -211,6 +214,14 @@ def test_replies_do_not_depend_on_batch_size_or_on_other_tasks(
     assert read_replies(tmp_path, "birds") == one_by_one
 
 
+def text_too(stream: Stream, where: Path) -> Stream:
+    """The stream, whose tasks may hold questions of text alone."""
+    tasks = tuple(replace(task, allow_text_only=True) for task in stream.tasks)
+    stream = replace(stream, tasks=tasks)
+    write_task_files(stream, where / "tasks")
+    return stream
+
+
 def test_text_only_questions_are_answered_beside_images(live: tuple[Any, Any], stream: Stream, tmp_path: Path) -> None:
     path = stream.data_root / "birds" / "test.json"
     records = json.loads(path.read_text())
@@ -218,6 +229,7 @@ def test_text_only_questions_are_answered_beside_images(live: tuple[Any, Any], s
         del records[index]["image"]
         records[index]["text"] = records[index]["text"].removeprefix("<image>\n")
     path.write_text(json.dumps(records))
+    stream = text_too(stream, tmp_path)
     evaluate(live, stream, tmp_path, names=["birds"], batch_size=1)
     one_by_one = read_replies(tmp_path, "birds")
     evaluate(live, stream, tmp_path, names=["birds"], batch_size=7)
@@ -226,12 +238,14 @@ def test_text_only_questions_are_answered_beside_images(live: tuple[Any, Any], s
         record.pop("image", None)
         record["text"] = record["text"].removeprefix("<image>\n")
     path.write_text(json.dumps(records))
+    write_task_files(stream, tmp_path / "tasks")
     assert evaluate(live, stream, tmp_path, names=["birds"])["birds"]["n"] == 7
 
 
 def test_equal_documents_are_counted_apart(live: tuple[Any, Any], stream: Stream, tmp_path: Path) -> None:
     path = stream.data_root / "birds" / "test.json"
     path.write_text(json.dumps(json.loads(path.read_text())[:1] * 3))
+    write_task_files(stream, tmp_path / "tasks")
     assert evaluate(live, stream, tmp_path, names=["birds"])["birds"]["n"] == 3
     assert len(read_replies(tmp_path, "birds")) == 3
 
@@ -302,7 +316,8 @@ def test_task_files_name_everything(stream: Stream, tmp_path: Path) -> None:
     assert names == ["keeplora_tiny_birds", "keeplora_tiny_tools", "keeplora_tiny_scenes"]
     task = yaml.safe_load((tmp_path / "tasks" / "keeplora_tiny_tools.yaml").read_text())
     assert task["include"] == str(shipped("eval/tasks/contains.yaml"))
-    assert task["dataset_kwargs"] == {"data_files": {"test": str(tmp_path / "data/tools/test.json")}}
+    copy = Path(task["dataset_kwargs"]["data_files"]["test"])
+    assert copy.parent == tmp_path / "tasks" and len(read_copy(task)) == 5
     assert task["generation_kwargs"] == {"max_new_tokens": 4, "do_sample": False, "until": []}
     name, entries = read_index(tmp_path / "tasks")
     assert name == "tiny" and [(e.name, e.kind, e.score) for e in entries] == [
@@ -374,18 +389,18 @@ TEXT = {"type": "text", "text": "a"}
 
 
 @pytest.mark.parametrize(
-    "messages",
+    "content, reason",
     [
-        [{"role": "user", "content": [TEXT, {"type": "image", "url": "x"}, {"type": "image", "url": "x"}]}],
-        [{"role": "user", "content": [TEXT, {"type": "audio", "url": "x"}]}],
-        [{"role": "user", "content": [TEXT, {"type": "image", "url": "x"}, {"type": "video", "url": "x"}]}],
-        [{"role": "system", "content": []}, {"role": "user", "content": [TEXT]}],
+        ([TEXT, {"type": "audio", "url": "x.wav"}], "expected a text, an image or a whole clip, found audio"),
+        ([TEXT, {"type": "video", "url": "x.mp4"}], "no reader for clips"),
+        ([TEXT, {"type": "image", "url": "x.png"}], "x.png"),
+        ([{"type": "text", "text": "a </s> b"}], "contains '</s>', which is no text to this model"),
+        ([{"type": "text", "text": "a <image> b"}], "contains '<image>'"),
     ],
-    ids=["two images", "audio", "image and video", "system"],
 )
-def test_messages_that_cannot_be_shown_are_refused(live: tuple[Any, Any], messages: Any) -> None:
-    with pytest.raises(EvaluationError, match="document 0: .*expected one"):
-        ask(live, messages)
+def test_messages_that_cannot_be_shown_are_refused(live: tuple[Any, Any], content: Any, reason: str) -> None:
+    with pytest.raises(EvaluationError, match=f"task 't', document 0: .*{reason}"):
+        ask(live, [{"role": "user", "content": content}])
 
 
 def attach_adapter(model: Any) -> PeftModel:
@@ -500,11 +515,6 @@ def make_run(base: Path, stream: Stream, directory: Path) -> Path:
     return directory
 
 
-def run_leaderboard(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mllm_keeplora.commands.main", "leaderboard", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
-
-
 def test_leaderboard_repeats_the_run_in_a_fresh_process(base: Path, tmp_path: Path) -> None:
     stream = make_stream(tmp_path / "data")
     run = make_run(base, stream, tmp_path / "run")
@@ -515,7 +525,8 @@ def test_leaderboard_repeats_the_run_in_a_fresh_process(base: Path, tmp_path: Pa
     expected = json.loads((run / "retention.json").read_text())["rows"][-1]["scores"]
     assert expected["birds"]["value"] >= 5 / 7
 
-    finished = run_leaderboard(run, "--table", tmp_path / "table")
+    command = ["-m", "mllm_keeplora.commands.main", "leaderboard", run, "--table", tmp_path / "table"]
+    finished = forked.run(command)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert "All 3 scores equal" in finished.stdout
     table = json.loads((tmp_path / "table" / "leaderboard.json").read_text())

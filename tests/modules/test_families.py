@@ -13,13 +13,14 @@ import yaml
 from peft import PeftModel
 from PIL import Image
 from torch import nn
+from transformers import AutoProcessor, GenerationConfig
 
 from mllm_keeplora.config import ModelConfig, ProbeConfig, RunConfig, TowerConfig, TrainConfig, VideoConfig
 from mllm_keeplora.continual.run_stream import run_stream
 from mllm_keeplora.continual.saved_run import load_run
 from mllm_keeplora.data.collator import ChatCollator, ProcessorError, prepare_questions
-from mllm_keeplora.data.conversation import Sample
-from mllm_keeplora.data.media import decode_image
+from mllm_keeplora.data.conversation import MediaFile, Message, Sample
+from mllm_keeplora.data.images import load_image
 from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.modeling.families import FAMILIES, Media, family_of
 from mllm_keeplora.modeling.loading import load_base
@@ -129,7 +130,7 @@ def test_training_and_evaluation_give_the_model_the_same(
     assert all(torch.equal(batch[key], again[key]) for key in batch)
 
     path = one.media[0].path
-    shown = decode_image(path) if media == "image" else reader().read(path)
+    shown = load_image(path) if media == "image" else reader().read(path)
     asked = prepare_questions(processor, [ask(turns_of(one)[0].question, shown)], torch.device("cpu"))
     length = asked["input_ids"].shape[1]
     assert torch.equal(batch["input_ids"][:, :length], asked["input_ids"])
@@ -137,6 +138,72 @@ def test_training_and_evaluation_give_the_model_the_same(
         assert torch.equal(torch.as_tensor(batch[key]), torch.as_tensor(asked[key])), key
     supervised = batch["input_ids"][0][batch["labels"][0] != -100]
     assert processor.tokenizer.convert_ids_to_tokens(supervised.tolist()) == ["red", "</s>"]
+
+
+def several(root: Path, media: Media, number: int, later: str = "red") -> Sample:
+    """Text alone, then two images or clips with texts between, then one of the other kind where there is one."""
+    suffix = "png" if media == "image" else "mp4"
+    one, two = (MediaFile(media, root / f"{(number + n) % 4}.{suffix}") for n in range(2))
+    return Sample(
+        f"{media} {number} {later}",
+        (
+            Message("user", ("is this red ?",)),
+            Message("assistant", ("no",)),
+            Message("user", (one, "left", two, "right ?")),
+            Message("assistant", ("yes",), supervised=False),
+            Message("user", (MediaFile("image", root / "1.png"), "what is this ?")),
+            Message("assistant", (later,)),
+        ),
+    )
+
+
+@pytest.mark.parametrize("family, media", CASES)
+def test_media_in_later_turns(family: str, media: Media, tiny: Any, media_root: Path) -> None:
+    """The model sees them where they are asked about, in batches as alone, and not before."""
+    model, processor = load_base(model_config(tiny(family), "none"))
+    collator = ChatCollator(processor, None, reader())
+    samples_ = [several(media_root, media, 0), several(media_root, media, 2)]
+    samples_.append(Sample("text", samples_[0].messages[:2]))
+    batch = collator(samples_)
+    alone = [collator([one]) for one in samples_]
+    with torch.no_grad():
+        together = model(**batch).logits
+        apart = [model(**one).logits[0] for one in alone]
+    for row, logits in enumerate(apart):
+        torch.testing.assert_close(together[row, : len(logits)], logits, rtol=1e-4, atol=1e-4)
+        supervised = alone[row]["input_ids"][0][alone[row]["labels"][0] != -100]
+        expected = ["no", "</s>", "red", "</s>"][: len(supervised)]
+        assert processor.tokenizer.convert_ids_to_tokens(supervised.tolist()) == expected
+    text = len(apart[2])  # what comes before the first image
+    torch.testing.assert_close(apart[0][:text], apart[2], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(apart[0][-4:], apart[1][-4:], atol=1e-3), "other images, other answers"
+
+
+@pytest.mark.parametrize("family, media", CASES)
+def test_a_question_in_a_later_turn_is_asked_as_it_was_learnt(
+    family: str, media: Media, tiny: Any, media_root: Path
+) -> None:
+    _, processor = load_base(model_config(tiny(family), "none"))
+    shown = several(media_root, media, 0)
+    learnt = ChatCollator(processor, None, reader())([shown])
+    asked = prepare_questions(processor, [[opened(message) for message in shown.messages[:5]]], torch.device("cpu"))
+    length = asked["input_ids"].shape[1]
+    assert torch.equal(learnt["input_ids"][:, :length], asked["input_ids"])
+    assert processor.tokenizer.convert_ids_to_tokens(learnt["input_ids"][0, length:].tolist()) == ["red", "</s>"]
+    for key in asked.keys() - {"input_ids", "attention_mask", "mm_token_type_ids"}:
+        assert torch.equal(torch.as_tensor(learnt[key]), torch.as_tensor(asked[key])), key
+
+
+def opened(message: Message) -> Message:
+    parts = [
+        part
+        if not isinstance(part, MediaFile)
+        else reader().read(part.path)
+        if part.kind == "video"
+        else Image.open(part.path).convert("RGB")
+        for part in message.parts
+    ]
+    return Message(message.role, tuple(parts))
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if "video" not in FAMILIES[f].vision_layers])
@@ -224,3 +291,7 @@ def test_a_whole_stage(family: str, tiny: Any, media_root: Path, tmp_path: Path,
         found = PeftModel.from_pretrained(base, str(tmp_path / "run/adapter")).eval()(**batch).logits
     assert torch.equal(found, expected)
     assert not torch.equal(found, untouched)
+    stored = AutoProcessor.from_pretrained(tmp_path / "run/adapter")
+    again = ChatCollator(stored, None, reader())(samples(media_root, media)[:2])
+    assert torch.equal(again["input_ids"], batch["input_ids"])
+    assert GenerationConfig.from_pretrained(tmp_path / "run/adapter").eos_token_id == [2]

@@ -36,7 +36,11 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(7)
     records = []
     for number in range(12):
-        record: dict[str, Any] = {"question_id": number, "text": f"is this {WORDS[number % 4]} ?", "answer": "never read"}
+        record: dict[str, Any] = {
+            "question_id": number,
+            "text": f"is this {WORDS[number % 4]} ?",
+            "answer": "never read",
+        }
         if number % 3:
             record["image"] = f"{number}.png"
             Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(root / f"{number}.png")
@@ -187,9 +191,7 @@ def test_a_killed_training_goes_on_to_the_same_bits(
         patch.setattr(StageTrainer, "training_step", killed)
         run_stream(asked)
     run_stream(asked)
-    found, expected = (
-        load_tensors(Path(c.run_dir, "adapter/adapter_model.safetensors")) for c in (asked, whole)
-    )
+    found, expected = (load_tensors(Path(c.run_dir, "adapter/adapter_model.safetensors")) for c in (asked, whole))
     assert found.keys() == expected.keys() and all(torch.equal(found[n], expected[n]) for n in expected)
 
 

@@ -2,20 +2,23 @@
 
 import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lmms_eval
 import pytest
 import yaml
+from lmms_eval.api.task import _resolve_hf_datasets_cache_dir
 from lmms_eval.tasks import TaskManager
 from lmms_eval.utils import load_yaml_config
 
 from mllm_keeplora.config import ConfigError, EvaluationConfig, ModelConfig, RunConfig, TrainConfig
 from mllm_keeplora.continual.run_stream import run_stream
 from mllm_keeplora.data.stream import GeneralSpec, Stream, StreamError, TaskSpec, load_stream
+from mllm_keeplora.evaluation import score
 from mllm_keeplora.evaluation.errors import EvaluationError
-from mllm_keeplora.evaluation.score import _by_limit, read_score
+from mllm_keeplora.evaluation.score import _by_limit, check_logins, read_score
 from mllm_keeplora.evaluation.task_files import TEMPLATES, ScoredTask, _TemplateLoader, write_task_files
 from mllm_keeplora.reports.tables import format_table, subset_note
 
@@ -143,7 +146,7 @@ def test_tasks_and_general_benchmarks_have_their_own_limits() -> None:
     assert _by_limit([general], 3, 5) == [(5, [general])]
     assert EvaluationConfig(limit=3).limits() == {"task": 3, "general": 3}
     assert EvaluationConfig(limit=3, general_limit=5).limits() == {"task": 3, "general": 5}
-    with pytest.raises(ConfigError, match="evaluation.general_limit must be at least 1"):
+    with pytest.raises(ConfigError, match="evaluation.general_limit: expected a whole number in"):
         EvaluationConfig(general_limit=0)
 
 
@@ -164,12 +167,81 @@ def test_a_subset_says_so() -> None:
     assert "A subset: scores are of the first questions alone, 2 of each task and 2 of each" in text
 
 
+# Logins
+
+
+@pytest.fixture
+def listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """lmms-eval's own tasks, few of them, and nobody logged in."""
+    folder = tmp_path / "listed"
+    folder.mkdir()
+    tasks = Path(lmms_eval.__file__).parent / "tasks"
+    for name in ("pope", "mmmu_val", "mvbench_action_count", "mmvu_val_rules"):
+        own = TEMPLATES / "general" / f"{name}.yaml"
+        source = own if own.is_file() else next(tasks.rglob(f"{name}.yaml"))
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"include": str(source), "task": name}))
+    (folder / "mvbench.yaml").write_text(yaml.safe_dump({"group": "mvbench", "task": ["mvbench_action_count"]}))
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    monkeypatch.setattr("lmms_eval.tasks.TaskManager", lambda **_: manager)
+    monkeypatch.setattr(score, "is_offline_mode", lambda: False)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_OFFLINE", False)
+    monkeypatch.setattr(score, "get_token", lambda: None)
+    monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path / "cache"))
+    _resolve_hf_datasets_cache_dir.cache_clear()
+    yield folder
+    _resolve_hf_datasets_cache_dir.cache_clear()
+
+
+STOCK = ["pope", "mmmu_val", "mvbench", "mmvu_val_rules"]
+
+
+def test_benchmarks_that_need_a_login_are_named_with_the_way_to_log_in(listed: Path) -> None:
+    with pytest.raises(EvaluationError, match="^pope, mvbench, mmvu_val_rules: .*`hf auth login`, or set HF_TOKEN"):
+        check_logins(STOCK, listed)
+    check_logins(["mmmu_val"], listed)
+    check_logins([], listed)
+
+
+@pytest.mark.parametrize("how", ["token", "hub offline", "datasets offline", "cached"])
+def test_no_login_is_asked_for_where_none_is_needed(
+    how: str, listed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = STOCK
+    if how == "token":
+        monkeypatch.setattr(score, "get_token", lambda: "hf_x")
+    elif how == "hub offline":
+        monkeypatch.setattr(score, "is_offline_mode", lambda: True)
+    elif how == "datasets offline":
+        monkeypatch.setattr("datasets.config.HF_DATASETS_OFFLINE", True)
+    else:
+        names = ["pope"]
+        (tmp_path / "cache/lmms-lab-encoder___pope/default/0.0.0/0123456789").mkdir(parents=True)
+    check_logins(names, listed)
+
+
+def test_a_login_is_asked_for_before_the_model_is_loaded(
+    listed: Path, tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("mllm_keeplora.continual.run.load_base", load)
+    with pytest.raises(EvaluationError, match="^pope: .*hf auth login"):
+        run_stream(pope_run(tmp_path, tiny_llava))
+
+
 def test_a_benchmark_that_cannot_be_loaded_stops_before_training(
     tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The untouched base is measured on everything first: nothing is learnt that could not be judged."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setattr(score, "is_offline_mode", lambda: True)
+    with pytest.raises(EvaluationError, match="pope"):
+        run_stream(pope_run(tmp_path, tiny_llava))
+    assert not list((tmp_path / "run/stages").glob("01-*"))
+
+
+def pope_run(tmp_path: Path, base: Path) -> RunConfig:
+    """One task of one question, and POPE."""
     turns = [{"from": "human", "value": "what is this ?"}, {"from": "gpt", "value": "red"}]
     (tmp_path / "train.json").write_text(json.dumps([{"id": 0, "conversations": turns}]))
     asked = {"question_id": 0, "text": "what is this ?", "answer": "red"}
@@ -184,15 +256,12 @@ def test_a_benchmark_that_cannot_be_loaded_stops_before_training(
     pope = {"name": "pope", "lmms_eval_task": "pope", "score": "pope_accuracy", "native_max": 1.0}
     stream = {"name": "s", "data_root": str(tmp_path), "tasks": [task], "general": [pope]}
     (tmp_path / "stream.yaml").write_text(yaml.safe_dump(stream))
-    config = RunConfig(
+    return RunConfig(
         run_dir=str(tmp_path / "run"),
         stream=str(tmp_path / "stream.yaml"),
-        model=ModelConfig(base_model=str(tiny_llava), device="cpu"),
+        model=ModelConfig(base_model=str(base), device="cpu"),
         train=TrainConfig(max_steps=1),
         cache_dir=str(tmp_path / "cache"),
         method="lora",
         report_to=[],
     )
-    with pytest.raises(EvaluationError, match="pope"):
-        run_stream(config)
-    assert not list((tmp_path / "run/stages").glob("01-*"))

@@ -15,7 +15,6 @@ from mllm_keeplora.modeling.loading import (
     base_model_hash,
     known_base_hash,
     load_base,
-    read_initial_adapter,
     resolve_model_directory,
 )
 from tests.modules.conftest import all_targets, batch, model_config
@@ -146,15 +145,3 @@ def test_remote_code_is_not_run_unasked(tiny_llava: Path, tmp_path: Path) -> Non
 def test_a_directory_has_no_revision(tiny_llava: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.revision is 'main'.*directory"):
         load_base(ModelConfig(base_model=str(tiny_llava), revision="main"))
-
-
-def test_a_pickled_initial_adapter_is_not_read(nf4_model: Any, tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    (tmp_path / "adapter_model.bin").write_bytes(b"")
-    with pytest.raises(ConfigError, match="adapter_model.safetensors.*pickled"):
-        read_initial_adapter(nf4_model, tmp_path)
-
-
-def test_an_initial_adapter_must_be_a_peft_adapter(nf4_model: Any, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="adapter_config.json"):
-        read_initial_adapter(nf4_model, tmp_path)

@@ -1,10 +1,8 @@
 """The plan before a run: what it counts is what a run then has, and nothing is loaded or written for it."""
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from dataclasses import asdict, fields, replace
 from operator import attrgetter
 from pathlib import Path
@@ -52,6 +50,7 @@ from mllm_keeplora.planning.text import format_plan
 from mllm_keeplora.probes.gradients import _ThinGradient
 from mllm_keeplora.probes.hooks import hooked
 from mllm_keeplora.units import GB, format_bytes, format_count
+from tests import forked
 from tests.clips import write_clip
 from tests.modules.test_families import MAIN_MEDIA, reader, samples, write_stream
 from tests.modules.tiny_families import save_tiny
@@ -472,14 +471,11 @@ def test_the_flags_are_no_settings() -> None:
 
 
 def test_the_command_writes_nothing_and_ends_with_2_where_it_does_not_fit(tmp_path: Path) -> None:
-    command = [sys.executable, "recipes/vqa.py", "--plan", "--data_root", str(tmp_path / "none")]
+    command = ["recipes/vqa.py", "--plan", "--data_root", str(tmp_path / "none")]
     command += ["--run_dir", str(tmp_path / "run"), "--cache_dir", str(tmp_path / "cache")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-        )
+        return forked.run([*command, *arguments])
 
     planned = run()
     assert planned.returncode == 0, planned.stderr

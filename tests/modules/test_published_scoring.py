@@ -43,6 +43,7 @@ def write_captions(path: Path, captions: list[list[str]]) -> None:
 
 
 @pytest.mark.skipif(JAVA is None, reason="METEOR and the PTB tokenizer are Java programs; java is not here")
+@pytest.mark.usefixtures("one_meteor")
 def test_captions_are_scored_as_one_corpus(live: tuple[Any, Any], tmp_path: Path) -> None:
     root = tmp_path / "data"
     shared.write_data(root, 4)

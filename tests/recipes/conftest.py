@@ -1,17 +1,20 @@
-"""Two-task streams cut from the embedded ones, and the recipes run on them as commands, as a user does."""
+"""Two-task streams cut from the small ones, and the recipes run on them as commands, as a user does."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import yaml
+from filelock import FileLock
+
+from tests import forked
 
 ROOT = Path(__file__).resolve().parents[2]
 KEEPLORA = [sys.executable, "-m", "mllm_keeplora.commands.main"]  # the command, not depending on PATH
@@ -20,36 +23,70 @@ VIDEO_TASKS = ("drift", "lamps")
 TRAIN, TEST = 64, 20
 
 
-@pytest.fixture(scope="session")
-def built_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded stream's data, built by its own script."""
-    root = tmp_path_factory.mktemp("built") / "embedded"
-    subprocess.run([sys.executable, "recipes/small/build_vqa_data.py", "--out", str(root)], cwd=ROOT, check=True)
-    return root
+Fill = Callable[[Path], None]
 
 
 @pytest.fixture(scope="session")
-def data_root(built_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Fill], Path]:
+    """A folder that the first test to ask for its name fills, for all workers of pytest-xdist. Nobody changes it."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def folder(name: str, fill: Fill) -> Path:
+        filled = root / f"{name}.filled"
+        with FileLock(root / f"{name}.lock"):
+            if not filled.exists():
+                shutil.rmtree(root / name, ignore_errors=True)  # of an attempt that failed
+                fill(root / name)
+                filled.touch()
+        return root / name
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def built_data(shared: Callable[[str, Fill], Path]) -> Path:
+    """The small stream's data, built by its own script."""
+    return shared("small_vqa", build_vqa)
+
+
+@pytest.fixture(scope="session")
+def data_root(built_data: Path, shared: Callable[[str, Fill], Path]) -> Path:
     """The same with short files."""
-    root = tmp_path_factory.mktemp("short") / "embedded"
-    shutil.copytree(built_data, root)
-    for path in root.glob("*/*.json"):
-        records = json.loads(path.read_text())
-        path.write_text(json.dumps(records[: TRAIN if path.name == "train.json" else TEST]))
-    return root
+
+    def shorten(root: Path) -> None:
+        shutil.copytree(built_data, root)
+        for path in root.glob("*/*.json"):
+            records = json.loads(path.read_text())
+            path.write_text(json.dumps(records[: TRAIN if path.name == "train.json" else TEST]))
+
+    return shared("short_vqa", shorten)
 
 
 @pytest.fixture(scope="session")
-def video_data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded video stream's data by its own script, few clips of each task."""
-    root = tmp_path_factory.mktemp("short") / "embedded_video"
-    build = (
+def video_data_root(shared: Callable[[str, Fill], Path]) -> Path:
+    """The small video stream's data by its own script, few clips of each task."""
+    return shared("short_video", lambda root: build_video(root, TRAIN, TEST, TEST))
+
+
+def build_vqa(root: Path) -> None:
+    """Builds the small stream by its own script."""
+    checked(forked.run(["recipes/small/build_vqa_data.py", "--out", root]))
+
+
+def build_video(root: Path, train: int, test: int, general: int) -> None:
+    """Builds the small video stream by its own script, with so many clips and questions."""
+    script = (
         "from mllm_keeplora.recipes.small import build_video_data as b; "
-        f"b.TRAIN_CLIPS, b.TEST_QUESTIONS, b.GENERAL_QUESTIONS = {TRAIN}, {TEST}, {TEST}; b.main()"
+        f"b.TRAIN_CLIPS, b.TEST_QUESTIONS, b.GENERAL_QUESTIONS = {train}, {test}, {general}; b.main()"
     )
-    command = [sys.executable, "-c", build, "--out", str(root)]
-    subprocess.run(command, cwd=ROOT, check=True)
-    return root
+    subprocess.run([sys.executable, "-c", script, "--out", str(root)], cwd=ROOT, check=True)
+
+
+def checked(done: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
+    """A command that has ended well."""
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
 
 
 @dataclass
@@ -62,7 +99,6 @@ class Recipe:
     directory: Path
     data_root: Path
     tasks: tuple[str, ...] = TASKS[:2]
-    seconds: float = 0.0  # how long the uninterrupted run took
 
     def files(self, task: str) -> dict[str, str]:
         """Where a task's test data lie, as the stream YAML names them."""
@@ -102,32 +138,25 @@ class Recipe:
 
     def environment(self) -> dict[str, str]:
         """One thread, offline."""
-        return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+        return {**os.environ, **forked.ENVIRONMENT}
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Runs the command to its end."""
-        return subprocess.run(
-            self.command(*arguments),
-            cwd=ROOT,
-            env=self.environment(),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        return self.start(*arguments).completed()
 
-    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
+    def start(self, *arguments: str) -> forked.Forked:
         """Starts the command."""
-        return subprocess.Popen(
-            self.command(*arguments),
-            cwd=ROOT,
-            env=self.environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        return forked.Forked(self.command(*arguments)[1:])
 
     def retention(self) -> dict[str, Any]:
         """The run's result."""
         return dict(json.loads((self.run_dir / "retention.json").read_text()))
+
+    @property
+    def seconds(self) -> float:
+        """How long its stages took."""
+        manifests = self.run_dir.glob("stages/*/manifest.json")
+        return sum(json.loads(path.read_text())["timings"]["total"] for path in manifests)
 
     def result(self) -> tuple[dict[str, Any], bytes]:
         """What two equal runs have in common: the matrix with its metrics, and the adapter."""
@@ -159,14 +188,16 @@ class VideoRecipe(Recipe):
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory, data_root: Path) -> Recipe:
-    """An uninterrupted run. Tests read it and leave it as it is."""
-    recipe = Recipe(tmp_path_factory.mktemp("finished"), data_root)
-    start = time.monotonic()
-    done = recipe.run()
-    recipe.seconds = time.monotonic() - start
-    assert done.returncode == 0, done.stderr
-    return recipe
+def finished(shared: Callable[[str, Fill], Path], data_root: Path) -> Recipe:
+    """An uninterrupted run by the command as a user types it. Tests read it and leave it as it is."""
+
+    def run(root: Path) -> None:
+        recipe = Recipe(root / "own", data_root)
+        recipe.directory.mkdir(parents=True)
+        settings = {"cwd": ROOT, "env": recipe.environment(), "capture_output": True, "text": True}
+        checked(subprocess.run(recipe.command(), check=False, **settings))
+
+    return Recipe(shared("finished", run) / "own", data_root)
 
 
 @pytest.fixture

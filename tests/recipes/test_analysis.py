@@ -2,26 +2,14 @@
 
 import json
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-from tests.recipes.conftest import ROOT, TEST, Recipe
+from tests.forked import run
+from tests.recipes.conftest import KEEPLORA, TEST, Recipe
 
-ANALYZE = ("-m", "mllm_keeplora.commands.main", "analyze")
-
-
-def run(recipe: Recipe, *command: str) -> subprocess.CompletedProcess[str]:
-    """The command, in the repository's folder."""
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env=recipe.environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+ANALYZE = (*KEEPLORA[1:], "analyze")
+COMPARE = (*KEEPLORA[1:], "compare")
 
 
 def test_the_unchanged_model_of_an_analysis_is_that_of_the_run(finished: Recipe, tmp_path: Path) -> None:
@@ -35,7 +23,7 @@ def test_the_unchanged_model_of_an_analysis_is_that_of_the_run(finished: Recipe,
         "--energies",
         "[0.6, 1]",
     ]
-    done = run(finished, *command)
+    done = run(command)
     assert done.returncode == 0, done.stderr
     assert f"picture: {out / 'analysis.png'}" in done.stdout
     cells = json.loads((out / "analysis.json").read_text())["cells"]
@@ -45,26 +33,26 @@ def test_the_unchanged_model_of_an_analysis_is_that_of_the_run(finished: Recipe,
     assert cells["principal-1-both-all"]["scores"] == cells["unchanged"]["scores"]
     assert cells["residual-0.6-both-all"]["scores"] != cells["unchanged"]["scores"]
     written, start = (out / "analysis.json").stat().st_mtime_ns, time.monotonic()
-    assert run(finished, *command).returncode == 0
+    assert run(command).returncode == 0
     assert (out / "analysis.json").stat().st_mtime_ns == written and time.monotonic() - start < 120
 
 
 def test_an_analysis_refuses_bad_input_in_one_line(finished: Recipe) -> None:
     for arguments, expected in (
-        (["--energies", "[2]"], "error: energies must lie in (0, 1], got 2.0"),
+        (["--energies", "[2]"], "error: --energies: expected a number in (0, 1], found 2"),
         (["--run", "runs/nowhere"], "error: runs/nowhere is no directory of a run"),
     ):
-        done = run(finished, *ANALYZE, *arguments)
+        done = run([*ANALYZE, *arguments])
         assert done.returncode == 2
         assert done.stderr.startswith(expected) and done.stderr.count("\n") == 1
 
 
 def test_a_run_is_compared_by_the_command(copied: Recipe, tmp_path: Path) -> None:
     out = tmp_path / "comparison"
-    command = ["-m", "mllm_keeplora.commands.main", "compare", str(copied.run_dir)]
-    done = run(copied, *command, "--out", str(out))
+    command = [*COMPARE, str(copied.run_dir)]
+    done = run([*command, "--out", str(out)])
     assert done.returncode == 0, done.stderr
     assert re.search(r"^keeplora +1 ", done.stdout, re.MULTILINE)
     assert sorted(path.name for path in out.iterdir()) == ["comparison.html", "comparison.png"]
-    again = run(copied, *command, str(copied.run_dir), "--out", str(out))
+    again = run([*command, str(copied.run_dir), "--out", str(out)])
     assert again.returncode == 2 and "two runs are 'keeplora' with seed 0" in again.stderr

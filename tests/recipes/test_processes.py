@@ -17,7 +17,9 @@ import yaml
 from safetensors.torch import load_file
 
 from mllm_keeplora.linalg.sketch import extend_basis_from_sketch
-from tests.recipes.conftest import ROOT, TASKS, TEST, Recipe
+from tests import forked
+from tests.forked import run_together
+from tests.recipes.conftest import ROOT, TASKS, TEST, Recipe, checked
 
 WORKER = "tests/recipes/processes_worker.py"
 DEFAULT = "recipes/configs/vqa/small.yaml"
@@ -87,10 +89,14 @@ def worker(mixed: Recipe, launcher: list[str], processes: int, job: str, name: s
     return [*launcher, WORKER, job, str(mixed.directory / name), DEFAULT, *options]
 
 
-def compare(mixed: Recipe, launcher: list[str], processes: int, name: str) -> Compared:
-    done = run(mixed, worker(mixed, launcher, processes, "compare", name))
-    assert done.returncode == 0, done.stderr
-    assert ("spreading the language layers" in done.stderr) == (name == "fsdp")
+def compare(mixed: Recipe, processes: int, name: str) -> Compared:
+    command = worker(mixed, FSDP if name == "fsdp" else [], processes, "compare", name)
+    if name == "fsdp":
+        all_done = [run(mixed, command)]
+    else:
+        all_done = run_together(command, processes) if processes > 1 else [forked.run(command)]
+    assert [done.returncode for done in all_done] == [0] * len(all_done), all_done[0].stderr
+    assert ("spreading the language layers" in all_done[0].stderr) == (name == "fsdp")
     files = [mixed.directory / name / f"process-{rank}" for rank in range(processes)]
     seen = [json.loads(file.with_suffix(".json").read_text()) for file in files]
     tensors = [load_file(file.with_suffix(".safetensors")) for file in files]
@@ -100,13 +106,13 @@ def compare(mixed: Recipe, launcher: list[str], processes: int, name: str) -> Co
 @pytest.fixture(scope="module")
 def one(mixed: Recipe) -> Compared:
     """One process; it writes the A that all train with."""
-    return compare(mixed, [sys.executable], 1, "one")
+    return compare(mixed, 1, "one")
 
 
 @pytest.fixture(scope="module", params=["ddp", "fsdp"])
 def two(request: pytest.FixtureRequest, mixed: Recipe, one: Compared) -> Compared:
     """Two processes on the same batches, with copies of the base or (recomputing activations) parts of it."""
-    return compare(mixed, TORCHRUN if request.param == "ddp" else FSDP, 2, request.param)
+    return compare(mixed, 2, request.param)
 
 
 def named(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -183,10 +189,11 @@ def test_a_process_that_fails_ends_the_run(mixed: Recipe) -> None:
 
 def test_an_error_of_the_main_process_alone_is_said_once(fresh: Recipe) -> None:
     (fresh.run_dir / "stages" / "07-other").mkdir(parents=True)
-    done = run(fresh, [*TORCHRUN, *fresh.command()[1:]])
-    assert done.returncode != 0
-    assert done.stderr.count("07-other is not a stage of stream") == 1
-    assert "Connection closed" not in done.stderr
+    both = run_together(fresh.command()[1:])
+    assert all(done.returncode != 0 for done in both)
+    said = "".join(done.stderr for done in both)
+    assert said.count("07-other is not a stage of stream") == 1
+    assert "Connection closed" not in said
 
 
 @pytest.fixture(scope="module")
@@ -250,9 +257,8 @@ def copy_of(recipe: Recipe, directory: Path) -> Recipe:
 
 def test_a_killed_run_continues_to_the_same_result(killed: Recipe, doubled: Recipe, tmp_path: Path) -> None:
     again = copy_of(killed, tmp_path)
-    done = run(again, [*TORCHRUN, *again.command(*HALF)[1:]])
-    assert done.returncode == 0, done.stderr
-    assert "not continued" not in done.stderr
+    for done in run_together(again.command(*HALF)[1:]):
+        assert "not continued" not in checked(done).stderr
     assert stage_files(again) == stage_files(doubled)
 
 

@@ -2,11 +2,10 @@
 
 import hashlib
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import av
 import numpy as np
@@ -20,23 +19,24 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from mllm_keeplora.recipes.small import base_training, build_video_data, draw, draw_video, train_video_base
-from tests.recipes.conftest import ROOT
+from tests import forked
+from tests.recipes.conftest import ROOT, TEST, TRAIN, build_video
 
-EMBEDDED = ROOT / "recipes" / "small"
-BASE = EMBEDDED / "video_base"
+BASE = ROOT / "recipes" / "small" / "video_base"
 TASKS = ("drift", "lamps", "beacons", "race")
 MOTION = ("change", "direction", "flashes", "mover", "order")  # general questions that need more than a frame
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded video stream's data, built by its own script."""
-    return build(tmp_path_factory.mktemp("built") / "embedded_video")
+    """The small video stream's data, with the first clips alone of every training half."""
+    root, write = tmp_path_factory.mktemp("built"), build_video_data._write_clips
 
+    def write_few(folder: Path, drawer: Any, count: int, *others: Any) -> Any:
+        return write(folder, drawer, TRAIN if folder.name == "train" else count, *others)
 
-def build(root: Path) -> Path:
-    command = [sys.executable, "recipes/small/build_video_data.py", "--out", str(root)]
-    subprocess.run(command, cwd=ROOT, check=True)
+    with mock.patch.object(build_video_data, "_write_clips", write_few):
+        build_video_data.write_all(root)
     return root
 
 
@@ -139,21 +139,22 @@ def digest(root: Path) -> str:
     return hashlib.sha256(b"".join(str(p.relative_to(root)).encode() + p.read_bytes() for p in files)).hexdigest()
 
 
-def test_the_builder_is_deterministic(built: Path, tmp_path: Path) -> None:
-    assert digest(build(tmp_path / "again")) == digest(built)
+def test_the_builder_is_deterministic(video_data_root: Path, tmp_path: Path) -> None:
+    """Some hundred clips, in two processes."""
+    build_video(tmp_path / "again", TRAIN, TEST, TEST)
+    assert digest(tmp_path / "again") == digest(video_data_root)
 
 
 def test_the_builder_does_not_touch_a_folder_that_is_there(tmp_path: Path) -> None:
     (tmp_path / "kept").write_text("kept")
-    with pytest.raises(subprocess.CalledProcessError):
-        build(tmp_path)
+    assert forked.run(["recipes/small/build_video_data.py", "--out", tmp_path]).returncode == 2
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_training_records_have_the_published_form(built: Path, task: str) -> None:
     records = json.loads((built / task / "json_row/train_data.json").read_text())
-    assert 600 <= len(records) <= 1200
+    assert len(records) == TRAIN and 600 <= build_video_data.TRAIN_CLIPS <= 1200
     for record in records:
         assert set(record) == {"id", "video", "conversations"}
         assert (built / task / "videos" / record["video"]).is_file()

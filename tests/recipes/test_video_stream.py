@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from tests.recipes.conftest import KEEPLORA, ROOT, TEST, VIDEO_TASKS, VideoRecipe
+from tests.forked import run, run_together
+from tests.recipes.conftest import KEEPLORA, TEST, VIDEO_TASKS, VideoRecipe, checked
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, video_data_root: Path) -> VideoRecipe:
     """An uninterrupted run. Tests read it and leave it as it is."""
     recipe = VideoRecipe(tmp_path_factory.mktemp("finished_video"), video_data_root)
-    done = recipe.run()
-    assert done.returncode == 0, done.stderr
+    checked(recipe.run())
     return recipe
 
 
@@ -74,10 +74,7 @@ def test_a_killed_run_continues_to_the_same_result(finished: VideoRecipe, fresh:
 
 
 def test_the_leaderboard_repeats_the_run_in_a_fresh_process(finished: VideoRecipe, tmp_path: Path) -> None:
-    command = [*KEEPLORA, "leaderboard", str(finished.run_dir), "--table", str(tmp_path)]
-    environment = finished.environment()
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = checked(run([*KEEPLORA[1:], "leaderboard", finished.run_dir, "--table", tmp_path]))
     assert "All 3 scores equal" in done.stdout
     [row] = json.loads((tmp_path / "leaderboard.json").read_text())["rows"]
     assert row["equal_to_run"]
@@ -88,23 +85,14 @@ def test_chat_gives_the_evaluated_reply(finished: VideoRecipe) -> None:
     question = json.loads(rows.read_text())[0]
     replies = (finished.run_dir / "stages/02-lamps/evaluation/drift.jsonl").read_text().splitlines()
     clip = finished.data_root / "drift/videos" / f"{question['video_name']}.mp4"
-    command = [*KEEPLORA, "chat", str(finished.run_dir), "--video", str(clip)]
-    done = subprocess.run(
-        [*command, "--max-new-tokens", "4", question["question"]],
-        cwd=ROOT,
-        env=finished.environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [*KEEPLORA[1:], "chat", finished.run_dir, "--video", clip]
+    done = run([*command, "--max-new-tokens", "4", question["question"]])
     assert done.stdout.strip() == json.loads(replies[0])["reply"], done.stderr
 
 
 def test_the_export_answers_like_the_run(finished: VideoRecipe, tmp_path: Path) -> None:
     out = tmp_path / "merged"
-    command = [*KEEPLORA, "export", str(finished.run_dir), "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, env=finished.environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    checked(run([*KEEPLORA[1:], "export", finished.run_dir, "--out", out]))
     difference = json.loads((out / "export.json").read_text())
     assert difference["questions"] == TEST
     assert difference["relative_logits"] < 0.05
@@ -138,30 +126,17 @@ def test_a_damaged_clip_is_left_out_and_counted_where_that_is_asked_for(fresh: V
     assert [record["row"] for record in counts["skipped_records"]] == [4]
 
 
-def test_accelerate_launch_runs_the_recipe_with_loader_workers(fresh: VideoRecipe) -> None:
+def test_loader_workers_decode_clips(fresh: VideoRecipe) -> None:
     short = replace(fresh, tasks=VIDEO_TASKS[:1])
     arguments = ("--train.max_steps", "2", "--evaluation.limit", "2", "--train.dataloader_num_workers", "2")
-    command = short.command(*arguments, "--video.cache_gb", "0")
-    # The command itself, as a user types it: it imports torchvision before any code of ours.
-    launched = [str(Path(command[0]).with_name("accelerate")), "launch", *command[1:]]
-    done = subprocess.run(launched, cwd=ROOT, env=short.environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    checked(short.run(*arguments, "--video.cache_gb", "0"))
     assert [row["task"] for row in short.retention()["rows"]] == [None, "drift"]
 
 
 def test_two_processes_end_in_one_processs_matrix(finished: VideoRecipe, fresh: VideoRecipe) -> None:
     """Each with half of the batch, over gloo; clips are decoded by both and asked about once."""
-    command = fresh.command("--train.per_device_train_batch_size", "4")
-    launcher = [command[0], "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launcher, *command[1:]],
-        cwd=ROOT,
-        env=fresh.environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    for done in run_together(fresh.command("--train.per_device_train_batch_size", "4")[1:]):
+        checked(done)
     assert manifest(fresh, 2)["num_processes"] == 2
     for row, expected in zip(fresh.retention()["rows"], finished.retention()["rows"], strict=True):
         for name, score in row["scores"].items():

@@ -132,7 +132,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, bool]] = {
     ),
     "a record without media": (
         lambda r: change(r / "birds/train.json", lambda x: x[0].pop("image")),
-        "row 1: no image or video",
+        "row 1: no image although",
         True,
     ),
     "fewer answers": (
@@ -162,7 +162,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, bool]] = {
     ),
     "a missing file": (lambda r: (r / "birds/train.json").unlink(), "1 of the files .*train.json", True),
     "a missing file of answers": (lambda r: (r / "drives/answers.json").unlink(), "answers.json", True),
-    "no JSON": (lambda r: (r / "birds/test.json").write_text("[{]"), "test.json is not valid JSON", True),
+    "no JSON": (lambda r: (r / "birds/test.json").write_text("[{]"), "test.json, row 1: not valid JSON", True),
     "no records": (lambda r: (r / "birds/train.json").write_text("[]"), "train.json holds no records", True),
 }
 

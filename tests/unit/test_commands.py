@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,24 @@ def test_the_flags_of_a_run_are_in_its_help(capsys: pytest.CaptureFixture[str]) 
     assert "[--memory_gb GB]" in help_of("plan", capsys)
 
 
+def test_the_version_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"keeplora {version('mllm-keeplora')}\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_help_speaks_of_null_as_a_default(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = re.sub(r"\s+", " ", help_of(name, capsys))
+    assert "default: null" not in text and "default: None" not in text and "==SUPPRESS==" not in text
+
+
+def test_the_help_of_an_analysis_says_what_a_run_gives(capsys: pytest.CaptureFixture[str]) -> None:
+    text = re.sub(r"\s+", " ", help_of("analyze", capsys))
+    for name in ("stream", "cache_dir", "batch_size", "model.base_model", "video.fps"):
+        assert re.search(rf"--{re.escape(name)} VALUE [^-]*default: that of --run or --config\)", text), name
+    assert re.search(r"--depth_energy VALUE [^-]*default: 0.6\)", text)
+
+
 # --------------------------------------------------------------------------------------------------
 # names of options
 
@@ -123,20 +142,20 @@ def test_no_parser_anywhere_takes_abbreviations() -> None:
 @pytest.mark.parametrize(
     ("argv", "meant"),
     [
-        (["run", "--train.learning_rat", "1"], "'train.learning_rate'"),
-        (["run", "--tr.learning_rate", "1"], "'train.learning_rate'"),
-        (["run", "--learning_rate=1"], "'train.learning_rate'"),
-        (["run", "--rank", "8"], "'language.rank' or 'vision.rank'"),
-        (["run", "--see", "1"], "'seed'"),
-        (["run", "--conf", "x.yaml"], "'config'"),
-        (["run", "--pla"], "'plan'"),
-        (["run", "--memory", "24"], "'memory_gb'"),
-        (["plan", "--mem", "24"], "'memory_gb'"),
-        (["analyze", "--model.dev", "cpu"], "'model.device'"),
-        (["check", "s.yaml", "--video.fram", "4"], "'video.frames'"),
-        (["chat", "run", "--imag", "x.png"], "'image'"),
-        (["export", "run", "--ou", "x"], "'out'"),
-        (["judge", "run", "--judge", "x", "--batc", "4"], "'batch_size'"),
+        (["run", "--train.learning_rat", "1"], "'--train.learning_rate'"),
+        (["run", "--tr.learning_rate", "1"], "'--train.learning_rate'"),
+        (["run", "--learning_rate=1"], "'--train.learning_rate'"),
+        (["run", "--rank", "8"], "'--language.rank' or '--vision.rank'"),
+        (["run", "--see", "1"], "'--seed'"),
+        (["run", "--conf", "x.yaml"], "'--config'"),
+        (["run", "--pla"], "'--plan'"),
+        (["run", "--memory", "24"], "'--memory_gb'"),
+        (["plan", "--mem", "24"], "'--memory_gb'"),
+        (["analyze", "--model.dev", "cpu"], "'--model.device'"),
+        (["check", "s.yaml", "--video.fram", "4"], "'--video.frames'"),
+        (["chat", "run", "--imag", "x.png"], "'--image'"),
+        (["export", "run", "--ou", "x"], "'--out'"),
+        (["judge", "run", "--judge", "x", "--batc", "4"], "'--batch_size'"),
     ],
 )
 def test_a_wrong_name_is_refused_with_the_right_one(
@@ -147,9 +166,40 @@ def test_a_wrong_name_is_refused_with_the_right_one(
 
 def test_a_name_like_no_other_is_refused_with_the_way_to_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert "(keeplora run --help lists every option)" in refused("run", "--xyz", "1", capsys=capsys)
+    assert refused("run", "--seed", capsys=capsys).startswith("error: --seed: expected a value behind it, found none (")
+    assert "--seed: expected a value behind it, found --alpha (" in refused("run", "--seed", "--alpha", capsys=capsys)
+    assert refused("run", "seed=x", capsys=capsys).startswith(
+        "error: --seed: expected a whole number in [0, 4000000000]"
+    )
+    assert "unrecognized arguments: sed=1 (did you mean '--seed'?) (" in refused("run", "sed=1", capsys=capsys)
     assert "(keeplora chat --help lists every option)" in refused("chat", "run", "--xyz", capsys=capsys)
+    assert "--train (a group of settings, each --train.NAME) (" in refused("run", "--train", "{}", capsys=capsys)
     assert "'runn' is no command of keeplora (did you mean 'run'?)" in refused("runn", capsys=capsys)
     assert "judge)" in refused("xyz", capsys=capsys)
+
+
+def test_what_is_required_is_named_as_it_is_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    message = "error: the following arguments are required: --judge (keeplora judge --help lists every option)\n"
+    assert refused("judge", capsys=capsys) == message
+    assert "required: --judge (" in refused("judge", "run", capsys=capsys)
+    assert "required: --out (" in refused("export", capsys=capsys)
+    assert "required: run (" in refused("chat", capsys=capsys)
+    assert "required: stream (" in refused("check", capsys=capsys)
+
+
+def test_a_value_may_begin_with_a_dash(capsys: pytest.CaptureFixture[str]) -> None:
+    for value in ("-inf", "-.inf", "-1e-3", "-x"):
+        assert f"--alpha: expected a number in (0, 1000000], found {value.replace('-.', '-')}" in refused(
+            "run", "--alpha", value, capsys=capsys
+        ).replace("'", "").replace("-0.001", "-1e-3")
+
+
+@pytest.mark.parametrize("name", ["judge", "leaderboard", "export", "chat"])
+def test_a_folder_that_is_no_run_is_said_to_be_none(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refused(name, str(tmp_path), *REQUIRED[name][1:], capsys=capsys)
+    assert f"{tmp_path} is no directory of a run: it holds no config.json" in message
 
 
 def test_an_option_may_be_spelled_with_dashes() -> None:
@@ -227,6 +277,23 @@ def test_any_other_error_keeps_its_traceback(error: Exception, monkeypatch: pyte
         ends(error, monkeypatch)
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"]])
+def test_a_reader_that_has_gone_away_is_no_error(arguments: list[str]) -> None:
+    script = (
+        f"import sys, time; from mllm_keeplora.commands.main import main; time.sleep(0.3); sys.exit(main({arguments}))"
+    )
+    reading, writing = os.pipe()
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    os.close(reading)
+    assert process.communicate()[1] == "" and process.returncode in (0, 141)  # argparse keeps it to itself
+
+
+def test_another_pipe_that_breaks_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BrokenPipeError):
+        ends(BrokenPipeError(errno.EPIPE, "a worker's"), monkeypatch)
+
+
 # --------------------------------------------------------------------------------------------------
 # scripts
 
@@ -239,7 +306,7 @@ def test_a_script_stays_in_the_users_folder(script: str, tmp_path: Path) -> None
     for arguments, expected in (
         (["--config", "my.yaml"], "my own"),
         (["--config", "recipes/configs/video/small.yaml", "--seed", "none"], "none"),
-        (["--train.learning_rat", "1"], "did you mean 'train.learning_rate'"),
+        (["--train.learning_rat", "1"], "did you mean '--train.learning_rate'"),
     ):
         done = subprocess.run(
             ["bash", str(ROOT / "scripts" / script), *arguments],
@@ -257,4 +324,25 @@ def test_the_leaderboard_script_passes_its_arguments_on(tmp_path: Path) -> None:
     command = ["bash", str(ROOT / "scripts/evaluate_leaderboard.sh"), "run", "--limi", "3"]
     environment = {**os.environ, "KEEPLORA_PYTHON": sys.executable}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "did you mean 'limit'" in done.stderr, done.stderr
+    assert done.returncode == 2 and "did you mean '--limit'" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "passed"),
+    [
+        ([], "-m not slow"),
+        (["--slow"], ""),
+        (["-k", "a b", "--slow"], "-k a b"),
+        (["--slow", "tests/unit"], "tests/unit"),
+        (["-x"], "-m not slow -x"),
+    ],
+)
+def test_the_test_script_takes_slow_anywhere(arguments: list[str], passed: str, tmp_path: Path) -> None:
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts/test.sh").write_text((ROOT / "scripts/test.sh").read_text())
+    setup = f"REPOSITORY={tmp_path} PYTHON=echo\nsetup_environment() {{ :; }}\n"
+    (tmp_path / "scripts/_setup.sh").write_text(setup)
+    command = ["bash", str(tmp_path / "scripts/test.sh"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    last = done.stdout.splitlines()[-1]
+    assert last.partition("--no-loadscope-reorder")[2].strip() == passed

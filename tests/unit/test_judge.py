@@ -3,6 +3,7 @@ test is about what is made of them."""
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mllm_keeplora.commands import judge as command
 from mllm_keeplora.commands.main import main
-from mllm_keeplora.config import ConfigError, JudgeConfig
+from mllm_keeplora.config import ConfigError, JudgeConfig, RunConfig
 from mllm_keeplora.evaluation import judge as judging
 from mllm_keeplora.evaluation.judge import (
     Judge,
@@ -106,7 +107,7 @@ def write_run(directory: Path, questions: int = 3) -> Path:
         rows.append({"stage": stage, "task": task, "scores": {}})
     retention = {"method": "keeplora", "tasks": TASKS, "general": ["pope"], "rows": rows}
     (directory / "retention.json").write_text(json.dumps(retention))
-    (directory / "config.json").write_text(json.dumps({"cache_dir": str(directory / "cache")}))
+    (directory / "config.json").write_text(json.dumps(asdict(RunConfig(cache_dir=str(directory / "cache")))))
     return directory
 
 
@@ -245,7 +246,9 @@ def test_generate_is_greedy_and_its_new_tokens_are_the_verdict(
 
     monkeypatch.setattr(loaded.model, "generate", generate)
     assert loaded.verdicts([reply_of(0, "birds", 1), reply_of(0, "tools", 2)]) == ["cat red"] * 2
-    assert given["do_sample"] is False and given["temperature"] is None and given["max_new_tokens"] == 6
+    settings_given = given["generation_config"]
+    assert settings_given.do_sample is False and settings_given.num_beams == 1 and settings_given.max_new_tokens == 6
+    assert settings_given.repetition_penalty is settings_given.temperature is None
 
 
 def test_interrupted_judging_continues(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,7 +388,7 @@ def test_judges_that_cannot_be_loaded_are_named(
 
 @pytest.mark.parametrize("flag", ["--batch-size", "--max-new-tokens"])
 def test_sizes_have_to_be_positive(flag: str) -> None:
-    with pytest.raises(ConfigError, match=f"{flag[2:].replace('-', '_')} must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match=f"{flag[2:].replace('-', '_')}: expected a whole number in .*, found 0"):
         command.main(["run", "--judge", "x", flag, "0"])
     with pytest.raises(ConfigError, match="many"):
         command.main(["run", "--judge", "x", flag, "many"])

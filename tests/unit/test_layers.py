@@ -13,6 +13,8 @@ LAYERS = (
     "errors",
     "units",
     "resources",
+    "yaml_files",
+    "settings",
     "command_line",
     "linalg",
     "config",

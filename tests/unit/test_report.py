@@ -282,7 +282,7 @@ def test_page_says_what_was_learnt_and_kept(tmp_path):
         "train.learning_rate0.002",
         "vision.eps_w0.625",
         'method_options.nested[{"one": 1}, null]',
-        "900 MiB",
+        "944 MB",
         "46.5 s",
     ):
         assert part in text, part

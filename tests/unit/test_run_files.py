@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +16,19 @@ import torch
 from mllm_keeplora.runs.files import (
     ArtifactError,
     WriteError,
+    check_hashes,
+    found_hash,
+    hash_files,
     load_tensors,
+    read_json,
+    read_sealed,
+    remove,
     remove_temporaries,
     replaced_directory,
     save_tensors,
     sha256_file,
     sha256_json,
+    write_hashes,
     write_json,
 )
 from mllm_keeplora.runs.locks import only_run
@@ -30,6 +39,19 @@ from mllm_keeplora.runs.run_directory import RunDirectory, StageDirectory
 
 def no_room(*_: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("read", [read_json, load_tensors, sha256_file])
+@pytest.mark.parametrize("kind", ["a named pipe", "a character device", "a folder"])
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(read, kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    {
+        "a named pipe": lambda: os.mkfifo(path),
+        "a character device": lambda: path.symlink_to("/dev/zero"),
+        "a folder": path.mkdir,
+    }[kind]()
+    with pytest.raises(ArtifactError, match=f"file is {kind}.*; expected a regular file"):
+        read(path)
 
 
 def test_a_full_disk_leaves_the_old_file_and_no_litter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,14 +87,158 @@ def test_a_directory_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
 
 
+def dead_process() -> int:
+    """The number of a process that has ended."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        return process.pid
+
+
 def test_what_a_killed_process_was_writing_is_removed(tmp_path: Path) -> None:
+    own, dead = f"{os.uname().nodename}-{os.getppid()}", f"{os.uname().nodename}-{dead_process()}"
     (tmp_path / "evaluation").mkdir()
-    (tmp_path / "evaluation" / ".digits.jsonl.77.tmp").touch()
-    (tmp_path / ".adapter.tmp").mkdir()
-    (tmp_path / ".adapter.tmp" / "half").touch()
-    (tmp_path / "record.json").touch()
+    for name in (f"evaluation/.digits.jsonl.{dead}.tmp", f".config.json.elsewhere-{dead_process()}.tmp"):
+        (tmp_path / name).touch()
+    old = tmp_path / ".retention.json.elsewhere-1.tmp"
+    old.touch()
+    os.utime(old, (0, 0))
+    for name in (f".adapter.{dead}.tmp", f".adapter.{dead}.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").touch()
+    for name in (f".basis.safetensors.{own}.tmp", "record.json", ".hidden.tmp"):
+        (tmp_path / name).touch()
     remove_temporaries(tmp_path)
-    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == ["evaluation", "record.json"]
+    left = {p.name for p in tmp_path.iterdir()}
+    # Those of living processes, of another machine since less than a day, and what is not ours.
+    assert left > {"evaluation", "record.json", f".basis.safetensors.{own}.tmp", ".hidden.tmp"}
+    assert len(left) == 5 and not list((tmp_path / "evaluation").iterdir())
+
+
+@pytest.mark.parametrize("kill_at", ["the file is written", "the old folder is aside"])
+def test_a_writer_that_was_killed_leaves_what_the_next_start_removes(tmp_path: Path, kill_at: str) -> None:
+    moment = "write" if kill_at == "the file is written" else "rename"
+    code = f"""
+import os, signal, sys
+from pathlib import Path
+from mllm_keeplora.runs.files import replaced_directory
+target, renamed = Path(sys.argv[1]), Path.rename
+def rename(self, to):
+    renamed(self, to)
+    os.kill(os.getpid(), signal.SIGKILL)
+Path.rename = rename if {moment!r} == "rename" else renamed
+with replaced_directory(target) as new:
+    (new / "a").write_text("2")
+    if {moment!r} == "write":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+    (tmp_path / "adapter").mkdir()
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "adapter")], check=False)
+    assert [p for p in tmp_path.iterdir() if p.name.startswith(".adapter.")]
+    remove_temporaries(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == (["adapter"] if moment == "write" else [])
+
+
+def test_temporaries_are_no_files_of_a_stage(tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    (tmp_path / ".a.elsewhere-1.tmp").touch()
+    assert list(hash_files(tmp_path)) == ["a"]
+
+
+# What may lie where a file of a run is expected
+
+
+def put_pipe(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def put_folder(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.mkdir()
+
+
+def put_device(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("put", [put_pipe, put_folder, put_device])
+@pytest.mark.parametrize(
+    "use",
+    [
+        read_json,
+        load_tensors,
+        sha256_file,
+        lambda path: read_sealed(path, "restore it"),
+        lambda path: write_json(path, {}),
+        lambda path: save_tensors(path, {}),
+        lambda path: only_run(path).__enter__(),
+    ],
+)
+def test_what_is_no_file_is_named_and_not_waited_for(tmp_path: Path, put: Callable[[Path], None], use: Any) -> None:
+    put(tmp_path / "x")
+    with pytest.raises(ArtifactError, match=r"x is a (folder|named pipe|character device).*expected a regular file"):
+        use(tmp_path / "x")
+    assert found_hash(tmp_path / "x") is None
+
+
+def test_links_that_lead_nowhere_or_in_a_circle_are_named(tmp_path: Path) -> None:
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    for name in ("circle", "nowhere"):
+        for use in (read_json, load_tensors):
+            with pytest.raises(ArtifactError, match=name):
+                use(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "NaN", '{"a": Infinity}', "[" * 100_000, "1" * 5000, "\ufeff{}", '{"a": "\udcff'], ids=range(8)
+)
+def test_what_is_no_json_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "x.json"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ArtifactError, match=r"x\.json"):
+        read_json(path)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "3", "{}", '{"a": 1}', '{"a": 1e999, "self": "x"}'])
+def test_what_was_not_sealed_is_not_read(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ArtifactError, match=r"x\.json was edited.*restore it"):
+        read_sealed(tmp_path / "x.json", "restore it")
+
+
+def test_a_folder_with_hashes_tells_what_was_changed(tmp_path: Path) -> None:
+    hashes = tmp_path / "hashes.json"
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+    write_hashes(hashes)
+    check_hashes(hashes, "remedy")
+    (tmp_path / "c").touch()
+    with pytest.raises(ArtifactError, match=r"/c: hash None expected.*remedy"):
+        check_hashes(hashes, "remedy")
+    (tmp_path / "c").unlink()
+    (tmp_path / "a").write_text("b")
+    with pytest.raises(ArtifactError, match="/a: hash"):
+        check_hashes(hashes, "remedy")
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "pipe", "link", "nothing"])
+def test_whatever_lies_there_is_removed(tmp_path: Path, kind: str) -> None:
+    path, other = tmp_path / "x", tmp_path / "other"
+    other.mkdir()
+    (other / "kept").touch()
+    if kind == "folder":
+        put_folder(path)
+        os.mkfifo(path / "pipe")
+    elif kind == "file":
+        path.touch()
+    elif kind == "pipe":
+        put_pipe(path)
+    elif kind == "link":
+        path.symlink_to(other)
+    remove(path)
+    assert [p.name for p in tmp_path.rglob("*")] == ["other", "kept"]
 
 
 def test_tensors_survive_bit_for_bit(tmp_path: Path) -> None:
@@ -235,7 +401,7 @@ def test_a_record_of_another_shape_is_named(tmp_path: Path, content: str) -> Non
     directory = StageDirectory(tmp_path / "01-digits")
     StageRecord(directory, {})
     directory.record.write_text(content)
-    with pytest.raises(ArtifactError, match=r"record.json is no record of a stage.*Delete"):
+    with pytest.raises(ArtifactError, match=r"record.json was edited.*delete"):
         StageRecord(directory, {})
 
 

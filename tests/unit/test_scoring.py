@@ -62,12 +62,9 @@ def test_contains_refuses_an_empty_answer() -> None:
         utils.contains({"question_id": 7, "answer": " "}, ["anything"])
 
 
-def test_question_loses_the_placeholder_and_gains_the_suffix() -> None:
-    doc = {"text": "<image>\nWhat is it?", "image": None}
-    settings = {"media_root": "", "prompt_suffix": " One word."}
-    assert utils.doc_to_messages(doc, settings) == [
-        {"role": "user", "content": [{"type": "text", "text": "What is it? One word."}]}
-    ]
+def test_a_question_is_asked_as_the_copy_has_it() -> None:
+    asked = [{"role": "user", "content": [{"type": "text", "text": "What is it? One word."}]}]
+    assert utils.doc_to_messages({"asked": asked}) == asked
 
 
 def test_every_metric_has_its_function_and_reports_its_own_name() -> None:

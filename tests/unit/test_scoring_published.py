@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from mllm_keeplora.data.stream import GeneralSpec, Stream, StreamError, TaskSpec, data_hash, load_stream
 from mllm_keeplora.evaluation.errors import EvaluationError
 from mllm_keeplora.evaluation.task_files import TEMPLATES, read_index, scored_tasks, write_task_files
+from tests.conversations import read_copy
 from tests.unit.test_scoring import load_module
 
 rules = load_module(TEMPLATES / "published.py")
@@ -311,6 +313,7 @@ def caption(text: str, *references: str) -> dict[str, Any]:
 
 
 @pytest.mark.skipif(JAVA is None, reason="METEOR and the PTB tokenizer are Java programs; java is not here")
+@pytest.mark.usefixtures("one_meteor")
 def test_corpus_metrics_against_hand_computed_ones() -> None:
     items = [
         caption("A cat sits on the mat.", "a cat sits on the mat", "the cat is here"),
@@ -332,6 +335,7 @@ def test_corpus_metrics_against_hand_computed_ones() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(JAVA is None, reason="METEOR and the PTB tokenizer are Java programs; java is not here")
+@pytest.mark.usefixtures("one_meteor")
 def test_corpus_score_falls_with_the_captions() -> None:
     references = [
         ("a cat on a mat", "one cat"),
@@ -360,7 +364,7 @@ def test_captions_task_carries_its_references_and_its_scale(tmp_path: Path, monk
     use_java(tmp_path, monkeypatch, status=0)
     stream = write_captions_stream(tmp_path / "data")
     write_task_files(stream, tmp_path / "tasks")
-    records = json.loads((tmp_path / "tasks" / "keeplora_ucit_flickr.json").read_text())
+    records = read_copy(yaml.safe_load((tmp_path / "tasks/keeplora_ucit_flickr.yaml").read_text()))
     assert [record["references"] for record in records] == [["1a", "1b"], ["2a", "2b"], ["3a", "3b"]]
     assert [record["question_id"] for record in records] == ["qx", "qy", "qz"]
     _, (entry,) = read_index(tmp_path / "tasks")
@@ -427,7 +431,7 @@ def test_ten_answers_come_from_the_records_or_from_textvqas_annotations(tmp_path
     data = [{"question_id": f"q{n}", "answers": [n] * 10, "image_id": n} for n in "zyx"]
     (root / "textvqa.json").write_text(json.dumps({"data": data}))
     write_task_files(Stream("coin", root, (task,)), tmp_path / "tasks")
-    records = json.loads((tmp_path / "tasks" / "keeplora_coin_text.json").read_text())
+    records = read_copy(yaml.safe_load((tmp_path / "tasks/keeplora_coin_text.yaml").read_text()))
     assert [record["answers"] for record in records] == [["x"] * 10, ["y"] * 10, ["z"] * 10]
 
     (root / "textvqa.json").write_text(json.dumps({"data": data[:2]}))

@@ -12,7 +12,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from mllm_keeplora.data.records import RecordError, load_records
+from mllm_keeplora.data.record_files import HubTable
+from mllm_keeplora.data.records import RecordError, load_records, read_records
 from mllm_keeplora.data.stream import (
     GeneralSpec,
     Hub,
@@ -157,23 +158,29 @@ def test_a_stock_benchmark_needs_no_file(load: Callable[..., Stream]) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda d: d.update(taks=d.pop("tasks")), "unknown key 'taks'; did you mean 'tasks'?"),
+        (lambda d: d.update(taks=d.pop("tasks")), "unknown key 'taks' (did you mean 'tasks'?)"),
         (
             lambda d: d["tasks"][1].update(promt_suffix="x"),
-            "(tools): unknown key 'promt_suffix'; did you mean 'prompt_suffix'?",
+            "(tools): unknown key 'promt_suffix' (did you mean 'prompt_suffix'?)",
         ),
         (lambda d: d["general"][0].update(train="x"), "general[0] (scenes): unknown key 'train'"),
-        (lambda d: d.update({True: "x"}), "unknown key True"),
+        (lambda d: d.update({True: "x"}), "unknown key true"),
         (lambda d: d["tasks"][0].pop("metric"), "tasks[0] (birds): missing key 'metric'"),
         (lambda d: d.pop("name"), "the stream: missing key 'name'"),
         (lambda d: d["tasks"][1].update(name="birds"), "the name 'birds' is used more than once"),
         (lambda d: d["general"][0].update(name="birds"), "the name 'birds' is used more than once"),
         (lambda d: d["tasks"][0].update(name="a/../b"), "the name of a task or benchmark is 'a/../b'"),
-        (lambda d: d["tasks"][0].update(name=2024), "name is 2024; expected str (put it in quotes)"),
-        (lambda d: d["tasks"][0].update(prompt_suffix=None), "prompt_suffix is None; expected str"),
-        (lambda d: d["tasks"][0].update(max_new_tokens=True), "max_new_tokens is True; expected int"),
-        (lambda d: d["tasks"][0].update(max_new_tokens=0), "max_new_tokens is 0; expected at least 1"),
-        (lambda d: d["tasks"][0].update(allow_text_only=1), "allow_text_only is 1; expected bool"),
+        (lambda d: d["tasks"][0].update(name=2024), "name: expected text, found 2024 (put it in quotes)"),
+        (lambda d: d["tasks"][0].update(prompt_suffix=None), "prompt_suffix: expected text, found null"),
+        (
+            lambda d: d["tasks"][0].update(max_new_tokens=True),
+            "max_new_tokens: expected a whole number in [1, 65536], found true",
+        ),
+        (
+            lambda d: d["tasks"][0].update(max_new_tokens=0),
+            "max_new_tokens: expected a whole number in [1, 65536], found 0",
+        ),
+        (lambda d: d["tasks"][0].update(allow_text_only=1), "allow_text_only: expected true or false, found 1"),
         (
             lambda d: d["tasks"][0].update(train="birds/train.csv"),
             "expected a file ending in .json or .jsonl",
@@ -193,16 +200,22 @@ def test_a_stock_benchmark_needs_no_file(load: Callable[..., Stream]) -> None:
             "'pope': found max_new_tokens; expected",
         ),
         (lambda d: d["general"][0].update(native_max=2.0), "'scenes': found native_max; expected"),
-        (lambda d: d["general"].append({**STOCK, "native_max": 0}), "native_max is 0; expected a number > 0"),
+        (
+            lambda d: d["general"].append({**STOCK, "native_max": 0}),
+            "native_max: expected a number in (0, 1000000000] or null, found 0",
+        ),
         (lambda d: d["tasks"][0].update(test_media_root="../x"), "'../x', which leaves the data root"),
-        (lambda d: d["tasks"][0].update(test_prompt_suffix=3), "test_prompt_suffix is 3; expected str or"),
+        (
+            lambda d: d["tasks"][0].update(test_prompt_suffix=3),
+            "test_prompt_suffix: expected text or 'name: value' lines, found 3",
+        ),
         (
             lambda d: d["tasks"][0].update(test_prompt_suffix={True: "a", "*": "b"}),
-            "all in quotes (YAML reads Yes and No as true and false)",
+            "found true (put it in quotes; YAML reads Yes and No as true and false)",
         ),
         (lambda d: d["tasks"][0].update(test_prompt_suffix={"Yes": "a"}), 'with "*" for the other answers'),
         (lambda d: d.update(hub="a/b"), "hub is 'a/b'; expected 'key: value' lines"),
-        (lambda d: d.update(hub={"repo": "a/b"}), "hub: unknown key 'repo'; did you mean 'repo_id'?"),
+        (lambda d: d.update(hub={"repo": "a/b"}), "hub: unknown key 'repo' (did you mean 'repo_id'?)"),
         (lambda d: d.update(hub={"revision": "main"}), "hub: missing key 'repo_id'"),
         (lambda d: d.update(hub={"repo_id": "a/b", "revision": 1234}), "as text (in quotes where it is all"),
         (lambda d: d.update(hub={"repo_id": "a/b", "files": "*"}), "hub: expected files as a list"),
@@ -218,7 +231,7 @@ def test_bad_streams_are_refused(load: Callable[..., Stream], change: Change, re
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "the stream is None; expected 'key: value' lines"),
+        (b"", "the stream is null; expected 'key: value' lines"),
         (b"tasks: [a", "not valid YAML"),
         (b"name: \xff", "not UTF-8 text"),
         (b"name: !!python/object/apply:os.getcwd []", "not valid YAML"),
@@ -232,7 +245,7 @@ def test_a_file_that_is_no_stream_is_refused(tmp_path: Path, content: bytes, rea
 
 
 def test_a_missing_stream_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StreamError, match=r"none\.yaml: the stream file cannot be read: No such file"):
+    with pytest.raises(StreamError, match=r"none\.yaml: cannot be read: No such file"):
         load_stream(tmp_path / "none.yaml")
 
 
@@ -322,7 +335,7 @@ def fenced_blocks(page: Path) -> dict[str, str]:
 
 def test_the_worked_example_of_the_docs_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = fenced_blocks(REPOSITORY / "docs/your_own_data.md")
-    assert {"mine_stream.yaml", "my_run.yaml"} < blocks.keys()
+    assert {"my_stream.yaml", "my_run.yaml"} < blocks.keys()
     monkeypatch.chdir(tmp_path)
     for name, text in blocks.items():
         path = tmp_path / name
@@ -337,3 +350,15 @@ def test_the_worked_example_of_the_docs_works(tmp_path: Path, monkeypatch: pytes
     stream = load_stream(Path(run["stream"]))
     assert len(stream.tasks) == 2
     load_training_records(stream)
+    # Every other form that the page shows is read as well, as training and as test.
+    others = [name for name in blocks if name.startswith("my_data/") and "/drives/" not in name]
+    assert len(others) == 7
+    for name in others:
+        samples, _ = load_records(tmp_path / name, (tmp_path / name).parent)
+        assert all(sample.media for sample in samples)
+    drives = tmp_path / "my_data/drives"
+    questions, bad = read_records(drives / "test_questions.json", drives, answers=drives / "test_answers.json")
+    assert bad == {} and questions[1].answers == ("yes",)
+    train = yaml.safe_load(blocks["hub_entry.yaml"])["train"]
+    source = Stream("s", tmp_path, (replace(stream.tasks[0], train=train),)).source(train)
+    assert isinstance(source, HubTable) and source.columns["answer"] == "label_text"

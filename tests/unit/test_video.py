@@ -10,6 +10,7 @@ import threading
 import time
 import wave
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,74 @@ def test_a_rate_takes_frames_by_the_clips_length_up_to_the_cap() -> None:
     assert spread_indices(3000, 30.0, 16, 2.0)[-1] == 2999
     assert spread_indices(3, 30.0, 16, 2.0) == (0,)
     assert spread_indices(4, 1.0, 16, 8.0) == (0, 1, 2, 3)  # no frame twice
+
+
+def test_at_a_variable_rate_frames_are_spread_by_time() -> None:
+    shown_at = [0.04 * i for i in range(30)] + [1.2 + 0.5 * i for i in range(24)]  # 30 of 54 in 1.2 of 12.7 s
+    for frames in range(2, 55):
+        indices = np.array(spread_indices(54, 54 / 12.9, frames, None, shown_at))
+        assert (np.diff(indices) > 0).all() and indices[0] == 0 and indices[-1] == 53 and len(indices) == frames
+        if frames <= 26:  # half a second apart, so that no frame is on for two moments
+            for index, moment in zip(indices, np.linspace(0, 12.7, frames), strict=True):
+                assert shown_at[index] <= moment + 1e-9 and (index == 53 or moment < shown_at[index + 1])
+    assert spread_indices(54, 54 / 12.9, 99, 1.0, shown_at) == spread_indices(54, 54 / 12.9, 13, None, shown_at)
+
+
+def test_a_frame_that_stays_on_is_taken_once() -> None:
+    assert spread_indices(5, 0.5, 4, None, [0.0, 0.1, 0.2, 9.9, 10.0]) == (0, 2, 3, 4)
+    assert spread_indices(4, 0.4, 4, None, [0.0, 9.8, 9.9, 10.0]) == (0, 1, 2, 3)
+    assert spread_indices(3, 0.3, 9, 1.0, [0.0, 0.1, 10.0]) == (0, 1, 2)
+
+
+@pytest.mark.parametrize("total", [2, 7, 30, 100])
+@pytest.mark.parametrize("rate", [8.0, 25.0, 30000 / 1001])
+def test_by_time_and_by_number_are_the_same_at_a_constant_rate(total: int, rate: float) -> None:
+    shown_at = [index / rate for index in range(total)]
+    for frames in range(1, total + 1):
+        assert spread_indices(total, rate, frames, None, shown_at) == spread_indices(total, rate, frames, None)
+
+
+UNEVEN = [0.04 * i for i in range(30)] + [1.2 + 0.5 * i for i in range(24)]
+
+
+@pytest.mark.parametrize("file", ["a.mp4", "a.mkv", "a.webm", "a.flv", "a.ts", "late.mp4", "late.mkv"])
+def test_a_clip_of_variable_rate_gives_its_frames_by_time_and_says_when_they_are_shown(
+    file: str, tmp_path: Path, readers: dict[str, VideoReader]
+) -> None:
+    codec = {"webm": "libvpx-vp9", "flv": "flv"}.get(file.split(".")[1], "libx264")
+    later = 5.0 if file.startswith("late") else 0.0
+    path = clips.write_timed_clip(tmp_path / file, [later + seconds for seconds in UNEVEN], codec)
+    clip = readers["pyav"].read(path)
+    assert clip.seconds is not None
+    np.testing.assert_allclose(clip.seconds, [UNEVEN[index] for index in clip.indices], atol=2e-3)
+    assert max(np.diff(clip.seconds)) < 2 * 12.7 / 7
+    np.testing.assert_array_equal(clip.frames, np.stack(clips.decode_all(path))[list(clip.indices)])
+    assert clip.duration == pytest.approx(12.7 * 54 / 53, abs=0.01)
+
+
+def test_so_many_frames_a_second_of_a_clip_of_variable_rate(tmp_path: Path) -> None:
+    path = clips.write_timed_clip(tmp_path / "a.mp4", UNEVEN)
+    reader = VideoReader(_config(cache_gb=1.0, frames=32, fps=1.0), tmp_path)
+    clip, again = reader.read(path), reader.read(path)  # the second from the cache
+    assert len(clip.indices) == 13 and clip.seconds is not None
+    assert max(np.diff(clip.seconds)) <= 1.5 + 1e-6
+    assert (again.seconds, again.indices, again.fps) == (clip.seconds, clip.indices, clip.fps)
+
+
+@pytest.mark.parametrize("file", ["a.mkv", "a.webm", "a.flv", "a.mp4"])
+def test_times_that_are_rounded_are_a_constant_rate(file: str, tmp_path: Path, readers: dict[str, VideoReader]) -> None:
+    codec = {"webm": "libvpx-vp9", "flv": "flv"}.get(file.split(".")[1], "libx264")
+    path = clips.write_timed_clip(tmp_path / file, [index / 29.97 for index in range(60)], codec)
+    clip = readers["pyav"].read(path)
+    assert clip.seconds is None and clip.fps == pytest.approx(29.97, rel=0.02)
+    assert clip.indices == spread_indices(60, 29.97, 8, None)
+
+
+def test_a_raw_stream_has_the_rate_that_players_assume(tmp_path: Path, readers: dict[str, VideoReader]) -> None:
+    for suffix, codec in (("m1v", "mpeg1video"), ("m2v", "mpeg2video"), ("h264", "libx264")):
+        path = clips.write_clip(tmp_path / f"a.{suffix}", clips.moving_frames(30), 25, codec, options={})
+        clip = readers["pyav"].read(path)
+        assert (clip.seconds, clip.fps, clip.total_frames) == (None, 25.0, 30)
 
 
 def test_a_clip_that_is_too_short_names_the_setting_to_change(tmp_path: Path) -> None:
@@ -167,6 +236,41 @@ def test_colours_are_those_that_were_encoded(tmp_path: Path, readers: dict[str, 
         assert np.abs(reader.read(path).frames.astype(int) - red).max() <= 4  # rounding, twice
 
 
+@pytest.mark.parametrize(("codec", "pix_fmt", "file"), [("png", "rgba", "a.mov"), ("qtrle", "argb", "a.mov")])
+def test_what_is_transparent_shows_white_as_in_pictures(
+    codec: str, pix_fmt: str, file: str, tmp_path: Path, readers: dict[str, VideoReader]
+) -> None:
+    import av
+
+    picture = np.zeros((32, 32, 4), np.uint8)
+    picture[:16] = [100, 50, 200, 255]
+    picture[16:, :16] = [0, 0, 0, 51]
+    with av.open(str(tmp_path / file), "w") as container:
+        stream = container.add_stream(codec, rate=8)
+        stream.width = stream.height = 32
+        stream.pix_fmt = pix_fmt
+        for _ in range(8):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgba").reformat(format=pix_fmt)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    frames = readers["pyav"].read(tmp_path / file).frames
+    assert (frames[:, :16] == [100, 50, 200]).all()
+    assert (frames[:, 16:, :16] == 204).all() and (frames[:, 16:, 16:] == 255).all()
+
+
+def test_pixels_that_are_not_square_stay_as_they_are_stored(tmp_path: Path, readers: dict[str, VideoReader]) -> None:
+    import av
+
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(16, 11)
+        for frame in clips.moving_frames(8):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+    assert readers["pyav"].read(tmp_path / "a.mp4").frames.shape == (8, 64, 96, 3)
+
+
 @pytest.mark.parametrize(("matrix", "turns"), [((0, 1, -1, 0), 3), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1)])
 def test_turned_clips_are_seen_as_a_player_shows_them(
     matrix: tuple[float, float, float, float],
@@ -232,6 +336,33 @@ DELICATE: dict[str, tuple[str, Make, str | None]] = {
         lambda _, target: clips.write_clip(target, clips.moving_frames(30), 25, codec="mpeg2video"),
         "",
     ),
+    "vp8": (
+        "clip.webm",
+        lambda _, target: clips.write_clip(target, clips.moving_frames(20), codec="libvpx"),
+        None,
+    ),
+    "mjpeg": (
+        "clip.avi",
+        lambda _, target: clips.write_clip(target, clips.moving_frames(20), codec="mjpeg", pix_fmt="yuvj420p"),
+        None,
+    ),
+    "hevc": (
+        "clip.mp4",
+        lambda _, target: clips.write_clip(
+            target, clips.moving_frames(20), codec="libx265", options={"x265-params": "log-level=none"}
+        ),
+        None,
+    ),
+    "wmv": (
+        "clip.wmv",
+        lambda _, target: clips.write_clip(target, clips.moving_frames(20), codec="wmv2", options={}),
+        None,
+    ),
+    "gif": (
+        "clip.gif",
+        lambda _, target: clips.write_clip(target, clips.moving_frames(20), codec="gif", pix_fmt="rgb8", options={}),
+        "",
+    ),
     "no times": ("clip.h264", lambda _, target: clips.write_clip(target, clips.moving_frames(30)), ""),
 }
 
@@ -261,6 +392,24 @@ def test_decord_still_returns_wrong_frames_in_silence(name: str, plain: Path, tm
     indices = list(range(2, len(every), 3))
     taken = alone.get_batch(indices).asnumpy()
     assert any(not np.array_equal(frame, every[i]) for frame, i in zip(taken, indices, strict=True))
+
+
+@pytest.mark.parametrize("file", ["a.mp4", "a.mkv", "a.avi", "a.flv", "a.webm"])
+def test_a_title_that_is_no_utf_8_hinders_nobody(file: str, tmp_path: Path, readers: dict[str, VideoReader]) -> None:
+    import av
+
+    path, codec = tmp_path / file, {"webm": "libvpx", "flv": "flv", "avi": "mpeg4"}.get(file.split(".")[1], "libx264")
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "Fuehrung"
+        stream = container.add_stream(codec, rate=8)
+        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
+        for frame in clips.moving_frames(8):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="yuv420p")))
+        container.mux(stream.encode(None))
+    data = path.read_bytes()
+    assert b"Fuehrung" in data
+    path.write_bytes(data.replace(b"Fuehrung", "Führung!".encode("latin-1")))
+    assert readers["pyav"].read(path).frames.shape == (8, 64, 96, 3)
 
 
 # --- Bad files ---
@@ -302,6 +451,12 @@ def _two_sizes(suffix: str) -> Make:
     return make
 
 
+def _playlist(plain: Path, target: Path) -> Path:
+    shutil.copy(plain, target.with_name("part.mp4"))
+    target.write_text("ffconcat version 1.0\nfile part.mp4\n")
+    return target
+
+
 def _cut(share: float, then: Make | None = None) -> Make:
     def make(plain: Path, target: Path) -> Path:
         whole = target.with_name(f"whole{target.suffix}")
@@ -314,7 +469,7 @@ BAD: dict[str, tuple[str, Make, str]] = {
     "missing": ("a.mp4", lambda _, target: target, "does not exist"),
     "folder": ("a.mp4", lambda _, target: target.mkdir() or target, "is a folder"),
     "empty": ("a.mp4", lambda _, target: target.touch() or target, "is empty"),
-    "text": ("a.mp4", lambda _, target: target.write_text("no video\n" * 99) and target, "cannot be opened"),
+    "text": ("a.mp4", lambda _, target: target.write_text("no video\n" * 99) and target, "is a text that begins"),
     "no index": ("a.mp4", lambda plain, target: clips.cut(plain, target, 0.5), "is truncated"),
     "a third": ("a.mp4", _cut(0.4), "is truncated"),
     "all but one percent": ("a.mp4", _cut(0.99), "is truncated"),
@@ -322,10 +477,30 @@ BAD: dict[str, tuple[str, Make, str]] = {
     "cut webm": ("a.webm", _cut(0.6, DELICATE["vp9"][1]), "is truncated"),
     "cut avi": ("a.avi", _cut(0.6, DELICATE["mpeg4"][1]), "is truncated"),
     "cut mpeg": ("a.mpg", _cut(0.6, DELICATE["mpeg"][1]), "is damaged or truncated .packet"),
+    "cut flv": ("a.flv", _cut(0.6, DELICATE["flv"][1]), "is damaged or truncated .packet"),
+    "cut gif": ("a.gif", _cut(0.6, DELICATE["gif"][1]), "is truncated .its end mark is missing"),
+    "cut wmv": ("a.wmv", _cut(0.6, DELICATE["wmv"][1]), "is truncated .by its own account"),
+    "cover picture": ("a.mp4", lambda _, target: clips.write_cover(target), "has no video stream"),
+    "LFS pointer": (
+        "a.mp4",
+        lambda _, target: target.write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n") and target,
+        "is a Git LFS pointer, not the file itself; run 'git lfs pull'",
+    ),
+    "HTML": ("a.mp4", lambda _, target: target.write_text("<!doctype html><p>404") and target, "is an HTML page"),
+    "JSON": ("a.mp4", lambda _, target: target.write_text('{"error": "gone"}') and target, "is a JSON text"),
+    "gzip": (
+        "a.mp4",
+        lambda _, target: target.write_bytes(b"\x1f\x8b\x08" + bytes(9)) and target,
+        "compressed by gzip",
+    ),
+    "zeros": ("a.mp4", lambda _, target: target.write_bytes(bytes(9999)) and target, "is nothing but zero bytes"),
+    "playlist": ("a.mp4", lambda plain, target: _playlist(plain, target), "is a playlist, which names other files"),
+    "pipe": ("a.mp4", lambda _, target: os.mkfifo(target) or target, "is a named pipe .FIFO.; expected a regular file"),
+    "device": ("a.mp4", lambda _, target: target.symlink_to("/dev/zero") or target, "is a character device"),
     "cut h264": ("a.h264", _cut(0.6, DELICATE["no times"][1]), "has a damaged picture"),
     "damaged inside": ("a.mp4", _damaged, "is damaged|damaged picture"),
     "sound": ("a.mp4", lambda _, target: clips.write_sound(target), "has no video stream"),
-    "wav": ("a.mp4", _wav, "has no video stream"),
+    "wav": ("a.mp4", _wav, "is a sound"),
     "png": ("a.mp4", _picture("PNG"), "is an image"),
     "jpeg": ("a.mp4", _picture("JPEG"), "is an image"),
     "gif": ("a.mp4", _picture("GIF"), "is an image"),
@@ -338,6 +513,11 @@ BAD: dict[str, tuple[str, Make, str]] = {
     # The second part also starts its packet counters anew.
     "two sizes, ts": ("a.ts", _two_sizes(".ts"), "changes its size midway|is damaged"),
     "two sizes, raw": ("a.h264", _two_sizes(".h264"), "changes its size midway, from 64x64 to 32x32"),
+    "narrow": (
+        "a.mkv",
+        lambda _, target: clips.write_clip(target, clips.moving_frames(8, 2, 402), codec="ffv1", options={}),
+        "has frames of 402x2 pixels; one side may be at most 200 times the other",
+    ),
     "turned by 45": (
         "a.mp4",
         lambda plain, target: clips.set_display_matrix(plain, target, (0.7071, 0.7071, -0.7071, 0.7071)),
@@ -362,6 +542,26 @@ def test_a_bad_file_is_an_error_that_names_it(
         readers[backend].read(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "vp9", "mpeg4", "flv", "gif", "wmv", "ts"])
+def test_flipped_and_cut_bytes_give_a_clip_or_a_refusal(
+    name: str, plain: Path, tmp_path: Path, readers: dict[str, VideoReader]
+) -> None:
+    file, make = ("a.mp4", FAITHFUL["as it is"]) if name == "a.mp4" else DELICATE[name][:2]
+    path = make(plain, tmp_path / file)
+    whole, random = path.read_bytes(), np.random.default_rng(2)
+    for _ in range(6):
+        data = bytearray(whole[: random.integers(1, len(whole))] if random.random() < 0.2 else whole)
+        for place in random.integers(0, min(len(data), 1500 if random.random() < 0.7 else len(data)), 3):
+            data[place] = random.integers(0, 256)
+        path.write_bytes(data)
+        try:
+            clip = readers["pyav"].read(path)
+        except VideoError as error:
+            assert str(path) in str(error)
+        else:
+            assert len(clip.frames) == len(clip.indices) == 8
 
 
 def test_an_image_is_refused_even_where_one_frame_is_asked_for(tmp_path: Path) -> None:

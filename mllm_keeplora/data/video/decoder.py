@@ -4,8 +4,8 @@ It is run by path, not as a module, so that the package and with it torch are no
 fraction of a second. Decoders crash and hang on damaged files; here they take only this process with them.
 
 A request is the JSON object `{"path", "frames", "fps", "timeout"}`. The reply is `{"shape", "indices", "fps",
-"total_frames"}`, followed by a message with the frames' bytes, or `{"error", "remedy"}`. A decoder that takes
-longer than `timeout` seconds ends itself, so that it needs no parent for that.
+"total_frames", "seconds"}`, followed by a message with the frames' bytes, or `{"error", "remedy"}`. A decoder that
+takes longer than `timeout` seconds ends itself, so that it needs no parent for that.
 
 How a clip is decoded:
 
@@ -42,9 +42,17 @@ _PARENT_CHECK_SECONDS = 1.0
 _IMAGE_BRANDS = (b"heic", b"heix", b"mif1", b"avif")
 _IMAGE_FORMATS = ("gif", "apng", "webp", "ico")
 _MP4_STARTS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot", b"styp")
+# GUIDs of an ASF file (WMV), and of its object of file properties.
+_ASF = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
+_ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
+# How animations begin and end.
+_LAST_BYTES = {b"GIF8": b";", b"\x89PNG": b"IEND\xaeB`\x82"}
 _MP4_DATA = (b"moov", b"moof", b"mdat")  # boxes whose bytes are needed; a cut `free` or `uuid` harms nothing
+# Formats whose files name other files.
+_PLAYLISTS = {"hls", "concat", "dash", "imf", "sdp", "webm_dash_manifest"}
 # A playlist under a video's name must not send ffmpeg elsewhere.
 _OPEN_OPTIONS = {"protocol_whitelist": "file"}
+_NO_TIMES = 0x80  # AVFMT_NOTIMESTAMPS
 # Codecs whose every key frame starts decoding anew.
 _EXACT_KEYS = ("vp8", "vp9", "av1", "libdav1d")
 
@@ -70,17 +78,24 @@ class Refused(Exception):
         self.remedy = remedy
 
 
-def spread_indices(total: int, file_fps: float, frames: int, fps: float | None) -> tuple[int, ...]:
+def spread_indices(
+    total: int, file_fps: float, frames: int, fps: float | None, shown_at: Sequence[float] | None = None
+) -> tuple[int, ...]:
     """Which frames of a clip are taken: evenly spaced, the first and (from two frames on) the last included.
+
+    At a constant rate they are spaced by number. At a variable rate they are spaced by time: for each moment
+    the frame that is then on the screen. No frame is taken twice; where one stays on for longer, the next ones
+    are taken.
 
     Args:
         total: frames of the file.
-        file_fps: frames per second of the file; read only with `fps`.
+        file_fps: frames per second of the file, on average; read only with `fps`.
         frames: how many are taken; with `fps` the most that are.
         fps: frames taken per second of the clip; None takes `frames`.
+        shown_at: seconds at which each frame is shown, increasing; None for a constant rate.
 
     Returns:
-        Strictly increasing indices in [0, total): linspace(0, total - 1, n) rounded down.
+        Strictly increasing indices in [0, total); at a constant rate linspace(0, total - 1, n) rounded down.
 
     Raises:
         Refused: the clip has fewer frames than have to be taken, or no frame rate.
@@ -95,7 +110,15 @@ def spread_indices(total: int, file_fps: float, frames: int, fps: float | None) 
             f"has {total} frames, fewer than video.frames: {frames}, and frames are not repeated to fill up",
             f"lower video.frames to at most {total}, or leave out its records by 'on_bad_record: skip'",
         )
-    return tuple(int(index) for index in np.linspace(0, total - 1, count))
+    if shown_at is None:
+        return tuple(int(index) for index in np.linspace(0, total - 1, count))
+    moments = np.linspace(shown_at[0], shown_at[-1], count)
+    # A millionth of a mean interval: a moment that is a frame's own time is not to miss it by rounding.
+    late = (shown_at[-1] - shown_at[0]) / (total - 1) * 1e-6
+    on_screen = np.searchsorted(shown_at, moments + late, side="right") - 1
+    place = np.arange(count)
+    apart = np.maximum.accumulate(on_screen - place) + place
+    return tuple(int(index) for index in np.minimum(apart, total - count + place))
 
 
 # --- The file's own account of its size: ffmpeg ends quietly where the bytes end ---
@@ -123,6 +146,12 @@ def check_complete(path: str) -> None:
             end = _end_of_matroska(file)
         elif head[:4] == b"RIFF":
             end = _end_of_riff(file, size)
+        elif head[:16] == _ASF:
+            end = _end_of_asf(file)
+        elif head[:4] in _LAST_BYTES:
+            file.seek(max(0, size - len(head)))
+            if not file.read().rstrip(b"\0\r\n").endswith(_LAST_BYTES[head[:4]]):
+                raise _cut("its end mark is missing")
         elif len(head) > 196:
             for first, step in ((0, 188), (4, 192)):  # MPEG-TS, and with time codes as cameras write it
                 if head[first] == head[first + step] == 0x47 and size % step:
@@ -172,6 +201,17 @@ def _end_of_matroska(file: BinaryIO) -> int:
     return end
 
 
+def _end_of_asf(file: BinaryIO) -> int:
+    """The size that the file states; 0 where it does not, as broadcasts leave it."""
+    file.seek(0)
+    head = file.read(65536)
+    start = head.find(_ASF_PROPERTIES)
+    if start < 0 or len(head) < start + 92:
+        return 0
+    (size,), (flags,) = struct.unpack_from("<Q", head, start + 40), struct.unpack_from("<I", head, start + 88)
+    return 0 if flags & 1 else int(size)
+
+
 def _end_of_riff(file: BinaryIO, size: int) -> int:
     """Where the last RIFF chunk ends: long AVI files are several in a row."""
     position = end = 0
@@ -200,7 +240,8 @@ class _Clip:
 
     Attributes:
         path: the file.
-        fps: frames per second on average; 0 where it states none.
+        fps: frames per second as it states it, on average; 0 where it states none.
+        tick: seconds of one step of its times; 0 where the file has no times of its own.
         packets: what every packet of the video stream says.
         times: pts of the frames that are shown, increasing; None where packets carry no usable times.
         seekable: whether decoding can start at every key frame and be exact, whatever came before.
@@ -208,6 +249,7 @@ class _Clip:
 
     path: str
     fps: float
+    tick: float
     packets: list[_Packet]
     times: list[int] | None
     seekable: bool
@@ -222,10 +264,13 @@ def _opened(path: str) -> Iterator[tuple[Any, Any]]:
     """
     try:
         # Not `options`: PyAV hands those to every stream, too, and dies of streams that it meets later (FLV).
-        container = av.open(path, container_options=_OPEN_OPTIONS)
+        # Titles in Latin-1 or GBK are common; nobody reads them here.
+        container = av.open(path, container_options=_OPEN_OPTIONS, metadata_errors="replace")
     except av.FFmpegError as error:
         raise Refused(f"cannot be opened as a video ({error.strerror})") from error
     with container:
+        if _PLAYLISTS.intersection(container.format.name.split(",")):
+            raise Refused(f"is a playlist ({container.format.name}), which names other files", "name those files")
         try:
             yield container, _video_stream(container)
         except av.FFmpegError as error:
@@ -264,7 +309,10 @@ def _read_packets(path: str) -> _Clip:
         if name.endswith("_pipe") or name == "image2" or (len(packets) == 1 and name in _IMAGE_FORMATS):
             raise Refused(f"is an image ({name.removesuffix('_pipe')}), not a video")
         fps = float(stream.average_rate or stream.guessed_rate or 0)
-    return _Clip(path, fps, packets, _shown_times(packets), exact)
+        # Of raw streams ffmpeg makes the times up, from the rate that it assumes.
+        made_up = container.format.flags & _NO_TIMES
+        tick = 0.0 if made_up else float(stream.time_base or 0)
+    return _Clip(path, fps, tick, packets, _shown_times(packets), exact)
 
 
 def _starts_anew(packet: Any) -> bool:
@@ -294,6 +342,27 @@ def _shown_times(packets: Sequence[_Packet]) -> list[int] | None:
     return sorted(times) if len(set(times)) == len(times) else None
 
 
+def _rate(clip: _Clip) -> tuple[float, list[float] | None]:
+    """Frames per second, and when each frame is shown if that is not at a constant rate.
+
+    A rate is constant if no frame is further from its place than half an interval: times are rounded to
+    ticks. The rate that a file states is taken unless its frames are half an interval off by the end.
+
+    Returns:
+        (frames per second on average, seconds from the first frame on or None for a constant rate); where
+        packets carry no times, the rate is the one that ffmpeg assumes.
+    """
+    if clip.times is None or len(clip.times) < 2 or not clip.tick > 0:
+        return clip.fps, None
+    seconds = (np.array(clip.times) - clip.times[0]) * clip.tick
+    last = len(seconds) - 1
+    interval = float(seconds[-1]) / last
+    constant = bool(np.abs(seconds - np.arange(last + 1) * interval).max() <= interval / 2)
+    if clip.fps > 0 and constant and abs(last / clip.fps - seconds[-1]) <= interval / 2:
+        return clip.fps, None
+    return 1 / interval, None if constant else seconds.tolist()
+
+
 # --- Decoding ---
 
 
@@ -306,11 +375,20 @@ def decode(request: dict[str, Any], backend: str) -> tuple[dict[str, Any], Frame
     check_complete(request["path"])
     clip = _read_packets(request["path"])
     total = sum(1 for _ in _decoded(clip, None)) if clip.times is None else len(clip.times)
-    indices = spread_indices(total, clip.fps, request["frames"], request["fps"])
+    if total == 0:
+        raise Refused("has a video stream without a frame that can be shown")
+    fps, shown_at = _rate(clip)
+    indices = spread_indices(total, fps, request["frames"], request["fps"], shown_at)
     frames = _take(clip, indices, total)
     if backend != "pyav":
         _compare(frames, backend, clip.path, indices)
-    return {"shape": frames.shape, "indices": indices, "fps": clip.fps, "total_frames": total}, frames
+    return {
+        "shape": frames.shape,
+        "indices": indices,
+        "fps": fps,
+        "total_frames": total,
+        "seconds": None if shown_at is None else [shown_at[index] for index in indices],
+    }, frames
 
 
 def _take(clip: _Clip, indices: Sequence[int], total: int) -> Frames:
@@ -404,6 +482,8 @@ def _quarter_turns(frame: Any) -> int:
 def _to_rgb(frame: Any) -> Frames:
     """A frame as RGB the way decord's filters do it: by the colour space and range that it states.
 
+    What is transparent shows white, as in pictures.
+
     PyAV's own conversion takes BT.601 for every frame, which is off by 20 levels on clips marked BT.709.
     """
     matrix = _MATRICES.get(int(frame.colorspace), _BT601)
@@ -420,9 +500,13 @@ def _to_rgb(frame: Any) -> Frames:
             "dst_color_range": 1,
         }
     # A new one for every frame: a reformatter keeps the coefficients that it was once given.
-    picture: Any = VideoReformatter().reformat(frame, format="rgb24", **settings)
-    rgb: Frames = picture.to_ndarray()
-    return rgb
+    transparent = any(component.is_alpha for component in frame.format.components)
+    picture: Any = VideoReformatter().reformat(frame, format="rgba" if transparent else "rgb24", **settings)
+    pixels: Frames = picture.to_ndarray()
+    if not transparent:
+        return pixels
+    alpha = pixels[..., 3:].astype(np.uint16)
+    return ((pixels[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
 # --- The other decoders ---

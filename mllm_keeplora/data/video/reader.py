@@ -26,14 +26,16 @@ from typing import Any
 import numpy as np
 
 from mllm_keeplora.config import VideoConfig
+from mllm_keeplora.data.file_kinds import describe_content
+from mllm_keeplora.data.images import MAX_ASPECT
 from mllm_keeplora.data.video.cache import FrameCache, Frames
 from mllm_keeplora.errors import KeepLoRAError
-from mllm_keeplora.runs.files import sha256_file
+from mllm_keeplora.runs.files import irregular_kind, sha256_file
 
 # The program of a decoder's process.
 DECODER = Path(__file__).with_name("decoder.py")
 # Enters the keys of cached clips: raise it when the frames of one file and setting change.
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 
 _REMEDY = "replace the file, or leave its records out by 'on_bad_record: skip'"
 
@@ -51,12 +53,15 @@ class Clip:
         indices: which frames of the file they are, increasing; T of them.
         fps: frames per second of the file, on average; 0 where it states none.
         total_frames: of the file.
+        seconds: when each of these frames is shown, from the file's first frame on; None for a constant rate,
+            where that is index / fps.
     """
 
     frames: Frames
     indices: tuple[int, ...]
     fps: float
     total_frames: int
+    seconds: tuple[float, ...] | None = None
 
     @property
     def duration(self) -> float:
@@ -93,10 +98,10 @@ class VideoReader:
         """The sampled frames of a video file.
 
         Raises:
-            VideoError: the file is missing, empty, truncated, damaged, no video or too short; its size
-                changes midway; it is to be shown mirrored, or turned by other than multiples of 90 degrees;
-                its decoder took longer than `config.timeout` or crashed; or the chosen backend is not
-                installed, or gives other frames than PyAV.
+            VideoError: the file is missing, no regular file, empty, truncated, damaged, no video, too short or
+                too narrow; its size changes midway; it is to be shown mirrored, or turned by other than multiples
+                of 90 degrees; its decoder took longer than `config.timeout` or crashed; or the chosen backend is
+                not installed, or gives other frames than PyAV.
         """
         _check_file(path)
         if self._cache is None:
@@ -128,8 +133,16 @@ class VideoReader:
             except (EOFError, OSError) as error:
                 raise VideoError(f"video {path} {decoder.last_words(config.timeout)}; {_REMEDY}") from error
         if frames is None:
-            raise VideoError(f"video {path} {header['error']}; {header['remedy'] or _REMEDY}")
-        return frames, {name: header[name] for name in ("indices", "fps", "total_frames")}
+            what = describe_content(path)
+            reason = header["error"] if what is None or what == "a video" else f"is {what}"
+            raise VideoError(f"video {path} {reason}; {header['remedy'] or _REMEDY}")
+        height, width = frames.shape[1:3]
+        if max(height, width) > MAX_ASPECT * min(height, width):
+            raise VideoError(
+                f"video {path} has frames of {width}x{height} pixels; one side may be at most {MAX_ASPECT} times the "
+                f"other. {_REMEDY.capitalize()}"
+            )
+        return frames, {name: header[name] for name in ("indices", "fps", "total_frames", "seconds")}
 
     @contextmanager
     def _borrow_decoder(self) -> Iterator["_Decoder"]:
@@ -167,19 +180,29 @@ class VideoReader:
 
 
 def _clip(frames: Frames, facts: dict[str, Any]) -> Clip:
-    return Clip(frames, tuple(facts["indices"]), facts["fps"], facts["total_frames"])
+    seconds = facts["seconds"]
+    return Clip(
+        frames,
+        tuple(facts["indices"]),
+        facts["fps"],
+        facts["total_frames"],
+        None if seconds is None else tuple(seconds),
+    )
 
 
 def _check_file(path: Path) -> None:
     try:
-        if path.is_dir():
-            raise VideoError(f"video {path} is a folder; expected a file")
+        kind = irregular_kind(path)
+        if kind is not None:
+            raise VideoError(f"video {path} is {kind}; expected a regular file")
         with path.open("rb") as file:
             empty = not file.read(1)
     except FileNotFoundError as error:
         raise VideoError(f"video {path} does not exist; {_REMEDY}") from error
-    except OSError as error:
-        raise VideoError(f"video {path} cannot be read: {error.strerror}") from error
+    except VideoError:
+        raise
+    except (OSError, ValueError) as error:  # a path with a NUL is a ValueError
+        raise VideoError(f"video {path} cannot be read: {error}") from error
     if empty:
         raise VideoError(f"video {path} is empty (0 bytes); {_REMEDY}")
 

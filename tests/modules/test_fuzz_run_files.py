@@ -1,0 +1,236 @@
+"""Every file of a run is damaged in every way: the run ends in the same bits, or an error names the file.
+
+A tiny run is made once, and copied after each phase, checkpoint and stage. Hypothesis takes a copy, damages one file of
+it and starts the run again.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import yaml
+from hypothesis import HealthCheck, given, note, settings
+from PIL import Image
+
+import mllm_keeplora.continual.stage as stage_module
+import mllm_keeplora.continual.trainer as trainer
+from mllm_keeplora.config import EvaluationConfig, ModelConfig, ProbeConfig, RunConfig, TowerConfig, TrainConfig
+from mllm_keeplora.continual.run_stream import run_stream
+from mllm_keeplora.continual.stage import Stage
+from mllm_keeplora.errors import KeepLoRAError
+from mllm_keeplora.runs.files import sha256_file, write_json
+from mllm_keeplora.runs.record import StageRecord
+from tests.modules.conftest import batch
+
+TASKS = ("reds", "blues")
+
+
+class Made(NamedTuple):
+    """A finished run and the states that it went through.
+
+    Attributes:
+        config: of the run.
+        states: folder that holds a copy of the run directory of every moment.
+        result: hashes of what it came to.
+    """
+
+    config: RunConfig
+    states: Path
+    result: dict[str, str]
+
+
+def result(run_dir: Path) -> dict[str, str]:
+    """What two equal runs have in common: tensors, scores, replies, and how the adapter is to be read."""
+    names = ("*.safetensors", "evaluation/*.jsonl", "evaluation.json", "retention.json", "adapter_config.json")
+    found = sorted({path for name in names for path in run_dir.rglob(name)})
+    return {str(path.relative_to(run_dir)): sha256_file(path) for path in found}
+
+
+def write_stream(root: Path) -> Path:
+    """Two tasks and a benchmark about one picture each."""
+    for number, name in enumerate((*TASKS, "scenes")):
+        (root / name).mkdir(parents=True)
+        Image.new("RGB", (64, 64), (60 * number, 90, 200)).save(root / name / "x.png")
+        answer = ("red", "no", "yes")[number]
+        turns = [{"from": "human", "value": "<image>\nwhat is this ?"}, {"from": "gpt", "value": answer}]
+        record = {"id": "0", "image": "x.png", "conversations": turns}
+        (root / name / "train.json").write_text(json.dumps([{**record, "id": str(n)} for n in range(4)]))
+        question = {"question_id": "0", "image": "x.png", "text": "what is this ?", "answer": answer}
+        (root / name / "test.json").write_text(json.dumps([question]))
+    entries = [
+        {"name": name, "test": f"{name}/test.json", "media_root": name, "metric": "exact", "max_new_tokens": 2}
+        for name in (*TASKS, "scenes")
+    ]
+    tasks = [{**entry, "train": f"{entry['name']}/train.json"} for entry in entries[:-1]]
+    stream = {"name": "tiny", "data_root": str(root), "tasks": tasks, "general": entries[-1:]}
+    (root / "stream.yaml").write_text(yaml.safe_dump(stream))
+    return root / "stream.yaml"
+
+
+def score_by_logits(model: Any, processor: Any, stream: Any, tasks: Path, output: Path, **_: Any) -> dict[str, Any]:
+    """In place of lmms-eval, whose start takes a second a row: any change of the model is seen in the score."""
+    with torch.no_grad():
+        value = float(model.eval()(**batch(size=1)).logits.double().std())
+    scores = {}
+    for spec in stream.specs:
+        write_json(output / f"{spec.name}.jsonl", {"reply": value})
+        scores[spec.name] = {"value": value, "native": value, "native_max": 1.0, "stderr": None, "n": 1}
+    return scores
+
+
+@pytest.fixture(scope="module")
+def made(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
+    """The run, and a copy of its directory after each phase, checkpoint and stage."""
+    root = tmp_path_factory.mktemp("fuzz")
+    tower = TowerConfig(rank=2)
+    config = RunConfig(
+        run_dir=str(root / "run"),
+        cache_dir=str(root / "cache"),
+        stream=str(write_stream(root / "data")),
+        model=ModelConfig(base_model=str(tiny_llava), quantization="none", device="cpu"),
+        language=tower,
+        vision=tower,
+        probe=ProbeConfig(max_samples=2),
+        train=TrainConfig(max_steps=3, per_device_train_batch_size=2, save_steps=1, learning_rate=1e-2),
+        evaluation=EvaluationConfig(batch_size=1),
+        report_to=[],
+    )
+    states = root / "states"
+
+    with pytest.MonkeyPatch.context() as patch, pytest.MonkeyPatch.context() as whole:
+        whole.setattr(stage_module, "evaluate_row", score_by_logits)
+
+        def copy_after(owner: Any, name: str) -> None:
+            original = getattr(owner, name)
+
+            def and_copy(*args: Any, **kwargs: Any) -> Any:
+                value = original(*args, **kwargs)
+                number = len(list(states.iterdir())) if states.exists() else 0
+                shutil.copytree(config.run_dir, states / f"{number:02d}")
+                return value
+
+            patch.setattr(owner, name, and_copy)
+
+        copy_after(StageRecord, "_note")
+        copy_after(trainer, "_write_mark")
+        copy_after(Stage, "_write_manifest")
+        run_stream(config)
+        patch.undo()
+        yield Made(config, states, result(Path(config.run_dir)))
+
+
+def damage(path: Path, kind: str, place: float, bit: int, other: Path) -> None:
+    """Spoils one file.
+
+    Args:
+        path: the file.
+        kind: how.
+        place: where in the file, a fraction.
+        bit: which bit of that byte.
+        other: another run's or stage's file of this name.
+    """
+    content = bytearray(path.read_bytes())
+    if kind == "flip" and content:
+        content[int(place * len(content))] ^= 1 << bit
+        path.write_bytes(content)
+    elif kind == "truncate":
+        path.write_bytes(content[: int(place * len(content))])
+    elif kind == "zeros":
+        path.write_bytes(bytes(len(content)))
+    elif kind == "append":
+        path.write_bytes(content + b"\n")
+    elif kind == "other":
+        shutil.copyfile(other, path)
+    elif kind in ("delete", "folder", "pipe"):
+        path.unlink()
+        {"delete": lambda: None, "folder": path.mkdir, "pipe": lambda: os.mkfifo(path)}[kind]()
+
+
+def damage_folder(path: Path, kind: str) -> None:
+    """Removes one folder, or puts a file or a pipe in its place."""
+    shutil.rmtree(path)
+    if kind == "file":
+        path.touch()
+    elif kind == "pipe":
+        os.mkfifo(path)
+
+
+KINDS = ("flip", "flip", "flip", "truncate", "zeros", "append", "other", "delete", "folder", "pipe")
+
+
+@contextmanager
+def again(made: Made, state: Path) -> Iterator[RunConfig]:
+    """Settings of a copy of a state of the run."""
+    run = made.states.parent / "again"
+    shutil.copytree(state, run)
+    try:
+        yield replace(made.config, run_dir=str(run))
+    finally:
+        shutil.rmtree(run)
+
+
+def assert_same_or_named(made: Made, config: RunConfig, path: Path) -> None:
+    """Outcome of a start: the same bits, or an error that names the damaged file, or the folder that it is in."""
+    try:
+        run_stream(config)
+    except KeepLoRAError as error:
+        note(f"refused: {error}")
+        assert any(part.name in str(error) for part in (path, path.parent)), str(error)
+    else:
+        assert result(Path(config.run_dir)) == made.result
+
+
+# (examples in the default suite, examples under --slow) of each test
+UNFINISHED, FINISHED, LONG = 12, 60, 1500
+FUZZ = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+DAMAGE = st.tuples(
+    st.sampled_from(KINDS), st.floats(0, 1, exclude_max=True), st.integers(0, 7), st.integers(0, 10**6), st.booleans()
+)
+
+
+def try_one(made: Made, state: Path, choice: tuple[str, float, int, int, bool]) -> None:
+    """Damages one file of a copy of a state, now and then a folder, and starts the run again."""
+    kind, place, bit, number, is_folder = choice
+    with again(made, state) as config:
+        run = Path(config.run_dir)
+        found = sorted(path for path in run.rglob("*") if path.is_dir() == (is_folder and kind in ("delete", "pipe")))
+        path = found[number % len(found)]
+        note(f"{kind} {path.relative_to(run)} in state {state.name}, place {place}, bit {bit}")
+        if path.is_dir():
+            damage_folder(path, kind)
+        else:
+            same_name = sorted(other for other in made.states.rglob(path.name) if other.is_file())
+            damage(path, kind, place, bit, same_name[number % len(same_name)])
+        assert_same_or_named(made, config, path)
+
+
+@settings(max_examples=UNFINISHED, derandomize=True, **FUZZ)
+@given(state=st.integers(0, 10**6), choice=DAMAGE)
+@pytest.mark.timeout(300)
+def test_a_damaged_file_of_an_unfinished_run(made: Made, state: int, choice: tuple[str, float, int, int, bool]) -> None:
+    states = sorted(made.states.iterdir())[:-1]
+    try_one(made, states[state % len(states)], choice)
+
+
+@settings(max_examples=FINISHED, derandomize=True, **FUZZ)
+@given(choice=DAMAGE)
+@pytest.mark.timeout(300)
+def test_a_damaged_file_of_a_finished_run(made: Made, choice: tuple[str, float, int, int, bool]) -> None:
+    try_one(made, Path(made.config.run_dir), choice)
+
+
+@pytest.mark.slow
+@settings(max_examples=LONG, **FUZZ)
+@given(state=st.integers(0, 10**6), choice=DAMAGE)
+@pytest.mark.timeout(4 * 3600)
+def test_many_damaged_files(made: Made, state: int, choice: tuple[str, float, int, int, bool]) -> None:
+    states = [*sorted(made.states.iterdir()), Path(made.config.run_dir)]
+    try_one(made, states[state % len(states)], choice)
