@@ -200,23 +200,17 @@ class GeneralConfig:
 
     samples: str = "none"
     media_root: str | None = None
-    max_samples: int = 256
-    max_new_tokens: int = 64
-    eps_g: float | None = 0.95
-    columns: int = 512
-    share: float = 0.0
+    max_samples: Annotated[int, Range(4, 1_000_000)] = 256
+    max_new_tokens: NewTokens = 64
+    eps_g: Share | None = 0.95
+    columns: Annotated[int, Range(4, 65_536)] = 512
+    share: Annotated[float, Range(0, 1, "[)")] = 0.0
     distil: Literal["kl", "replies"] = "kl"
-    weight: float = 1.0
-    budget: float | None = None
+    weight: Annotated[float, Range(0, 1_000, "(]")] = 1.0
+    budget: Annotated[float, Range(0, 1_000, "(]")] | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("max_samples", 4), ("max_new_tokens", 1), ("columns", 4)):
-            found = getattr(self, name)
-            _require(found >= least, f"general.{name} must be at least {least}, got {found}")
-        _require(self.eps_g is None or 0.0 < self.eps_g <= 1.0, f"general.eps_g must lie in (0, 1], got {self.eps_g}")
-        _require(0.0 <= self.share < 1.0, f"general.share must lie in [0, 1), got {self.share}")
-        _require(self.weight > 0.0, f"general.weight must be positive, got {self.weight}")
-        _require(self.budget is None or self.budget > 0.0, f"general.budget must be positive, got {self.budget}")
+        check_settings(self, "general.")
         wanted = [name for name, given in (("share", self.share), ("budget", self.budget)) if given]
         _require(
             self.samples != "none" or not wanted,

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from mllm_keeplora.config import ConfigError, GeneralConfig, Tower
 from mllm_keeplora.data.collator import ChatCollator, decoded
 from mllm_keeplora.data.conversation import Message, Sample
+from mllm_keeplora.data.media import MediaChecker
 from mllm_keeplora.data.records import load_records, select_evenly
 from mllm_keeplora.distributed.processes import (
     from_main,
@@ -68,16 +69,20 @@ class Batches:
 # --- G1 ---
 
 
-def prompts(config: GeneralConfig) -> list[Sample]:
+def prompts(config: GeneralConfig, checker: MediaChecker | None = None) -> list[Sample]:
     """The general prompts: conversations up to their last question, evenly spaced over the file.
 
+    Args:
+        config: which.
+        checker: decodes what they show; None where that has been done before.
+
     Raises:
-        ConfigError: fewer than four; one to be learnt and one to be held out are needed, of each kind if possible.
+        ConfigError: fewer than four.
         RecordError: a file that cannot be used.
     """
     path = shipped("recipes/general/builtin.jsonl") if config.samples == "builtin" else find(Path(config.samples))
     root = path.parent if config.media_root is None else Path(config.media_root)
-    read, _ = load_records(path, root, allow_text_only=True)
+    read, _ = load_records(path, root, allow_text_only=True, answered=False, checker=checker)
     chosen = [read[i] for i in select_evenly(len(read), 1.0, config.max_samples)]
     if len(chosen) < HELD_OUT:
         raise ConfigError(f"general.samples {config.samples} has {len(chosen)} prompts; expected at least {HELD_OUT}")

@@ -185,7 +185,7 @@ def _check_train_settings(config: RunConfig, stream: Stream) -> None:
 def _check_general(config: RunConfig, method: Method) -> None:
     """What can be said of the general samples before a model is loaded."""
     if config.general.given:
-        prompts(config.general)
+        prompts(config.general, MediaChecker(VideoReader(config.video, None)))
     if config.general.budget is not None and not method.adds_updates:
         raise ConfigError(
             f"general.budget scales a stage's update, and method {config.method} trains one adapter on throughout; "

@@ -127,7 +127,7 @@ def parse_record(value: object, answered: bool = True) -> Parsed:
 
     Args:
         value: a JSON value, or a `BadRecord` that is raised.
-        answered: False where its answer lies in another file that is not read.
+        answered: False where its last answer may be missing: it lies in another file, or nobody asks for it.
 
     Raises:
         BadRecord: it cannot be used.
@@ -177,7 +177,7 @@ def _read_form(record: Mapping[str, Any], answered: bool) -> tuple[list[Said], s
         raise BadRecord(f"several forms in one record, beginning with {names}; keep one of them")
     if found:
         _refuse_history(record)
-        return _read_chat(record[found[0]], found[0]), found[0]
+        return _read_chat(record[found[0]], found[0], answered), found[0]
     questions = complete or [key for key in _QUESTIONS if key in record]
     if not questions:
         raise BadRecord(
@@ -243,7 +243,7 @@ def _read_prompt(prompt: list[Any], completion: Any) -> list[Said]:
     return messages
 
 
-def _read_chat(value: Any, key: str) -> list[Said]:
+def _read_chat(value: Any, key: str, answered: bool = True) -> list[Said]:
     """Reads questions and answers in turn, behind at most one system message; the last one is an answer."""
     if not isinstance(value, list) or not value:
         raise BadRecord(f"no question: {key!r} is empty or no list; expected a list of messages")
@@ -256,7 +256,7 @@ def _read_chat(value: Any, key: str) -> list[Said]:
                 f"{key}[{index + len(messages) - len(asked)}] is the {message.role}'s; expected the {expected}'s "
                 "(user or human and assistant or gpt in turn, behind at most one system message)"
             )
-    if not asked or len(asked) % 2:
+    if not asked or (answered and len(asked) % 2):
         raise BadRecord(f"no answer: {key!r} ends with a question")
     return messages
 

@@ -61,6 +61,7 @@ def load_records(
     answers: Path | HubTable | None = None,
     prompt_suffix: str = "",
     allow_text_only: bool = False,
+    answered: bool = True,
     on_bad_record: Literal["error", "skip"] = "error",
     checker: MediaChecker | None = IMAGES_ONLY,
     extracted: Path = _EXTRACTED,
@@ -74,6 +75,7 @@ def load_records(
         answers: the file with the answers, where questions and answers lie apart.
         prompt_suffix: appended to every question as it is.
         allow_text_only: accept records without an image or video.
+        answered: False where records may end with a question.
         on_bad_record: "error" refuses the file when any record is bad; "skip" leaves the bad ones out and
             returns them.
         checker: decodes what the records name; None where that has been done before.
@@ -92,6 +94,7 @@ def load_records(
         answers=answers,
         prompt_suffix=prompt_suffix,
         allow_text_only=allow_text_only,
+        answered=answered,
         extracted=extracted,
     )
     if checker is not None:
@@ -113,6 +116,7 @@ def read_records(
     answers: Path | HubTable | None = None,
     prompt_suffix: str = "",
     allow_text_only: bool = False,
+    answered: bool = True,
     extracted: Path = _EXTRACTED,
 ) -> tuple[dict[int, Sample], dict[int, str]]:
     """Reads a data file without opening what its records name; the arguments are those of `load_records`.
@@ -125,7 +129,8 @@ def read_records(
     """
     samples: dict[int, Sample] = {}
     bad: dict[int, str] = {}
-    for record in each_record(path, media_root, answers=answers, allow_text_only=allow_text_only, extracted=extracted):
+    settings: dict[str, Any] = {"allow_text_only": allow_text_only, "answered": answered, "extracted": extracted}
+    for record in each_record(path, media_root, answers=answers, **settings):
         if record.sample is None:
             bad[record.row] = record.problem
         else:

@@ -18,6 +18,7 @@ from mllm_keeplora.continual.run import Run
 from mllm_keeplora.continual.run_stream import run_stream
 from mllm_keeplora.continual.trainer import StageTrainer
 from mllm_keeplora.data.collator import ChatCollator
+from mllm_keeplora.data.media import MediaChecker
 from mllm_keeplora.methods.context import StageContext
 from mllm_keeplora.modeling.adapters import STAGE, active_adapters, adapters_off, attach_accumulated, detach
 from mllm_keeplora.modeling.loss import reply_logits
@@ -220,10 +221,10 @@ def test_the_guard_takes_the_largest_update_that_fits(settings: Settings) -> Non
     [
         ({"samples": "none", "share": 0.2}, "general.share need prompts"),
         ({"samples": "none", "budget": 0.2}, "general.budget need prompts"),
-        ({"share": 1.0}, r"general.share must lie in \[0, 1\)"),
-        ({"budget": 0.0}, "general.budget must be positive"),
-        ({"eps_g": 1.5}, "general.eps_g must lie in"),
-        ({"max_samples": 3}, "general.max_samples must be at least 4"),
+        ({"share": 1.0}, "general.share"),
+        ({"budget": 0.0}, "general.budget"),
+        ({"eps_g": 1.5}, "general.eps_g"),
+        ({"max_samples": 3}, "general.max_samples"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(change: dict[str, Any], message: str) -> None:
@@ -234,6 +235,14 @@ def test_settings_that_cannot_be_meant_are_refused(change: dict[str, Any], messa
 def test_a_guard_needs_an_update(settings: Settings) -> None:
     with pytest.raises(ConfigError, match="trains one adapter on throughout"):
         run_stream(settings("lora_throughout", budget=0.1))
+
+
+def test_the_builtin_prompts_are_read() -> None:
+    """Every form of theirs: pictures, two pictures, earlier turns, text alone."""
+    found = general.prompts(GeneralConfig(samples="builtin"), MediaChecker())
+    assert len(found) == 256 and all(sample.messages[-1].role == "user" for sample in found)
+    assert {len(sample.media) for sample in found} == {0, 1, 2}
+    assert any(len(sample.messages) > 2 for sample in found)
 
 
 def test_a_base_without_replies_is_refused(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
