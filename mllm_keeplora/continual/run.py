@@ -13,7 +13,9 @@ from mllm_keeplora.continual.history import History
 from mllm_keeplora.continual.learning import read_stage_factors
 from mllm_keeplora.continual.stage import Stage, check_ranks, open_context
 from mllm_keeplora.continual.trainer import check_settings
-from mllm_keeplora.data.media import MediaChecker
+from mllm_keeplora.data.conversation import Sample
+from mllm_keeplora.data.preflight import Preflight
+from mllm_keeplora.data.records import SkippedRecord
 from mllm_keeplora.data.stream import Stream, load_stream, load_training_records
 from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.distributed.processes import (
@@ -30,7 +32,13 @@ from mllm_keeplora.evaluation.task_files import write_task_files
 from mllm_keeplora.methods.base import Method, load_method
 from mllm_keeplora.methods.context import RunContext, StageContext
 from mllm_keeplora.modeling.adapters import ACCUMULATED, Factors, attach, detach
-from mllm_keeplora.modeling.loading import load_base, read_initial_adapter, resolve_device, save_adapter
+from mllm_keeplora.modeling.loading import (
+    load_base,
+    load_base_processor,
+    read_initial_adapter,
+    resolve_device,
+    save_adapter,
+)
 from mllm_keeplora.modeling.targets import targets_of
 from mllm_keeplora.probes.protected_bases import weight_basis_directory, weight_basis_files
 from mllm_keeplora.runs.files import ArtifactError, read_json, write_json
@@ -156,11 +164,22 @@ def _check_train_settings(config: RunConfig, stream: Stream) -> None:
         check_settings(config.train_for(name), config.report_to, resolve_device(config.model))
 
 
+def _checked_records(
+    config: RunConfig, stream: Stream, reader: VideoReader
+) -> dict[str, tuple[list[Sample], list[SkippedRecord]]]:
+    """What the stages train on, every record of the run checked."""
+    tasks = [task.name for task in stream.tasks]
+    preflight = Preflight.of_run(config, tasks, load_base_processor(config.model), reader)
+    records = load_training_records(stream, config.on_bad_record, preflight)
+    for task, lines in preflight.trained.items():
+        logger.info("\n  ".join([f"{task} trains on", *lines]))
+    return records
+
+
 def _load_context(run: Run) -> RunContext:
     config, stream, cache = run.config, run.stream, Path(run.config.cache_dir)
     reader = VideoReader(config.video, cache)
-    checker = MediaChecker(reader, cache / "checked_media")
-    records = from_main(lambda: load_training_records(stream, config.on_bad_record, checker))
+    records = from_main(lambda: _checked_records(config, stream, reader))
     logger.info(f"loading {config.model.base_model} ({config.model.quantization})")
     model, processor = load_base(config.model)
     if config.train.activation_checkpointing:

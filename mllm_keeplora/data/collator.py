@@ -71,7 +71,7 @@ def process_media(
         **settings: for the tokenizer (padding_side).
 
     Raises:
-        ProcessorError: a clip for a processor that takes none.
+        ProcessorError: a clip for a processor that takes none; or images, clips or text that it refuses.
     """
     if clips and not getattr(processor, "video_token", None):
         raise ProcessorError(f"{type(processor).__name__} takes no video; expected a base model of a video family")
@@ -81,7 +81,12 @@ def process_media(
         settings["do_sample_frames"] = False
     if text is not None:
         settings |= {"text": list(text), "padding": True}
-    return dict(processor(images=list(images) or None, return_tensors="pt", **settings))
+    # Left to guess, some take a picture or clip of a height of 1 or 3 for one with its channels first.
+    settings["input_data_format"] = "channels_last"
+    try:
+        return dict(processor(images=list(images) or None, return_tensors="pt", **settings))
+    except ValueError as error:
+        raise ProcessorError(f"{type(processor).__name__} refuses its input: {error}") from error
 
 
 def _describe_clip(clip: Clip) -> dict[str, Any]:
@@ -166,13 +171,23 @@ class ChatCollator:
             ProcessorError: the chat template does not suit, a text contains the model's image or video token,
                 or the processor takes no video.
         """
-        images, clips = _read_images(samples), self._read_clips(samples)
+        images, clips = self._read_images(samples), self._read_clips(samples)
         if all(sample in self._encoded for sample in samples):
             media_inputs = process_media(self.processor, images, clips) if images or clips else {}
         else:
             media_inputs = self._encode(samples, images, clips)
         encoded = [self._encoded[sample] for sample in samples]
         return {**_pad(encoded, self.processor), **media_inputs}
+
+    def _read_images(self, samples: Sequence[Sample]) -> list[Image.Image]:
+        images = []
+        with refuse_truncated_images():
+            for sample, file in _files(samples, "image"):
+                try:
+                    images.append(decode_image(file.path))
+                except ImageError as error:
+                    raise ImageError(f"sample {sample.id!r}: {error}") from error
+        return images
 
     def _read_clips(self, samples: Sequence[Sample]) -> list[Clip]:
         clips = []
@@ -197,13 +212,18 @@ class ChatCollator:
         ids = {id(s): prompt[mask.bool()].tolist() for s, prompt, mask in zip(asked, prompts, masks, strict=True)}
         for sample, segments in zip(samples, rendered, strict=True):
             encoded = _encode_sample(self.processor, segments, [ids.get(id(segment)) for segment in segments])
-            self._check_length(sample, len(encoded.ids))
+            self.check_length(sample, len(encoded.ids))
             self._encoded[sample] = encoded
         # Made for these prompts alone; `_pad` makes those of whole samples.
         text_keys = {"token_type_ids", "mm_token_type_ids"}
         return {key: value for key, value in inputs.items() if key not in text_keys}
 
-    def _check_length(self, sample: Sample, length: int) -> None:
+    def check_length(self, sample: Sample, length: int) -> None:
+        """Refuses a sample of more tokens than `max_length`.
+
+        Raises:
+            SampleTooLongError: names the sample and what it shows.
+        """
         if self.max_length is not None and length > self.max_length:
             files = ", ".join(str(file.path) for file in sample.media)
             raise SampleTooLongError(
@@ -237,17 +257,6 @@ class _EncodedSample:
 
 def _files(samples: Sequence[Sample], kind: Media) -> Iterator[tuple[Sample, MediaFile]]:
     return ((sample, file) for sample in samples for file in sample.media if file.kind == kind)
-
-
-def _read_images(samples: Sequence[Sample]) -> list[Image.Image]:
-    images = []
-    with refuse_truncated_images():
-        for sample, file in _files(samples, "image"):
-            try:
-                images.append(decode_image(file.path))
-            except ImageError as error:
-                raise ImageError(f"sample {sample.id!r}: {error}") from error
-    return images
 
 
 def _render_segments(processor: ProcessorMixin, sample: Sample) -> list[_Segment]:

@@ -1,6 +1,5 @@
 """What a model is shown, asked and taught: messages of texts, images and clips."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -80,8 +79,3 @@ class Sample:
     def answers(self) -> tuple[str, ...]:
         """The assistant's texts, in order."""
         return tuple(message.text for message in self.messages if message.role == "assistant")
-
-
-def paths_of(samples: Iterable[Sample], kind: Media) -> set[Path]:
-    """The files of one kind that samples show."""
-    return {file.path for sample in samples for file in sample.media if file.kind == kind}

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from mllm_keeplora.data.conversation import MediaFile, Message, Sample, paths_of
-from mllm_keeplora.data.media import IMAGES_ONLY, MediaChecker
+from mllm_keeplora.data.conversation import MediaFile, Message, Sample
+from mllm_keeplora.data.preflight import IMAGES_ONLY, Preflight
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.modeling.families import Media
 
@@ -70,7 +70,8 @@ def load_records(
     prompt_suffix: str = "",
     allow_text_only: bool = False,
     on_bad_record: Literal["error", "skip"] = "error",
-    checker: MediaChecker | None = IMAGES_ONLY,
+    checker: Preflight | None = IMAGES_ONLY,
+    task: str | None = None,
 ) -> tuple[list[Sample], list[SkippedRecord]]:
     """Reads and checks a whole data file: its records and every image or clip they name, decoded once.
 
@@ -83,7 +84,8 @@ def load_records(
         allow_text_only: accept records without an image or video.
         on_bad_record: "error" refuses the file when any record is bad; "skip" leaves the bad ones out and
             returns them.
-        checker: decodes what the records name; None where that has been done before.
+        checker: checks the records and what they name; None where that has been done before.
+        task: the task that trains on them; None for records that evaluation asks.
 
     Returns:
         The samples in file order, and the skipped records in row order (none with "error").
@@ -96,7 +98,7 @@ def load_records(
         path, media_root, answers=answers, prompt_suffix=prompt_suffix, allow_text_only=allow_text_only
     )
     if checker is not None:
-        bad |= _find_media_problems(samples, checker, path.name)
+        bad |= checker.records(samples, path.name, task).bad
 
     kept = [sample for row, sample in samples.items() if row not in bad]
     skipped = [SkippedRecord(file=str(path), row=row, reason=bad[row]) for row in sorted(bad)]
@@ -144,13 +146,6 @@ def _find_repeated_ids(samples: Mapping[int, Sample]) -> dict[int, str]:
         if first.setdefault(sample.id, row) != row:
             repeated[row] = f"question_id {sample.id} is used in row {first[sample.id]} already"
     return repeated
-
-
-def _find_media_problems(samples: Mapping[int, Sample], checker: MediaChecker, label: str) -> dict[int, str]:
-    problems = checker.problems(paths_of(samples.values(), "image"), paths_of(samples.values(), "video"), label)
-    return {
-        row: problems[file.path] for row, sample in samples.items() for file in sample.media if file.path in problems
-    }
 
 
 def clean_question(text: str, prompt_suffix: str = "") -> str:

@@ -33,7 +33,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import yaml
 
 from mllm_keeplora.data.conversation import Sample
-from mllm_keeplora.data.media import IMAGES_ONLY, MediaChecker, file_state
+from mllm_keeplora.data.media import file_state
+from mllm_keeplora.data.preflight import IMAGES_ONLY, Preflight
 from mllm_keeplora.data.records import (
     OTHER_ANSWERS,
     RECORD_SUFFIXES,
@@ -266,10 +267,9 @@ def load_stream(path: Path, data_root: Path | None = None, *, check_files: bool 
 def load_training_records(
     stream: Stream,
     on_bad_record: Literal["error", "skip"] = "error",
-    checker: MediaChecker = IMAGES_ONLY,
+    checker: Preflight = IMAGES_ONLY,
 ) -> dict[str, tuple[list[Sample], list[SkippedRecord]]]:
-    """Reads and checks every record that the stream's files hold, test files included, and decodes every
-    image and clip.
+    """Reads and checks every record that the stream's files hold, test files included, with what they show.
 
     To be called before a run's first stage, so that a bad record of the last task is not found after hours.
     `on_bad_record` concerns the training files; a test file with a bad record is always refused, as leaving
@@ -292,6 +292,7 @@ def load_training_records(
                 allow_text_only=text_only,
                 on_bad_record=on_bad_record,
                 checker=checker,
+                task=spec.name,
             )
         test, answers = stream.test_file(spec), stream.answers_file(spec)
         if test is not None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from mllm_keeplora.commands.main import main
 from mllm_keeplora.config import VideoConfig
-from mllm_keeplora.data.media import MediaChecker
+from mllm_keeplora.data.preflight import Preflight
 from mllm_keeplora.data.stream import load_stream, load_training_records
 from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.planning.check_stream import SHOWN, Report, check_stream, format_report
@@ -87,7 +87,7 @@ def write_stream(root: Path, **hub: object) -> Path:
 
 def check(root: Path, memory: Path | None = None, **hub: object) -> Report:
     stream = load_stream(write_stream(root, **hub), check_files=False)
-    return check_stream(stream, MediaChecker(VideoReader(VideoConfig(frames=8), None), memory))
+    return check_stream(stream, Preflight(VideoReader(VideoConfig(frames=8), None), memory))
 
 
 def test_sound_data_pass_and_are_counted(root: Path) -> None:
@@ -215,7 +215,7 @@ def test_a_metric_that_cannot_score_the_records_is_found(root: Path) -> None:
     stream["tasks"][0]["metric"] = "nonsense"
     stream["tasks"][1]["metric"] = "acl_ocr"
     path.write_text(yaml.safe_dump(stream))
-    checker = MediaChecker(VideoReader(VideoConfig(frames=8), None))
+    checker = Preflight(VideoReader(VideoConfig(frames=8), None))
     problems = check_stream(load_stream(path, check_files=False), checker).problems
     assert ["no metric 'nonsense'" in p.title or "answer_type" in p.title for p in problems] == [True, True]
 
@@ -233,16 +233,16 @@ def test_what_is_missing_is_looked_for_where_it_is_published(root: Path) -> None
 def test_a_run_need_not_decode_again_what_was_found_sound(root: Path, tmp_path: Path) -> None:
     memory = tmp_path / "memory"
     check(root, memory)
-    assert len(list(memory.iterdir())) == 4  # one for each file of records; two of them have the same images
+    assert len(list(memory.iterdir())) == 2  # one writing of images, one of clips
     reader = VideoReader(VideoConfig(frames=8, timeout=1e-6), None)  # would fail on every clip
-    load_training_records(load_stream(write_stream(root)), checker=MediaChecker(reader, memory))
+    load_training_records(load_stream(write_stream(root)), checker=Preflight(reader, memory))
 
 
 def test_decoded_clips_are_set_against_the_cache(root: Path) -> None:
     stream = load_stream(write_stream(root))
     for gigabytes, verdict in ((1.0, "all fit"), (5e-5, "of them fit")):
         reader = VideoReader(VideoConfig(frames=8, cache_gb=gigabytes), None)
-        (note,) = check_stream(stream, MediaChecker(reader)).notes
+        (note,) = check_stream(stream, Preflight(reader)).notes
         assert verdict in note
         assert "147 kB" in note  # 6 clips of 8 frames of 32 x 32 pixels in 3 bytes
 
