@@ -11,6 +11,7 @@ from accelerate.logging import get_logger
 from mllm_keeplora.config import ConfigError, RunConfig, config_from_dict
 from mllm_keeplora.continual.history import History
 from mllm_keeplora.continual.learning import read_stage_factors
+from mllm_keeplora.continual.memory import memory_explained
 from mllm_keeplora.continual.stage import Stage, check_ranks, open_context
 from mllm_keeplora.continual.trainer import check_settings
 from mllm_keeplora.data.conversation import Sample
@@ -92,8 +93,10 @@ class Run:
         Raises:
             ConfigError, TargetError, RecordError: a model or records that cannot be used.
             StageError: a rank that the residual space cannot hold (E9).
+            DeviceMemoryError: a base model that does not fit.
         """
-        return _load_context(self)
+        with memory_explained("load", self.config):
+            return _load_context(self)
 
     def stage_context(self, number: int, accumulated: Factors) -> StageContext:
         """What the method works with in stage `number` (1-based), after the stages that left `accumulated`."""
@@ -104,7 +107,8 @@ class Run:
         """Opens the next stage; when the block ends well its manifest is written and the stage is complete."""
         history, path = self.history, self.history.stage(number)
         stage = Stage(self.context, path, history.header(number), history.inputs(number))
-        yield stage
+        with memory_explained("fold", self.config, number, history.task_name(number)):  # and what else is no phase
+            yield stage
         history.manifests.append(stage.finish())
 
     def accumulated(self, number: int) -> Factors:
