@@ -194,8 +194,10 @@ class Preflight:
         self, samples: Mapping[int, Sample], shapes: Mapping[MediaFile, Shape | str], label: str
     ) -> dict[int, Length | str]:
         keys = {row: self._record_key(sample, shapes) for row, sample in samples.items()}
-        # Of records that differ in nothing that matters here one is collated.
-        new = {key: samples[row] for row, key in keys.items() if key not in self._known}
+        # Of records that differ in nothing that matters here one is collated. Those of one size come together: each
+        # worker processes every size that it meets.
+        ordered = sorted(samples, key=lambda row: str([shapes[file] for file in samples[row].media]))
+        new = {keys[row]: samples[row] for row in ordered if keys[row] not in self._known}
         self._known.fill(new, _Count(self.processor, shapes), f"checking records of {label}", "record")
         found = {row: self._known[key] for row, key in keys.items()}
         return {row: value if isinstance(value, str) else Length(*value) for row, value in found.items()}

@@ -132,7 +132,7 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
 REFUSED_IN_TRAINING: dict[str, tuple[str, Any, str]] = {
     "token in an answer": (
         "llava",
-        lambda f: asks(picture(f, 9, 9), "what ?", answer="<image> red"),
+        lambda f: asks(picture(f, 9, 9), "what ?", answer="<image>"),
         "'<image>' comes",
     ),
     "nothing to learn": ("llava", lambda f: asks(picture(f, 9, 9), "what ?", supervised=False), "supervised"),
@@ -279,9 +279,7 @@ def test_an_interrupted_check_goes_on_where_it_stopped(
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize(
-    "damage", [lambda t: t.replace("33", "34"), lambda t: t[:-9], lambda t: "[]", lambda t: "null"]
-)
+@pytest.mark.parametrize("damage", [lambda t: t.replace("33", "34"), lambda t: t[:-9], lambda t: "[]"])
 def test_a_damaged_memory_is_not_believed(damage: Any, samples: dict[int, Sample], tmp_path: Path) -> None:
     memory = tmp_path / "memory"
     found = Preflight(None, memory, processor_of("llava")).records(samples, "x", "t")

@@ -242,7 +242,7 @@ def test_decoded_clips_are_set_against_the_cache(root: Path) -> None:
     stream = load_stream(write_stream(root))
     for gigabytes, verdict in ((1.0, "all fit"), (5e-5, "of them fit")):
         reader = VideoReader(VideoConfig(frames=8, cache_gb=gigabytes), None)
-        (note,) = check_stream(stream, Preflight(reader)).notes
+        _, note = check_stream(stream, Preflight(reader)).notes
         assert verdict in note
         assert "147 kB" in note  # 6 clips of 8 frames of 32 x 32 pixels in 3 bytes
 
@@ -255,6 +255,38 @@ def test_the_command_line(root: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     (root / "birds" / "0.png").unlink()
     assert main(["check", *arguments]) == 1
     assert "0.png does not exist" in capsys.readouterr().out
+
+
+SMALL = "recipes/small/vqa_base"
+
+
+def test_records_go_through_the_model_that_is_named(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(write_stream(root)), f"--data_root={root}", f"--cache_dir={tmp_path / 'cache'}"]
+    assert main(["check", *arguments]) == 0
+    assert "Note: no base model is named" in capsys.readouterr().out
+    assert main(["check", *arguments, f"--base_model={SMALL}"]) == 1  # it takes no clips
+    said = capsys.readouterr().out
+    assert "birds trains on\n  4 samples of " in said
+    assert re.search(r"longest \(no limit\): \d+ tokens in row 1 \(id 0\)", said)
+    assert re.search(r"train.json: 4 of 4 records cannot be used\n +row 1: .*takes no video", said)
+    assert re.search(r"questions.json: 2 of 2 records cannot be used\n +row 1: .*takes no video", said)
+
+
+@pytest.mark.parametrize("spelling", ["--config={}", "--config {}", "config={}"])
+def test_the_settings_of_a_run_are_those_of_its_check(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], spelling: str
+) -> None:
+    stream = yaml.safe_load(write_stream(root).read_text())
+    stream["tasks"].pop()
+    (tmp_path / "images.yaml").write_text(yaml.safe_dump(stream))
+    settings = {"stream": str(tmp_path / "images.yaml"), "cache_dir": str(tmp_path / "cache")}
+    run = {**settings, "model": {"base_model": SMALL}, "train": {"max_length": 64}}
+    for overrides, status in (({}, 0), ({"birds": {"max_length": 9}}, 1)):
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump({**run, "train_overrides": overrides}))
+        assert main(["check", *spelling.format(tmp_path / "run.yaml").split()]) == status
+    assert re.search(r"row 1: .* tokens, media tokens included; max_length is 9", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("argument", ["dat_root=x", "video.frames=many", "video.frames=0"])

@@ -61,9 +61,9 @@ def test_other_errors_stay_what_they_are(error: Exception) -> None:
 
 
 def test_a_true_failure_of_torch_on_the_cpu_is_recognised() -> None:
-    with pytest.raises(DeviceMemoryError, match=r"stage 2 \(tools\), phase 'train'.*train_overrides.tools.per_device"):
-        with memory_explained("train", CONFIG, 2, "tools"):
-            torch.empty(1 << 55)
+    expected = r"stage 2 \(tools\), phase 'train'.*train_overrides.tools.per_device"
+    with pytest.raises(DeviceMemoryError, match=expected), memory_explained("train", CONFIG, 2, "tools"):
+        torch.empty(1 << 55)
 
 
 @pytest.mark.parametrize("batch, halved, steps", [(8, 4, 4), (5, 2, 5), (3, 1, 6)])
@@ -79,9 +79,9 @@ def test_the_optimizers_step_keeps_its_samples(batch: int, halved: int, steps: i
 
 def test_nothing_is_left_to_halve() -> None:
     config = RunConfig(train=TrainConfig(per_device_train_batch_size=1, activation_checkpointing=True))
-    with pytest.raises(DeviceMemoryError, match="What lowers it: smaller images") as raised:
-        with memory_explained("train", config, 1, "t"):
-            raise MemoryError
+    expected = "What lowers it: smaller images"
+    with pytest.raises(DeviceMemoryError, match=expected) as raised, memory_explained("train", config, 1, "t"):
+        raise MemoryError
     assert raised.value.smaller == {}
 
 
