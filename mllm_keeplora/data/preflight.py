@@ -387,7 +387,7 @@ class _ShapeCollator(ChatCollator):
 
     def _read_clips(self, samples: Sequence[Sample]) -> list[Clip]:
         found = (self._shapes[file] for file in _files(samples, "video"))
-        return [Clip(np.zeros(shape, np.uint8), *facts) for shape, *facts in found]
+        return [Clip(np.zeros(shape, np.uint8), *facts) for shape, *facts in found]  # type: ignore[arg-type,str-unpack]
 
 
 def _files(samples: Sequence[Sample], kind: str) -> list[MediaFile]:
