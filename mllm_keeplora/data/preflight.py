@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import transformers
+from jinja2 import TemplateError
 from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -41,6 +42,9 @@ _MOST_WORKERS = 32
 _WRITE_SECONDS = 10.0  # what is found is written this often: a killed check loses no more
 # Items that a worker takes at once; fewer than two such shares are not worth starting workers.
 _SHARES = {"image": 32, "video": 2, "record": 64}
+
+# What processors and chat templates raise at input that they were not made for; it has no common base class.
+_REFUSALS = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, TemplateError)
 
 Shape = tuple[Any, ...]
 
@@ -372,6 +376,8 @@ class _Count:
             batch = self._collator([sample])
         except KeepLoRAError as error:
             return str(error)
+        except _REFUSALS as error:
+            return f"its processor or chat template refuses it ({type(error).__name__}: {error})"
         return [int(batch["attention_mask"].sum()), int((batch["labels"] != IGNORED_LABEL).sum())]
 
 

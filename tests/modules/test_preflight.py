@@ -172,6 +172,19 @@ def test_a_low_picture_is_not_taken_for_one_with_channels_first(family: str, hei
         assert float(reds.mean()) > float(greens.mean()) + 0.1
 
 
+@pytest.mark.parametrize("raised", ["raise_exception('Roles must alternate')", "messages[7]['role']", "1 // 0"])
+def test_what_a_template_raises_is_a_reason(raised: str, tmp_path: Path) -> None:
+    processor = processor_of("llava")
+    condition = "{% if messages | length > 2 %}{{ " + raised + " }}{% endif %}"
+    processor.chat_template = condition + processor.chat_template
+    path = picture(tmp_path, 32, 32).path
+    one = (Turn("what ?", "red"),)
+    rows = numbered(sample("a", path, one), sample("b", path, one * 2))
+    found = Preflight(None, None, processor).records(rows, "x", "t")
+    assert (set(found.lengths), set(found.bad)) == ({1}, {2})
+    assert "chat template refuses it" in found.bad[2]
+
+
 # --- in a stream ---
 
 
