@@ -292,6 +292,23 @@ def test_an_interrupted_check_goes_on_where_it_stopped(
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+def test_a_killed_check_leaves_what_it_wrote_on_the_way(
+    samples: dict[int, Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+
+    def watched(*arguments: Any) -> Any:
+        for outcome in IN_WORKERS(*arguments):
+            yield outcome
+            written.append(len(list((tmp_path / "memory").glob("*.json"))))
+
+    monkeypatch.setattr(module, "_in_workers", watched)
+    monkeypatch.setattr(module, "_WRITE_SECONDS", 0.0)
+    Preflight(None, tmp_path / "memory", processor_of("llava")).records(samples, "x", "t")
+    # The first and the fifth record are alike: same words, same size.
+    assert written == list(range(1, len(set(SIZES)) + len(samples)))
+
+
 @pytest.mark.parametrize("damage", [lambda t: t.replace("33", "34"), lambda t: t[:-9], lambda t: "[]"])
 def test_a_damaged_memory_is_not_believed(damage: Any, samples: dict[int, Sample], tmp_path: Path) -> None:
     memory = tmp_path / "memory"
