@@ -29,7 +29,7 @@ from mllm_keeplora.continual.history import History
 from mllm_keeplora.continual.run import Run
 from mllm_keeplora.data.collator import ChatCollator
 from mllm_keeplora.data.conversation import MediaFile, Message, Sample
-from mllm_keeplora.data.media import MediaChecker
+from mllm_keeplora.data.preflight import Preflight
 from mllm_keeplora.data.stream import load_stream, load_training_records
 from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.distributed.processes import start_processes
@@ -229,7 +229,7 @@ class NoiseRun(Run):
         super().__init__(config, stream, load_method(config), history)
         write_task_files(stream, directory.task_files)
         self.reader = VideoReader(config.video, None)
-        self.records = load_training_records(stream, checker=MediaChecker(self.reader))
+        self.records = load_training_records(stream, checker=Preflight(self.reader))
         self.processor = transformers.AutoProcessor.from_pretrained(config.model.base_model)
 
     def take(self, model: transformers.PreTrainedModel) -> None:

@@ -34,10 +34,12 @@ def main(argv: Sequence[str], default_config: Path = Path("recipes/configs/vqa/s
 
 
 def _run(config: RunConfig) -> None:
+    from mllm_keeplora.continual.memory import DeviceMemoryError
     from mllm_keeplora.continual.run_stream import run_stream
     from mllm_keeplora.continual.saved_run import load_run
     from mllm_keeplora.distributed.processes import from_main, is_main, start_processes
     from mllm_keeplora.modeling.loading import resolve_device
+    from mllm_keeplora.planning.plan import smaller_figures, warn_of_memory
     from mllm_keeplora.recipes.small.streams import draw_small_stream
     from mllm_keeplora.reports.page import write_report
     from mllm_keeplora.reports.tables import format_table
@@ -45,7 +47,13 @@ def _run(config: RunConfig) -> None:
     start_processes(cpu=resolve_device(config.model).type == "cpu")
     from_main(lambda: draw_small_stream(config.stream, config.data_root))
     writes = is_main()  # asked before the run, which leaves the group of processes at its end
-    retention = run_stream(config)
+    if not RunDirectory(Path(config.run_dir)).retention.exists():  # what has been complete once has fitted
+        from_main(lambda: warn_of_memory(config))
+    try:
+        retention = run_stream(config)
+    except DeviceMemoryError as error:
+        figures = smaller_figures(config, error.phase, error.smaller)
+        raise DeviceMemoryError(f"{error}. {figures}".rstrip(". ")) from error
     if writes:
         run = RunDirectory(Path(config.run_dir))
         write_report(load_run(run.path))

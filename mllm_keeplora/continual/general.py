@@ -17,7 +17,7 @@ from tqdm import tqdm
 from mllm_keeplora.config import ConfigError, GeneralConfig, Tower
 from mllm_keeplora.data.collator import ChatCollator, decoded
 from mllm_keeplora.data.conversation import Message, Sample
-from mllm_keeplora.data.media import MediaChecker
+from mllm_keeplora.data.preflight import Preflight
 from mllm_keeplora.data.records import load_records, select_evenly
 from mllm_keeplora.distributed.processes import (
     from_main,
@@ -69,7 +69,7 @@ class Batches:
 # --- G1 ---
 
 
-def prompts(config: GeneralConfig, checker: MediaChecker | None = None) -> list[Sample]:
+def prompts(config: GeneralConfig, checker: Preflight | None = None) -> list[Sample]:
     """The general prompts: conversations up to their last question, evenly spaced over the file.
 
     Args:

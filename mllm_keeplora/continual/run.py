@@ -12,9 +12,12 @@ from mllm_keeplora.config import ConfigError, RunConfig, config_from_dict
 from mllm_keeplora.continual.general import general_bases, general_samples, prompts
 from mllm_keeplora.continual.history import History
 from mllm_keeplora.continual.learning import read_stage_factors
+from mllm_keeplora.continual.memory import memory_explained
 from mllm_keeplora.continual.stage import Stage, check_ranks, open_context
 from mllm_keeplora.continual.trainer import check_loggers, check_settings
-from mllm_keeplora.data.media import MediaChecker
+from mllm_keeplora.data.conversation import Sample
+from mllm_keeplora.data.preflight import Preflight
+from mllm_keeplora.data.records import SkippedRecord
 from mllm_keeplora.data.stream import Stream, load_stream, load_training_records
 from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.distributed.processes import (
@@ -34,7 +37,13 @@ from mllm_keeplora.methods.base import Method, load_method
 from mllm_keeplora.methods.context import RunContext, StageContext
 from mllm_keeplora.modeling.adapters import ACCUMULATED, Factors, attach, detach
 from mllm_keeplora.modeling.families import check_clip_lengths
-from mllm_keeplora.modeling.loading import load_base, read_model_config, resolve_device, save_adapter
+from mllm_keeplora.modeling.loading import (
+    load_base,
+    load_base_processor,
+    read_model_config,
+    resolve_device,
+    save_adapter,
+)
 from mllm_keeplora.modeling.saved_adapters import read_initial_adapter
 from mllm_keeplora.modeling.targets import targets_of
 from mllm_keeplora.probes.protected_bases import weight_basis_directory, weight_basis_files
@@ -92,8 +101,10 @@ class Run:
         Raises:
             ConfigError, TargetError, RecordError: a model or records that cannot be used.
             StageError: a rank that the residual space cannot hold (E9).
+            DeviceMemoryError: a base model that does not fit.
         """
-        return _load_context(self)
+        with memory_explained("load", self.config):
+            return _load_context(self)
 
     def stage_context(self, number: int, accumulated: Factors) -> StageContext:
         """What the method works with in stage `number` (1-based), after the stages that left `accumulated`."""
@@ -104,7 +115,8 @@ class Run:
         """Opens the next stage; when the block ends well its manifest is written and the stage is complete."""
         history, path = self.history, self.history.stage(number)
         stage = Stage(self.context, path, history.header(number), history.inputs(number))
-        yield stage
+        with memory_explained("fold", self.config, number, history.task_name(number)):  # and what else is no phase
+            yield stage
         history.manifests.append(stage.finish())
 
     def accumulated(self, number: int) -> Factors:
@@ -185,7 +197,7 @@ def _check_train_settings(config: RunConfig, stream: Stream) -> None:
 def _check_general(config: RunConfig, method: Method) -> None:
     """What can be said of the general samples before a model is loaded."""
     if config.general.given:
-        prompts(config.general, MediaChecker(VideoReader(config.video, None)))
+        prompts(config.general, Preflight(VideoReader(config.video, None)))
     if config.general.budget is not None and not method.adds_updates:
         raise ConfigError(
             f"general.budget scales a stage's update, and method {config.method} trains one adapter on throughout; "
@@ -193,13 +205,24 @@ def _check_general(config: RunConfig, method: Method) -> None:
         )
 
 
+def _checked_records(
+    config: RunConfig, stream: Stream, reader: VideoReader
+) -> dict[str, tuple[list[Sample], list[SkippedRecord]]]:
+    """What the stages train on, every record of the run checked."""
+    tasks = [task.name for task in stream.tasks]
+    preflight = Preflight.of_run(config, tasks, load_base_processor(config.model), reader)
+    records = load_training_records(stream, config.on_bad_record, preflight)
+    for task, lines in preflight.trained.items():
+        logger.info("\n  ".join([f"{task} trains on", *lines]))
+    return records
+
+
 def _load_context(run: Run) -> RunContext:
     config, stream, cache = run.config, run.stream, Path(run.config.cache_dir)
     if config.video.fps is not None:
         check_clip_lengths(config, read_model_config(config.model))
     reader = VideoReader(config.video, cache)
-    checker = MediaChecker(reader, cache / "checked_media")
-    records = from_main(lambda: load_training_records(stream, config.on_bad_record, checker))
+    records = from_main(lambda: _checked_records(config, stream, reader))
     stock = [spec.lmms_eval_task for spec in stream.general if spec.lmms_eval_task is not None]
     from_main(lambda: check_logins(stock, run.directory.task_files))
     logger.info(f"loading {config.model.base_model} ({config.model.quantization})")

@@ -14,6 +14,7 @@ from mllm_keeplora.config import RunConfig
 from mllm_keeplora.continual.general import guard
 from mllm_keeplora.continual.history import add_backfill
 from mllm_keeplora.continual.learning import as_factors, learn, measure_a
+from mllm_keeplora.continual.memory import memory_explained
 from mllm_keeplora.continual.run import Run
 from mllm_keeplora.continual.stage import check_no_leakage, counts, evaluate
 from mllm_keeplora.distributed.processes import from_main, num_processes
@@ -128,7 +129,8 @@ def _backfill(run: Run) -> None:
         logger.info(f"backfilling stage {number}: {', '.join(names)}")
         stage = run.history.stage(number)
         model = attach_accumulated(run.context.model, run.accumulated(number))
-        scores = evaluate(run.context, model, stage, names)
+        with memory_explained("evaluate", run.config, number, run.history.task_name(number)):
+            scores = evaluate(run.context, model, stage, names)
         detach(model)
         cells = {name: {"data": run.history.data[name], "score": score} for name, score in scores.items()}
         from_main(partial(add_backfill, stage, cells))

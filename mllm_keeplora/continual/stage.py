@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from mllm_keeplora.continual.history import adapter_hash
+from mllm_keeplora.continual.memory import memory_explained
 from mllm_keeplora.distributed.processes import from_main, gather
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.evaluation.answer import generation_settings
@@ -55,8 +56,13 @@ class Stage:
         self._model: Model = run.model
 
     def phase(self, name: str, compute: Callable[[], Outcome], key: str = "") -> Phase:
-        """See `StageRecord.phase`."""
-        return self.record.phase(name, compute, key)
+        """See `StageRecord.phase`.
+
+        Raises:
+            DeviceMemoryError: too little memory; names what lowers it.
+        """
+        with memory_explained(name, self.run.config, self.header["stage"], self.header["task"]):
+            return self.record.phase(name, compute, key)
 
     def note(self, **entries: Any) -> None:
         """Adds entries to the manifest."""

@@ -1,17 +1,17 @@
-"""Training one stage's LoRA factor with the HF Trainer: fp32 factors, no autocast, resumable, and fatal on
-NaN.
+"""Training one stage's LoRA factor with the HF Trainer.
 
-The base computes in its own dtype (bf16 on GPUs, set when it is loaded) and PEFT casts the LoRA path to the
-factors' fp32.
-Autocast stays off: under it an fp32 A would answer protected inputs with 2e-3 instead of rounding.
+Factors are fp32. Training can be resumed, and it stops at NaN. The base computes in its own dtype (bf16 on GPUs, set
+when it is loaded). PEFT casts the LoRA path to the factors' fp32. Autocast stays off: under it an fp32 A would answer
+protected inputs with an error of 2e-3 in place of rounding.
 
-Several processes train by DDP on one global batch, per_device_train_batch_size x processes x
-gradient_accumulation_steps: the Trainer divides by the number of supervised tokens of all processes, so that
-one step equals one process's step on that batch. Where the samples do not fill the processes' last batches
-of an epoch, accelerate fills them up with the epoch's first samples (even_batches): all processes take the
-same number of steps, the number that one process takes, and fewer than per_device_train_batch_size x
-processes samples count twice. It stays on, since a process without a batch would leave the others waiting;
-the number is logged and recorded.
+Several processes train by DDP on one global batch. Its size is per_device_train_batch_size x processes x
+gradient_accumulation_steps. The Trainer divides by the number of supervised tokens of all processes, so one step equals
+one process's step on that batch.
+
+An epoch's last batches may lack samples for some processes. accelerate then fills them with the epoch's first samples
+(even_batches). So all processes take the same number of steps, which is the number that one process takes. Fewer than
+per_device_train_batch_size x processes samples count twice, and their number is logged and recorded. Filling stays on,
+since a process without a batch would leave the others waiting.
 """
 
 import importlib

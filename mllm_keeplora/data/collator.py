@@ -212,7 +212,7 @@ class ChatCollator:
             ProcessorError: the chat template does not suit, a text contains a control token of the model's, or the
                 processor takes no video; names the sample.
         """
-        images, clips = _read_images(samples), self._read_clips(samples)
+        images, clips = self._read_images(samples), self._read_clips(samples)
         rendered = [] if all(sample in self._encoded for sample in samples) else [*map(self._render, samples)]
         try:
             if rendered:
@@ -224,6 +224,17 @@ class ChatCollator:
             raise ProcessorError(f"sample {names}: {error}") from error
         encoded = [self._encoded[sample] for sample in samples]
         return {**_pad(encoded, self.processor, left=False), **media_inputs}
+
+    def _read_images(self, samples: Sequence[Sample]) -> list[list[Image.Image]]:
+        """Message by message."""
+        images: list[list[Image.Image]] = []
+        for sample in samples:
+            shown = [[file for file in message.media if file.kind == "image"] for message in sample.messages]
+            try:
+                images += [[load_image(file.path) for file in files] for files in shown]
+            except ImageError as error:
+                raise ImageError(f"sample {sample.id!r}: {error}") from error
+        return images
 
     def _read_clips(self, samples: Sequence[Sample]) -> list[Clip]:
         clips = []
@@ -247,7 +258,7 @@ class ChatCollator:
         """Fills the cache for `samples`; returns what the processor makes of images and clips."""
         encoded, media_inputs = _encode(self.processor, rendered, images, clips)
         for sample, tokens in zip(samples, encoded, strict=True):
-            self._check_length(sample, len(tokens.ids))
+            self.check_length(sample, len(tokens.ids))
             self._encoded[sample] = tokens
         return media_inputs
 
@@ -261,7 +272,12 @@ class ChatCollator:
         except ProcessorError as error:
             raise ProcessorError(f"sample {sample.id!r}: {error}") from error
 
-    def _check_length(self, sample: Sample, length: int) -> None:
+    def check_length(self, sample: Sample, length: int) -> None:
+        """Refuses a sample of more tokens than `max_length`.
+
+        Raises:
+            SampleTooLongError: names the sample and what it shows.
+        """
         if self.max_length is not None and length > self.max_length:
             files = ", ".join(str(file.path) for file in sample.media)
             raise SampleTooLongError(
@@ -274,18 +290,6 @@ class ChatCollator:
 class _EncodedSample:
     ids: torch.Tensor  # [T] int32
     supervised: torch.Tensor  # [T] bool
-
-
-def _read_images(samples: Sequence[Sample]) -> list[list[Image.Image]]:
-    """Message by message."""
-    images: list[list[Image.Image]] = []
-    for sample in samples:
-        files = [[part for part in message.parts if isinstance(part, MediaFile)] for message in sample.messages]
-        try:
-            images += [[load_image(file.path) for file in shown if file.kind == "image"] for shown in files]
-        except ImageError as error:
-            raise ImageError(f"sample {sample.id!r}: {error}") from error
-    return images
 
 
 def _encode(

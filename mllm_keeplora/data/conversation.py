@@ -1,6 +1,5 @@
 """What a model is shown, asked and taught: messages of texts, images and clips."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -107,8 +106,3 @@ class Sample:
                     before = (*self.messages[:start], Message("user", (*shown, *before[-1].parts)))
                 questions.append((before, message))
         return tuple(questions)
-
-
-def paths_of(samples: Iterable[Sample], kind: Media) -> set[Path]:
-    """The files of one kind that samples show."""
-    return {file.path for sample in samples for file in sample.media if file.kind == kind}

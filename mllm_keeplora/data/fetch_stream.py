@@ -28,7 +28,6 @@ from huggingface_hub.errors import (
 )
 from tqdm import tqdm
 
-from mllm_keeplora.data.media import file_state
 from mllm_keeplora.data.stream import (
     Hub,
     Stream,
@@ -36,7 +35,7 @@ from mllm_keeplora.data.stream import (
     named_paths,
 )
 from mllm_keeplora.errors import KeepLoRAError
-from mllm_keeplora.runs.files import atomic_path
+from mllm_keeplora.runs.files import atomic_path, file_state
 from mllm_keeplora.units import format_bytes
 
 # Longer ones first: .tar.gz is not a .gz.

@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mllm_keeplora.data.conversation import MediaFile, Message, Part, Sample, paths_of
-from mllm_keeplora.data.media import IMAGES_ONLY, MediaChecker, file_state
+from mllm_keeplora.data.conversation import MediaFile, Message, Part, Sample
+from mllm_keeplora.data.preflight import IMAGES_ONLY, Preflight
 from mllm_keeplora.data.record_files import EXTRACTED, BadRecord, HubTable, Rows, read_rows
 from mllm_keeplora.data.record_files import RecordError as RecordError
 from mllm_keeplora.data.record_forms import PLACEHOLDERS, Parsed, Said, Slot, parse_record
 from mllm_keeplora.modeling.families import Media
+from mllm_keeplora.runs.files import file_state
 
 # In the order in which CL-VISTA tries them behind a video's name.
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv")
@@ -63,7 +64,8 @@ def load_records(
     allow_text_only: bool = False,
     answered: bool = True,
     on_bad_record: Literal["error", "skip"] = "error",
-    checker: MediaChecker | None = IMAGES_ONLY,
+    checker: Preflight | None = IMAGES_ONLY,
+    task: str | None = None,
     extracted: Path = _EXTRACTED,
 ) -> tuple[list[Sample], list[SkippedRecord]]:
     """Reads and checks a whole data file: its records and every image or clip they name, decoded once.
@@ -78,7 +80,8 @@ def load_records(
         answered: False where records may end with a question.
         on_bad_record: "error" refuses the file when any record is bad; "skip" leaves the bad ones out and
             returns them.
-        checker: decodes what the records name; None where that has been done before.
+        checker: checks the records and what they name; None where that has been done before.
+        task: the task that trains on them; None for records that evaluation asks.
         extracted: folder for the media that lie inside a table.
 
     Returns:
@@ -98,7 +101,7 @@ def load_records(
         extracted=extracted,
     )
     if checker is not None:
-        bad |= _find_media_problems(samples, checker, path.name)
+        bad |= checker.records(samples, path.name, task).bad
 
     kept = [sample for row, sample in samples.items() if row not in bad]
     skipped = [SkippedRecord(file=str(path), row=row, reason=bad[row]) for row in sorted(bad)]
@@ -176,13 +179,6 @@ def _find_repeated_ids(samples: Mapping[int, Sample]) -> dict[int, str]:
         if first.setdefault(sample.id, row) != row:
             repeated[row] = f"question_id {sample.id} is used in row {first[sample.id]} already"
     return repeated
-
-
-def _find_media_problems(samples: Mapping[int, Sample], checker: MediaChecker, label: str) -> dict[int, str]:
-    problems = checker.problems(paths_of(samples.values(), "image"), paths_of(samples.values(), "video"), label)
-    return {
-        row: problems[file.path] for row, sample in samples.items() for file in sample.media if file.path in problems
-    }
 
 
 def clean_question(text: str) -> str:

@@ -30,11 +30,12 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from mllm_keeplora.config import ConfigError, NewTokens
 from mllm_keeplora.data.conversation import Sample
-from mllm_keeplora.data.media import IMAGES_ONLY, MediaChecker, file_state
+from mllm_keeplora.data.preflight import IMAGES_ONLY, Preflight
 from mllm_keeplora.data.record_files import EXTRACTED, RECORD_SUFFIXES, HubTable, content_hash
 from mllm_keeplora.data.records import OTHER_ANSWERS, SkippedRecord, load_records, named_media
 from mllm_keeplora.errors import KeepLoRAError, did_you_mean
 from mllm_keeplora.resources import find, is_there
+from mllm_keeplora.runs.files import file_state
 from mllm_keeplora.settings import Range, check_settings, shown
 from mllm_keeplora.yaml_files import read_yaml
 
@@ -274,10 +275,9 @@ def load_stream(
 def load_training_records(
     stream: Stream,
     on_bad_record: Literal["error", "skip"] = "error",
-    checker: MediaChecker = IMAGES_ONLY,
+    checker: Preflight = IMAGES_ONLY,
 ) -> dict[str, tuple[list[Sample], list[SkippedRecord]]]:
-    """Reads and checks every record that the stream's files hold, test files included, and decodes every
-    image and clip.
+    """Reads and checks every record that the stream's files hold, test files included, with what they show.
 
     To be called before a run's first stage, so that a bad record of the last task is not found after hours.
     `on_bad_record` concerns the training files; a test file with a bad record is always refused, as leaving
@@ -301,6 +301,7 @@ def load_training_records(
                 on_bad_record=on_bad_record,
                 checker=checker,
                 extracted=stream.extracted,
+                task=spec.name,
             )
         test, answers = stream.test_file(spec), stream.answers_file(spec)
         if test is not None:

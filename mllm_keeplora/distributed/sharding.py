@@ -1,12 +1,12 @@
 """The frozen base spread over the processes (FSDP2), for bases that leave a GPU no room for its work.
 
-Only the language model's layers are spread: they hold most of a base, and every process runs them in every
-forward, while batches of text alone leave the vision tower out. A layer is gathered when it runs and freed
-afterwards. The LoRA factors stay whole on every process, and DDP adds their gradients up, so stages, files
-and results are those of DDP. The price: processes must run the layers equally often, hence the filler batches
-of probes and evaluations.
+Only the language model's layers are spread. They hold most of a base, and every process runs them in every forward. The
+vision tower stays whole, since batches of text alone leave it out. A layer is gathered when it runs and freed
+afterwards.
 
-Each process still loads the whole 4-bit base before it gives its share away.
+The LoRA factors stay whole on every process, and DDP adds their gradients up. So stages, files and results are those of
+DDP. Processes must run the layers equally often, hence the filler batches of probes and evaluations. Each process still
+loads the whole 4-bit base before it gives its share away.
 """
 
 import os

@@ -1,8 +1,7 @@
 """One row of the accuracy matrix: every task of a stream, scored by lmms-eval in process on the live model.
 
-A stream's own test files become lmms-eval tasks by small YAMLs in the run directory (`write_task_files`) that
-include the templates of eval/tasks, so the same questions can be asked again from lmms-eval's own command
-line.
+A stream's own test files become lmms-eval tasks. `write_task_files` writes a small YAML for each into the run
+directory, which includes a template of eval/tasks. So lmms-eval's own command line can ask the same questions again.
 """
 
 import functools
@@ -60,9 +59,9 @@ def evaluate_row(
 ) -> dict[str, Score]:
     """Scores the live model on the stream's tasks and general benchmarks.
 
-    The model is left as found (modules' training flags, hooks), and so are the random generators of python,
-    numpy and torch, which lmms-eval reseeds. In a distributed run every process takes a share of the
-    questions and all return the scores.
+    The model is left as found (modules' training flags, hooks). So are the random generators of python, numpy and
+    torch, which lmms-eval reseeds. In a distributed run every process takes a share of the questions, and all return
+    the scores.
 
     Args:
         model: transformers model or PeftModel.
@@ -294,9 +293,11 @@ def _cause(error: BaseException) -> BaseException:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Puts back what importing and running lmms-eval changes process-wide: random generators, PIL's
-    truncation flag. What the process holds by then is kept out of the full collection that ends every
-    evaluation of lmms-eval's: a tenth of a row on a small model."""
+    """Puts back what lmms-eval changes in the whole process: random generators, and PIL's truncation flag.
+
+    lmms-eval ends every evaluation with a full collection. What the process holds by then is kept out of it, which
+    saves a tenth of a row's time on a small model.
+    """
     accept_truncated = ImageFile.LOAD_TRUNCATED_IMAGES
     python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):

@@ -221,6 +221,21 @@ def load_dense(config: ModelConfig, adapter: Path | None) -> tuple[Any, Any]:
     return model, processor
 
 
+def load_base_processor(config: ModelConfig) -> Any:
+    """The base model's processor alone.
+
+    Raises:
+        ConfigError: it cannot be had.
+    """
+    directory = resolve_model_directory(config)
+    try:
+        return load_processor(config, str(directory), trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, KeepLoRAError):
+            raise
+        raise ConfigError(f"the processor of {directory} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
 def load_processor(config: ModelConfig, directory: str, **options: Any) -> Any:
     """A base model's processor, with the chat template that the settings name.
 

@@ -1,8 +1,8 @@
 """Reads a stream's data completely and finds everything that is wrong with them, all in one pass.
 
-Every record is read and every image and clip decoded, as a run does before its first stage. Beyond what a run
-refuses, it looks for what would make scores worth less: ids and records that repeat, and test questions that
-training has shown.
+Every record is read, every image and clip decoded and, where a base model is named, every record collated, as a
+run does before its first stage. Beyond what a run refuses, it looks for what would make scores worth less: ids and
+records that repeat, and test questions that training has shown.
 """
 
 import tempfile
@@ -14,8 +14,8 @@ from typing import Literal
 
 import pandas as pd
 
-from mllm_keeplora.data.conversation import MediaFile, Sample, paths_of
-from mllm_keeplora.data.media import MediaChecker, file_state
+from mllm_keeplora.data.conversation import MediaFile, Sample
+from mllm_keeplora.data.preflight import Preflight
 from mllm_keeplora.data.record_files import HubTable
 from mllm_keeplora.data.records import (
     RecordError,
@@ -28,6 +28,8 @@ from mllm_keeplora.data.stream import GeneralSpec, Stream, TaskSpec, named_paths
 from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.evaluation.errors import EvaluationError
 from mllm_keeplora.evaluation.task_files import write_task_files
+from mllm_keeplora.modeling.families import Media
+from mllm_keeplora.runs.files import file_state
 from mllm_keeplora.units import GB, format_bytes
 
 Spec = TaskSpec | GeneralSpec
@@ -69,12 +71,18 @@ class Counts:
 
 @dataclass(frozen=True)
 class Report:
-    """What `check_stream` found; `advice` says where missing data come from."""
+    """What `check_stream` found.
+
+    Attributes:
+        trained: task -> its tokens and its longest samples, in lines; empty where no base model is named.
+        advice: where missing data come from.
+    """
 
     stream: str
     data_root: Path
     counts: tuple[Counts, ...]
     problems: tuple[Problem, ...]
+    trained: Mapping[str, Sequence[str]]
     advice: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -89,21 +97,23 @@ class _DataFile:
     samples: dict[int, Sample] = field(default_factory=dict)
     bad: dict[int, str] = field(default_factory=dict)
     refused: str | None = None  # why the file as a whole cannot be used
-    images: set[Path] = field(default_factory=set)
-    videos: set[Path] = field(default_factory=set)
+    media: set[MediaFile] = field(default_factory=set)
 
 
-def check_stream(stream: Stream, checker: MediaChecker) -> Report:
+def check_stream(stream: Stream, preflight: Preflight) -> Report:
     """Reads everything that a stream's entries name.
 
     Args:
         stream: loaded with `check_files=False`; files may be missing.
-        checker: decodes images and clips, each once however many records and tasks show it.
+        preflight: decodes images and clips, each once however many records and tasks show it, and collates records.
     """
     specs = [spec for spec in stream.specs if spec.test is not None]  # those with files of their own
     files = [file for spec in specs for file in _read_files(stream, spec)]
-    damaged = checker.problems_of([(file.images, file.videos) for file in files], stream.name)
-    media = {path for file in files for path in (*file.images, *file.videos)}
+    damaged = preflight.media({shown for file in files for shown in file.media}, stream.name)
+    for file in files:
+        sound = {row: sample for row, sample in file.samples.items() if row not in file.bad}
+        file.bad |= preflight.records(sound, file.path.name, file.spec.name if file.kind == "train" else None).bad
+    media = {shown.path for file in files for shown in file.media}
     with ThreadPoolExecutor(_STAT_THREADS) as pool:
         states = dict(zip(media, pool.map(file_state, media), strict=True))
     sizes = {path: state[0] for path, state in states.items() if state is not None}
@@ -120,8 +130,9 @@ def check_stream(stream: Stream, checker: MediaChecker) -> Report:
             _count("all together", files, sizes),
         ),
         problems=tuple(problems),
+        trained=preflight.trained,
         advice=tuple(_advice(stream, missing)),
-        notes=tuple(_cache_notes(checker.reader, {p for f in files for p in f.videos} - damaged.keys(), sizes)),
+        notes=tuple(_notes(preflight, _paths(files, "video") - damaged.keys(), sizes)),
     )
 
 
@@ -132,7 +143,7 @@ def _read_files(stream: Stream, spec: Spec) -> Iterator[_DataFile]:
     if test is not None and _is_there(test):
         root, file = stream.test_media_root(spec), _DataFile(spec, "test", test)
         if answers is not None and not answers.is_file():
-            file.videos = _named_media(stream, test, root)  # they can be checked without the answers
+            file.media = _named_clips(stream, test, root)  # they can be checked without the answers
             yield file
         else:
             yield _read(stream, file, root, answers)
@@ -157,15 +168,15 @@ def _read(stream: Stream, file: _DataFile, root: Path, answers: Path | None = No
         file.refused = f"{file.path} holds no records; expected a list of at least one"
     if file.refused is not None:
         # Questions that do not go with their answers still name clips, which may be wrong as well.
-        file.videos = _named_media(stream, file.path, root) if answers is not None else set()
+        file.media = _named_clips(stream, file.path, root) if answers is not None else set()
         return file
-    file.images, file.videos = paths_of(file.samples.values(), "image"), paths_of(file.samples.values(), "video")
+    file.media = {shown for sample in file.samples.values() for shown in sample.media}
     return file
 
 
-def _named_media(stream: Stream, path: Path | HubTable, root: Path) -> set[Path]:
+def _named_clips(stream: Stream, path: Path | HubTable, root: Path) -> set[MediaFile]:
     try:
-        return named_media(path, root, stream.extracted)
+        return {MediaFile("video", clip) for clip in named_media(path, root, stream.extracted)}
     except RecordError:  # said already, as the reason why the file is refused
         return set()
 
@@ -198,15 +209,11 @@ def _problems_of_file(file: _DataFile, damaged: Mapping[Path, str]) -> Iterator[
     if file.refused is not None:
         yield Problem(file.spec.name, file.refused)
     if not file.samples and not file.bad:  # nor any rows: questions alone, for want of their answers
-        reasons = sorted(damaged[path] for path in file.videos if path in damaged)
+        reasons = sorted(damaged[shown.path] for shown in file.media if shown.path in damaged)
         if reasons:
             yield Problem(file.spec.name, f"{file.path}: {len(reasons)} of its clips are bad", (*reasons,))
         return
-    bad = dict(file.bad)
-    for row, sample in file.samples.items():
-        for shown in sample.media:
-            if shown.path in damaged:
-                bad.setdefault(row, damaged[shown.path])
+    bad = file.bad
     if bad:
         total = len(file.samples.keys() | bad.keys())
         details = (f"row {row}: {bad[row]}" for row in sorted(bad))
@@ -277,8 +284,7 @@ def _as_task(spec: Spec) -> TaskSpec:
 
 def _count(name: str, files: Sequence[_DataFile], sizes: Mapping[Path, int]) -> Counts:
     """Media that several files share count once."""
-    images = {path for file in files for path in file.images}
-    clips = {path for file in files for path in file.videos}
+    images, clips = _paths(files, "image"), _paths(files, "video")
     rows = [(file.kind, len(file.samples.keys() | file.bad.keys())) for file in files]
     return Counts(
         name=name,
@@ -289,6 +295,10 @@ def _count(name: str, files: Sequence[_DataFile], sizes: Mapping[Path, int]) -> 
         text_only=sum(not sample.media for file in files for sample in file.samples.values()),
         size=sum(sizes.get(path, 0) for path in images | clips),
     )
+
+
+def _paths(files: Sequence[_DataFile], kind: Media) -> set[Path]:
+    return {shown.path for file in files for shown in file.media if shown.kind == kind}
 
 
 def _advice(stream: Stream, missing: Sequence[Path]) -> Iterator[str]:
@@ -308,6 +318,15 @@ def _advice(stream: Stream, missing: Sequence[Path]) -> Iterator[str]:
             f"{len(rest)} files or folders, the first {rest[0]}: published as {hub.url} (revision "
             f"{hub.revision}); keeplora fetch STREAM.yaml --data_root {stream.data_root} gets what is there"
         )
+
+
+def _notes(preflight: Preflight, clips: set[Path], sizes: Mapping[Path, int]) -> Iterator[str]:
+    if preflight.processor is None:
+        yield (
+            "no base model is named, so nothing was put through its processor: tokens are not counted, and what it "
+            "refuses is not found. Name the run's settings (--config RUN.yaml) or a model (--base_model MODEL)."
+        )
+    yield from _cache_notes(preflight.reader, clips, sizes)
 
 
 def _cache_notes(reader: VideoReader | None, clips: set[Path], sizes: Mapping[Path, int]) -> Iterator[str]:
@@ -335,6 +354,8 @@ def format_report(report: Report) -> str:
     """The report as text, ending in a line break."""
     lines = [f"Stream {report.stream}, data root {report.data_root}", "", _table(report.counts)]
     lines += [f"\nNote: {note}" for note in report.notes]
+    for task, found in report.trained.items():
+        lines += ["", f"{task} trains on", *(f"  {line}" for line in found)] if found else []
     lines += ["", _summary(report.problems)]
     for task in dict.fromkeys(problem.task for problem in report.problems):
         lines += ["", task]

@@ -16,6 +16,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import get_max_memory
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -27,6 +28,7 @@ from mllm_keeplora.data.record_files import HubTable
 from mllm_keeplora.data.records import read_records, select_evenly
 from mllm_keeplora.data.stream import GeneralSpec, Stream, TaskSpec, load_stream
 from mllm_keeplora.data.video.reader import VideoReader
+from mllm_keeplora.distributed.sharding import sharding_asked
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.linalg.sketch import HELD_OUT_SHARE
 from mllm_keeplora.methods.base import load_method
@@ -42,8 +44,15 @@ from mllm_keeplora.runs.files import read_json
 from mllm_keeplora.runs.run_directory import RunDirectory
 from mllm_keeplora.units import GB
 
+# A run is refused before it begins where its estimated peak is more than so many times the free memory. Up to there it
+# may fit: a phase has been measured to take 1.68 times less than its estimate (docs/plan.md).
+IMPOSSIBLE = 2.0
+# The column of the plan that a phase of a run belongs to.
+_COLUMNS = {"load": "weight bases", "train": "train", "evaluate": "evaluation"}
 # Share of a device's free memory that the estimate leaves alone: CUDA context, fragmentation, and its error.
 HEADROOM = 0.1
+logger = get_logger(__name__)
+
 PROBING = ("probe", "protect", "rehearse")  # the timed phases of a stage that hold its probe passes
 # Settings that an earlier run shares with this one where its seconds are used.
 _pace = attrgetter(
@@ -341,6 +350,40 @@ def check_fits(plan: Plan) -> None:
     fitting, changes = found
     changed = ", ".join(f"{name}: {str(value).lower()}" for name, value in changes.items())
     raise PlanError(f"{text}. It fits, with {needed(fitting) / GB:.2f} GB, under {changed}")
+
+
+def warn_of_memory(config: RunConfig) -> None:
+    """Compares a run's peak with its device before it begins: what is only estimated stops no run that may fit.
+
+    A plan that cannot be made says nothing here: the run refuses the same settings in its own words. Nor is one
+    compared whose base is spread over several devices.
+
+    Raises:
+        PlanError: the peak is more than `IMPOSSIBLE` times what is free.
+    """
+    if sharding_asked():
+        return
+    try:
+        plan = make_plan(config)
+    except KeepLoRAError:
+        return
+    try:
+        check_fits(plan)
+    except PlanError as error:
+        if plan.memory.peak() > IMPOSSIBLE * plan.available:
+            raise PlanError(f"{error}. The run does not begin: it needs over {IMPOSSIBLE:g} times as much") from error
+        logger.warning(f"by estimate {error}. The run begins all the same, and may run out of memory")
+
+
+def smaller_figures(config: RunConfig, phase: str, changes: Mapping[str, Any]) -> str:
+    """What the plan says of a phase that ran out of memory, and of it with some settings changed; else nothing."""
+    try:
+        memory = make_plan(config).memory
+    except KeepLoRAError:
+        return ""
+    changed = replace(memory, config=_with(config, changes))
+    now, then = (sum(m.phases()[_COLUMNS.get(phase, "probe")].values()) / GB for m in (memory, changed))
+    return f"By the plan the phase takes {now:.2f} GB" + (f", {then:.2f} GB with the first of these" if changes else "")
 
 
 def find_fitting(memory: MemoryModel, available: int) -> tuple[MemoryModel, dict[str, Any]] | None:

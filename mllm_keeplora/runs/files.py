@@ -213,6 +213,15 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise ArtifactError(f"cannot read {path}: {error}; delete it to have it computed again") from error
 
 
+def file_state(path: Path) -> tuple[int, int] | None:
+    """(size in bytes, time of the last change in ns); None for a file that is not there."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
 def sha256_file(path: Path) -> str:
     """Hex digest of a file's bytes."""
     with check_regular(path).open("rb") as handle:

@@ -350,6 +350,35 @@ def test_other_record_forms_are_asked_turn_by_turn(live: tuple[Any, Any], tmp_pa
     ]
 
 
+def test_pictures_of_a_test_file_are_shown_in_every_form_and_turn(live: tuple[Any, Any], tmp_path: Path) -> None:
+    """Replies are those of LLaVA's own form, and a later turn is asked with what came before it."""
+    root = tmp_path / "data"
+    plain = write_data(root, 3)
+    told = []
+    for number, record in enumerate(plain):
+        words = record["text"].removeprefix("<image>\n")
+        content = [
+            {"type": "image", "image": record["image"]},
+            {"type": "text", "text": words},
+        ]
+        said = [{"role": "user", "content": content}, {"role": "assistant", "content": "nothing"}]
+        told.append(
+            [{**record, "images": [record["image"]], "image": None}, {"messages": said}, {"messages": said}][number]
+        )
+    two = {
+        "role": "user",
+        "content": [{"type": "image", "image": "images/1.png"}, {"type": "text", "text": QUESTIONS[2]}],
+    }
+    told[2] = {"messages": [*told[2]["messages"], two, {"role": "assistant", "content": "a"}]}
+    (root / "told.json").write_text(json.dumps(told))
+    tasks = tuple(TaskSpec(name, "test.json", f"{name}.json", "exact", max_new_tokens=4) for name in ("test", "told"))
+    stream = Stream("tiny", root, tasks)
+    write_task_files(stream, tmp_path / "tasks")
+    scores = evaluate(live, stream, tmp_path, batch_size=1)
+    assert [score["n"] for score in scores.values()] == [3, 4]
+    assert read_replies(tmp_path, "told")[:3] == read_replies(tmp_path, "test")
+
+
 class Request:
     """The part of lmms-eval's Instance that the wrapper reads."""
 

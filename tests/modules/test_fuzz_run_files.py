@@ -6,6 +6,7 @@ it and starts the run again.
 
 import json
 import os
+import resource
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,17 +18,21 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import yaml
+from accelerate.state import PartialState
 from hypothesis import HealthCheck, given, note, settings
 from PIL import Image
 
 import mllm_keeplora.continual.stage as stage_module
 import mllm_keeplora.continual.trainer as trainer
 from mllm_keeplora.config import EvaluationConfig, ModelConfig, ProbeConfig, RunConfig, TowerConfig, TrainConfig
+from mllm_keeplora.continual.history import add_backfill, read_backfill
 from mllm_keeplora.continual.run_stream import run_stream
+from mllm_keeplora.continual.saved_run import load_run
 from mllm_keeplora.continual.stage import Stage
 from mllm_keeplora.errors import KeepLoRAError
-from mllm_keeplora.runs.files import sha256_file, write_json
+from mllm_keeplora.runs.files import ArtifactError, sha256_file, write_json
 from mllm_keeplora.runs.record import StageRecord
+from mllm_keeplora.runs.run_directory import StageDirectory
 from tests.modules.conftest import batch
 
 TASKS = ("reds", "blues")
@@ -234,3 +239,98 @@ def test_a_damaged_file_of_a_finished_run(made: Made, choice: tuple[str, float, 
 def test_many_damaged_files(made: Made, state: int, choice: tuple[str, float, int, int, bool]) -> None:
     states = [*sorted(made.states.iterdir()), Path(made.config.run_dir)]
     try_one(made, states[state % len(states)], choice)
+
+
+# Members of the same kinds, each by itself
+
+
+def in_the_middle(made: Made) -> Path:
+    """The first state that holds a checkpoint."""
+    return next(state for state in sorted(made.states.iterdir()) if list(state.rglob("checkpoint-2/complete")))
+
+
+@pytest.mark.parametrize("name", ["stage.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"])
+def test_a_checkpoint_that_was_changed_is_not_continued(made: Made, tmp_path: Path, name: str) -> None:
+    folder = Path(shutil.copytree(in_the_middle(made), tmp_path / "run")) / "stages/01-reds/checkpoints"
+    PartialState()
+    assert trainer.last_complete_checkpoint(folder) == str(folder / "checkpoint-2")
+    damage(folder / "checkpoint-2" / name, "flip", 0.9, 3, folder)
+    assert trainer.last_complete_checkpoint(folder) == str(folder / "checkpoint-1")
+    assert not (folder / "checkpoint-2").exists()
+
+
+def test_a_run_continues_in_another_folder_and_from_another_one(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(in_the_middle(made), tmp_path / "elsewhere" / "moved")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run_stream(replace(made.config, run_dir="moved"))
+    assert result(tmp_path / "elsewhere" / "moved") == made.result
+    monkeypatch.chdir(tmp_path)
+    run_stream(replace(made.config, run_dir="elsewhere/moved"))
+    assert result(tmp_path / "elsewhere" / "moved") == made.result
+
+
+@pytest.mark.parametrize("room", [200, 2_000, 20_000])
+def test_without_room_a_file_is_named_and_the_run_continues_when_there_is(
+    made: Made, tmp_path: Path, room: int
+) -> None:
+    """The kernel refuses files beyond a size as it refuses them on a full disk."""
+    shutil.copytree(in_the_middle(made), tmp_path / "run")
+    config = replace(made.config, run_dir=str(tmp_path / "run"))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        with pytest.raises(KeepLoRAError, match=r"cannot write .*/run.*[Mm]ake room.* the same command again"):
+            run_stream(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.rglob(".*.tmp"))
+    run_stream(config)
+    assert result(tmp_path / "run") == made.result
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "quantization_config.json"])
+def test_a_changed_adapter_of_a_run_is_not_loaded_and_comes_back(made: Made, tmp_path: Path, name: str) -> None:
+    run = Path(shutil.copytree(made.config.run_dir, tmp_path / "run"))
+    damage(run / "adapter" / name, "append", 0, 0, run)
+    with pytest.raises(KeepLoRAError, match=f"{name}: hash .*start its run again"):
+        load_run(run).load_model()
+    run_stream(replace(made.config, run_dir=str(run)))
+    assert result(run) == made.result
+    load_run(run).load_model()
+
+
+def test_a_run_does_not_start_from_an_adapter_in_its_own_folder(made: Made, tmp_path: Path) -> None:
+    for inside in (tmp_path / "run" / "adapter", tmp_path / "run" / ".." / "run"):
+        config = replace(made.config, run_dir=str(tmp_path / "run"), initial_adapter=str(inside))
+        with pytest.raises(KeepLoRAError, match=r"lies in run_dir .*another run_dir"):
+            run_stream(config)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("config", ["{}", '{"model_type": "llava"}', "[]", "not JSON"])
+def test_a_folder_of_somebodys_own_stays_as_it_is(made: Made, tmp_path: Path, config: str) -> None:
+    (tmp_path / "adapter").mkdir()
+    for name, content in (("config.json", config), ("report.html", "mine"), ("adapter/a", "mine")):
+        (tmp_path / name).write_text(content)
+    with pytest.raises(KeepLoRAError, match="no directory of a run"):
+        run_stream(replace(made.config, run_dir=str(tmp_path)))
+    assert (tmp_path / "config.json").read_text() == config
+    assert (tmp_path / "report.html").read_text() == (tmp_path / "adapter/a").read_text() == "mine"
+
+
+@pytest.mark.parametrize("edited", ["backfill.json", "backfill/reds.jsonl"])
+def test_cells_that_were_measured_later_are_read_as_they_were_written(tmp_path: Path, edited: str) -> None:
+    stage = StageDirectory(tmp_path)
+    for name in ("reds", "blues"):
+        write_json(stage.backfilled_replies / f"{name}.jsonl", name)
+        add_backfill(stage, {name: {"data": "d", "score": {"value": 0.5}}})
+    assert {name: cell["score"] for name, cell in read_backfill(stage).items()} == {
+        "reds": {"value": 0.5},
+        "blues": {"value": 0.5},
+    }
+    path = tmp_path / edited
+    path.write_text(path.read_text().replace("0.5", "0.6", 1).replace("reds", "rods", 1))
+    with pytest.raises(ArtifactError, match=r"backfill.*delete .*backfill: true"):
+        read_backfill(stage)

@@ -18,7 +18,7 @@ from mllm_keeplora.continual.run import Run
 from mllm_keeplora.continual.run_stream import run_stream
 from mllm_keeplora.continual.trainer import StageTrainer
 from mllm_keeplora.data.collator import ChatCollator
-from mllm_keeplora.data.media import MediaChecker
+from mllm_keeplora.data.preflight import Preflight
 from mllm_keeplora.methods.context import StageContext
 from mllm_keeplora.modeling.adapters import STAGE, active_adapters, adapters_off, attach_accumulated, detach
 from mllm_keeplora.modeling.loss import reply_logits
@@ -239,15 +239,13 @@ def test_a_guard_needs_an_update(settings: Settings) -> None:
 
 def test_the_builtin_prompts_are_read() -> None:
     """Every form of theirs: pictures, two pictures, earlier turns, text alone."""
-    found = general.prompts(GeneralConfig(samples="builtin"), MediaChecker())
+    found = general.prompts(GeneralConfig(samples="builtin"), Preflight())
     assert len(found) == 256 and all(sample.messages[-1].role == "user" for sample in found)
     assert {len(sample.media) for sample in found} == {0, 1, 2}
     assert any(len(sample.messages) > 2 for sample in found)
 
 
-def test_a_base_without_replies_is_refused(
-    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_base_without_replies_is_refused(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(general, "greedy_replies", lambda model, processor, asked, length: [""] * len(asked))
     with pytest.raises(ConfigError, match="answers 12 of 12 prompts with nothing"):
         run_stream(replace(settings(), cache_dir=str(tmp_path / "cache")))  # of the base's replies, a new one

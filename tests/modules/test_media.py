@@ -12,8 +12,8 @@ from PIL import Image
 from mllm_keeplora.commands import chat
 from mllm_keeplora.config import EvaluationConfig, ModelConfig, ProbeConfig, RunConfig, TrainConfig, VideoConfig
 from mllm_keeplora.data.collator import ChatCollator, ProcessorError, prepare_questions, process_media
-from mllm_keeplora.data.conversation import Message
-from mllm_keeplora.data.media import IMAGES_ONLY
+from mllm_keeplora.data.conversation import MediaFile, Message
+from mllm_keeplora.data.preflight import IMAGES_ONLY
 from mllm_keeplora.data.video.reader import Clip, VideoReader
 from mllm_keeplora.errors import ConfigError
 from mllm_keeplora.eval.tasks import utils
@@ -138,14 +138,14 @@ def test_a_picture_is_the_same_in_training_evaluation_and_chat(
     batch = ChatCollator(llava)([sample("1", path, TURNS)])
     alone = process_media(llava, [[Image.fromarray(right)]], [])
     assert torch.equal(pixel_values(batch), pixel_values(alone))
-    assert IMAGES_ONLY.problems([path], [], "x") == {}
+    assert IMAGES_ONLY.media([MediaFile("image", path)], "x") == {}
 
 
 @pytest.mark.parametrize("make", [lambda p: Image.new("F", (9, 9)).save(p), lambda p: p.write_text("<html>404")])
 def test_what_the_check_refuses_every_way_in_refuses(make: Any, tmp_path: Path, processors: dict[str, Any]) -> None:
     path = tmp_path / "a.tif"
     make(path)
-    [reason] = IMAGES_ONLY.problems([path], [], "x").values()
+    [reason] = IMAGES_ONLY.media([MediaFile("image", path)], "x").values()
     for read in (
         lambda: ChatCollator(processors["llava"])([sample("1", path, TURNS)]),
         lambda: utils.doc_to_visual(asked_about(path)),

@@ -135,6 +135,24 @@ def test_signals_at_random_moments_change_nothing(
         print(f"{name}: {sent} of {count} signals, run {number} equal after {', '.join(disturbed.sent)}", flush=True)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_two_runs_at_once_share_a_cache(data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in ("OMP_NUM_THREADS", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(key, "1")
+    runs = [Disturbed(Recipe(tmp_path / name, data_root), 1) for name in ("first", "second")]
+    processes = []
+    for run in runs:
+        run.recipe.directory.mkdir()
+        command = run.recipe.command(*SHORT, "--cache_dir", str(tmp_path / "cache"))[1:]
+        processes.append(fork(command, {}, run.recipe.directory / "log"))
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0], runs[0].log() + runs[1].log()
+    assert runs[0].result() == runs[1].result()
+    assert not list((tmp_path / "cache").rglob(".*.tmp"))
+
+
 def finished(run: Disturbed) -> bool:
     """Whether there is nothing left to disturb."""
     return (run.recipe.run_dir / "report.html").exists()

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from mllm_keeplora.config import VideoConfig
-from mllm_keeplora.data.media import MediaChecker
+from mllm_keeplora.data.preflight import Preflight
 from mllm_keeplora.data.records import read_records
 from mllm_keeplora.data.stream import Stream, load_stream
 from mllm_keeplora.data.video.reader import VideoReader
@@ -50,7 +50,7 @@ def load(name: str, root: Path) -> Stream:
 
 def problems(name: str, root: Path) -> tuple[Problem, ...]:
     stream = load_stream(ROOT / "recipes" / "streams" / f"{name}.yaml", root, check_files=False)
-    return check_stream(stream, MediaChecker(VideoReader(VideoConfig(), None))).problems
+    return check_stream(stream, Preflight(VideoReader(VideoConfig(), None))).problems
 
 
 @every_stream

@@ -56,7 +56,7 @@ def test_both_towers_learn_in_the_residual_subspace(finished: VideoRecipe) -> No
 def test_frames_are_cached_and_clips_checked_once(finished: VideoRecipe) -> None:
     cache = finished.directory.parent / "weight_cache"
     assert list((cache / "frames").rglob("*.safetensors"))
-    assert list((cache / "checked_media").glob("*.json"))
+    assert list((cache / "preflight").glob("*.json"))
 
 
 def test_a_killed_run_continues_to_the_same_result(finished: VideoRecipe, fresh: VideoRecipe) -> None:

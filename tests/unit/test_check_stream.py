@@ -12,7 +12,7 @@ from PIL import Image
 
 from mllm_keeplora.commands.main import main
 from mllm_keeplora.config import VideoConfig
-from mllm_keeplora.data.media import MediaChecker
+from mllm_keeplora.data.preflight import Preflight
 from mllm_keeplora.data.stream import load_stream, load_training_records
 from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.planning.check_stream import SHOWN, Report, check_stream, format_report
@@ -87,7 +87,7 @@ def write_stream(root: Path, **hub: object) -> Path:
 
 def check(root: Path, memory: Path | None = None, **hub: object) -> Report:
     stream = load_stream(write_stream(root, **hub), check_files=False)
-    return check_stream(stream, MediaChecker(VideoReader(VideoConfig(frames=8), None), memory))
+    return check_stream(stream, Preflight(VideoReader(VideoConfig(frames=8), None), memory))
 
 
 def test_sound_data_pass_and_are_counted(root: Path) -> None:
@@ -215,7 +215,7 @@ def test_a_metric_that_cannot_score_the_records_is_found(root: Path) -> None:
     stream["tasks"][0]["metric"] = "nonsense"
     stream["tasks"][1]["metric"] = "acl_ocr"
     path.write_text(yaml.safe_dump(stream))
-    checker = MediaChecker(VideoReader(VideoConfig(frames=8), None))
+    checker = Preflight(VideoReader(VideoConfig(frames=8), None))
     problems = check_stream(load_stream(path, check_files=False), checker).problems
     assert ["no metric 'nonsense'" in p.title or "answer_type" in p.title for p in problems] == [True, True]
 
@@ -233,16 +233,16 @@ def test_what_is_missing_is_looked_for_where_it_is_published(root: Path) -> None
 def test_a_run_need_not_decode_again_what_was_found_sound(root: Path, tmp_path: Path) -> None:
     memory = tmp_path / "memory"
     check(root, memory)
-    assert len(list(memory.iterdir())) == 4  # one for each file of records; two of them have the same images
+    assert len(list(memory.iterdir())) == 2  # one writing of images, one of clips
     reader = VideoReader(VideoConfig(frames=8, timeout=1e-6), None)  # would fail on every clip
-    load_training_records(load_stream(write_stream(root)), checker=MediaChecker(reader, memory))
+    load_training_records(load_stream(write_stream(root)), checker=Preflight(reader, memory))
 
 
 def test_decoded_clips_are_set_against_the_cache(root: Path) -> None:
     stream = load_stream(write_stream(root))
     for gigabytes, verdict in ((1.0, "all fit"), (5e-5, "of them fit")):
         reader = VideoReader(VideoConfig(frames=8, cache_gb=gigabytes), None)
-        (note,) = check_stream(stream, MediaChecker(reader)).notes
+        _, note = check_stream(stream, Preflight(reader)).notes
         assert verdict in note
         assert "147 kB" in note  # 6 clips of 8 frames of 32 x 32 pixels in 3 bytes
 
@@ -255,6 +255,38 @@ def test_the_command_line(root: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     (root / "birds" / "0.png").unlink()
     assert main(["check", *arguments]) == 1
     assert "0.png does not exist" in capsys.readouterr().out
+
+
+SMALL = "recipes/small/vqa_base"
+
+
+def test_records_go_through_the_model_that_is_named(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(write_stream(root)), f"--data_root={root}", f"--cache_dir={tmp_path / 'cache'}"]
+    assert main(["check", *arguments]) == 0
+    assert "Note: no base model is named" in capsys.readouterr().out
+    assert main(["check", *arguments, f"--base_model={SMALL}"]) == 1  # it takes no clips
+    said = capsys.readouterr().out
+    assert "birds trains on\n  4 samples of " in said
+    assert re.search(r"longest \(no limit\): \d+ tokens in row 1 \(id 0\)", said)
+    assert re.search(r"train.json: 4 of 4 records cannot be used\n +row 1: .*takes no video", said)
+    assert re.search(r"questions.json: 2 of 2 records cannot be used\n +row 1: .*takes no video", said)
+
+
+@pytest.mark.parametrize("spelling", ["--config={}", "--config {}", "config={}"])
+def test_the_settings_of_a_run_are_those_of_its_check(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], spelling: str
+) -> None:
+    stream = yaml.safe_load(write_stream(root).read_text())
+    stream["tasks"].pop()
+    (tmp_path / "images.yaml").write_text(yaml.safe_dump(stream))
+    settings = {"stream": str(tmp_path / "images.yaml"), "cache_dir": str(tmp_path / "cache")}
+    run = {**settings, "model": {"base_model": SMALL}, "train": {"max_length": 64}}
+    for overrides, status in (({}, 0), ({"birds": {"max_length": 9}}, 1)):
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump({**run, "train_overrides": overrides}))
+        assert main(["check", *spelling.format(tmp_path / "run.yaml").split()]) == status
+    assert re.search(r"row 1: .* tokens, media tokens included; max_length is 9", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("argument", ["dat_root=x", "video.frames=many", "video.frames=0"])

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
+from mllm_keeplora.data.conversation import MediaFile
 from mllm_keeplora.data.file_kinds import describe_content
 from mllm_keeplora.data.images import FORMATS, MAX_PIXELS, ImageError, load_image
-from mllm_keeplora.data.media import IMAGES_ONLY
+from mllm_keeplora.data.preflight import IMAGES_ONLY
 
 WHITE = [255, 255, 255]
 
@@ -327,7 +328,7 @@ def test_a_file_that_is_something_else_is_named(name: str, tmp_path: Path) -> No
     with pytest.raises(ImageError, match=f"a.jpg (is )?{what}") as caught:
         load_image(path)
     assert "\n" not in str(caught.value)
-    assert IMAGES_ONLY.problems([path], [], "x") == {path: str(caught.value)}
+    assert IMAGES_ONLY.media([MediaFile("image", path)], "x") == {path: str(caught.value)}
 
 
 def test_pictures_and_missing_files_are_not_taken_for_something_else(tmp_path: Path) -> None:

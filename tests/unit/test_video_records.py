@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from mllm_keeplora.config import VideoConfig
-from mllm_keeplora.data.media import MediaChecker
+from mllm_keeplora.data.conversation import MediaFile
+from mllm_keeplora.data.preflight import Preflight
 from mllm_keeplora.data.records import RecordError, load_records, named_media
 from mllm_keeplora.data.stream import Stream, TaskSpec, data_hash, load_training_records
 from mllm_keeplora.data.video.reader import VideoReader
@@ -19,8 +20,8 @@ FRAMES = 12
 
 
 @pytest.fixture(scope="module")
-def checker() -> MediaChecker:
-    return MediaChecker(VideoReader(VideoConfig(frames=8), None))
+def checker() -> Preflight:
+    return Preflight(VideoReader(VideoConfig(frames=8), None))
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def refusal(**arguments: Any) -> str:
     return str(caught.value)
 
 
-def test_questions_get_the_answers_of_their_position(root: Path, checker: MediaChecker) -> None:
+def test_questions_get_the_answers_of_their_position(root: Path, checker: Preflight) -> None:
     samples, skipped = load_records(**pair(root, questions()), checker=checker)
     assert samples == [
         sample("0", None, (Turn("Q0?", "left"),), video=root / "test/0.mp4"),
@@ -66,7 +67,7 @@ def test_questions_get_the_answers_of_their_position(root: Path, checker: MediaC
     assert skipped == []
 
 
-def test_training_conversations_and_messages_name_clips(root: Path, checker: MediaChecker) -> None:
+def test_training_conversations_and_messages_name_clips(root: Path, checker: Preflight) -> None:
     turns = [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "left"}]
     parts = [{"type": "video"}, {"type": "text", "text": "What?"}]
     messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "left"}]
@@ -86,7 +87,7 @@ def test_questions_and_answers_of_different_numbers_are_refused(root: Path) -> N
     assert "answers.json has 1 answers" in message
 
 
-def test_a_question_id_used_twice_is_refused_with_both_rows(root: Path, checker: MediaChecker) -> None:
+def test_a_question_id_used_twice_is_refused_with_both_rows(root: Path, checker: Preflight) -> None:
     message = refusal(**pair(root, questions({}, {"question_id": 0})), checker=checker)
     assert "row 2: question_id 0 is used in row 1 already" in message
 
@@ -98,13 +99,13 @@ def test_an_empty_answer_and_a_reply_without_one_are_refused(root: Path) -> None
     assert "row 2: the answer is no JSON object" in refusal(**arguments)
 
 
-def test_a_missing_clip_is_named_with_its_row(root: Path, checker: MediaChecker) -> None:
+def test_a_missing_clip_is_named_with_its_row(root: Path, checker: Preflight) -> None:
     message = refusal(**pair(root, questions({}, {"video_name": "test/7"})), checker=checker)
     assert "1 of 2 records cannot be used" in message
     assert f"row 2: {root / 'test/7'}" in message or f"row 2: video {root / 'test/7'}" in message
 
 
-def test_a_clip_that_is_too_short_is_left_out_by_explicit_setting_alone(root: Path, checker: MediaChecker) -> None:
+def test_a_clip_that_is_too_short_is_left_out_by_explicit_setting_alone(root: Path, checker: Preflight) -> None:
     write_clip(root / "test/1.avi", list(np.zeros((3, 48, 64, 3), dtype=np.uint8)))
     arguments = {**pair(root, questions()), "checker": checker}
     assert "row 2: " in refusal(**arguments)
@@ -126,14 +127,14 @@ def test_named_media_are_found_under_their_suffix(root: Path) -> None:
 
 def test_sound_files_are_remembered_until_one_changes(root: Path, tmp_path: Path) -> None:
     reader = VideoReader(VideoConfig(frames=8), None)
-    checker = MediaChecker(reader, tmp_path / "memory")
-    clips = [root / "test/0.mp4", root / "train/0.mp4"]
-    assert checker.problems([], clips, "x") == {}
-    assert MediaChecker(None, tmp_path / "memory").problems([], clips, "x") != {}  # other sampling: none
-    forgetful = MediaChecker(VideoReader(VideoConfig(frames=8, timeout=1e-6), None), tmp_path / "memory")
-    assert forgetful.problems([], clips, "x") == {}  # nothing is decoded again
-    clips[0].write_bytes(b"")
-    assert set(checker.problems([], clips, "x")) == {clips[0]}
+    checker = Preflight(reader, tmp_path / "memory")
+    clips = [MediaFile("video", root / "test/0.mp4"), MediaFile("video", root / "train/0.mp4")]
+    assert checker.media(clips, "x") == {}
+    assert Preflight(None, tmp_path / "memory").media(clips, "x") != {}  # other sampling: none
+    forgetful = Preflight(VideoReader(VideoConfig(frames=8, timeout=1e-6), None), tmp_path / "memory")
+    assert forgetful.media(clips, "x") == {}  # nothing is decoded again
+    clips[0].path.write_bytes(b"")
+    assert set(checker.media(clips, "x")) == {clips[0].path}
 
 
 def video_stream(root: Path) -> Stream:
@@ -155,7 +156,7 @@ def test_the_data_hash_covers_answers_and_clips(root: Path) -> None:
     assert len(set(hashes)) == 3
 
 
-def test_every_clip_of_a_stream_is_decoded_before_the_first_stage(root: Path, checker: MediaChecker) -> None:
+def test_every_clip_of_a_stream_is_decoded_before_the_first_stage(root: Path, checker: Preflight) -> None:
     stream = video_stream(root)
     assert len(load_training_records(stream, checker=checker)["t"][0]) == 1
     (root / "test/1.avi").write_bytes((root / "test/1.avi").read_bytes()[:100])
