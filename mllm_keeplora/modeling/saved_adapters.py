@@ -308,7 +308,7 @@ def _scale(config: LoraConfig, name: str) -> float:
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    return (patterns or {}).get(get_pattern_key((patterns or {}).keys(), name), default)
+    return (patterns or {}).get(get_pattern_key(list(patterns or {}), name), default)
 
 
 def _say_other_base(config: LoraConfig, base_model: str, directory: Path) -> None:
