@@ -126,7 +126,11 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
     "narrow clip": ("qwen2_5_vl", lambda f: asks(MediaFile("video", f / "2-420-4.mp4"), "what ?"), "aspect ratio"),
     "a clip for images": ("llava", lambda f: asks(MediaFile("video", f / "8-8-8.mp4"), "what ?"), "takes no video"),
     "media token": ("llava", lambda f: asks(picture(f, 64, 64), "what is <image> ?"), "'<image>'.* a control token"),
-    "other token": ("qwen2_5_vl", lambda f: asks(picture(f, 64, 64), "a <|video_pad|> ?"), "'<.video_pad.>'.* a control token"),
+    "other token": (
+        "qwen2_5_vl",
+        lambda f: asks(picture(f, 64, 64), "a <|video_pad|> ?"),
+        "video_pad.* a control token",
+    ),
     "missing file": ("llava", lambda f: asks(MediaFile("image", f / "gone.png"), "what ?"), "does not exist"),
 }
 REFUSED_IN_TRAINING: dict[str, tuple[str, Any, str]] = {
