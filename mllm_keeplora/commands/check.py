@@ -14,14 +14,14 @@ begin.
 from collections.abc import Sequence
 from pathlib import Path
 
-from mllm_keeplora.command_line import OptionParser, with_underscores
+from mllm_keeplora.command_line import OptionParser
 from mllm_keeplora.config import ModelConfig, RunConfig, VideoConfig, parse_config
 from mllm_keeplora.settings import build
 
 
 def main(argv: Sequence[str]) -> int:
     """The command line."""
-    has_config = any(text.lstrip("-").partition("=")[0] == "config" for text in with_underscores(argv))
+    has_config = any(text.partition("=")[0] == "--config" for text in argv)
     config, has_model = (_config_of_run(argv), True) if has_config else _config_of_stream(argv)
 
     from mllm_keeplora.data.preflight import Preflight

@@ -88,7 +88,6 @@ class Run:
         directory = RunDirectory(Path(config.run_dir))
         _check_train_settings(config, stream)
         _check_general(config, method)
-        _check_initial_adapter(config)
         with lost_processes_explained(), _held(directory):
             history = from_main(lambda: _begin(config, stream, directory))
             yield cls(config, stream, method, history)
@@ -172,15 +171,6 @@ def _held(directory: RunDirectory) -> Iterator[None]:
     with only_run(directory.lock) if is_main() else nullcontext():
         wait_for_everyone()
         yield
-
-
-def _check_initial_adapter(config: RunConfig) -> None:
-    """The run writes its own adapter, so that it cannot start from that; and what it starts from stays as it is."""
-    initial = config.initial_adapter
-    if initial and Path(initial).resolve().is_relative_to(Path(config.run_dir).resolve()):
-        raise ConfigError(
-            f"initial_adapter {initial} lies in run_dir {config.run_dir}, which the run writes to; name another run_dir"
-        )
 
 
 def _check_train_settings(config: RunConfig, stream: Stream) -> None:

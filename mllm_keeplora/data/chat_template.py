@@ -247,7 +247,7 @@ def _apply(processor: ProcessorMixin, messages: Sequence[Message], parts: bool, 
     try:
         text: str = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
     # All that a template can raise: itself, on a role that it does not know, or where content has another form.
-    except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+    except (TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         roles = ", ".join(message.role for message in messages)
         raise ProcessorError(
             f"the base model's chat template cannot render messages of {roles} ({type(error).__name__}: {error}); give "

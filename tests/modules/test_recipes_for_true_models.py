@@ -110,12 +110,10 @@ def test_the_memory_in_a_header_is_the_plans(path: Path, llava_7b: Path) -> None
 def test_the_guides_run_for_ones_own_data_fits_its_card(llava_7b: Path, tmp_path: Path) -> None:
     page = (ROOT / "docs/your_own_data.md").read_text()
     assert "keeplora plan --config my_run.yaml --memory_gb 24" in page
-    for name in ("mine_stream.yaml", "my_run.yaml"):
+    for name in ("my_stream.yaml", "my_run.yaml"):
         block = re.search(rf"\*\*`{name}`\*\*\n\n```yaml\n(.*?)```", page, re.S)
         assert block is not None
-        (tmp_path / name).write_text(
-            block[1].replace("stream: mine_stream.yaml", f"stream: {tmp_path}/mine_stream.yaml")
-        )
+        (tmp_path / name).write_text(block[1].replace("stream: my_stream.yaml", f"stream: {tmp_path}/my_stream.yaml"))
     config = settings(tmp_path / "my_run.yaml")
     plan = make_plan(replace(config, model=replace(config.model, base_model=str(llava_7b))), 24.0)
     assert plan.memory.peak() / GB * 1.12 < 24

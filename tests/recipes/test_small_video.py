@@ -236,6 +236,7 @@ def best_score(features: NDArray[np.floating], classes: NDArray[np.str_]) -> flo
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "kind", "show", "chance"),
     [

@@ -274,7 +274,7 @@ def test_records_go_through_the_model_that_is_named(
     assert re.search(r"questions.json: 2 of 2 records cannot be used\n +row 1: .*takes no video", said)
 
 
-@pytest.mark.parametrize("spelling", ["--config={}", "--config {}", "config={}"])
+@pytest.mark.parametrize("spelling", ["--config={}", "--config {}"])
 def test_the_settings_of_a_run_are_those_of_its_check(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], spelling: str
 ) -> None:
