@@ -18,7 +18,8 @@ from mllm_keeplora.config import ConfigError, GeneralConfig, Tower
 from mllm_keeplora.data.collator import ChatCollator, decoded
 from mllm_keeplora.data.conversation import Message, Sample
 from mllm_keeplora.data.preflight import Preflight
-from mllm_keeplora.data.records import load_records, select_evenly
+from mllm_keeplora.data.records import load_records, read_records, select_evenly
+from mllm_keeplora.data.stream import Stream
 from mllm_keeplora.distributed.processes import (
     from_main,
     gather,
@@ -39,7 +40,7 @@ from mllm_keeplora.modeling.targets import Target
 from mllm_keeplora.probes.activations import sketch_inputs
 from mllm_keeplora.probes.protected_bases import ProtectedBases
 from mllm_keeplora.resources import find, shipped
-from mllm_keeplora.runs.files import read_json, save_tensors, sha256_file, sha256_json, write_json
+from mllm_keeplora.runs.files import found_hash, read_json, save_tensors, sha256_file, sha256_json, write_json
 
 logger = get_logger(__name__)
 
@@ -92,6 +93,41 @@ def prompts(config: GeneralConfig, checker: Preflight | None = None) -> list[Sam
 def _without_last_answers(sample: Sample) -> Sample:
     last = max(number for number, message in enumerate(sample.messages) if message.role == "user")
     return Sample(sample.id, sample.messages[: last + 1])
+
+
+def check_unwatched(asked: Sequence[Sample], stream: Stream) -> None:
+    """Refuses prompts that a test file of the stream asks about the same picture: what is kept is not to be measured.
+
+    Stock benchmarks are not looked at: their data may yet have to come.
+
+    Raises:
+        ConfigError: names the first such prompt and where it is asked.
+        RecordError: a test file that cannot be read.
+    """
+    by_text: dict[str, list[Sample]] = {}
+    for prompt in asked:
+        by_text.setdefault(_words(prompt.messages), []).append(prompt)
+    for spec in stream.specs:
+        test = stream.test_file(spec)
+        if test is None:
+            continue
+        root, answers = stream.test_media_root(spec), stream.answers_file(spec)
+        read, _ = read_records(test, root, answers=answers, allow_text_only=True, extracted=stream.extracted)
+        for messages in (before for sample in read.values() for before, _ in sample.questions):
+            for prompt in by_text.get(_words(messages), ()):
+                if _shown(messages) == _shown(prompt.messages):
+                    raise ConfigError(
+                        f"general.samples: prompt {prompt.id!r} ({prompt.messages[-1].text[:80]!r}) is a question of "
+                        f"{spec.name}, which measures what is kept; take prompts that no test asks"
+                    )
+
+
+def _words(messages: Sequence[Message]) -> str:
+    return " ".join(messages[-1].text.casefold().split())
+
+
+def _shown(messages: Sequence[Message]) -> list[str | None]:
+    return [found_hash(file.path) for message in messages for file in message.media]
 
 
 def prompts_hash(config: GeneralConfig) -> str:

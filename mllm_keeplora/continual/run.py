@@ -9,7 +9,7 @@ from pathlib import Path
 from accelerate.logging import get_logger
 
 from mllm_keeplora.config import ConfigError, RunConfig, config_from_dict
-from mllm_keeplora.continual.general import general_bases, general_samples, prompts
+from mllm_keeplora.continual.general import check_unwatched, general_bases, general_samples, prompts
 from mllm_keeplora.continual.history import History
 from mllm_keeplora.continual.learning import read_stage_factors
 from mllm_keeplora.continual.memory import memory_explained
@@ -87,7 +87,7 @@ class Run:
         stream = load_stream(Path(config.stream), root, cache_dir=config.cache_dir)
         directory = RunDirectory(Path(config.run_dir))
         _check_train_settings(config, stream)
-        _check_general(config, method)
+        _check_general(config, stream, method)
         with lost_processes_explained(), _held(directory):
             history = from_main(lambda: _begin(config, stream, directory))
             yield cls(config, stream, method, history)
@@ -184,10 +184,11 @@ def _check_train_settings(config: RunConfig, stream: Stream) -> None:
         check_settings(config.train_for(name), resolve_device(config.model))
 
 
-def _check_general(config: RunConfig, method: Method) -> None:
+def _check_general(config: RunConfig, stream: Stream, method: Method) -> None:
     """What can be said of the general samples before a model is loaded."""
     if config.general.given:
-        prompts(config.general, Preflight(VideoReader(config.video, None)))
+        asked = prompts(config.general, Preflight(VideoReader(config.video, None)))
+        check_unwatched(asked, stream)
     if config.general.budget is not None and not method.adds_updates:
         raise ConfigError(
             f"general.budget scales a stage's update, and method {config.method} trains one adapter on throughout; "

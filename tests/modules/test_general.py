@@ -245,6 +245,25 @@ def test_the_builtin_prompts_are_read() -> None:
     assert any(len(sample.messages) > 2 for sample in found)
 
 
+def test_prompts_that_a_test_asks_are_refused(settings: Settings, stream_file: Path, tmp_path: Path) -> None:
+    """The same words about another picture are another question; so are other words about the same."""
+    asked = json.loads((stream_file.parent / "first_test.json").read_text())[0]
+    prompts = [{**asked, "question_id": n, "text": f"is this {word} ?"} for n, word in enumerate(WORDS)]
+    prompts.append({**asked, "question_id": 4, "image": "second1.png"})
+    for watched in (False, True):
+        records = [*prompts, {**asked, "question_id": 5, "text": "What  is this ?"}] if watched else prompts
+        path = stream_file.parent / f"prompts-{watched}.json"
+        path.write_text(json.dumps(records))
+        made = settings()
+        made = replace(made, general=replace(made.general, samples=str(path)))
+        if watched:
+            with pytest.raises(ConfigError, match="prompt '5'.* is a question of first"), Run.open(made):
+                pass
+        else:
+            with Run.open(made):
+                pass
+
+
 def test_a_base_without_replies_is_refused(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(general, "greedy_replies", lambda model, processor, asked, length: [""] * len(asked))
     with pytest.raises(ConfigError, match="answers 12 of 12 prompts with nothing"):
