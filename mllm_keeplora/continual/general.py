@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from mllm_keeplora.config import ConfigError, GeneralConfig, Tower
 from mllm_keeplora.data.collator import ChatCollator, decoded
-from mllm_keeplora.data.conversation import Message, Sample
+from mllm_keeplora.data.conversation import MediaFile, Message, Sample
 from mllm_keeplora.data.preflight import Preflight
 from mllm_keeplora.data.records import load_records, read_records, select_evenly
 from mllm_keeplora.data.stream import Stream
@@ -133,7 +133,7 @@ def _shown(messages: Sequence[Message]) -> list[str | None]:
 def prompts_hash(config: GeneralConfig) -> str:
     """SHA-256 (hex) of the prompts: texts, roles and the content of what they show."""
     parts = [
-        [message.role, [part if isinstance(part, str) else sha256_file(part.path) for part in message.parts]]
+        [message.role, [sha256_file(p.path) if isinstance(p, MediaFile) else str(p) for p in message.parts]]
         for prompt in prompts(config)
         for message in prompt.messages
     ]
@@ -208,7 +208,9 @@ def general_bases(run: RunContext, samples: Sequence[Sample], base_hash: str) ->
         held stands in the run directory.
     """
     config = run.config
-    more = {"general": [config.general.eps_g, config.general.columns, config.seed, [s.id for s in samples]]}
+    more: dict[str, Any] = {
+        "general": [config.general.eps_g, config.general.columns, config.seed, [s.id for s in samples]]
+    }
     more |= {"weights": {name: path.name for name, path in run.weight_files.items()}}
     more |= {"modules": [target.name for target in run.targets]}
     path = _cached(run, base_hash, "basis.safetensors", **more)
@@ -344,7 +346,11 @@ def guard(
         common = _largest(0.0, lambda value: measure(dict.fromkeys(c, value)) <= before + budget)
         c = dict.fromkeys(c, common)
         for tower in c if len(c) > 1 else ():
-            c[tower] = _largest(common, lambda value, tower=tower: measure({**c, tower: value}) <= before + budget)
+
+            def fits(value: float, tower: Tower = tower) -> bool:
+                return measure({**c, tower: value}) <= before + budget
+
+            c[tower] = _largest(common, fits)
         after = measure(c)
         _say(stage, c, budget)
     return {"factors": c, "before": before, "unscaled": unscaled, "after": after}

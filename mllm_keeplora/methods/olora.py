@@ -31,7 +31,7 @@ class OLora(Method):
         """The penalty at each step; none in the first stage."""
         past = {n: a.to(stage.run.device) for n, (a, _) in stage.accumulated.items()}
         reached = {t.name: past[t.name] for t in stage.targets if t.name in past}
-        return Hooks(penalty=lambda: self.strength * overlap(model, reached)) if reached else Hooks()
+        return Hooks(penalty=lambda _: self.strength * overlap(model, reached)) if reached else Hooks()
 
 
 def overlap(model: PeftModel, past: Mapping[str, Tensor]) -> Tensor:
