@@ -214,6 +214,11 @@ def flat_settings(kind: Any, document: Any, prefix: str = "", known: Sequence[st
     for key, value in document.items():
         name = f"{prefix}{key}"
         if key not in hints:
+            if name in known:  # as a command line has it
+                group, _, last = name.rpartition(".")
+                raise ConfigError(
+                    f"{name} is no setting; expected {last!r} in the group {group!r}: {group}: {{{last}: ..}}"
+                )
             raise ConfigError(f"{name} is no setting{did_you_mean(name, known)}")
         if is_dataclass(hints[key]):
             found |= flat_settings(hints[key], value, f"{name}.", known)

@@ -5,9 +5,9 @@
     keeplora run --config FILE.yaml --data_root /where/the/data/are --language.rank 32
     keeplora run --config FILE.yaml --plan                          only what it will need: `keeplora plan`
 
-The command line wins over the YAML file. The same command again continues an interrupted run and leaves a
-complete one alone. It ends in the retention report, RUN_DIR/report.html. On several GPUs: accelerate launch
-recipes/vqa.py or recipes/video.py, same settings.
+The command line wins over the YAML file, and that over the defaults below. The same command again continues an
+interrupted run and leaves a complete one alone. It ends in the retention report, RUN_DIR/report.html. On several
+GPUs: accelerate launch recipes/vqa.py or recipes/video.py, same settings.
 """
 
 from collections.abc import Sequence
@@ -38,12 +38,14 @@ def _run(config: RunConfig) -> None:
     from mllm_keeplora.continual.run_stream import run_stream
     from mllm_keeplora.continual.saved_run import load_run
     from mllm_keeplora.distributed.processes import from_main, is_main, start_processes
+    from mllm_keeplora.methods.base import load_method
     from mllm_keeplora.modeling.loading import resolve_device
     from mllm_keeplora.planning.plan import smaller_figures, warn_of_memory
     from mllm_keeplora.recipes.small.streams import draw_small_stream
     from mllm_keeplora.reports.page import write_report
     from mllm_keeplora.reports.tables import format_table
 
+    load_method(config)  # a wrong one is refused before anything is drawn
     start_processes(cpu=resolve_device(config.model).type == "cpu")
     from_main(lambda: draw_small_stream(config.stream, config.data_root))
     writes = is_main()  # asked before the run, which leaves the group of processes at its end

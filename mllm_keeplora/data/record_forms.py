@@ -206,8 +206,13 @@ def _read_pair(record: Mapping[str, Any], question: str, answered: bool) -> list
         for role, text in zip(_TURN, pair, strict=True)
     ]
     messages.append(Said("user", _read_content(asked, f"question ({question!r})", "user")))
-    if answered or answers:
-        messages.append(_read_answer(record[answers[0]] if answers else None, "answer"))
+    if answered and not answers:
+        wanted = dict.fromkeys((*_QUESTIONS[question], *_ANSWERS))
+        raise BadRecord(
+            f"no answer: none of {', '.join(map(repr, wanted))} is there; found {', '.join(map(repr, record))}"
+        )
+    if answers:
+        messages.append(_read_answer(record[answers[0]], "answer"))
     return messages
 
 

@@ -137,7 +137,7 @@ def read_records(
         if record.sample is None:
             bad[record.row] = record.problem
         else:
-            samples[record.row] = _with_suffix(record.sample, prompt_suffix)
+            samples[record.row] = with_suffixes(record.sample, prompt_suffix)
     if answers is not None:
         bad |= _find_repeated_ids(samples)
     return samples, bad
@@ -197,7 +197,8 @@ def with_suffix(message: Message, suffix: str) -> Message:
     return replace(message, parts=parts)
 
 
-def _with_suffix(sample: Sample, suffix: str) -> Sample:
+def with_suffixes(sample: Sample, suffix: str) -> Sample:
+    """A record with a text behind every question."""
     if not suffix:
         return sample
     messages = (with_suffix(m, suffix) if m.role == "user" else m for m in sample.messages)

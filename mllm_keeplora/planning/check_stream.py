@@ -23,6 +23,7 @@ from mllm_keeplora.data.records import (
     named_media,
     read_records,
     select_evenly,
+    with_suffixes,
 )
 from mllm_keeplora.data.stream import GeneralSpec, Stream, TaskSpec, named_paths
 from mllm_keeplora.data.video.reader import VideoReader
@@ -111,8 +112,10 @@ def check_stream(stream: Stream, preflight: Preflight) -> Report:
     files = [file for spec in specs for file in _read_files(stream, spec)]
     damaged = preflight.media({shown for file in files for shown in file.media}, stream.name)
     for file in files:
-        sound = {row: sample for row, sample in file.samples.items() if row not in file.bad}
-        file.bad |= preflight.records(sound, file.path.name, file.spec.name if file.kind == "train" else None).bad
+        # As the run reads them: with the suffix in training files, which no comparison of questions needs.
+        task, suffix = (file.spec.name, file.spec.prompt_suffix) if file.kind == "train" else (None, "")
+        sound = {row: with_suffixes(sample, suffix) for row, sample in file.samples.items() if row not in file.bad}
+        file.bad |= preflight.records(sound, file.path.name, task).bad
     media = {shown.path for file in files for shown in file.media}
     with ThreadPoolExecutor(_STAT_THREADS) as pool:
         states = dict(zip(media, pool.map(file_state, media), strict=True))

@@ -289,6 +289,23 @@ def test_the_settings_of_a_run_are_those_of_its_check(
     assert re.search(r"row 1: .* tokens, media tokens included; max_length is 9", capsys.readouterr().out)
 
 
+def test_tokens_are_counted_with_the_suffix_of_the_task(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stream = yaml.safe_load(write_stream(root).read_text())
+    stream["tasks"].pop()
+    longest = []
+    for name, suffix in (("without", ""), ("with", " Answer with one word.")):
+        stream["tasks"][0]["prompt_suffix"] = suffix
+        (tmp_path / "images.yaml").write_text(yaml.safe_dump(stream))
+        arguments = [str(tmp_path / "images.yaml"), f"--cache_dir={tmp_path / name}", f"--base_model={SMALL}"]
+        assert main(["check", *arguments]) == 0
+        found = re.search(r"longest \(no limit\): (\d+) tokens", capsys.readouterr().out)
+        assert found is not None
+        longest.append(int(found[1]))
+    assert longest[1] > longest[0]
+
+
 @pytest.mark.parametrize("argument", ["dat_root=x", "video.frames=many", "video.frames=0"])
 def test_a_bad_argument_is_refused(root: Path, capsys: pytest.CaptureFixture[str], argument: str) -> None:
     with pytest.raises(SystemExit) as ended:

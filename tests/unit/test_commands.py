@@ -202,6 +202,16 @@ def test_a_folder_that_is_no_run_is_said_to_be_none(
     assert f"{tmp_path} is no directory of a run: it holds no config.json" in message
 
 
+def test_a_wrong_method_is_refused_before_data_are_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    drawn = "mllm_keeplora.recipes.small.streams.draw_small_stream"
+    monkeypatch.setattr(drawn, lambda *_: pytest.fail("drawn"))
+    assert "did you mean 'keeplora'?" in refused("run", "--method", "keplora", capsys=capsys)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_option_may_be_spelled_with_dashes() -> None:
     given = ["--run-dir", "a-b", "--max-new-tokens=3-4", "--train.max-steps", "-1", "--", "text"]
     expected = ["--run_dir", "a-b", "--max_new_tokens=3-4", "--train.max_steps", "-1", "--", "text"]

@@ -161,6 +161,7 @@ def test_a_number_out_of_range_is_refused_by_name(setting: str, value: str, tmp_
         ("backfill: 1", "backfill: expected true or false, found 1"),
         ("model: {quantization: int8}", "model.quantization: expected nf4 or none, found 'int8'"),
         ("config: other.yaml", "config is no setting"),
+        ("language.rank: 8", "language.rank is no setting; expected 'rank' in the group 'language'"),
         ("learning_rate: 1", "did you mean 'train.learning_rate'"),
         ("trian: {}", "trian is no setting .did you mean 'train'"),
     ],
