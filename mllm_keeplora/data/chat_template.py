@@ -127,8 +127,8 @@ def _check_ending(processor: ProcessorMixin) -> None:
     if given[len(given) - len(plain) :] != plain:
         raise ProcessorError(
             f"the base model's tokenizer ends every text with {tokenizer.decode(given[-1:])!r}, a prompt too, so that "
-            "the answer would come behind the end. Set add_eos_token to false in its tokenizer_config.json, and take the "
-            "token out of the post_processor in its tokenizer.json"
+            "the answer would come behind the end. Set add_eos_token to false in its tokenizer_config.json, and take "
+            "the token out of the post_processor in its tokenizer.json"
         )
 
 

@@ -69,7 +69,12 @@ class HubTable:
 Rows = list[tuple[int, Any]]
 
 
-class Extracted(str):
+class Converted(str):
+    """A table's value that JSON does not know, as text: a date, a decimal. Nobody knows how its writer would write it,
+    and datasets makes dates of texts that look like some; so questions and answers may not be one."""
+
+
+class Extracted(Converted):
     """The path of a file that was written for bytes in a table. Whether they are a medium is for the reader to say."""
 
 
@@ -121,11 +126,14 @@ def _read_text(path: Path) -> str:
         data = path.read_bytes()
         if path.suffix == ".gz":
             data = gzip.decompress(data)
-        return data.decode("utf-8-sig")  # -sig: editors on Windows write a byte order mark
+        text = data.decode("utf-8-sig")  # -sig: editors on Windows write a byte order mark
     except UnicodeDecodeError as error:
         raise RecordError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except (OSError, EOFError, zlib.error) as error:
         raise RecordError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if "\0" in text[:4]:
+        raise RecordError(f"{path} is not UTF-8 text (it seems to have two or four bytes a letter); save it as UTF-8")
+    return text
 
 
 class _Decoder:
@@ -287,7 +295,7 @@ def _plain(value: Any, extracted: Path, stored_paths: bool = False) -> Any:
         return _extract(value, None, extracted)
     if isinstance(value, float) and not math.isfinite(value):
         return None  # pandas' way to write that there is nothing
-    return value if value is None or isinstance(value, str | bool | int | float) else str(value)
+    return value if value is None or isinstance(value, str | bool | int | float) else Converted(value)
 
 
 def _extract(data: bytes, name: str | None, extracted: Path) -> Extracted:
@@ -342,4 +350,4 @@ def _shown(text: str) -> str:
 def kind(value: object) -> str:
     """JSON's name for the type of a parsed value."""
     names = {dict: "object", list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
-    return names.get(type(value), "null")
+    return names.get(type(value), "string" if isinstance(value, str) else "null")

@@ -23,7 +23,7 @@ from typing import Any, get_args
 from urllib.parse import unquote, urlsplit
 
 from mllm_keeplora.data.conversation import Role
-from mllm_keeplora.data.record_files import BadRecord, Extracted, kind
+from mllm_keeplora.data.record_files import BadRecord, Converted, Extracted, kind
 from mllm_keeplora.modeling.families import Media
 
 # Where media stand in a question's text.
@@ -76,7 +76,7 @@ _QUESTIONS: dict[str, tuple[str, ...]] = {
 _SYSTEMS = ("system", "system_prompt", "system_message")  # the second is OpenOrca's
 # What benchmarks keep beside a question and add to it when they ask.
 _ADDED_TO_QUESTIONS = re.compile(
-    r"context|hint|passage|(?:options?|choices?|candidates?)(?:_list)?|[A-H]|a\d|(?:option|choice)[_ ]?\w"
+    r"context|hint|passage|inputs|(?:options?|choices?|candidates?)(?:_list)?|[A-H]|a\d|(?:option|choice)[_ ]?\w"
 )
 _WORD = re.compile(r"\w+|[^\w\s]")
 _LABEL = re.compile(r"^\(?[A-Za-z0-9][.):]\s*")
@@ -265,7 +265,7 @@ def _join_input(instruction: Any, more: Any) -> Any:
     """Alpaca's two halves of a question."""
     if not more:
         return instruction
-    if not isinstance(instruction, str) or not isinstance(more, str):
+    if not all(isinstance(text, str) and not isinstance(text, Converted) for text in (instruction, more)):
         raise BadRecord("'instruction' or 'input' is no text; expected both in quotes")
     return f"{instruction}\n{more}" if instruction else more
 
@@ -379,10 +379,15 @@ def _read_content(value: Any, what: str, role: Role) -> list[str | Slot]:
             part = _read_part(part, what)
         elif part is None:
             raise BadRecord(f"no {what}")
-        elif isinstance(part, Extracted):
-            raise BadRecord(f"the {what} is binary data of a table; expected text: write that column as strings")
-        elif not isinstance(part, str) or isinstance(value, list):
+        elif isinstance(part, str) and isinstance(value, list):
+            raise BadRecord(
+                f'the {what} has {_short(part)} among its parts; expected {{"type": "text", "text": "..."}}'
+            )
+        elif not isinstance(part, str):
             raise BadRecord(f"the {what} is {_short(part)}, a JSON {kind(part)}; expected text in quotes")
+        if isinstance(part, Converted):
+            of = "binary data" if isinstance(part, Extracted) else f"no text but a date or the like ({part})"
+            raise BadRecord(f"the {what} is {of} in its table; expected text: write that column as strings")
         if isinstance(part, Slot) and role != "user":
             raise BadRecord(f"the {what} shows {part.kind}s; expected them in questions alone")
         parts += _split(part) if isinstance(part, str) and role == "user" else [part]
@@ -405,7 +410,8 @@ def _read_part(part: Mapping[str, Any], what: str) -> str | Slot:
     given = {key: value for key, value in part.items() if value is not None}
     named = given.pop("type", next(iter(given), None))
     if named == "text" and isinstance(given.get("text"), str) and len(given) == 1:
-        return str(given["text"])
+        text: str = given["text"]
+        return text
     medium = next((m for m in get_args(Media) if named in (m, f"{m}_url")), None)
     # Rows of llava-instruct-mix-vsft say which of the record's images it is.
     index = given.pop("index", None) if given.keys() == {"index"} else None

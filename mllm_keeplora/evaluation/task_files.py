@@ -195,7 +195,8 @@ def _documents(spec: TaskSpec | GeneralSpec, record: Record, sample: Sample) -> 
         }
         document = {**record.value, **{key: value for key, value in ours.items() if kept.get(key) is None}}
         asked = [with_suffix(message, spec.prompt_suffix) if message.role == "user" else message for message in prompt]
-        test_suffix = suffix_for(spec.test_prompt_suffix, document["answer"]) if isinstance(spec, TaskSpec) else ""
+        reference = answer.text if isinstance(document["answer"], list) else document["answer"]
+        test_suffix = suffix_for(spec.test_prompt_suffix, reference) if isinstance(spec, TaskSpec) else ""
         asked[-1] = with_suffix(asked[-1], test_suffix)
         yield {**document, ASKED: [_message(message) for message in asked]}
 

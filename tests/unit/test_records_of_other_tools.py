@@ -1,19 +1,24 @@
 """Records as other tools and benchmarks publish them: read as those tools read them, or refused by name."""
 
 import json
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from PIL import Image
 
 from mllm_keeplora.data.conversation import MediaFile, Message, Part
+from mllm_keeplora.data.record_files import HubTable, RecordError
 from mllm_keeplora.data.records import read_records
 from mllm_keeplora.data.stream import Stream, TaskSpec
 from mllm_keeplora.evaluation.errors import EvaluationError
 from mllm_keeplora.evaluation.task_files import write_task_files
+from tests.conversations import read_copy
 
 ASKED = {"image": "1.png", "question": "What is it?", "answer": "a cat"}
 
@@ -101,6 +106,7 @@ def test_system_prompts(root: Path, key: str) -> None:
         {"response": "a dog"},
         {"output": "a dog"},
         {"context": "A cat sat on a mat."},  # SQuAD
+        {"inputs": "A cat sat on a mat."},  # M3IT
         {"hint": "It purrs."},  # ScienceQA
         {"choices": ["dog", "horse"]},  # A-OKVQA
         {"options": ["A. dog", "B. horse"]},  # MMMU
@@ -224,6 +230,54 @@ def table(root: Path, **columns: Any) -> Path:
     return root / "t.parquet"
 
 
+VALUES = [datetime(2024, 5, 1), date(2024, 5, 1), time(10, 30), timedelta(hours=1), Decimal("1.50")]
+
+
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"question": None, "answer": "a cat"},
+        {"question": "What is it?", "answer": None},
+        {"question": "What is it?", "answers": [None]},
+        {"instruction": None, "input": "Now.", "output": "a cat"},
+        {"instruction": "Now.", "input": None, "output": "a cat"},
+        {"system": None, "query": "What is it?", "response": "a cat"},
+        {
+            "prompt": [said("user", {"type": "text", "text": None})],
+            "completion": [{"role": "assistant", "content": "x"}],
+        },
+    ],
+    ids=lambda columns: next(key for key, value in columns.items() if value != "What is it?"),
+)
+def test_dates_of_tables_are_no_texts(root: Path, columns: dict[str, Any], value: Any) -> None:
+    """None stands for the date. As one of the user's own keys it does no harm."""
+
+    def fill(item: Any) -> Any:
+        if isinstance(item, dict):
+            return {key: fill(below) for key, below in item.items()}
+        return [fill(below) for below in item] if isinstance(item, list) else value if item is None else item
+
+    assert "text" in str(outcome_of(root, table(root, image="1.png", **fill(columns))))
+    assert outcome_of(root, table(root, **ASKED, when=value)) == asks(shown(root), "What is it?")
+
+
+@pytest.mark.parametrize("answers", [["2024-05-01", "2024-05-02"], ["2024-05-01T10:00:00", "2024-05-02T11:30:00"]])
+@pytest.mark.parametrize("layout", ["json", "imagefolder"])
+def test_dates_that_datasets_makes_of_texts(root: Path, layout: str, answers: list[str]) -> None:
+    """In a dataset of JSON files, or a folder of images with a list of them."""
+    folder = root / "folder"
+    folder.mkdir()
+    key, name = ("image", "train.jsonl") if layout == "json" else ("file_name", "metadata.jsonl")
+    if layout == "imagefolder":
+        (folder / "1.png").write_bytes(picture(root))
+        answers = [answers[0]]
+    rows = [{key: "1.png", "question": "When was it?", "answer": answer} for answer in answers]
+    (folder / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    samples, bad = read_records(HubTable(str(folder), "train"), root, extracted=root / "extracted")
+    assert samples == {} and all("the answer is no text but a date or the like (2024" in why for why in bad.values())
+
+
 def picture(root: Path) -> bytes:
     return (root / "1.png").read_bytes()
 
@@ -233,7 +287,7 @@ def test_binary_columns_are_no_texts(root: Path, column: str) -> None:
     """Strings as old writers of parquet leave them; the path of what was extracted would be taught."""
     given = {"question": "What is it?", "answer": "a cat", column: b"a cat"}
     file = table(root, image={"bytes": picture(root), "path": "1.png"}, **given)
-    assert "binary data of a table" in str(outcome_of(root, file))
+    assert "binary data in its table" in str(outcome_of(root, file))
 
 
 @pytest.mark.parametrize("name", ["image_1", "photo", "images_2", "picture"])
@@ -267,3 +321,31 @@ def test_accepted_answers_under_a_second_key_are_not_read_past(root: Path) -> No
     for same in ({"answer": "cat", "answers": ["cat"]}, {"answer": ["cat", "kitten"], "answers": ["kitten"]}):
         write(**same)
     write(answers=["cat", "kitten"])
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le"])
+@pytest.mark.parametrize("name", ["r.json", "r.jsonl"])
+def test_two_or_four_bytes_a_letter(root: Path, name: str, encoding: str) -> None:
+    text = json.dumps(ASKED) if name == "r.jsonl" else json.dumps([ASKED])
+    (root / name).write_bytes(text.encode(encoding))
+    with pytest.raises(RecordError, match="is not UTF-8 text .*save it as UTF-8"):
+        read_records(root / name, root)
+
+
+def test_a_text_among_parts(root: Path) -> None:
+    content = ["Look: ", {"type": "image", "image": "1.png"}]
+    record = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "a cat"}]}
+    assert 'has \'Look: \' among its parts; expected {"type": "text"' in str(outcome(root, record))
+
+
+def test_a_suffix_for_an_answer_where_several_are_accepted(root: Path) -> None:
+    """The first counts, as in training."""
+    rows = [{**ASKED, "answer": answer} for answer in ("yes", ["yes", "yeah"], ["no", "yes"])]
+    (root / "t.json").write_text(json.dumps(rows))
+    suffix = {"yes": " Yes or no?", "*": " Say."}
+    task = TaskSpec("cats", train="t.json", test="t.json", metric="exact", test_prompt_suffix=suffix)
+    write_task_files(Stream("s", root, (task,), ()), root / "tasks")
+    [written] = (root / "tasks").glob("*.yaml")
+    copy = yaml.safe_load(written.read_text())
+    asked = [record["asked"][-1]["content"][-1]["text"] for record in read_copy(copy)]
+    assert asked == ["What is it? Yes or no?", "What is it? Yes or no?", "What is it? Say."]
