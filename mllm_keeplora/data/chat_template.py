@@ -75,7 +75,7 @@ def chat_form(processor: ProcessorMixin) -> ChatForm:
 
     Raises:
         ProcessorError: there is no template, it cannot render a question and its answer, or what it writes before
-            an answer is not what it asks for one with.
+            an answer is not what it asks for one with; or the tokenizer ends every text.
     """
     probe = [Message("user", (_QUESTION,)), Message("assistant", (_ANSWER.format(0),))]
     try:
@@ -90,6 +90,7 @@ def chat_form(processor: ProcessorMixin) -> ChatForm:
 
 
 def _chat_form(processor: ProcessorMixin, probe: list[Message], *, parts: bool) -> ChatForm:
+    _check_ending(processor)
     asked, said = _QUESTION, _ANSWER.format(0)
     prompt = _apply(processor, probe[:1], parts, prompt=True)
     whole = _apply(processor, probe, parts, prompt=False)
@@ -116,6 +117,19 @@ def _chat_form(processor: ProcessorMixin, probe: list[Message], *, parts: bool) 
         token = end = processor.tokenizer.eos_token
         written = after
     return ChatForm(lead if lead.strip(" ") == "" else "", end, token, written, parts, controls)
+
+
+def _check_ending(processor: ProcessorMixin) -> None:
+    """Refuses tokenizers that put a token behind every text: the model would be asked behind the end of its answer."""
+    tokenizer: Any = processor.tokenizer
+    plain = tokenizer(_QUESTION, add_special_tokens=False)["input_ids"]
+    given = tokenizer(_QUESTION)["input_ids"]
+    if given[len(given) - len(plain) :] != plain:
+        raise ProcessorError(
+            f"the base model's tokenizer ends every text with {tokenizer.decode(given[-1:])!r}, a prompt too, so that "
+            "the answer would come behind the end. Set add_eos_token to false in its tokenizer_config.json, and take "
+            "the token out of the post_processor in its tokenizer.json"
+        )
 
 
 def _alike(first: str, second: str) -> bool:

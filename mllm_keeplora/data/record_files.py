@@ -69,6 +69,15 @@ class HubTable:
 Rows = list[tuple[int, Any]]
 
 
+class Converted(str):
+    """A table's value that JSON does not know, as text: a date, a decimal. Nobody knows how its writer would write it,
+    and datasets makes dates of texts that look like some; so questions and answers may not be one."""
+
+
+class Extracted(Converted):
+    """The path of a file that was written for bytes in a table. Whether they are a medium is for the reader to say."""
+
+
 def read_rows(source: Path | HubTable, extracted: Path) -> Rows:
     """(row, JSON value) of every record; the value is a `BadRecord` where it cannot be used at all.
 
@@ -117,11 +126,14 @@ def _read_text(path: Path) -> str:
         data = path.read_bytes()
         if path.suffix == ".gz":
             data = gzip.decompress(data)
-        return data.decode("utf-8-sig")  # -sig: editors on Windows write a byte order mark
+        text = data.decode("utf-8-sig")  # -sig: editors on Windows write a byte order mark
     except UnicodeDecodeError as error:
         raise RecordError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except (OSError, EOFError, zlib.error) as error:
         raise RecordError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if "\0" in text[:4]:
+        raise RecordError(f"{path} is not UTF-8 text (it seems to have two or four bytes a letter); save it as UTF-8")
+    return text
 
 
 class _Decoder:
@@ -274,27 +286,29 @@ def _plain(value: Any, extracted: Path, stored_paths: bool = False) -> Any:
         data, name = value.get("bytes"), value.get("path")
         if data is None and stored_paths and name is not None and Path(name).is_absolute() and Path(name).is_file():
             data = Path(name).read_bytes()
-        return name if data is None else str(_extract(data, name, extracted))
+        return name if data is None else _extract(data, name, extracted)
     if isinstance(value, dict):
         return {str(key): _plain(item, extracted, stored_paths) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item, extracted, stored_paths) for item in value]
     if isinstance(value, bytes):
-        return str(_extract(value, None, extracted))
+        return _extract(value, None, extracted)
     if isinstance(value, float) and not math.isfinite(value):
         return None  # pandas' way to write that there is nothing
-    return value if value is None or isinstance(value, str | bool | int | float) else str(value)
+    return value if value is None or isinstance(value, str | bool | int | float) else Converted(value)
 
 
-def _extract(data: bytes, name: str | None, extracted: Path) -> Path:
+def _extract(data: bytes, name: str | None, extracted: Path) -> Extracted:
     """The file that holds the medium: its content's hash is its folder, its own name is kept (rules read it)."""
     digest = hashlib.sha256(data).hexdigest()
-    file = PurePosixPath(name or "").name[-100:].replace("\0", "") or "medium"
+    # File systems take 255 bytes, some of them for the temporary name.
+    file = PurePosixPath(name or "").name.encode()[-100:].decode(errors="ignore").replace("\0", "")
+    file = "medium" if file in ("", "..") else file
     path = extracted / digest[:2] / digest / file
     if not path.exists():
         with atomic_path(path) as temporary:
             temporary.write_bytes(data)
-    return path
+    return Extracted(path)
 
 
 # --- What no record may hold ---
@@ -336,4 +350,4 @@ def _shown(text: str) -> str:
 def kind(value: object) -> str:
     """JSON's name for the type of a parsed value."""
     names = {dict: "object", list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
-    return names.get(type(value), "null")
+    return names.get(type(value), "string" if isinstance(value, str) else "null")

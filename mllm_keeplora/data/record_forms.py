@@ -9,24 +9,32 @@
 | ms-swift | `query`, `response`, and `history` |
 | Alpaca | `instruction`, `input`, `output`, and `history` |
 
-Every form may have `system`, and media: `image`, `images`, `image_name` and the like, or inside a message's content.
-What a record says and this project does not do (`tools`, `rejected`, ...) is refused by name; all other keys are the
-user's own and reach the scoring function of a test record.
+Every form may have `system` (`system_prompt`, `system_message`), and media: `image`, `images`, `image_name` and the
+like, or inside a message's content. What a record says and this project does not do (`tools`, `rejected`, ...) is
+refused by name, and so is what belongs to a question and would not be asked (`options`, `context`, ...). All other keys
+are the user's own and reach the scoring function of a test record.
 """
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 from urllib.parse import unquote, urlsplit
 
 from mllm_keeplora.data.conversation import Role
-from mllm_keeplora.data.record_files import BadRecord, kind
+from mllm_keeplora.data.record_files import BadRecord, Converted, Extracted, kind
 from mllm_keeplora.modeling.families import Media
 
 # Where media stand in a question's text.
 PLACEHOLDERS: dict[str, Media] = {"<image>": "image", "<video>": "video"}
 _PLACEHOLDER = re.compile("(<image>|<video>)")
+# Those of other tools: MMMU, MiniCPM-V, Phi, InternLM-XComposer, Qwen-VL, and the tokens of several models.
+_FOREIGN_PLACEHOLDER = re.compile(
+    r"<\|?(?:image|img|video)[ _-]?\d+\|?>|<(?:image|video)here>|<img>[^<]*</img>|<\|(?:image|video)(?:_pad)?\|>"
+    r"|<start_of_image>|<\|vision_start\|>|\[img\]",
+    re.IGNORECASE,
+)
 # Keys that name media: those of LLaVA, which has one medium a record and shows it before its question ...
 _ONE = ("{}", "{}_name", "{}_path", "{}_file")
 # ... and those whose media stand where the placeholders are.
@@ -35,25 +43,17 @@ MEDIA_KEYS: dict[str, Media] = {
     pattern.format(medium): medium for medium in get_args(Media) for pattern in (*_ONE, *_SEVERAL)
 }
 _ONE_MEDIUM_KEYS = frozenset(pattern.format(medium) for medium in get_args(Media) for pattern in _ONE)
-_MEDIA_SUFFIXES = tuple(
-    [
-        ".jpg",
-        ".jpeg",
-        ".png",
-        ".webp",
-        ".bmp",
-        ".gif",
-        ".tif",
-        ".tiff",
-        ".mp4",
-        ".avi",
-        ".mov",
-        ".mkv",
-        ".webm",
-        ".m4v",
-        ".mpg",
-        ".flv",
-    ]
+_MEDIA_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".jp2", ".ppm"),
+    *(".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp", ".ogv"),
+)
+# Keys that can name nothing but a medium, whatever their case and the file's suffix.
+_MEDIUM_KEY = re.compile(r"(?:image|img|picture|photo|video)s?(?:[_ -]?(?:path|file|name|filename)s?)?(?:[_ -]?\d+)?")
+_MEDIA_WORDS = ("image", "img", "video", "clip", "picture", "photo", "frame")
+# A part of a clip, which InternVL's and VideoChat2's code cuts out.
+_CUTS = (
+    *(("clip",), ("start", "end"), ("start_time", "end_time"), ("video_start", "video_end")),
+    *(("start_sec", "end_sec"), ("start_second", "end_second")),
 )
 
 _ROLES: dict[str, Role] = {
@@ -73,21 +73,36 @@ _QUESTIONS: dict[str, tuple[str, ...]] = {
     "instruction": ("output",),
     "prompt": ("completion",),
 }
+_SYSTEMS = ("system", "system_prompt", "system_message")  # the second is OpenOrca's
+# What benchmarks keep beside a question and add to it when they ask.
+_ADDED_TO_QUESTIONS = re.compile(
+    r"context|hint|passage|inputs|(?:options?|choices?|candidates?)(?:_list)?|[A-H]|a\d|(?:option|choice)[_ ]?\w"
+)
+_WORD = re.compile(r"\w+|[^\w\s]")
+_LABEL = re.compile(r"^\(?[A-Za-z0-9][.):]\s*")
 _ANSWERS = tuple(dict.fromkeys(key for keys in _QUESTIONS.values() for key in keys))
 # LLaVA's test form: a scoring function is given the record's own `text` and `answer`.
 TEST_QUESTIONS = ("text", "question")
 _LLAVA_FORMS = ("conversations", *TEST_QUESTIONS)
 _SWITCHES = ("loss", "weight", "train")  # ms-swift's; OpenAI's; axolotl's
+_LONGEST_NAME, _LONGEST_PATH = 255, 4000  # what file systems take, in bytes
 _REFUSED_KEYS = ("tools", "functions", "audio", "audios", "objects", "loss_scale", "kto_tag")
 _REFUSED_PREFIXES = ("chosen", "rejected")
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A place for a medium in a message; `name` is the file as the record names it, None for a placeholder."""
+    """A place for a medium in a message.
+
+    Attributes:
+        kind: image or video.
+        name: the file as the record names it; None for a placeholder.
+        index: of a placeholder, its medium's place in the record's list, where that is stated.
+    """
 
     kind: Media
     name: str | None = None
+    index: int | None = None
 
 
 @dataclass
@@ -148,7 +163,7 @@ def parse_record(value: object, answered: bool = True) -> Parsed:
 def _refuse_keys(record: Mapping[str, Any]) -> None:
     for key, value in record.items():
         refused = key in _REFUSED_KEYS or key.startswith(_REFUSED_PREFIXES)
-        if refused and value not in ("", [], {}, False):
+        if refused and value is not False and value not in ("", [], {}):
             raise BadRecord(f"it has {key!r}, which nothing here reads; leave the record out, or the key")
         if key in _SWITCHES and isinstance(value, bool | int | float):
             raise BadRecord(f"it has {key!r}; expected that switch at a message of the assistant's")
@@ -186,7 +201,9 @@ def _read_form(record: Mapping[str, Any], answered: bool) -> tuple[list[Said], s
         )
     if len(questions) > 1:
         raise BadRecord(f"several questions, {', '.join(map(repr, questions))}; keep one of them")
-    return _read_pair(record, questions[0], answered), questions[0]
+    messages = _read_pair(record, questions[0], answered)
+    _refuse_unasked(record, questions[0], messages)
+    return messages, questions[0]
 
 
 def _read_pair(record: Mapping[str, Any], question: str, answered: bool) -> list[Said]:
@@ -216,11 +233,44 @@ def _read_pair(record: Mapping[str, Any], question: str, answered: bool) -> list
     return messages
 
 
+def _refuse_unasked(record: Mapping[str, Any], question: str, messages: Sequence[Said]) -> None:
+    """Other questions, other answers, and what belongs to the question: a record has to say which of them counts."""
+    questions = [message for message in messages if message.role == "user"]
+    said = _words(" ".join(part for message in messages for part in message.parts if isinstance(part, str)))
+    asked = _words(" ".join(part for part in questions[-1].parts if isinstance(part, str)))
+    for key, value in record.items():
+        options = _texts(value)
+        if key in _QUESTIONS and key != question:  # Alpaca's `text` is all of the record
+            unread = any(_words(text) not in said and asked not in _words(text) for text in options)
+        elif key in ("response", "output", "completion") and key not in _QUESTIONS[question]:
+            unread = any(_words(text) not in said for text in options)
+        elif _ADDED_TO_QUESTIONS.fullmatch(key):
+            unread = bool(options) and not any(_words(_LABEL.sub("", text, count=1)) in said for text in options)
+        else:
+            unread = False
+        if unread:
+            raise BadRecord(
+                f"it has {key!r} {_short(value)} beside {question!r}, which would be neither asked nor learnt; write "
+                f"it into {question!r} or the answer, or give the key another name"
+            )
+
+
+def _texts(value: Any) -> list[str]:
+    """The texts of a text, or of a list or object of texts, blanks left out."""
+    values = value if isinstance(value, list) else value.values() if isinstance(value, dict) else [value]
+    return [text for text in values if isinstance(text, str) and text.strip()]
+
+
+def _words(text: str) -> str:
+    """For comparison: words and signs with one blank around each, in small letters."""
+    return " ".join(["", *_WORD.findall(_PLACEHOLDER.sub(" ", text).lower()), ""])
+
+
 def _join_input(instruction: Any, more: Any) -> Any:
     """Alpaca's two halves of a question."""
     if not more:
         return instruction
-    if not isinstance(instruction, str) or not isinstance(more, str):
+    if not all(isinstance(text, str) and not isinstance(text, Converted) for text in (instruction, more)):
         raise BadRecord("'instruction' or 'input' is no text; expected both in quotes")
     return f"{instruction}\n{more}" if instruction else more
 
@@ -309,12 +359,13 @@ def _read_answer(value: Any, what: str) -> Said:
 
 
 def _add_system(messages: list[Said], record: Mapping[str, Any]) -> None:
-    system = record.get("system")
-    if system in (None, ""):
+    keys = [key for key in _SYSTEMS if record.get(key) not in (None, "")]
+    if not keys:
         return
-    if messages[0].role == "system":
-        raise BadRecord("'system' beside a system message; keep one of them")
-    messages.insert(0, Said("system", _read_content(system, "'system'", "system")))
+    if len(keys) > 1 or messages[0].role == "system":
+        other = repr(keys[1]) if len(keys) > 1 else "a system message"
+        raise BadRecord(f"{keys[0]!r} beside {other}; keep one of them")
+    messages.insert(0, Said("system", _read_content(record[keys[0]], repr(keys[0]), "system")))
 
 
 def _check_supervised(messages: Sequence[Said], answered: bool) -> None:
@@ -333,14 +384,26 @@ def _read_content(value: Any, what: str, role: Role) -> list[str | Slot]:
             part = _read_part(part, what)
         elif part is None:
             raise BadRecord(f"no {what}")
-        elif not isinstance(part, str) or isinstance(value, list):
+        elif isinstance(part, str) and isinstance(value, list):
+            raise BadRecord(
+                f'the {what} has {_short(part)} among its parts; expected {{"type": "text", "text": "..."}}'
+            )
+        elif not isinstance(part, str):
             raise BadRecord(f"the {what} is {_short(part)}, a JSON {kind(part)}; expected text in quotes")
+        if isinstance(part, Converted):
+            of = "binary data" if isinstance(part, Extracted) else f"no text but a date or the like ({part})"
+            raise BadRecord(f"the {what} is {of} in its table; expected text: write that column as strings")
         if isinstance(part, Slot) and role != "user":
             raise BadRecord(f"the {what} shows {part.kind}s; expected them in questions alone")
         parts += _split(part) if isinstance(part, str) and role == "user" else [part]
-    if not any(isinstance(part, str) and part.strip() for part in parts):
+    if not any(isinstance(part, str) and _is_seen(part) for part in parts):
         raise BadRecord(f"no {what}: it is empty")
     return parts if role == "user" else ["".join(map(str, parts)).strip()]
+
+
+def _is_seen(text: str) -> bool:
+    """Whether it has more than blanks, controls and marks without a width (a byte order mark, U+200B)."""
+    return any(unicodedata.category(char) not in ("Cc", "Cf", "Zs", "Zl", "Zp") for char in text)
 
 
 def _split(text: str) -> list[str | Slot]:
@@ -352,16 +415,21 @@ def _read_part(part: Mapping[str, Any], what: str) -> str | Slot:
     given = {key: value for key, value in part.items() if value is not None}
     named = given.pop("type", next(iter(given), None))
     if named == "text" and isinstance(given.get("text"), str) and len(given) == 1:
-        return str(given["text"])
+        text: str = given["text"]
+        return text
     medium = next((m for m in get_args(Media) if named in (m, f"{m}_url")), None)
+    # Rows of llava-instruct-mix-vsft say which of the record's images it is.
+    index = given.pop("index", None) if given.keys() == {"index"} else None
     unread = [key for key in given if key not in (medium, f"{medium}_url", "url", "path")]
+    if not isinstance(index, int | None) or isinstance(index, bool):
+        unread.append("index")
     if medium is None or unread or len(given) > 1:
         raise BadRecord(
             f"the {what} has a part {_short(dict(part))}; expected "
             '{"type": "text", "text": "..."}, {"type": "image"} or {"type": "image", "image": "..."} (or video)'
         )
     if not given:
-        return Slot(medium)
+        return Slot(medium, index=index)
     [value] = given.values()
     if isinstance(value, dict) and value.keys() == {"url"}:  # OpenAI's {"image_url": {"url": ...}}
         value = value["url"]
@@ -379,6 +447,11 @@ def _read_name(value: Any, medium: Media) -> str:
         raise BadRecord(f"the {medium} is {_short(value)}; expected the path of a file: write it to one")
     if not value.strip() or "\0" in value:
         raise BadRecord(f"the {medium} path is {value!r}; expected the path of a file")
+    if any(len(name.encode()) > _LONGEST_NAME for name in value.split("/")) or len(value) > _LONGEST_PATH:
+        raise BadRecord(
+            f"the {medium} is {_short(value)}, too long for a path; expected the path of a file: write what is encoded "
+            "there to one"
+        )
     return value
 
 
@@ -395,11 +468,17 @@ def _place_media(messages: Sequence[Said], record: Mapping[str, Any], as_llava: 
     named, one_medium = _named_media(record)
     questions = [message for message in messages if message.role == "user"]
     slots = [part for message in questions for part in message.parts if isinstance(part, Slot)]
+    if as_llava and {slot.kind for slot in named} == {"video"} and all(slot == Slot("image") for slot in slots):
+        for message in questions:  # LLaVA-Video's data write <image> for a clip
+            message.parts = [Slot("video") if part == Slot("image") else part for part in message.parts]
+        slots = [Slot("video")] * len(slots)
     open_slots = [slot for slot in slots if slot.name is None]
-    if named and not slots:
+    if not slots:
+        _refuse_other_places(messages, shown=bool(named))
         questions[0].parts[:0] = named
     else:
         _check_counts(open_slots, named)
+        _check_order(open_slots)
         names = {medium: iter([slot.name for slot in named if slot.kind == medium]) for medium in get_args(Media)}
         for message in questions:
             message.parts = [
@@ -408,6 +487,8 @@ def _place_media(messages: Sequence[Said], record: Mapping[str, Any], as_llava: 
             ]
     shown = len(named) + len(slots) - len(open_slots)
     _refuse_unread(record, shown > 0)
+    if any(isinstance(part, Slot) and part.kind == "video" for message in questions for part in message.parts):
+        _refuse_cut(record)
     for message in questions:
         message.parts = _tidy(message.parts, first=as_llava and one_medium and shown == 1)
 
@@ -426,6 +507,42 @@ def _named_media(record: Mapping[str, Any]) -> tuple[list[Slot], bool]:
             ]
         keys += used
     return named, all(key in _ONE_MEDIUM_KEYS for key in keys)
+
+
+def _refuse_other_places(messages: Sequence[Said], shown: bool) -> None:
+    """Places that are written as another tool writes them, or where nothing is shown, in a record without ours."""
+    for message in messages:
+        text = " ".join(part for part in message.parts if isinstance(part, str))
+        found = _FOREIGN_PLACEHOLDER.search(text) if message.role != "assistant" else None
+        if shown and message.role == "system":
+            found = found or _PLACEHOLDER.search(text)
+        if found is not None:
+            raise BadRecord(
+                f"the {message.role}'s text has {_short(found.group())} where media seem to be meant; expected <image> "
+                "or <video> in a question, and the file under 'images' or 'videos'"
+            )
+
+
+def _check_order(open_slots: Sequence[Slot]) -> None:
+    for medium in get_args(Media):
+        for place, slot in enumerate(slot for slot in open_slots if slot.kind == medium):
+            if slot.index not in (None, place):
+                raise BadRecord(
+                    f"the {medium} of index {slot.index} is shown at place {place}, both counted from 0; expected them "
+                    "in the order of the record's list"
+                )
+
+
+def _refuse_cut(record: Mapping[str, Any]) -> None:
+    for keys in _CUTS:
+        values = [
+            value for key in keys for value in (record[key] if isinstance(record.get(key), list) else [record.get(key)])
+        ]
+        if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+            raise BadRecord(
+                f"{' and '.join(map(repr, keys))} seem to say which part of the clip is meant, but clips are shown "
+                "whole; cut the file, or remove the key"
+            )
 
 
 def _check_counts(open_slots: Sequence[Slot], named: Sequence[Slot]) -> None:
@@ -448,11 +565,16 @@ def _check_counts(open_slots: Sequence[Slot], named: Sequence[Slot]) -> None:
 def _refuse_unread(record: Mapping[str, Any], shown: bool) -> None:
     """A key that seems to name a medium and is not read would ask the question without its picture."""
     for key, value in record.items():
-        values = value if isinstance(value, list) else [value]
-        name = next((v for v in values if isinstance(v, str) and v.lower().endswith(_MEDIA_SUFFIXES)), None)
-        about_media = any(word in key.lower() for word in ("image", "img", "video", "clip", "picture", "photo"))
+        if key in MEDIA_KEYS or key in (*_QUESTIONS, *_ANSWERS):
+            continue
+        values = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str) and v]
+        must = bool(_MEDIUM_KEY.fullmatch(key.lower()))
+        name = next(
+            (v for v in values if must or isinstance(v, Extracted) or v.lower().endswith(_MEDIA_SUFFIXES)), None
+        )
+        about_media = any(word in key.lower() for word in _MEDIA_WORDS)
         metadata = key.lower().endswith(("id", "url")) or not about_media
-        if key not in MEDIA_KEYS and key not in (*_QUESTIONS, *_ANSWERS) and name and not (shown and metadata):
+        if name and not (shown and metadata):
             raise BadRecord(
                 f"{key!r} seems to name a medium ({_short(name)}) that is not shown; name it 'image' or "
                 "'video', with others in a list 'images' or 'videos', or remove it"

@@ -137,6 +137,8 @@ def _task_yaml(
         add = _add_answers if needs["references"] == "answers" else _add_references
         add(spec, documents, references, test)
     _check_record_keys(spec, documents, test, needs.get("record_keys", []))
+    if "answers" not in needs.get("record_keys", []):
+        _check_one_answer(spec, documents, test)
     copy = _write_copy(documents, directory, entry.lmms_task)
     return {
         "include": str(TEMPLATES / f"{spec.metric}.yaml"),
@@ -193,7 +195,8 @@ def _documents(spec: TaskSpec | GeneralSpec, record: Record, sample: Sample) -> 
         }
         document = {**record.value, **{key: value for key, value in ours.items() if kept.get(key) is None}}
         asked = [with_suffix(message, spec.prompt_suffix) if message.role == "user" else message for message in prompt]
-        test_suffix = suffix_for(spec.test_prompt_suffix, document["answer"]) if isinstance(spec, TaskSpec) else ""
+        reference = answer.text if isinstance(document["answer"], list) else document["answer"]
+        test_suffix = suffix_for(spec.test_prompt_suffix, reference) if isinstance(spec, TaskSpec) else ""
         asked[-1] = with_suffix(asked[-1], test_suffix)
         yield {**document, ASKED: [_message(message) for message in asked]}
 
@@ -273,6 +276,19 @@ def _check_record_keys(
             raise EvaluationError(
                 f"{spec.name}: metric {spec.metric!r} reads {', '.join(keys)} from every test record, but "
                 f"row {row} of {test} has no {', '.join(missing)}; add it"
+            )
+
+
+def _check_one_answer(spec: TaskSpec | GeneralSpec, documents: Sequence[Document], test: object) -> None:
+    for row, document in enumerate(documents, start=1):
+        answer, more = document["answer"], document.get("answers")
+        counted = answer if isinstance(answer, list) else [answer]
+        left = [text for text in more if text not in counted] if isinstance(more, list) else []
+        if left:
+            raise EvaluationError(
+                f"{spec.name}: row {row} of {test} has 'answers' beside 'answer', and metric {spec.metric!r} reads the "
+                f"latter alone: {str(left[0])[:80]!r} would count as wrong. Write all that are right as a list under "
+                "'answer', or remove 'answers'"
             )
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import trl
 from PIL import Image
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, processors
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from mllm_keeplora.config import ModelConfig, VideoConfig
@@ -303,3 +303,25 @@ def test_a_saved_processor_asks_the_same(case: Case, files: dict[str, Path], tmp
         for each in (run, AutoProcessor.from_pretrained(tmp_path / "adapter"))
     ]
     assert torch.equal(*asked)
+
+
+@pytest.mark.parametrize("template", ["<s> $A </s>", "$A </s>", "<s> $A </s> </s>"])
+def test_a_tokenizer_that_ends_every_text_is_told(template: str) -> None:
+    """Those with `add_eos_token`: the end of the answer would stand in every prompt, in front of the answer."""
+    processor = processor_of(CASES[0])
+    tokens = [(token, processor.tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    ending = processors.TemplateProcessing(single=template, special_tokens=tokens)
+    processor.tokenizer.backend_tokenizer.post_processor = ending
+    with pytest.raises(ProcessorError, match="ends every text with '</s>', a prompt too.*add_eos_token"):
+        chat_form(processor)
+
+
+@pytest.mark.parametrize("written", ["", "<s>"])
+def test_a_tokenizer_that_begins_every_text_begins_it_once(written: str) -> None:
+    processor = processor_of(CASES[0])
+    begin = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", processor.tokenizer.bos_token_id)])
+    processor.tokenizer.backend_tokenizer.post_processor = begin
+    processor.chat_template = written + processor.chat_template
+    messages = (Message("user", ("What?",)), Message("assistant", ("A cat.",)), Message("user", ("Sure?",)))
+    ids = ChatCollator(processor)([Sample("s", (*messages, Message("assistant", ("Yes.",))))])["input_ids"][0].tolist()
+    assert [place for place, token in enumerate(ids) if token == processor.tokenizer.bos_token_id] == [0]
