@@ -19,6 +19,7 @@ from mllm_keeplora.data.conversation import MediaFile, Message, Sample
 from mllm_keeplora.data.record_files import HubTable, RecordError
 from mllm_keeplora.data.records import Record, SkippedRecord, bad_records, each_record, suffix_for, with_suffix
 from mllm_keeplora.data.stream import GeneralSpec, Stream, TaskSpec
+from mllm_keeplora.errors import did_you_mean
 from mllm_keeplora.evaluation.entry_point import MODEL_ID
 from mllm_keeplora.evaluation.errors import EvaluationError
 from mllm_keeplora.modeling.families import Media
@@ -243,7 +244,10 @@ def _metric_needs(spec: TaskSpec | GeneralSpec) -> dict[str, Any]:
     if not template.is_file():
         # Those of one benchmark, which carry its name, last.
         known = sorted((path.stem for path in TEMPLATES.glob("[!_]*.yaml")), key=lambda name: ("_" in name, name))
-        raise EvaluationError(f"{spec.name}: no metric {spec.metric!r} in {TEMPLATES}, found {known}")
+        raise EvaluationError(
+            f"{spec.name}: no metric {spec.metric!r}{did_you_mean(str(spec.metric), known)}; known are "
+            f"{', '.join(known)}"
+        )
     document = yaml.load(template.read_text(encoding="utf-8"), Loader=_TemplateLoader)
     return dict(document.get("metadata", {}))
 

@@ -308,7 +308,7 @@ def _advice(stream: Stream, missing: Sequence[Path]) -> Iterator[str]:
     """One line per source: how many files it misses, and what to do."""
     if not missing or stream.hub is None:
         if missing:
-            yield f"Put {len(missing)} missing files under {stream.data_root}; the stream names no source."
+            yield f"Files missing under {stream.data_root}: {len(missing)}; the stream names no source."
         return
     hub, rest = stream.hub, list(missing)
     for folder, source in hub.elsewhere.items():
