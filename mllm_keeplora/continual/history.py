@@ -12,7 +12,7 @@ from mllm_keeplora.config import RunConfig, differences, identity
 from mllm_keeplora.data.stream import Stream, data_hash
 from mllm_keeplora.distributed.processes import num_processes
 from mllm_keeplora.evaluation.metrics import retention_ratios, summarize
-from mllm_keeplora.modeling.loading import base_model_hash, resolve_model_directory
+from mllm_keeplora.modeling.loading import base_model_hash, read_chat_template, resolve_model_directory
 from mllm_keeplora.runs.files import (
     ArtifactError,
     check_hashes,
@@ -20,6 +20,7 @@ from mllm_keeplora.runs.files import (
     hash_files,
     read_sealed,
     sha256_file,
+    sha256_json,
     write_sealed,
 )
 from mllm_keeplora.runs.manifests import SCHEMA_VERSION, read_manifest
@@ -112,6 +113,9 @@ class History:
         values = identity(self.config, self.task_name(number))
         if self.config.initial_adapter:  # its content counts, not its place
             values["initial_adapter"] = hash_files(Path(self.config.initial_adapter))
+        template = read_chat_template(self.config.model)
+        if template is not None:  # likewise
+            values["model"] = {**values["model"], "chat_template": sha256_json(template)}
         places = ("base_model", "revision", "device")
         values["model"] = {key: value for key, value in values["model"].items() if key not in places}
         return {**values, "base_model": self.base_hash}
