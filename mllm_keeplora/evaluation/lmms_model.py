@@ -29,6 +29,7 @@ from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.distributed.sharding import fillers
 from mllm_keeplora.evaluation.answer import generate_replies
 from mllm_keeplora.evaluation.errors import EvaluationError
+from mllm_keeplora.runs.run_directory import ADAPTER_HASHES
 
 logger = logging.getLogger(__name__)
 
@@ -257,7 +258,10 @@ def load_for_evaluation(settings: Mapping[str, Any]) -> tuple[Any, Any]:
         raise EvaluationError(f"--model_args: base_model is missing; known are adapter, {', '.join(known)}")
     config = ModelConfig(**values)
     model, processor = load_base(config)
-    return (model if adapter is None else load_adapter(model, Path(adapter), config.base_model)), processor
+    if adapter is None:
+        return model, processor
+    of_a_run = (Path(adapter) / ADAPTER_HASHES).exists()  # whose method may have learnt nothing, such as zero_shot
+    return load_adapter(model, Path(adapter), config.base_model, may_be_untrained=of_a_run), processor
 
 
 def _read_video_settings(settings: Mapping[str, Any]) -> VideoConfig:

@@ -206,7 +206,7 @@ def _check_scaling(values: Mapping[str, Any], directory: Path) -> None:
     for key, number in found.items():
         kinds = (int,) if key.startswith("r") else (int, float)
         is_number = isinstance(number, kinds) and not isinstance(number, bool) and abs(number) < _LARGEST
-        if not is_number or (number == 0 and not key.startswith("r")):
+        if not is_number or number == 0:
             raise AdapterError(
                 f"adapter {directory}: {key} is {number!r} in {CONFIG}, expected a number other than 0, whole for a "
                 "rank; save the adapter again"
@@ -344,5 +344,5 @@ def _by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> 
 def _say_other_base(config: LoraConfig, base_model: str, directory: Path) -> None:
     """A path says little; its last part is the model's name on the hub and in most folders."""
     made_on = config.base_model_name_or_path
-    if made_on and Path(made_on).name != Path(base_model).name:
+    if made_on and Path(str(made_on)).name != Path(base_model).name:
         logger.warning(f"adapter {directory} was made on {made_on}, and the base is {base_model}: is that the same?")

@@ -253,7 +253,15 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "no targets": (say(target_modules=None), "target_modules"),
     "a broken pattern": (say(target_modules="(q_proj"), "target_modules"),
     "another rank": (say(r=8), r"expected \(8, 192\).*rank 8"),
-    "rank 0": (say(r=0), "rank 0 says"),
+    "rank 0": (say(r=0), "r is 0 .*other than 0"),
+    "rank 0 with no rows": (
+        lambda tensors, config: (
+            put("lora_A", lambda t: t[:0])(tensors, config),
+            put("lora_B", lambda t: t[:, :0])(tensors, config),
+            config.update(r=0),
+        ),
+        "r is 0 .*other than 0",
+    ),
     "a rank of text": (say(r="four"), "cannot be used|expected"),
     "a fraction of a rank": (say(r=4.5), "r is 4.5 .*whole for a rank"),
     "ranks as a list": (say(rank_pattern=["q_proj"]), "rank_pattern in .*cannot be used"),
