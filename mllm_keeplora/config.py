@@ -1,6 +1,7 @@
 """Settings of a run: one YAML file, one dataclass tree; the command line wins, unknown keys are errors."""
 
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -31,6 +32,17 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _check_path(name: str, path: str | None) -> None:
+    """A shell writes `~` and `$NAME` out, a YAML file does not; a variable that is not set leaves nothing."""
+    _require(path != "", f"{name} is empty; name a path (. is the working directory), or leave it out for its default")
+    if path is not None:
+        variable = re.search(r"\$\{?[A-Za-z_]", path) and not os.path.exists(path)  # noqa: PTH110 - never raises
+        _require(
+            not (variable or path.startswith("~")),
+            f"{name} is {path!r}; ~ and variables are not written out here, name the path itself",
+        )
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The base model and how it is loaded.
@@ -54,13 +66,21 @@ class ModelConfig:
     quantization: Literal["nf4", "none"] = "nf4"
     compute_dtype: Dtype = "float32"
     chat_template: str | None = None
-    attn_implementation: str = "sdpa"
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     trust_remote_code: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cpu_threads: Annotated[int, Range(1, 1024)] | None = None
 
     def __post_init__(self) -> None:
         check_settings(self, "model.")
+        for name in ("base_model", "chat_template"):
+            _check_path(f"model.{name}", getattr(self, name))
+        _require(
+            self.attn_implementation != "flash_attention_2"
+            or (self.compute_dtype == "bfloat16" and self.device != "cpu"),
+            "model.attn_implementation: flash_attention_2 computes in bfloat16 on GPUs alone, found compute_dtype "
+            f"{self.compute_dtype} and device {self.device}; set compute_dtype: bfloat16, or take sdpa",
+        )
 
 
 @dataclass(frozen=True)
@@ -302,6 +322,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        for name in ("run_dir", "stream", "data_root", "initial_adapter", "cache_dir"):
+            _check_path(name, getattr(self, name))
         for name in ("language", "vision"):
             targets = getattr(self, name).targets
             _require(len(targets) > 0, f"{name}.targets is empty; name linear layers, or use [all-linear]")

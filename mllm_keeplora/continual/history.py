@@ -14,7 +14,7 @@ from mllm_keeplora.continual.general import prompts_hash
 from mllm_keeplora.data.stream import Stream, data_hash
 from mllm_keeplora.distributed.processes import num_processes
 from mllm_keeplora.evaluation.metrics import retention_ratios, summarize
-from mllm_keeplora.modeling.loading import base_model_hash, resolve_model_directory
+from mllm_keeplora.modeling.loading import base_model_hash, read_chat_template, resolve_model_directory
 from mllm_keeplora.runs.files import (
     ArtifactError,
     check_hashes,
@@ -22,6 +22,7 @@ from mllm_keeplora.runs.files import (
     hash_files,
     read_sealed,
     sha256_file,
+    sha256_json,
     write_sealed,
 )
 from mllm_keeplora.runs.manifests import SCHEMA_VERSION, read_manifest
@@ -116,6 +117,9 @@ class History:
             values["initial_adapter"] = hash_files(Path(self.config.initial_adapter))
         if "general" in values and self.config.general.given:
             values["general"] |= {"samples": self.general_hash, "media_root": None}
+        template = read_chat_template(self.config.model)
+        if template is not None:  # likewise
+            values["model"] = {**values["model"], "chat_template": sha256_json(template)}
         places = ("base_model", "revision", "device")
         values["model"] = {key: value for key, value in values["model"].items() if key not in places}
         return {**values, "base_model": self.base_hash}

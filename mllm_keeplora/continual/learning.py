@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from torch import Tensor
 
 from mllm_keeplora.continual.general import Distillation
@@ -30,6 +31,8 @@ from mllm_keeplora.modeling.fused_past import past_in_base
 from mllm_keeplora.runs.files import load_tensors
 from mllm_keeplora.runs.record import Outcome
 from mllm_keeplora.runs.run_directory import StageDirectory
+
+logger = get_logger(__name__)
 
 
 def measure_a(stage: StageContext, method: Method, model: Model) -> Outcome:
@@ -57,6 +60,11 @@ def learn(stage: StageContext, method: Method, model: Model, lora_a: Mapping[str
     """
     if method.learns(stage.number):
         factors, account = _train(stage, method, model, method.start(stage, lora_a))
+        if not any(b.any() for _, b in factors.values()):
+            logger.warning(
+                f"{stage.name} has learnt nothing in {account['steps']} step(s): every B is still 0. A warm-up begins "
+                "at rate 0, so a single step is none: set train.warmup_ratio to 0, or take more steps"
+            )
     else:
         factors, account = _no_update(stage), {"steps": 0, "repeated_samples": 0, "loss": []}
     named = {f"{n}.A": a for n, (a, _) in factors.items()} | {f"{n}.B": b for n, (_, b) in factors.items()}

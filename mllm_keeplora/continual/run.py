@@ -140,6 +140,7 @@ class Run:
 def _begin(config: RunConfig, stream: Stream, directory: RunDirectory) -> History:
     """The history, and the files that other commands read; written also for a finished run: data may have moved."""
     _check_ours(directory)
+    _check_cache(config, directory)
     for folder in (directory.path, Path(config.cache_dir)):
         remove_temporaries(folder)
     history = History.read(config, stream, directory)
@@ -163,6 +164,17 @@ def _check_ours(directory: RunDirectory) -> None:
             f"run_dir {directory.path} is no directory of a run: it holds {', '.join(found[:3])} and no "
             f"{directory.stages.name}/; name an empty or a new one"
         ) from error
+
+
+def _check_cache(config: RunConfig, directory: RunDirectory) -> None:
+    """The run's own folders are replaced and hashed as a whole, so nothing else may lie in them."""
+    cache = Path(config.cache_dir).resolve()
+    for folder in (directory.stages, directory.task_files, directory.logs, directory.adapter):
+        if cache.is_relative_to(folder.resolve()):
+            raise ConfigError(
+                f"cache_dir {config.cache_dir} lies in {folder}, a folder that the run itself writes; name another, "
+                "beside run_dir say"
+            )
 
 
 @contextmanager

@@ -39,9 +39,30 @@ class SavedRun:
         """The accuracy matrix and its metrics.
 
         Raises:
-            ArtifactError: the run has not come to its end yet.
+            ArtifactError: the run has not come to its end yet, or the file was edited.
         """
-        return dict(read_json(self.directory.retention))
+        retention = read_json(self.directory.retention)
+        try:
+            self._check_rows(retention["rows"])
+            if not (retention["rows"] and {"tasks", "general"} <= retention.keys()):
+                raise KeyError("an empty or shortened file")
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ArtifactError(
+                f"{self.directory.retention} is not what a run writes ({error}); start the run again, which writes it"
+            ) from error
+        return dict(retention)
+
+    def _check_rows(self, rows: list[dict[str, Any]]) -> None:
+        """Scores are those of the stages, which measured them; what was backfilled is in no manifest."""
+        for row in rows:
+            manifest = self.directory.stage(row["stage"], row["task"]).manifest
+            measured = read_json(manifest).get("scores", {}) if manifest.exists() else {}
+            wrong = [name for name, score in row["scores"].items() if measured.get(name, score) != score]
+            if wrong:
+                raise ArtifactError(
+                    f"{self.directory.retention}: the score of {wrong[0]} in the row of stage {row['stage']} is not "
+                    f"that of {manifest}; start the run again, which writes the file anew"
+                )
 
     @property
     def adapter(self) -> Path:

@@ -34,7 +34,7 @@ from mllm_keeplora.evaluation.answer import greedy, own_stop_tokens
 from mllm_keeplora.evaluation.metrics import summarize
 from mllm_keeplora.evaluation.score import Score
 from mllm_keeplora.modeling.linear4bit import guard_linear4bit
-from mllm_keeplora.modeling.loading import DTYPES, MODEL_FILES, base_model_hash, nf4_config
+from mllm_keeplora.modeling.loading import DTYPES, MODEL_FILES, base_model_hash, check_weights, nf4_config
 from mllm_keeplora.runs.files import ArtifactError, atomic_path, read_json, sha256_json, write_json
 from mllm_keeplora.runs.manifests import SCHEMA_VERSION
 from mllm_keeplora.runs.run_directory import RunDirectory
@@ -186,14 +186,16 @@ def load_judge(settings: JudgeConfig, cache: Path) -> Judge:
     try:
         # Padding on the left, so that every verdict begins right behind its prompt.
         tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left", trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=DTYPES[dtype],
             quantization_config=nf4_config(dtype) if settings.quantization == "nf4" else None,
             use_safetensors=True,
             trust_remote_code=False,
             device_map={"": device},
+            output_loading_info=True,
         )
+        check_weights(model, info, f"judge {directory}")
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise JudgeError(f"judge {settings.judge} cannot be loaded: {type(error).__name__}: {error}") from error
     if tokenizer.chat_template is None:

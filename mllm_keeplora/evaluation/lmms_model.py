@@ -29,12 +29,14 @@ from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.distributed.sharding import fillers
 from mllm_keeplora.evaluation.answer import generate_replies
 from mllm_keeplora.evaluation.errors import EvaluationError
+from mllm_keeplora.runs.run_directory import ADAPTER_HASHES
 
 logger = logging.getLogger(__name__)
 
 # lmms-eval's own LLaVA wrapper generates this many tokens where a task names no limit.
 DEFAULT_MAX_NEW_TOKENS = 1024
 _VIDEO_PREFIX = "video_"
+_NO_QUESTION = [Message("user", ("?",))]
 # Sampling settings that stock tasks carry; a greedy decoder allows only the values that mean greedy.
 GREEDY_SETTINGS: Mapping[str, tuple[Any, ...]] = {
     "do_sample": (False, None),
@@ -168,7 +170,7 @@ class KeepLoRAModel(lmms):
         self._beyond_context: Counter[str] = Counter()
         with inference_state(self.model), self._progress(len(requests)) as progress:
             batches = list(self._batches(requests))
-            for batch in [*batches, *fillers(self.model, batches, batches[-1])]:
+            for batch in [*batches, *fillers(self.model, batches, batches[-1] if batches else [])]:
                 replies = self._answer([requests[index] for index in batch])
                 answers.update(zip(batch, replies, strict=True))
                 progress.update(len(batch))
@@ -206,6 +208,10 @@ class KeepLoRAModel(lmms):
                 yield indices[start : start + self.batch_size]
 
     def _answer(self, batch: list[Instance]) -> list[str]:
+        if not batch:  # a process without questions runs a sharded model's layers for the others' sake
+            inputs = prepare_questions(self.processor, [_NO_QUESTION], self.device, self.form)
+            generate_replies(self.model, self.processor, self.form, inputs, 1)
+            return []
         questions = []
         for request in batch:
             _, doc_to_messages, _, doc_id, task, split = request.args
@@ -252,7 +258,10 @@ def load_for_evaluation(settings: Mapping[str, Any]) -> tuple[Any, Any]:
         raise EvaluationError(f"--model_args: base_model is missing; known are adapter, {', '.join(known)}")
     config = ModelConfig(**values)
     model, processor = load_base(config)
-    return (model if adapter is None else load_adapter(model, Path(adapter), config.base_model)), processor
+    if adapter is None:
+        return model, processor
+    of_a_run = (Path(adapter) / ADAPTER_HASHES).exists()  # whose method may have learnt nothing, such as zero_shot
+    return load_adapter(model, Path(adapter), config.base_model, may_be_untrained=of_a_run), processor
 
 
 def _read_video_settings(settings: Mapping[str, Any]) -> VideoConfig:

@@ -3,14 +3,20 @@
 import importlib.util
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    StrictDataclassError,
+)
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import (
@@ -31,12 +37,15 @@ from mllm_keeplora.modeling.linear4bit import guard_linear4bit
 from mllm_keeplora.modeling.saved_adapters import load_adapter
 from mllm_keeplora.resources import find
 from mllm_keeplora.runs.files import (
-    read_json,
+    ArtifactError,
+    check_regular,
+    read_sealed,
     replaced_directory,
     sha256_file,
     sha256_json,
     write_hashes,
     write_json,
+    write_sealed,
 )
 from mllm_keeplora.runs.run_directory import ADAPTER_HASHES
 
@@ -45,6 +54,11 @@ logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # What of a repository is read: safetensors weights only, so that no pickle is ever opened.
 MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
+# Of files with other contents than they should have; StrictDataclassError is of a config's kinds of values.
+_LOADING_ERRORS = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError),
+    *(RuntimeError, ImportError, SafetensorError, StrictDataclassError),
+)
 REMOTE_CODE = "*.py"  # fetched beside them only where model.trust_remote_code is on
 
 
@@ -148,10 +162,55 @@ def read_model_config(config: ModelConfig) -> Any:
         ConfigError: an unusable model directory.
     """
     directory = resolve_model_directory(config)
-    try:
+    with _explained(f"base model {directory}"):
         return AutoConfig.from_pretrained(directory, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"base model {directory} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Whatever transformers and safetensors say of files that they cannot use, as an error that names these.
+
+    Raises:
+        ConfigError: in place of theirs. Errors of our own and a lack of memory stay what they are.
+    """
+    try:
+        yield
+    except _LOADING_ERRORS as error:
+        if isinstance(error, KeepLoRAError) or "memory" in str(error):
+            raise
+        raise ConfigError(f"{what} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def check_weights(model: Any, info: Mapping[str, Any], what: str) -> None:
+    """Looks for what loading passes over: parameters without a tensor, which it fills with random numbers.
+
+    Args:
+        model: as it was loaded.
+        info: what `from_pretrained` says with `output_loading_info=True`.
+        what: it is and where it lies, for messages.
+
+    Raises:
+        ConfigError: names the first such parameter, or the first of another shape or with NaN or infinite values.
+    """
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ConfigError(
+            f"{what}: {len(missing)} parameters have no tensor in *.safetensors, {missing[0]!r} first; "
+            "a file of weights is missing, or belongs to another model: fetch the model again"
+        )
+    for name, module in model.named_modules():  # of weights that it quantises transformers compares none
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None and tuple(state.shape) != (module.out_features, module.in_features):
+            raise ConfigError(
+                f"{what}: {name}.weight is {list(state.shape)} in *.safetensors, expected "
+                f"{[module.out_features, module.in_features]} by config.json: fetch the model again"
+            )
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            raise ConfigError(
+                f"{what}: {name} holds NaN or infinite values; its file is damaged or its training "
+                "diverged: fetch it again, or take another"
+            )
 
 
 def load_base(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
@@ -173,12 +232,12 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
     directory = resolve_model_directory(config)
     device = resolve_device(config)
     trust = config.trust_remote_code
-    try:
+    with _explained(f"base model {directory}"):
         family = family_of(AutoConfig.from_pretrained(directory, trust_remote_code=trust))
         quantization = quantization_config(config, family.not_quantised)
         if quantization is not None and sharding_asked():  # integers cannot be spread; the bits are the same
             quantization.bnb_4bit_quant_storage = DTYPES[config.compute_dtype]
-        model = AutoModelForImageTextToText.from_pretrained(
+        model, info = AutoModelForImageTextToText.from_pretrained(
             directory,
             dtype=DTYPES[config.compute_dtype],
             quantization_config=quantization,
@@ -186,12 +245,10 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
             trust_remote_code=trust,
             use_safetensors=True,
             device_map={"": device},
+            output_loading_info=True,
         )
+        check_weights(model, info, f"base model {directory}")
         processor = load_processor(config, str(directory), trust_remote_code=trust)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        if isinstance(error, KeepLoRAError):
-            raise
-        raise ConfigError(f"base model {directory} cannot be loaded: {type(error).__name__}: {error}") from error
     guard_linear4bit(model)
     model.requires_grad_(False)
     model.eval()
@@ -228,12 +285,8 @@ def load_base_processor(config: ModelConfig) -> Any:
         ConfigError: it cannot be had.
     """
     directory = resolve_model_directory(config)
-    try:
+    with _explained(f"the processor of {directory}"):
         return load_processor(config, str(directory), trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, KeepLoRAError):
-            raise
-        raise ConfigError(f"the processor of {directory} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def load_processor(config: ModelConfig, directory: str, **options: Any) -> Any:
@@ -248,15 +301,27 @@ def load_processor(config: ModelConfig, directory: str, **options: Any) -> Any:
         ConfigError: a chat template that cannot be read.
     """
     processor = AutoProcessor.from_pretrained(directory, **options)
-    if config.chat_template is not None:
-        try:
-            processor.chat_template = find(config.chat_template).read_text(encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(
-                f"model.chat_template {config.chat_template} cannot be read ({error.strerror}); name a Jinja "
-                "file, or null for the processor's own template"
-            ) from error
+    template = read_chat_template(config)
+    if template is not None:
+        processor.chat_template = template
     return processor
+
+
+def read_chat_template(config: ModelConfig) -> str | None:
+    """The chat template that the settings name in place of the processor's own; None where they name none.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    if config.chat_template is None:
+        return None
+    try:
+        return check_regular(find(config.chat_template)).read_text(encoding="utf-8")
+    except (OSError, ValueError, ArtifactError) as error:
+        raise ConfigError(
+            f"model.chat_template {config.chat_template} cannot be read ({error}); name a Jinja file in UTF-8, or "
+            "null for the processor's own template"
+        ) from error
 
 
 def base_model_hash(directory: Path, cache: Path) -> str:
@@ -271,14 +336,17 @@ def base_model_hash(directory: Path, cache: Path) -> str:
         return known
     files = _hashed_files(directory)
     found = sha256_json({f.name: sha256_file(f) for f in files})
-    write_json(_hash_memory(files, cache), {"hash": found})
+    write_sealed(_hash_memory(files, cache), {"hash": found})
     return found
 
 
 def known_base_hash(directory: Path, cache: Path) -> str | None:
     """The remembered content hash of a base model; None where no run with this cache has hashed it yet."""
     memory = _hash_memory(_hashed_files(directory), cache)
-    return str(read_json(memory)["hash"]) if memory.exists() else None
+    try:
+        return str(read_sealed(memory, "")["hash"]) if memory.exists() else None
+    except ArtifactError:  # damaged, or another version's: the model is hashed again
+        return None
 
 
 def _hashed_files(directory: Path) -> list[Path]:
@@ -287,7 +355,8 @@ def _hashed_files(directory: Path) -> list[Path]:
 
 
 def _hash_memory(files: Sequence[Path], cache: Path) -> Path:
-    state = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    # The time of the last change cannot be set: that of the last write can, and archives and copies set it.
+    state = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns, f.stat().st_ctime_ns] for f in files]
     return cache / "model_hashes" / f"{sha256_json(state)}.json"
 
 

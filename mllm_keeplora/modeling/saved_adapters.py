@@ -31,7 +31,7 @@ from mllm_keeplora.runs.run_directory import ADAPTER_HASHES
 logger = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LARGEST = 1e9  # of a rank or an alpha, far beyond any sensible one
 _PREFIX = "base_model.model."
 # Of a LoRA config, what W x + s B A x is made of, and what says nothing about it.
 _UNDERSTOOD = {
@@ -110,7 +110,13 @@ def read_initial_adapter(model: PreTrainedModel, directory: Path, base_model: st
     """
     stored = read_adapter(model, directory, base_model)
     _refuse_untrained(stored, directory)
-    return {name: (a, b * stored.scales[name]) for name, (a, b) in stored.factors.items()}
+    scaled = {name: (a, b * stored.scales[name]) for name, (a, b) in stored.factors.items()}
+    beyond = [name for name, (_, b) in scaled.items() if not torch.isfinite(b).all()]
+    if beyond:
+        raise AdapterError(
+            f"adapter {directory}: {beyond[0]}: B times its scale {stored.scales[beyond[0]]} is infinite"
+        )
+    return scaled
 
 
 def load_adapter(
@@ -160,6 +166,7 @@ def _read_config(directory: Path) -> LoraConfig:
             "B A. Merge it into its base (merge_and_unload) and name that as the base model"
         )
     _check_plain(values, directory)
+    _check_scaling(values, directory)
     try:
         return LoraConfig(**{key: values[key] for key in _UNDERSTOOD & values.keys()}, peft_type="LORA")
     except (TypeError, ValueError, AttributeError) as error:
@@ -184,6 +191,29 @@ def _check_plain(values: Mapping[str, Any], directory: Path) -> None:
         raise AdapterError(
             f"adapter {directory}: only plain LoRA (W x + s B A x) can be read exactly, this one also has "
             f"{', '.join(extra)}. Merge it into its base (merge_and_unload) and name that as the base model"
+        )
+
+
+def _check_scaling(values: Mapping[str, Any], directory: Path) -> None:
+    """What s is made of: PEFT takes any value, so that the text "false" is true and alpha 0 the bare base."""
+    found = {key: values[key] for key in ("r", "lora_alpha") if key in values}
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = values.get(key) or {}
+        try:
+            found |= {f"{key}.{re.compile(name).pattern}": number for name, number in patterns.items()}
+        except (re.error, AttributeError) as error:
+            raise AdapterError(f"adapter {directory}: {key} in {CONFIG} cannot be used: {error}") from error
+    for key, number in found.items():
+        kinds = (int,) if key.startswith("r") else (int, float)
+        is_number = isinstance(number, kinds) and not isinstance(number, bool) and abs(number) < _LARGEST
+        if not is_number or number == 0:
+            raise AdapterError(
+                f"adapter {directory}: {key} is {number!r} in {CONFIG}, expected a number other than 0, whole for a "
+                "rank; save the adapter again"
+            )
+    if not isinstance(values.get("use_rslora") or False, bool):
+        raise AdapterError(
+            f"adapter {directory}: use_rslora is {values['use_rslora']!r} in {CONFIG}, expected true or false"
         )
 
 
@@ -314,5 +344,5 @@ def _by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> 
 def _say_other_base(config: LoraConfig, base_model: str, directory: Path) -> None:
     """A path says little; its last part is the model's name on the hub and in most folders."""
     made_on = config.base_model_name_or_path
-    if made_on and Path(made_on).name != Path(base_model).name:
+    if made_on and Path(str(made_on)).name != Path(base_model).name:
         logger.warning(f"adapter {directory} was made on {made_on}, and the base is {base_model}: is that the same?")

@@ -20,7 +20,6 @@ from accelerate.logging import get_logger
 from accelerate.utils import get_max_memory
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
-from safetensors import safe_open
 
 from mllm_keeplora.config import ConfigError, ModelConfig, RunConfig, TrainConfig, config_from_dict
 from mllm_keeplora.data.conversation import Sample
@@ -38,7 +37,7 @@ from mllm_keeplora.modeling.loading import known_base_hash, resolve_device
 from mllm_keeplora.modeling.targets import Target, left_out, targets_of
 from mllm_keeplora.planning import skeleton
 from mllm_keeplora.planning.memory_model import MemoryModel, optimizer_state
-from mllm_keeplora.probes.protected_bases import weight_basis_directory, weight_basis_file
+from mllm_keeplora.probes.protected_bases import weight_basis_directory, weight_basis_file, weight_basis_size
 from mllm_keeplora.resources import find
 from mllm_keeplora.runs.files import read_json
 from mllm_keeplora.runs.run_directory import RunDirectory
@@ -290,13 +289,9 @@ def cached_bases(config: RunConfig, targets: Sequence[Target], base_hash: str | 
     if base_hash is None or not load_method(config).protects_weights:
         return {}
     directory = weight_basis_directory(Path(config.cache_dir), base_hash, config.model)
-    found = {}
-    for t in targets:
-        file = weight_basis_file(directory, t.name, config.towers()[t.tower].eps_w)
-        if file.exists():
-            with safe_open(file, framework="pt") as opened:
-                found[t.name] = int(opened.get_slice("basis").get_shape()[1])
-    return found
+    files = {t.name: weight_basis_file(directory, t.name, config.towers()[t.tower].eps_w) for t in targets}
+    sizes = {name: weight_basis_size(file) for name, file in files.items()}
+    return {name: k for name, k in sizes.items() if k is not None}
 
 
 def _known_hash(config: RunConfig) -> str | None:

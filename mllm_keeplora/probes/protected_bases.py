@@ -1,8 +1,12 @@
 """The protected basis M of every module, from files: its weight basis (cached), a feature basis per stage."""
 
+import json
+import logging
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -10,11 +14,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mllm_keeplora.config import ModelConfig, Tower
-from mllm_keeplora.distributed.processes import from_main, hide_bar, own_share, wait_for_everyone
+from mllm_keeplora.distributed.processes import hide_bar, own_share, wait_for_everyone
 from mllm_keeplora.linalg.subspace import principal_basis
+from mllm_keeplora.modeling.families import TargetError
 from mllm_keeplora.modeling.linear4bit import computed_weight
 from mllm_keeplora.modeling.targets import Target
-from mllm_keeplora.runs.files import ArtifactError, save_tensors
+from mllm_keeplora.runs.files import ArtifactError, check_regular, save_tensors
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -81,10 +88,19 @@ def weight_basis_file(directory: Path, module: str, eps_w: float) -> Path:
     return directory / f"{module}-eps{eps_w!r}.safetensors"
 
 
+def weight_basis_size(file: Path) -> int | None:
+    """k_w of the weight basis in a file, of which the header alone is read; None where there is no sound one."""
+    try:
+        with safe_open(check_regular(file), framework="pt") as opened:
+            return int(opened.get_slice("basis").get_shape()[1])
+    except (OSError, SafetensorError, IndexError):
+        return None
+
+
 def weight_basis_files(
     model: nn.Module, targets: Sequence[Target], eps_w: Mapping[Tower, float], directory: Path
 ) -> dict[str, Path]:
-    """Computes the weight bases that `directory` does not hold yet (E1), one layer at a time.
+    """Computes the weight bases that `directory` does not hold as they were written (E1), one layer at a time.
 
     Several processes share the modules; each basis is one process's file, which all read.
 
@@ -99,11 +115,47 @@ def weight_basis_files(
 
     Returns:
         Module name -> file with `basis` [in, k_w] fp32.
+
+    Raises:
+        ArtifactError: something else than a file in a basis's place.
+        TargetError: a weight with NaN or infinite values.
     """
     files = {t.name: weight_basis_file(directory, t.name, eps_w[t.tower]) for t in targets}
-    missing = from_main(lambda: [t for t in targets if not files[t.name].exists()])
-    for target in tqdm(own_share(missing), desc="weight bases", unit="module", disable=hide_bar() if missing else True):
+    wait_for_everyone()  # nobody looks at what another one is writing
+    missing = [target for target in own_share(targets) if not _is_sound(files[target.name], target)]
+    for target in tqdm(missing, desc="weight bases", unit="module", disable=hide_bar() if missing else True):
         weight = computed_weight(model.get_submodule(target.name))
-        save_tensors(files[target.name], {"basis": principal_basis(weight, eps_w[target.tower])})
+        if not torch.isfinite(weight).all():
+            raise TargetError(
+                f"the base model's weight of {target.name} holds NaN or infinite values; its file is damaged or its "
+                "training diverged: fetch it again, or take another"
+            )
+        basis = principal_basis(weight, eps_w[target.tower]).cpu().contiguous()
+        facts = _facts(files[target.name], basis)
+        save_tensors(files[target.name], {"basis": basis}, {"basis": json.dumps(facts)})
     wait_for_everyone()
     return files
+
+
+def _facts(file: Path, basis: Tensor) -> dict[str, Any]:
+    """What a file says of its basis: of which base, module and energy share it is, and its checksum.
+
+    A file that is copied or renamed to another place is not the one that is expected there.
+    """
+    return {"of": f"{file.parent.name}/{file.stem}", "crc32": zlib.crc32(basis.numpy().data)}
+
+
+def _is_sound(file: Path, target: Target) -> bool:
+    """Whether the file holds the basis that was written for this place; a bit flip in it would go unnoticed else."""
+    if not check_regular(file).exists():
+        return False
+    try:
+        with safe_open(file, framework="pt") as opened:
+            basis, said = opened.get_tensor("basis"), json.loads((opened.metadata() or {})["basis"])
+            sound = len(basis) == target.in_features and said == _facts(file, basis)
+    # A header that is no JSON object of ours is a ValueError, KeyError or TypeError.
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        sound = False
+    if not sound:
+        logger.warning(f"{file} is not as it was written, or by another version; it is computed again")
+    return sound

@@ -60,6 +60,10 @@ def read_results(run: SavedRun) -> Results:
         manifests.append(_read(path, MANIFEST_KEYS, **stage))
     if not manifests:
         raise ReportError(f"cannot write the report: {run.directory.retention} has no rows; run the stream again")
+    try:
+        run.retention  # noqa: B018 - compares its scores with those of the stages
+    except ArtifactError as error:
+        raise ReportError(f"cannot write the report: {error}") from error
     return Results(run.directory, asdict(run.config), retention, manifests)
 
 

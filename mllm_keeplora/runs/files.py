@@ -126,12 +126,16 @@ def check_regular(path: Path) -> Path:
     """The path itself, unless reading it would never end (a pipe, a device) or is no reading (a folder).
 
     Raises:
-        ArtifactError: something else than a regular file is there.
+        ArtifactError: something else than a regular file is there, or the path is one that no file can have.
     """
-    with suppress(FileNotFoundError, NotADirectoryError):
+    try:
         kind = irregular_kind(path)
-        if kind is not None:
-            raise ArtifactError(f"{path} is {kind}; expected a regular file: put the file back, or remove it")
+    except (FileNotFoundError, NotADirectoryError):
+        return path
+    except OSError as error:  # a name that is too long, links that go in a circle, a folder that is closed to us
+        raise ArtifactError(f"{path} cannot be read: {error.strerror}; name another, or put it right") from error
+    if kind is not None:
+        raise ArtifactError(f"{path} is {kind}; expected a regular file: put the file back, or remove it")
     return path
 
 
@@ -195,10 +199,10 @@ def _seal(value: Mapping[str, Any]) -> str:
     return sha256_json({key: entry for key, entry in value.items() if key != "self"})
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes named tensors as safetensors, atomically."""
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes named tensors as safetensors, atomically, with what the file's header is to say."""
     with atomic_path(path) as temporary:
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary)
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary, metadata)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

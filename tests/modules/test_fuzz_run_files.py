@@ -319,6 +319,43 @@ def test_a_folder_of_somebodys_own_stays_as_it_is(made: Made, tmp_path: Path, co
     assert (tmp_path / "report.html").read_text() == (tmp_path / "adapter/a").read_text() == "mine"
 
 
+def test_a_chat_template_counts_by_what_it_says(made: Made, tmp_path: Path) -> None:
+    """A file that was edited under its name gives other prompts; one that was moved gives the same."""
+    own = Path(made.config.model.base_model, "chat_template.jinja").read_text()
+    for name in ("a.jinja", "b.jinja"):
+        (tmp_path / name).write_text(own)
+
+    def start(name: str) -> None:
+        model = replace(made.config.model, chat_template=str(tmp_path / name))
+        run_stream(replace(made.config, run_dir=str(tmp_path / "run"), model=model))
+
+    start("a.jinja")
+    start("b.jinja")
+    (tmp_path / "b.jinja").write_text(own + "{# #}")
+    with pytest.raises(KeepLoRAError, match=r"written with other settings \(model.chat_template"):
+        start("b.jinja")
+    for name, content in (("latin.jinja", b"\xe4"), ("none.jinja", None)):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(KeepLoRAError, match=f"model.chat_template .*{name} cannot be read"):
+            start(name)
+
+
+@pytest.mark.parametrize("folder", ["stages", "adapter", "adapter/cache", "eval_tasks", "tensorboard/../stages/x"])
+def test_a_cache_in_the_runs_own_folders_is_refused(made: Made, tmp_path: Path, folder: str) -> None:
+    config = replace(made.config, run_dir=str(tmp_path / "run"), cache_dir=str(tmp_path / "run" / folder))
+    with pytest.raises(KeepLoRAError, match=r"cache_dir .* lies in .*; name another"):
+        run_stream(config)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+def test_a_path_that_no_folder_can_have_is_refused(made: Made, tmp_path: Path) -> None:
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    for path in (tmp_path / ("x" * 300), tmp_path / "circle" / "run"):
+        with pytest.raises(KeepLoRAError, match=r"cannot be (read|written): .*name another"):
+            run_stream(replace(made.config, run_dir=str(path)))
+
+
 @pytest.mark.parametrize("edited", ["backfill.json", "backfill/reds.jsonl"])
 def test_cells_that_were_measured_later_are_read_as_they_were_written(tmp_path: Path, edited: str) -> None:
     stage = StageDirectory(tmp_path)

@@ -1,13 +1,16 @@
 """Loading: both towers 4-bit, guarded, frozen; bad directories named."""
 
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mllm_keeplora.config import ConfigError, ModelConfig
 from mllm_keeplora.modeling.linear4bit import computed_weight
@@ -85,7 +88,9 @@ def test_cuda_without_a_device_is_an_error(tiny_llava: Path) -> None:
 
 def test_missing_flash_attention_says_how_to_get_it(tiny_llava: Path) -> None:
     with pytest.raises(ConfigError, match=r"flash-attn is not installed.*\[flash-attn\]"):
-        load_base(ModelConfig(base_model=str(tiny_llava), attn_implementation="flash_attention_2"))
+        load_base(
+            ModelConfig(base_model=str(tiny_llava), attn_implementation="flash_attention_2", compute_dtype="bfloat16")
+        )
 
 
 def test_the_hash_follows_the_content_not_the_place(tiny_llava: Path, tmp_path: Path) -> None:
@@ -101,6 +106,102 @@ def test_a_known_hash_is_remembered_and_none_is_computed(tiny_llava: Path, tmp_p
     assert not (tmp_path / "cache").exists()
     found = base_model_hash(tiny_llava, tmp_path / "cache")
     assert known_base_hash(tiny_llava, tmp_path / "cache") == found
+
+
+def test_a_file_that_was_replaced_with_its_time_is_hashed_again(tiny_llava: Path, tmp_path: Path) -> None:
+    """Archives and `cp -p` set the time of the last write."""
+    moved = shutil.copytree(tiny_llava, tmp_path / "moved")
+    first = base_model_hash(moved, tmp_path / "cache")
+    weights = moved / "model.safetensors"
+    before, content = weights.stat(), bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert base_model_hash(moved, tmp_path / "cache") != first
+
+
+@pytest.mark.parametrize("damaged", ["", "{", "[]", "5", "{}", '{"hash": 5}', '{"hash": "beef"}'])
+def test_a_damaged_memory_of_a_hash_is_written_again(tiny_llava: Path, tmp_path: Path, damaged: str) -> None:
+    first = base_model_hash(tiny_llava, tmp_path)
+    (memory,) = (tmp_path / "model_hashes").iterdir()
+    memory.write_text(damaged)
+    assert known_base_hash(tiny_llava, tmp_path) is None
+    assert base_model_hash(tiny_llava, tmp_path) == known_base_hash(tiny_llava, tmp_path) == first
+
+
+def change_weights(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+
+def drop(part: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if part in name]:
+            del tensors[name]
+
+    return change
+
+
+def rename(tensors: dict[str, torch.Tensor]) -> None:
+    for name in list(tensors):
+        tensors[f"other.{name}"] = tensors.pop(name)
+
+
+def fill(part: str, value: float) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        next(tensor for name, tensor in tensors.items() if part in name).flatten()[0] = value
+
+    return change
+
+
+def reshape(tensors: dict[str, torch.Tensor]) -> None:
+    name = next(name for name in tensors if "q_proj.weight" in name)
+    tensors[name] = torch.zeros(5, 5)
+
+
+def shard(directory: Path, *, keep_index: bool) -> None:
+    """Weights in two files, of which the second is lost."""
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    names = list(tensors)
+    files = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    half = dict.fromkeys(names[: len(names) // 2], files[0])
+    save_file({name: tensors[name] for name in half}, directory / files[0], {"format": "pt"})
+    path.unlink()
+    if keep_index:
+        index = {"metadata": {}, "weight_map": dict.fromkeys(names, files[1]) | half}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda p: change_weights(p, drop("layers.1.self_attn.q_proj")), "parameters have no tensor .*q_proj"),
+        (lambda p: change_weights(p, drop("vision_tower")), "parameters have no tensor .*vision_tower"),
+        (lambda p: change_weights(p, drop("multi_modal_projector")), "parameters have no tensor .*projector"),
+        (lambda p: change_weights(p, drop("lm_head")), "1 parameters have no tensor .*lm_head"),
+        (lambda p: change_weights(p, rename), "parameters have no tensor"),
+        (lambda p: change_weights(p, fill("embed_tokens", torch.nan)), "embed_tokens.weight holds NaN"),
+        (lambda p: change_weights(p, fill("layer_norm", torch.inf)), "layer_norm.*holds NaN or infinite"),
+        (lambda p: change_weights(p, reshape), r"cannot be loaded|q_proj.weight is \[5, 5\].*, expected"),
+        (lambda p: shard(p, keep_index=True), "cannot be loaded"),
+        (lambda p: shard(p, keep_index=False), "cannot be loaded"),
+        (lambda p: (p / "config.json").write_text("[]"), "cannot be loaded"),
+        (lambda p: (p / "config.json").write_text("null"), "cannot be loaded"),
+        (lambda p: (p / "config.json").write_text('{"model_type": "llava", "text_config": 5}'), "cannot be loaded"),
+        (lambda p: (p / "model.safetensors").write_bytes(b""), "cannot be loaded"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["none", "nf4"])
+def test_a_base_that_is_not_whole_is_refused(
+    tiny_llava: Path, tmp_path: Path, damage: Callable[[Path], object], message: str, kind: str
+) -> None:
+    """transformers fills what is missing with random numbers, and goes on."""
+    directory = Path(shutil.copytree(tiny_llava, tmp_path / "base"))
+    damage(directory)
+    with pytest.raises(ConfigError, match=f"base model {directory}.*{message}"):
+        load_base(model_config(directory, kind))
 
 
 @pytest.mark.parametrize("remote_code", [False, True])

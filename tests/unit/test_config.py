@@ -69,6 +69,41 @@ def test_bad_settings_are_named(tmp_path: Path, text: str, message: str) -> None
         parse(tmp_path, text)
 
 
+@pytest.mark.parametrize("name", ["run_dir", "stream", "data_root", "initial_adapter", "cache_dir", "model.base_model"])
+@pytest.mark.parametrize(
+    "path, message",
+    [("", "name a path"), ("~/x", "not written out"), ("$HOME/x", "not written out"), ("a/${DATA}", "not written out")],
+)
+def test_a_path_that_a_shell_was_to_complete_is_refused(tmp_path: Path, name: str, path: str, message: str) -> None:
+    """`--initial_adapter "$UNSET"` would start from the bare base, `~/x` make a folder of that name."""
+    with pytest.raises(ConfigError, match=f"{name} (is empty|.*{message})"):
+        parse(tmp_path, "seed: 0", f"--{name}", path)
+
+
+def test_a_path_with_such_a_name_that_is_there_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "a$b").mkdir()
+    assert parse(tmp_path, "seed: 0", "--data_root", str(tmp_path / "a$b")).data_root == str(tmp_path / "a$b")
+    assert parse(tmp_path, "seed: 0", "--data_root", "costs 5$/a~").data_root == "costs 5$/a~"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("attn_implementation: flash_attention_3", "expected one of sdpa, eager, flash_attention_2, found"),
+        ("attn_implementation: somebody/their-kernel", "expected one of sdpa, eager, flash_attention_2, found"),
+        ("attn_implementation: paged|sdpa", "expected one of sdpa, eager, flash_attention_2, found"),
+        ("attn_implementation: flash_attention_2", "bfloat16 on GPUs alone, found compute_dtype float32"),
+        (
+            "attn_implementation: flash_attention_2, compute_dtype: bfloat16, device: cpu",
+            "on GPUs alone, found .* device cpu",
+        ),
+    ],
+)
+def test_an_attention_that_cannot_run_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"model.attn_implementation: .*{message}"):
+        parse(tmp_path, f"model: {{{text}}}")
+
+
 def test_a_missing_config_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nowhere.yaml"):
         parse_config("test", tmp_path / "nowhere.yaml", [])

@@ -66,7 +66,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_litter(tmp_path: Path, monkeypat
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_device_is_reported_for_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def write_to_full_device(_tensors: object, _path: object) -> None:
+    def write_to_full_device(_tensors: object, _path: object, metadata: object) -> None:
         with Path("/dev/full").open("w") as full:
             full.write("x" * 100_000)
 
