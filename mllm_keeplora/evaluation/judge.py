@@ -186,7 +186,7 @@ def load_judge(settings: JudgeConfig, cache: Path) -> Judge:
     try:
         # Padding on the left, so that every verdict begins right behind its prompt.
         tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left", trust_remote_code=False)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=DTYPES[dtype],
             quantization_config=nf4_config(dtype) if settings.quantization == "nf4" else None,
@@ -195,6 +195,7 @@ def load_judge(settings: JudgeConfig, cache: Path) -> Judge:
             device_map={"": device},
             output_loading_info=True,
         )
+        model, info = loaded
         check_weights(model, info, f"judge {directory}")
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise JudgeError(f"judge {settings.judge} cannot be loaded: {type(error).__name__}: {error}") from error

@@ -237,7 +237,7 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
         quantization = quantization_config(config, family.not_quantised)
         if quantization is not None and sharding_asked():  # integers cannot be spread; the bits are the same
             quantization.bnb_4bit_quant_storage = DTYPES[config.compute_dtype]
-        model, info = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             directory,
             dtype=DTYPES[config.compute_dtype],
             quantization_config=quantization,
@@ -247,6 +247,7 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
             device_map={"": device},
             output_loading_info=True,
         )
+        model, info = loaded
         check_weights(model, info, f"base model {directory}")
         processor = load_processor(config, str(directory), trust_remote_code=trust)
     guard_linear4bit(model)
