@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -55,6 +56,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # What of a repository is read: safetensors weights only, so that no pickle is ever opened.
 MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
 # Of files with other contents than they should have; StrictDataclassError is of a config's kinds of values.
+_OF_A_LAYER = re.compile(r"\.(layers|blocks)\.\d+\..*\.weight$")
 _LOADING_ERRORS = (
     *(OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError),
     *(RuntimeError, ImportError, SafetensorError, StrictDataclassError),
@@ -182,7 +184,8 @@ def _explained(what: str) -> Iterator[None]:
 
 
 def check_weights(model: Any, info: Mapping[str, Any], what: str) -> None:
-    """Looks for what loading passes over: parameters without a tensor, which it fills with random numbers.
+    """Looks for what loading passes over: parameters without a tensor, which it fills with random numbers, and layers
+    without a place.
 
     Args:
         model: as it was loaded.
@@ -197,6 +200,13 @@ def check_weights(model: Any, info: Mapping[str, Any], what: str) -> None:
         raise ConfigError(
             f"{what}: {len(missing)} parameters have no tensor in *.safetensors, {missing[0]!r} first; "
             "a file of weights is missing, or belongs to another model: fetch the model again"
+        )
+    # Of the others some are known to be no part of the model; a layer of its own is.
+    beyond = sorted(key for key in info["unexpected_keys"] if _OF_A_LAYER.search(key))
+    if beyond:
+        raise ConfigError(
+            f"{what}: config.json has no place for {len(beyond)} weights of *.safetensors, {beyond[0]!r} first; the "
+            "two belong to different models: fetch the model again"
         )
     for name, module in model.named_modules():  # of weights that it quantises transformers compares none
         state = getattr(getattr(module, "weight", None), "quant_state", None)

@@ -174,6 +174,13 @@ def shard(directory: Path, *, keep_index: bool) -> None:
         (directory / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def fewer_layers(directory: Path) -> None:
+    """A config of a smaller model beside the weights of the whole one."""
+    config = json.loads((directory / "config.json").read_text())
+    config["text_config"] |= {"num_hidden_layers": 1, "layer_types": None}
+    (directory / "config.json").write_text(json.dumps(config))
+
+
 @pytest.mark.parametrize(
     "damage, message",
     [
@@ -187,6 +194,7 @@ def shard(directory: Path, *, keep_index: bool) -> None:
         (lambda p: change_weights(p, reshape), r"cannot be loaded|q_proj.weight is \[5, 5\].*, expected"),
         (lambda p: shard(p, keep_index=True), "cannot be loaded"),
         (lambda p: shard(p, keep_index=False), "cannot be loaded"),
+        (lambda p: fewer_layers(p), "config.json has no place for .*layers.1."),
         (lambda p: (p / "config.json").write_text("[]"), "cannot be loaded"),
         (lambda p: (p / "config.json").write_text("null"), "cannot be loaded"),
         (lambda p: (p / "config.json").write_text('{"model_type": "llava", "text_config": 5}'), "cannot be loaded"),
