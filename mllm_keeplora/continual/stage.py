@@ -195,8 +195,8 @@ def check_ranks(run: RunContext) -> None:
         if rank > t.in_features - k:
             raise StageError(
                 f"{t.name}: rank {rank} exceeds its residual space of {t.in_features} - {k} = {t.in_features - k} "
-                f"directions; lower {t.tower}.rank, {t.tower}.eps_w"
-                + (" or general.eps_g" if run.general_basis else "")
+                f"directions; lower {t.tower}.rank or {t.tower}.eps_w"
+                + (", or general.eps_g" if run.general_basis else "")
             )
 
 

@@ -216,6 +216,8 @@ def check_weights(model: Any, info: Mapping[str, Any], what: str) -> None:
                 f"{[module.out_features, module.in_features]} by config.json: fetch the model again"
             )
     for name, parameter in model.named_parameters():
+        if hasattr(parameter, "quant_state"):  # packed bits, kept as floats where the base is to be sharded
+            continue
         if parameter.is_floating_point() and not torch.isfinite(parameter).all():
             raise ConfigError(
                 f"{what}: {name} holds NaN or infinite values; its file is damaged or its training "

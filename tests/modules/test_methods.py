@@ -351,7 +351,7 @@ def test_the_penalty_is_added_once_a_step_whatever_the_accumulation(
             mixed=False,
             report_to=[],
             device=torch.device("cpu"),
-            hooks=Hooks(penalty=lambda first=first: 3.0 * first.sum()),  # type: ignore[misc]
+            hooks=Hooks(penalty=lambda _, first=first: 3.0 * first.sum()),  # type: ignore[misc]
         )
         found.append(first.detach().clone())
         assert torch.allclose(found[-1], 1.0 - 3.0 * settings.train.learning_rate * torch.ones_like(first))
