@@ -32,6 +32,21 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+# Settings that are paths, by their dotted names.
+_PATHS = (
+    *("run_dir", "stream", "data_root", "initial_adapter", "cache_dir"),
+    *("model.base_model", "model.chat_template", "general.media_root"),
+)
+
+
+def _check_paths(prefix: str, settings: Any) -> None:
+    """Those of a dataclass itself; its groups look at theirs."""
+    for name in _PATHS:
+        group, _, last = name.rpartition(".")
+        if group == prefix.rstrip("."):
+            _check_path(name, getattr(settings, last))
+
+
 def _check_path(name: str, path: str | None) -> None:
     """A shell writes `~` and `$NAME` out, a YAML file does not; a variable that is not set leaves nothing."""
     _require(path != "", f"{name} is empty; name a path (. is the working directory), or leave it out for its default")
@@ -73,8 +88,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_settings(self, "model.")
-        for name in ("base_model", "chat_template"):
-            _check_path(f"model.{name}", getattr(self, name))
+        _check_paths("model.", self)
         _require(
             self.attn_implementation != "flash_attention_2"
             or (self.compute_dtype == "bfloat16" and self.device != "cpu"),
@@ -231,6 +245,7 @@ class GeneralConfig:
 
     def __post_init__(self) -> None:
         check_settings(self, "general.")
+        _check_paths("general.", self)
         wanted = [name for name, given in (("share", self.share), ("budget", self.budget)) if given]
         _require(
             self.samples != "none" or not wanted,
@@ -322,8 +337,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        for name in ("run_dir", "stream", "data_root", "initial_adapter", "cache_dir"):
-            _check_path(name, getattr(self, name))
+        _check_paths("", self)
         for name in ("language", "vision"):
             targets = getattr(self, name).targets
             _require(len(targets) > 0, f"{name}.targets is empty; name linear layers, or use [all-linear]")
@@ -492,6 +506,9 @@ def parse_config(
 
 def _read_file(path: Path) -> dict[str, Any]:
     try:
-        return flat_settings(RunConfig, read_yaml(path))
+        flat = flat_settings(RunConfig, read_yaml(path))
+        for name in flat.keys() & set(_PATHS):
+            _check_path(name, flat[name])
+        return flat
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error

@@ -6,7 +6,6 @@ It reads what YAML 1.2 calls a number, such as `1e-3`. What YAML 1.1 makes of ot
 
 import os
 import re
-import stat
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -14,18 +13,12 @@ from typing import Any
 import yaml
 
 from mllm_keeplora.errors import ConfigError
+from mllm_keeplora.regular_files import kind_of_mode
 
 # What keeps a refusal within a second; a stream of 500 tasks is below.
 LARGEST_FILE = 500_000  # bytes
 MOST_VALUES = 10_000  # names included, every alias unfolded
 DEEPEST = 50  # lists and mappings in one another
-_KINDS = {
-    stat.S_ISDIR: "a folder",
-    stat.S_ISFIFO: "a pipe",
-    stat.S_ISSOCK: "a socket",
-    stat.S_ISCHR: "a device",
-    stat.S_ISBLK: "a device",
-}
 _TOO_MANY = f"it holds more than {MOST_VALUES} values"
 _TOO_DEEP = f"it is nested deeper than {DEEPEST}"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
@@ -105,9 +98,8 @@ def _read_regular_file(path: Path) -> bytes:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
-            mode = os.fstat(descriptor).st_mode
-            if not stat.S_ISREG(mode):
-                kind = next((name for test, name in _KINDS.items() if test(mode)), "no regular file")
+            kind = kind_of_mode(os.fstat(descriptor).st_mode)
+            if kind is not None:
                 raise ConfigError(f"is {kind}; expected a YAML file")
             with open(descriptor, "rb", closefd=False) as file:  # noqa: PTH123 - a descriptor
                 data = file.read(LARGEST_FILE + 1)

@@ -33,16 +33,19 @@ class Forked:
     Args:
         arguments: a script and what follows it, or `-m`, a module and what follows that.
         environment: what is set beside `ENVIRONMENT`.
+        log: file that gets what it prints, behind what is there; None keeps it for `completed`.
     """
 
-    def __init__(self, arguments: Sequence[str | Path], environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, arguments: Sequence[str | Path], environment: Mapping[str, str] | None = None, log: Path | None = None
+    ) -> None:
         with mock.patch.dict(os.environ, ENVIRONMENT):
             _CONTEXT.set_forkserver_preload(["tests.forked_imports"])
             forkserver.ensure_running()
         self.args = [*map(str, arguments)]
         self._folder = tempfile.TemporaryDirectory()
         folder = Path(self._folder.name)
-        self._outputs = (folder / "stdout", folder / "stderr")
+        self._outputs = (log or folder / "stdout", log or folder / "stderr")
         changed = {**os.environ, **ENVIRONMENT, **(environment or {})}
         self._process = _CONTEXT.Process(target=_become, args=(self.args, changed, *self._outputs))
         self._process.start()
@@ -52,9 +55,9 @@ class Forked:
         """The exit status, None while it runs."""
         return self._process.exitcode
 
-    def wait(self) -> int:
-        """Waits for the end; returns the exit status, below 0 for a signal."""
-        self._process.join()
+    def wait(self, seconds: float | None = None) -> int | None:
+        """Waits for the end, so long at most; returns the exit status, below 0 for a signal, None while it runs."""
+        self._process.join(seconds)
         return self._process.exitcode
 
     def send_signal(self, number: signal.Signals) -> None:
@@ -80,19 +83,29 @@ def run(arguments: Sequence[str | Path]) -> subprocess.CompletedProcess[str]:
 
 def run_together(arguments: Sequence[str | Path], processes: int = 2) -> list[subprocess.CompletedProcess[str]]:
     """The same by several processes that know of each other, as `torchrun` starts them."""
+    return [process.completed() for process in [Forked(arguments, rank) for rank in ranks(processes)]]
+
+
+def ranks(processes: int) -> list[dict[str, str]]:
+    """The environment in which `torchrun` starts each of several processes; nothing for a process alone."""
+    if processes == 1:
+        return [{}]
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
     group["LOCAL_WORLD_SIZE"] = group["WORLD_SIZE"]
-    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
-    return [process.completed() for process in [Forked(arguments, {**group, **rank}) for rank in ranks]]
+    return [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
 def _become(arguments: list[str], environment: dict[str, str], stdout: Path, stderr: Path) -> None:
+    os.setsid()
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a shell may have them ignored
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(environment)  # what is read on import has been read before
     for number, path in ((1, stdout), (2, stderr)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.chdir(ROOT)
     module = arguments[0] == "-m"
     sys.argv = arguments[module:]

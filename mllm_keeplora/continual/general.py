@@ -130,24 +130,28 @@ def _shown(messages: Sequence[Message]) -> list[str | None]:
     return [found_hash(file.path) for message in messages for file in message.media]
 
 
-def prompts_hash(config: GeneralConfig) -> str:
-    """SHA-256 (hex) of the prompts: texts, roles and the content of what they show."""
+def prompts_hash(asked: Sequence[Sample]) -> str:
+    """SHA-256 (hex) of prompts: texts, roles and the content of what they show."""
     parts = [
         [message.role, [sha256_file(p.path) if isinstance(p, MediaFile) else str(p) for p in message.parts]]
-        for prompt in prompts(config)
+        for prompt in asked
         for message in prompt.messages
     ]
     return sha256_json(parts)
 
 
-def general_samples(run: RunContext, base_hash: str) -> General:
+def general_samples(run: RunContext, asked: Sequence[Sample], key: str) -> General:
     """The prompts with the base's own greedy replies, which it gives once.
+
+    Args:
+        run: with the bare base.
+        asked: the prompts.
+        key: of base and prompts, under which the replies are kept.
 
     Raises:
         ConfigError: a base that answers most of them with nothing.
     """
-    asked = prompts(run.config.general)
-    replies = _replies(run, asked, base_hash)
+    replies = _replies(run, asked, key)
     answered = [
         Sample(prompt.id, (*prompt.messages, Message("assistant", (reply,))))
         for prompt, reply in zip(asked, replies, strict=True)
@@ -164,10 +168,10 @@ def general_samples(run: RunContext, base_hash: str) -> General:
     return General(learnt, answered[HELD_OUT - 1 :: HELD_OUT])
 
 
-def _replies(run: RunContext, asked: Sequence[Sample], base_hash: str) -> list[str]:
+def _replies(run: RunContext, asked: Sequence[Sample], key: str) -> list[str]:
     """The base's reply to every prompt, cached for all runs; the run directory gets a copy that can be read."""
     config = run.config
-    path = _cached(run, base_hash, "replies.json")
+    path = _cached(run, key, "replies.json")
     if not from_main(path.exists):
         logger.info(f"the base answers {len(asked)} general prompts")
         size = config.evaluation.batch_size
@@ -186,21 +190,22 @@ def _replies(run: RunContext, asked: Sequence[Sample], base_hash: str) -> list[s
     return replies
 
 
-def _cached(run: RunContext, base_hash: str, name: str, **more: Any) -> Path:
+def _cached(run: RunContext, key: str, name: str, **more: Any) -> Path:
     """A file of the cache whose name holds everything that its content depends on."""
     model, general = run.config.model, run.config.general
-    key = {
-        "base": [base_hash, model.quantization, model.compute_dtype, run.processor.chat_template],
-        "prompts": [prompts_hash(general), general.max_new_tokens, run.config.video.frames, run.config.video.fps],
+    everything = {
+        "key": key,
+        "base": [model.quantization, model.compute_dtype, run.processor.chat_template],
+        "prompts": [general.max_new_tokens, run.config.video.frames, run.config.video.fps],
         **more,
     }
-    return Path(run.config.cache_dir) / "general" / f"{sha256_json(key)[:24]}-{name}"
+    return Path(run.config.cache_dir) / "general" / f"{sha256_json(everything)[:24]}-{name}"
 
 
 # --- G2 ---
 
 
-def general_bases(run: RunContext, samples: Sequence[Sample], base_hash: str) -> Path:
+def general_bases(run: RunContext, samples: Sequence[Sample], key: str) -> Path:
     """Directions that bring U_w to hold eps_g of the energy of every module's inputs over prompts and replies.
 
     Returns:
@@ -213,7 +218,7 @@ def general_bases(run: RunContext, samples: Sequence[Sample], base_hash: str) ->
     }
     more |= {"weights": {name: path.name for name, path in run.weight_files.items()}}
     more |= {"modules": [target.name for target in run.targets]}
-    path = _cached(run, base_hash, "basis.safetensors", **more)
+    path = _cached(run, key, "basis.safetensors", **more)
     facts = path.with_suffix(".json")
     if not from_main(facts.exists):  # written last
         media = {kind for sample in samples for kind in sample.kinds}

@@ -10,7 +10,8 @@ from typing import Any
 from accelerate.logging import get_logger
 
 from mllm_keeplora.config import RunConfig, differences, identity
-from mllm_keeplora.continual.general import prompts_hash
+from mllm_keeplora.continual.general import prompts, prompts_hash
+from mllm_keeplora.data.conversation import Sample
 from mllm_keeplora.data.stream import Stream, data_hash
 from mllm_keeplora.distributed.processes import num_processes
 from mllm_keeplora.evaluation.metrics import retention_ratios, summarize
@@ -127,7 +128,12 @@ class History:
     @cached_property
     def general_hash(self) -> str:
         """Of the general prompts and what they show: their content counts, not their place."""
-        return prompts_hash(self.config.general)
+        return prompts_hash(self.prompts)
+
+    @cached_property
+    def prompts(self) -> list[Sample]:
+        """The general prompts, read once."""
+        return prompts(self.config.general)
 
     def scores(self, number: int) -> dict[str, Any]:
         """Scores of a stage's row, backfilled cells included."""

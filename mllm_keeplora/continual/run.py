@@ -47,7 +47,7 @@ from mllm_keeplora.modeling.loading import (
 from mllm_keeplora.modeling.saved_adapters import read_initial_adapter
 from mllm_keeplora.modeling.targets import targets_of
 from mllm_keeplora.probes.protected_bases import weight_basis_directory, weight_basis_files
-from mllm_keeplora.runs.files import ArtifactError, read_json, remove_temporaries, write_json
+from mllm_keeplora.runs.files import ArtifactError, read_json, remove_temporaries, sha256_json, write_json
 from mllm_keeplora.runs.locks import only_run
 from mllm_keeplora.runs.run_directory import RunDirectory
 
@@ -260,8 +260,8 @@ def _load_context(run: Run) -> RunContext:
 
 def _with_general(run: Run, context: RunContext) -> RunContext:
     """The context with the general samples, and what is protected of them (G1, G2)."""
-    base = run.history.base_hash
-    general = general_samples(context, base)
+    key = sha256_json([run.history.base_hash, run.history.general_hash])
+    general = general_samples(context, run.history.prompts, key)
     protects = run.method.protects_features and context.config.general.eps_g is not None
-    basis = general_bases(context, general.learnt, base) if protects else None
+    basis = general_bases(context, general.learnt, key) if protects else None
     return replace(context, general=general, general_basis=basis)

@@ -55,7 +55,7 @@ class SavedRun:
     def _check_rows(self, rows: list[dict[str, Any]]) -> None:
         """Scores are those of the stages, which measured them; what was backfilled is in no manifest."""
         for row in rows:
-            manifest = self.directory.stage(row["stage"], row.get("task")).manifest
+            manifest = self.directory.stage(row["stage"], row["task"]).manifest
             measured = read_json(manifest).get("scores", {}) if manifest.exists() else {}
             wrong = [name for name, score in row["scores"].items() if measured.get(name, score) != score]
             if wrong:

@@ -21,7 +21,7 @@ from PIL import ExifTags, Image, ImageFile, ImageOps
 
 from mllm_keeplora.data.file_kinds import describe_content
 from mllm_keeplora.errors import KeepLoRAError
-from mllm_keeplora.runs.files import irregular_kind
+from mllm_keeplora.regular_files import irregular_kind
 
 # Where Pillow begins to warn of decompression bombs: 268 MB of RGB. No model looks at a tenth of it.
 MAX_PIXELS = 89_478_485

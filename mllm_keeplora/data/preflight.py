@@ -374,7 +374,8 @@ class _Count:
         try:
             batch = self._collator([sample])
         except KeepLoRAError as error:
-            return str(error)
+            # Records that differ in nothing but their id share the reason.
+            return str(error).removeprefix(f"sample {sample.id!r}: ")
         except _REFUSALS as error:
             return f"its processor or chat template refuses it ({type(error).__name__}: {error})"
         return [int(batch["attention_mask"].sum()), int((batch["labels"] != IGNORED_LABEL).sum())]

@@ -18,7 +18,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mllm_keeplora.errors import KeepLoRAError
-from mllm_keeplora.runs.files import atomic_path, irregular_kind
+from mllm_keeplora.regular_files import irregular_kind
+from mllm_keeplora.runs.files import atomic_path
 
 RECORD_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 # Where media that lie inside tables are written, below a run's cache_dir.

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils import CONFIG_NAME as CONFIG
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS
 from peft.utils.other import get_pattern_key
 from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from safetensors import SafetensorError
@@ -30,7 +32,6 @@ from mllm_keeplora.runs.run_directory import ADAPTER_HASHES
 
 logger = logging.getLogger(__name__)
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _LARGEST = 1e9  # of a rank or an alpha, far beyond any sensible one
 _PREFIX = "base_model.model."
 # Of a LoRA config, what W x + s B A x is made of, and what says nothing about it.

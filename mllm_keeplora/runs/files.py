@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import stat
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mllm_keeplora.errors import KeepLoRAError
+from mllm_keeplora.regular_files import irregular_kind
 from mllm_keeplora.units import format_bytes
 
 _ABANDONED_AFTER = 24 * 3600  # seconds
@@ -30,27 +30,6 @@ class WriteError(KeepLoRAError, OSError):
 
 class ArtifactError(KeepLoRAError, RuntimeError):
     """A run directory whose files are not what its manifests say."""
-
-
-_IRREGULAR = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a named pipe (FIFO)",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a character device",
-    stat.S_IFBLK: "a block device",
-}
-
-
-def irregular_kind(path: Path) -> str | None:
-    """What a path is, links followed, where it is no regular file: "a folder", "a named pipe (FIFO)" and so on.
-
-    Opening a pipe waits for a writer, and a device may have no end: ask before you open what a user names.
-
-    Raises:
-        OSError: there is nothing, or it cannot be looked at.
-    """
-    kind = stat.S_IFMT(path.stat().st_mode)
-    return None if kind == stat.S_IFREG else _IRREGULAR.get(kind, "something else than a file")
 
 
 @contextmanager

@@ -417,7 +417,11 @@ def test_a_tokenizer_without_case_takes_image_for_its_image_token() -> None:
 
 @pytest.mark.parametrize("text", ["<think> it", "< /s>", "<video>", "<|im_end|>", "<unk> it", "<image 1>"])
 def test_words_that_are_no_tokens_of_this_model_stay_words(text: str, image: Path) -> None:
-    ChatCollator(make_processor())([sample("s", image, (Turn(text, text),))])
+    processor = make_processor()
+    batch = ChatCollator(processor)([sample("s", image, (Turn(text, text),))])
+    said = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    [learnt] = supervised_runs(batch["labels"][0])
+    assert learnt[:-1] == said and not {*said} & {processor.image_token_id, processor.tokenizer.eos_token_id}
 
 
 @pytest.mark.parametrize("name", ["pad_token", "eos_token"])

@@ -603,7 +603,12 @@ def write_run(directory: Path, **changes: Any) -> Path:
     score = {"value": 0.5, "native": 0.5, "native_max": 1.0, "stderr": 0.1, "n": 4}
     limits = {name: changes.get(name) for name in ("limit", "general_limit")}
     config = RunConfig(model=ModelConfig(base_model="base"), evaluation=EvaluationConfig(batch_size=3, **limits))
-    row = {"stage": changes.get("stage", 2), "scores": dict.fromkeys(["birds", "tools", "scenes"], score)}
+    number = changes.get("stage", 2)
+    row = {
+        "stage": number,
+        "task": (None, "birds", "tools")[number],
+        "scores": dict.fromkeys(["birds", "tools", "scenes"], score),
+    }
     row["scores"] |= changes.get("scores", {})
     retention = {"method": "lora", "tasks": ["birds", "tools"], "general": ["scenes"], "rows": [row]}
     (directory / "config.json").write_text(json.dumps(asdict(config)))

@@ -7,19 +7,18 @@ disturbed as well. The moments are drawn from a seed, which a failure prints; KE
 
 import os
 import random
-import socket
+import signal
 import time
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from mllm_keeplora.runs.files import sha256_file
+from tests.forked import Forked, ranks
 from tests.recipes.conftest import Recipe, VideoRecipe
-from tests.recipes.forked import SIGNALS, fork
 
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SEED = int(os.environ.get("KEEPLORA_KILL_SEED", "0"))
 IN_A_ROW = 5  # signals to one run before it is left to its end
 PATIENCE = 60  # seconds in which a signal has to end a run
@@ -43,48 +42,38 @@ class Disturbed:
     seconds: float = 0.0
     sent: list[str] = field(default_factory=list)
 
-    def start(self) -> list[Any]:
+    def start(self) -> list[Forked]:
         """All processes of the run, started as a launcher would that watches over none."""
         command = self.recipe.command(*SHORT, "--cache_dir", str(self.recipe.directory / "cache"))[1:]
-        environment = {}
-        if self.processes > 1:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = str(free.getsockname()[1])
-            environment = {"WORLD_SIZE": str(self.processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        ranks = ({**environment, "RANK": str(n), "LOCAL_RANK": str(n)} for n in range(self.processes))
-        return [fork(command, rank if environment else {}, self.recipe.directory / "log") for rank in ranks]
+        return [Forked(command, rank, self.recipe.directory / "log") for rank in ranks(self.processes)]
 
     def run(self) -> None:
         """Undisturbed, to the end."""
         processes = self.start()
-        for process in processes:
-            process.join()
-        assert [process.exitcode for process in processes] == [0] * self.processes, self.log()
+        assert [process.wait() for process in processes] == [0] * self.processes, self.log()
         self.seconds = time.time() - (self.recipe.run_dir / "config.json").stat().st_mtime
 
     def disturb(self, draw: random.Random, typical: float) -> None:
         """One start and one signal at a random moment; several of them in a row take a run through all its phases."""
         processes = self.start()
         try:
-            processes[0].join(draw.uniform(0.0, 0.6) * typical)
-            alive = [process for process in processes if process.exitcode is None]
+            processes[0].wait(draw.uniform(0.0, 0.6) * typical)
+            alive = [process for process in processes if process.poll() is None]
             if alive:
                 self.sent.append(self.send(alive, draw))
             for process in processes:
-                process.join(PATIENCE)
+                process.wait(PATIENCE)
         finally:
             for process in processes:
                 process.kill()
-                process.join()
+                process.wait()
 
-    def send(self, alive: list[Any], draw: random.Random) -> str:
+    def send(self, alive: list[Forked], draw: random.Random) -> str:
         """Sends one signal, to all processes or to one of them; the others have to notice."""
         number = draw.choice(SIGNALS)
         chosen = alive if draw.random() < 0.5 else [draw.choice(alive)]
         for process in chosen:
-            with suppress(ProcessLookupError):
-                os.kill(process.pid, number)
+            process.send_signal(number)
         return f"{number.name} to {len(chosen)}"
 
     def log(self) -> str:
@@ -106,14 +95,10 @@ class Disturbed:
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("name", RUNS)
-def test_signals_at_random_moments_change_nothing(
-    name: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_signals_at_random_moments_change_nothing(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     processes, count = RUNS[name]
     make, data = (VideoRecipe, "video_data_root") if "video" in name else (Recipe, "data_root")
     draw = random.Random(f"{SEED} {name}")
-    for key in ("OMP_NUM_THREADS", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):  # for the server that forks
-        monkeypatch.setenv(key, "1")
 
     def fresh(folder: str) -> Disturbed:
         (tmp_path / folder).mkdir()
@@ -137,18 +122,14 @@ def test_signals_at_random_moments_change_nothing(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_two_runs_at_once_share_a_cache(data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for key in ("OMP_NUM_THREADS", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
-        monkeypatch.setenv(key, "1")
+def test_two_runs_at_once_share_a_cache(data_root: Path, tmp_path: Path) -> None:
     runs = [Disturbed(Recipe(tmp_path / name, data_root), 1) for name in ("first", "second")]
     processes = []
     for run in runs:
         run.recipe.directory.mkdir()
         command = run.recipe.command(*SHORT, "--cache_dir", str(tmp_path / "cache"))[1:]
-        processes.append(fork(command, {}, run.recipe.directory / "log"))
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0], runs[0].log() + runs[1].log()
+        processes.append(Forked(command, log=run.recipe.directory / "log"))
+    assert [process.wait() for process in processes] == [0, 0], runs[0].log() + runs[1].log()
     assert runs[0].result() == runs[1].result()
     assert not list((tmp_path / "cache").rglob(".*.tmp"))
 

@@ -13,6 +13,7 @@ LAYERS = (
     "errors",
     "units",
     "resources",
+    "regular_files",
     "yaml_files",
     "settings",
     "command_line",

@@ -123,8 +123,11 @@ def test_a_run_compares_its_plan_with_the_device(
     assert ("GB are there (free memory of this machine (CPU))" in caplog.text) == (outcome == "warns")
 
 
-def test_a_plan_that_cannot_be_made_leaves_the_word_to_the_run(config: RunConfig) -> None:
+def test_a_plan_that_cannot_be_made_leaves_the_word_to_the_run(
+    config: RunConfig, caplog: pytest.LogCaptureFixture
+) -> None:
     warn_of_memory(replace(config, stream="gone.yaml"))
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("phase", ["probe", "train", "evaluate"])

@@ -6,7 +6,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ from mllm_keeplora.continual.trainer import check_loggers, check_settings
 from mllm_keeplora.data.stream import GeneralSpec, StreamError, TaskSpec, load_stream
 from mllm_keeplora.errors import ConfigError, KeepLoRAError
 from mllm_keeplora.methods.base import Method, load_method, method_names
-from mllm_keeplora.settings import Range, expected, hints_of, typed
+from mllm_keeplora.settings import Range, build, expected, flat_settings, hints_of, typed
 from mllm_keeplora.studies.analysis_config import AnalysisConfig
 from mllm_keeplora.studies.methods import Study
 from mllm_keeplora.yaml_files import LARGEST_FILE, MOST_VALUES, parse_yaml, read_yaml
@@ -85,9 +85,9 @@ def test_every_number_has_a_range_and_is_refused_outside(name: str, hint: Any) -
 
 
 def test_defaults_lie_in_their_ranges() -> None:
-    RunConfig(), AnalysisConfig(), JudgeConfig("x")
-    for kind in methods():
-        kind()
+    for made in (RunConfig(), AnalysisConfig(), JudgeConfig("x"), *(kind() for kind in methods())):
+        values = asdict(made)
+        assert build(type(made), flat_settings(type(made), values)) == made
 
 
 @pytest.mark.parametrize(
@@ -295,14 +295,14 @@ def test_a_hostile_yaml_is_refused_in_a_second(kind: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("kind", ["a folder", "a pipe", "a device", "a socket", "missing", "endless"])
 def test_what_is_no_file_is_refused_in_a_second(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "odd.yaml"
-    message = f"is {kind}; expected a YAML file"
+    message = f"is {'a named pipe .FIFO.' if kind == 'a pipe' else kind}; expected a YAML file"
     if kind == "a folder":
         path.mkdir()
     elif kind == "a pipe":
         os.mkfifo(path)
     elif kind in ("a device", "endless"):
         path.symlink_to("/dev/null" if kind == "a device" else "/dev/zero")
-        message = "is a device; expected a YAML file"
+        message = "is a character device; expected a YAML file"
     elif kind == "a socket":
         path = Path(os.path.relpath(path))  # a socket's name has at most 108 bytes
         socket.socket(socket.AF_UNIX).bind(str(path))

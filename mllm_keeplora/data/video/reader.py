@@ -30,7 +30,8 @@ from mllm_keeplora.data.file_kinds import describe_content
 from mllm_keeplora.data.images import MAX_ASPECT
 from mllm_keeplora.data.video.cache import FrameCache, Frames
 from mllm_keeplora.errors import KeepLoRAError
-from mllm_keeplora.runs.files import irregular_kind, sha256_file
+from mllm_keeplora.regular_files import irregular_kind
+from mllm_keeplora.runs.files import sha256_file
 
 # The program of a decoder's process.
 DECODER = Path(__file__).with_name("decoder.py")
