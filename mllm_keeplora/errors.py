@@ -28,5 +28,5 @@ def did_you_mean(name: str, known: Iterable[str], dashes: str = "") -> str:
     close = close or [part for part in parts.values() if last and part.startswith(last)]
     meant = [option for option, part in parts.items() if part in close]
     meant = [option for option in meant if option.rpartition(".")[0] == group] or meant
-    meant = [option for option in parts if group and option.startswith(name)] or meant
+    meant = [option for option in parts if group and last and option.startswith(name)] or meant
     return f" (did you mean {' or '.join(repr(dashes + option) for option in meant)}?)" if meant else ""

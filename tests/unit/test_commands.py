@@ -230,6 +230,9 @@ def test_the_last_part_of_a_name_decides_what_is_meant() -> None:
     known = ["train.learning_rate", "language.rank", "vision.rank", "seed"]
     assert did_you_mean("seeds", known) == " (did you mean 'seed'?)"
     assert did_you_mean("vision.rnk", known) == " (did you mean 'vision.rank'?)"
+    assert (
+        did_you_mean("general.eps_", [*known, "language.eps_w", "general.eps_g"]) == " (did you mean 'general.eps_g'?)"
+    )
     assert did_you_mean("lang.rank", known) == " (did you mean 'language.rank' or 'vision.rank'?)"
     assert did_you_mean("train.xyz", known) == did_you_mean("train.", known) == did_you_mean("q", []) == ""
 
