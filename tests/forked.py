@@ -102,6 +102,7 @@ def _become(arguments: list[str], environment: dict[str, str], stdout: Path, std
     for number in (signal.SIGTERM, signal.SIGHUP):  # a shell may have them ignored
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    multiprocessing.set_start_method(None, force=True)  # the system's again, not that of the fork server
     os.environ.clear()
     os.environ.update(environment)  # what is read on import has been read before
     for number, path in ((1, stdout), (2, stderr)):

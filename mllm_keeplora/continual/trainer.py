@@ -330,13 +330,16 @@ def check_loggers(report_to: Sequence[str]) -> None:
     arguments = _arguments(TrainConfig(), 0, Path(), report_to, torch.device("cpu"), mixed=False)
     names = list(arguments.report_to or ())  # `all` and `none` resolved
     try:
-        integration_utils.get_reporting_integration_callbacks(names)
+        callbacks = integration_utils.get_reporting_integration_callbacks(names)
     except ValueError as error:
         raise ConfigError(f"report_to: {error}") from error
-    there = [*integration_utils.get_available_reporting_integrations(), "flyte"]  # which is never listed
-    for name in names:
-        if name not in there:
-            raise ConfigError(f"report_to: the package of {name} is not installed; install it, or leave {name} out")
+    for name, callback in zip(names, callbacks, strict=True):
+        try:
+            callback()  # made as the Trainer makes it, which looks for its package
+        except (ImportError, RuntimeError) as error:
+            raise ConfigError(
+                f"report_to: the package of {name} is not installed; install it, or leave {name} out ({error})"
+            ) from error
     if "wandb" in names and not _wandb_can_log():
         raise ConfigError(
             "report_to: wandb has no login here; run `wandb login`, set WANDB_MODE=offline, or leave wandb out"

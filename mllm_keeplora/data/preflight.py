@@ -6,7 +6,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -40,6 +40,7 @@ LONGEST_SHOWN = 3
 _STAT_THREADS = 16  # network file systems answer many questions at once, one at a time slowly
 _MOST_WORKERS = 32
 _WRITE_SECONDS = 10.0  # what is found is written this often: a killed check loses no more
+_ALONE_SECONDS = 1.0  # what is done by then needs no workers: to start them takes as long
 # Items that a worker takes at once; fewer than two such shares are not worth starting workers.
 _SHARES = {"image": 32, "video": 2, "record": 64}
 
@@ -303,19 +304,16 @@ class _Memory:
 
 
 def _in_workers(compute: Callable[[Any], Any], items: Sequence[Any], label: str, kind: str) -> Iterator[Any]:
-    """Outcomes in the order of the items, with a progress bar."""
-    share = _SHARES[kind]
-    loader = DataLoader(
-        _Items(compute, items),
-        batch_size=share,
-        generator=torch.Generator(),  # the run's own is left where it is
-        num_workers=min(_cores(), _MOST_WORKERS) if len(items) >= 2 * share else 0,
-        collate_fn=list,
-    )
+    """Outcomes in the order of the items, with a progress bar; workers are started where this process needs long."""
     # No bar where the output is not a terminal, nor for what takes less than two seconds.
     with tqdm(total=len(items), desc=label, unit={"video": "clip"}.get(kind, kind), disable=None, delay=2.0) as bar:
+        end, done = time.monotonic() + _ALONE_SECONDS, 0
+        while done < len(items) and (time.monotonic() < end or len(items) - done < 2 * _SHARES[kind]):
+            yield compute(items[done])
+            done += 1
+            bar.update()
         try:
-            for outcomes in loader:
+            for outcomes in _by_workers(compute, items[done:], _SHARES[kind]) if done < len(items) else ():
                 yield from outcomes
                 bar.update(len(outcomes))
         except RuntimeError as error:
@@ -325,6 +323,16 @@ def _in_workers(compute: Callable[[Any], Any], items: Sequence[Any], label: str,
                 f"{label}: a worker process has ended ({error}); was there too little memory? The same command goes "
                 "on where it stopped"
             ) from error
+
+
+def _by_workers(compute: Callable[[Any], Any], items: Sequence[Any], share: int) -> Iterable[list[Any]]:
+    return DataLoader(
+        _Items(compute, items),
+        batch_size=share,
+        generator=torch.Generator(),  # the run's own is left where it is
+        num_workers=min(_cores(), _MOST_WORKERS),
+        collate_fn=list,
+    )
 
 
 def _cores() -> int:

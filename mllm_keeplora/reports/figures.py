@@ -128,8 +128,9 @@ def matrix_picture(retention: Mapping[str, Any], title: str) -> bytes:
     return png(figure)
 
 
-def _chart(xlabel: str, height: float = 1.9) -> Axes:
-    axes = Figure(figsize=(3.6, height), layout="constrained").add_subplot(xlabel=xlabel)  # inches
+def _chart(xlabel: str) -> Axes:
+    # Room for the labels of ticks and axis: looking for it takes as long as the drawing, and a page has many charts.
+    axes = Figure(figsize=(3.6, 1.9)).add_axes((0.14, 0.22, 0.84, 0.73), xlabel=xlabel)  # inches; shares of them
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     return axes
 
@@ -172,7 +173,9 @@ def thinned(curve: Sequence[Sequence[float]]) -> np.ndarray:
 @chart_style()
 def time_chart(seconds: pd.DataFrame) -> Markup:
     """Seconds of each phase (columns), one bar a stage (index)."""
-    axes = _chart("seconds", 0.9 + 0.2 * len(seconds))
+    figure = Figure(figsize=(3.6, 0.9 + 0.2 * len(seconds)), layout="constrained")  # inches; names have any length
+    axes = figure.add_subplot(xlabel="seconds")
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     stages, ends = [shorten(stage, 20) for stage in seconds.index], seconds.cumsum(axis=1)
     for phase, style in zip(seconds, styles(seconds.shape[1]), strict=True):
         axes.barh(stages, seconds[phase], 0.7, ends[phase] - seconds[phase], color=style["color"])
@@ -187,7 +190,7 @@ def time_chart(seconds: pd.DataFrame) -> Markup:
 PANELS = {
     "k_w": ("k_w", "directions protected for the base's weights, mean"),
     "k_f": ("k_f", "directions protected for learnt tasks, mean"),
-    "protected": ("protected share", "(k_w + k_f) / in_features, mean"),
+    "protected": ("protected share", "(k_w + k_g + k_f) / in_features, mean"),
     "rank": ("rank", "directions the stage could train, mean"),
     "lambda": ("lambda", "layer scale, mean"),
     "leakage": ("max leakage", "||dW M|| / ||dW||, largest, log scale; dashed: the bound 1e-6"),
@@ -197,9 +200,9 @@ PANELS = {
 def module_frame(manifest: Mapping[str, Any]) -> pd.DataFrame:
     """The modules of a stage by name, with the share of its inputs that each one must not answer."""
     modules = pd.DataFrame(manifest["modules"]).set_index("name").rename_axis("module")
-    numbers = ["depth", "k_w", "k_f", "rank", "lambda", "leakage", "orthonormality_error"]
+    numbers = ["depth", "k_w", "k_g", "k_f", "rank", "lambda", "leakage", "orthonormality_error"]
     modules[numbers] = modules[numbers].astype(float)  # None becomes NaN
-    return modules.assign(protected=(modules["k_w"] + modules["k_f"]) / modules["in_features"])
+    return modules.assign(protected=modules[["k_w", "k_g", "k_f"]].sum(axis=1) / modules["in_features"])
 
 
 def over_depth(modules: pd.DataFrame, column: str) -> pd.DataFrame:

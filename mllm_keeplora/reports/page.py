@@ -28,7 +28,8 @@ from mllm_keeplora.reports.tables import (
     stage_label,
     subset_note,
 )
-from mllm_keeplora.runs.files import atomic_path
+from mllm_keeplora.runs.files import atomic_path, read_json
+from mllm_keeplora.runs.run_directory import RunDirectory
 
 Charts = list[tuple[str, str, Markup]]  # title, note, figure
 
@@ -91,6 +92,9 @@ def _page(results: Results, name: str) -> str:
         metrics=metric_frame(retention),
         score_charts=score_charts(retention, {name: [curve] for name, curve in curves.items()}),
         shares=_shares(retention),
+        guards=_guards(manifests),
+        energies=_energies(results.directory),
+        replies=_general_replies(results.directory),
         styles=figures.styles(len(trained)),
         modules=modules,
         towers=_tower_charts(modules),
@@ -150,6 +154,35 @@ def _shares(retention: Mapping[str, Any]) -> pd.DataFrame:
     shares = scores.drop(columns=0).div(base.where(base != 0), axis=0).map(percent).add_prefix("stage ")
     shares.insert(0, "base score, %", base.map(percent))
     return shares.assign(**{"change to the end, points": change.map(points)})
+
+
+def _guards(manifests: Sequence[Json]) -> pd.DataFrame:
+    """What `general.budget` did to each stage: the divergence from the base, nats a token, and each tower's factor."""
+    rows = [
+        {
+            "stage": stage_label(manifest),
+            **{f"factor of {tower}": c for tower, c in manifest["guard"]["factors"].items()},
+            "divergence before": manifest["guard"]["before"],
+            "after, not scaled": manifest["guard"]["unscaled"],
+            "after": manifest["guard"]["after"],
+        }
+        for manifest in manifests
+        if "guard" in manifest
+    ]
+    return pd.DataFrame(rows, columns=None if rows else ["stage"]).set_index("stage")
+
+
+def _energies(directory: RunDirectory) -> pd.DataFrame:
+    """How far the inputs of general samples are protected (G2): per module, the least held first."""
+    facts = read_json(directory.general_energy) if directory.general_energy.exists() else {}
+    frame = pd.DataFrame.from_dict(facts, orient="index", columns=["k_g", "held", "saturated"])
+    return frame.sort_values("held", kind="stable").rename_axis("module")
+
+
+def _general_replies(directory: RunDirectory) -> pd.DataFrame:
+    """The general prompts with the base's own replies (G1)."""
+    rows = read_json(directory.general_replies) if directory.general_replies.exists() else []
+    return pd.DataFrame(rows, columns=["id", "prompt", "reply"]).set_index("id").rename_axis("sample")
 
 
 def _counts(manifests: Sequence[Json]) -> pd.DataFrame:

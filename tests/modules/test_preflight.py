@@ -109,10 +109,14 @@ def test_worker_processes_find_the_same_and_leave_the_generator_alone(
 ) -> None:
     samples[20] = asks(MediaFile("image", Path("gone.png")), "what ?")
     alone = Preflight(None, None, processor_of("llava_next")).records(samples, "x", "t")
+    monkeypatch.setattr(module, "_ALONE_SECONDS", 0.0)
     monkeypatch.setattr(module, "_SHARES", dict.fromkeys(module._SHARES, 1))
     monkeypatch.setattr(module, "_cores", lambda: 2)
+    started, by_workers = [], module._by_workers
+    monkeypatch.setattr(module, "_by_workers", lambda *a: started.append(len(a[1])) or by_workers(*a))
     before = torch.get_rng_state()
     assert Preflight(None, None, processor_of("llava_next")).records(samples, "x", "t") == alone
+    assert len(started) == 2  # pictures, then records
     assert torch.equal(torch.get_rng_state(), before)
     assert set(alone.bad) == {20}
 

@@ -189,13 +189,12 @@ class VideoRecipe(Recipe):
 
 @pytest.fixture(scope="session")
 def finished(shared: Callable[[str, Fill], Path], data_root: Path) -> Recipe:
-    """An uninterrupted run by the command as a user types it. Tests read it and leave it as it is."""
+    """An uninterrupted run. Tests read it and leave it as it is."""
 
     def run(root: Path) -> None:
         recipe = Recipe(root / "own", data_root)
         recipe.directory.mkdir(parents=True)
-        settings = {"cwd": ROOT, "env": recipe.environment(), "capture_output": True, "text": True}
-        checked(subprocess.run(recipe.command(), check=False, **settings))
+        checked(recipe.run())
 
     return Recipe(shared("finished", run) / "own", data_root)
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -10,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 import yaml
@@ -18,7 +16,7 @@ from safetensors.torch import load_file
 
 from mllm_keeplora.linalg.sketch import extend_basis_from_sketch
 from tests import forked
-from tests.forked import run_together
+from tests.forked import Forked, ranks, run_together
 from tests.recipes.conftest import ROOT, TASKS, TEST, Recipe, checked
 
 WORKER = "tests/recipes/processes_worker.py"
@@ -26,7 +24,6 @@ DEFAULT = "recipes/configs/vqa/small.yaml"
 HALF = ("--train.per_device_train_batch_size", "4")  # two processes then take the 8 samples of one
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
-DDP = [*LAUNCH, "recipes/accelerate/ddp_cpu.yaml"]
 FSDP = [*LAUNCH, "recipes/accelerate/fsdp.yaml", "--num_processes", "2", "--main_process_port", "0"]
 
 
@@ -200,8 +197,8 @@ def test_an_error_of_the_main_process_alone_is_said_once(fresh: Recipe) -> None:
 def doubled(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """The short stream run by two processes to its end. Tests read it and leave it as it is."""
     recipe = Recipe(tmp_path_factory.mktemp("doubled"), data_root)
-    done = run(recipe, [*DDP, *recipe.command(*HALF)[1:]])
-    assert done.returncode == 0, done.stderr
+    for done in run_together(recipe.command(*HALF)[1:]):
+        checked(done)
     return recipe
 
 
@@ -229,23 +226,17 @@ def test_two_processes_end_in_one_processs_matrix(doubled: Recipe, finished: Rec
 
 @pytest.fixture(scope="module")
 def killed(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    """Two processes, of which one is killed after its first checkpoint; the launcher ends the other."""
+    """Two processes, of which one is killed after its first checkpoint; then the other, as launchers do."""
     recipe = Recipe(tmp_path_factory.mktemp("killed"), data_root, TASKS[:1])
-    launcher = subprocess.Popen(
-        [*TORCHRUN, *recipe.command(*HALF)[1:]],
-        cwd=ROOT,
-        env=recipe.environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    both = [Forked(recipe.command(*HALF)[1:], rank) for rank in ranks(2)]
     checkpoint = recipe.run_dir / "stages" / "01-digits" / "checkpoints" / "checkpoint-3" / "complete"
     deadline = time.monotonic() + 120
-    while not checkpoint.exists() and launcher.poll() is None and time.monotonic() < deadline:
+    while not checkpoint.exists() and both[1].poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
-    workers = psutil.Process(launcher.pid).children()
-    assert len(workers) == 2
-    workers[-1].send_signal(signal.SIGKILL)
-    assert launcher.wait(timeout=60) != 0
+    assert both[1].poll() is None, "the run ended before it could be killed"
+    for process in reversed(both):
+        process.kill()
+        process.wait()
     assert len(manifests(recipe)) == 1
     return recipe
 

@@ -1,8 +1,8 @@
 """The video recipe from its command line: the same report as the image recipe's, from real clips."""
 
 import json
+import shutil
 import signal
-import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -59,6 +59,7 @@ def test_frames_are_cached_and_clips_checked_once(finished: VideoRecipe) -> None
     assert list((cache / "preflight").glob("*.json"))
 
 
+@pytest.mark.slow  # like the image recipe's
 def test_a_killed_run_continues_to_the_same_result(finished: VideoRecipe, fresh: VideoRecipe) -> None:
     process = fresh.start()
     moment = fresh.run_dir / "stages/01-drift/checkpoints/checkpoint-3/complete"
@@ -99,11 +100,12 @@ def test_the_export_answers_like_the_run(finished: VideoRecipe, tmp_path: Path) 
 
 
 def spoil(recipe: VideoRecipe, root: Path) -> VideoRecipe:
-    """The same data with one training clip cut short."""
-    subprocess.run(["cp", "-a", str(recipe.data_root), str(root)], check=True)
+    """The last task and the general suite, with one training clip cut short."""
+    for task in (VIDEO_TASKS[1], recipe.general):
+        shutil.copytree(recipe.data_root / task, root / task)
     clip = root / "lamps/videos/train/00003.mp4"
     clip.write_bytes(clip.read_bytes()[:-400])
-    return replace(recipe, data_root=root)
+    return replace(recipe, data_root=root, tasks=VIDEO_TASKS[1:])
 
 
 def test_a_damaged_clip_is_refused_with_its_row_before_anything_runs(fresh: VideoRecipe, tmp_path: Path) -> None:
@@ -118,7 +120,7 @@ def test_a_damaged_clip_is_refused_with_its_row_before_anything_runs(fresh: Vide
 
 
 def test_a_damaged_clip_is_left_out_and_counted_where_that_is_asked_for(fresh: VideoRecipe, tmp_path: Path) -> None:
-    broken = replace(spoil(fresh, tmp_path / "spoilt"), tasks=VIDEO_TASKS[1:])
+    broken = spoil(fresh, tmp_path / "spoilt")
     done = broken.run("--on_bad_record", "skip", "--evaluation.limit", "2", "--train.max_steps", "2")
     assert done.returncode == 0, done.stderr
     counts = manifest(broken, 1)["counts"]
@@ -133,6 +135,7 @@ def test_loader_workers_decode_clips(fresh: VideoRecipe) -> None:
     assert [row["task"] for row in short.retention()["rows"]] == [None, "drift"]
 
 
+@pytest.mark.slow  # like the image recipe's
 def test_two_processes_end_in_one_processs_matrix(finished: VideoRecipe, fresh: VideoRecipe) -> None:
     """Each with half of the batch, over gloo; clips are decoded by both and asked about once."""
     for done in run_together(fresh.command("--train.per_device_train_batch_size", "4")[1:]):

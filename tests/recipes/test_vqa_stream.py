@@ -169,7 +169,13 @@ def kill_when(process: Forked, condition: Callable[[], bool]) -> None:
     process.wait()
 
 
-@pytest.mark.parametrize("moment", ["01-digits/checkpoints/checkpoint-3/complete", "02-charts/factors.safetensors"])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "01-digits/checkpoints/checkpoint-3/complete",
+        pytest.param("02-charts/factors.safetensors", marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_run_continues_to_the_same_result(finished: Recipe, fresh: Recipe, moment: str) -> None:
     kill_when(fresh.start(), appears(fresh.run_dir / "stages" / moment))
     assert not (fresh.run_dir / "retention.json").exists()

@@ -143,7 +143,7 @@ def _written(name: str, form: str, value: str) -> list[str]:
 
 
 # What is said of several settings together, wherever they come from.
-ACROSS = ("train", "language", "projector", "vision", "general", "initial", "method", "--")
+ACROSS = ("model", "train", "language", "projector", "vision", "general", "initial", "method", "--")
 
 
 class Count:

@@ -66,6 +66,7 @@ def make_modules(stage, method="keeplora", depths=4):
         {
             "name": f"model.{tower}_model.layers.{depth}.{kind}", "tower": tower, "depth": depth,
             "in_features": 128, "out_features": 64, "k_w": 18 + 2 * depth if keeps else 0,
+            "k_g": 0,
             "k_f": 5 * stage if keeps else 0, "rank": 8, "lambda": 0.2 + 0.8 * depth / (depths - 1),
             "leakage": 10.0 ** -(7.5 - 0.1 * depth - 0.1 * stage) if keeps else 0.0,
             "orthonormality_error": 2.1e-7 if keeps else None, "saturated": depth == 1 and kind == "q_proj",
@@ -511,3 +512,41 @@ def test_damaged_manifest_is_named(tmp_path, change, message):
     path.write_text(change(path.read_text()))
     with pytest.raises(ReportError, match=f"{re.escape(str(path))}.*{message}"):
         write_report(load_run(run_dir))
+
+
+def test_what_is_kept_of_general_ability_is_accounted_for(tmp_path):
+    """Factors under 1, energy held and the base's replies, escaped, from the files of a run."""
+    run_dir, retention = tmp_path / "run", make_retention()
+    write_run(run_dir, retention)
+    run = RunDirectory(run_dir)
+    guard = {"factors": {"vision": 1.0, "language": 0.8125}, "before": 0.011, "unscaled": 0.052, "after": 0.0308}
+    path = run.stage(3, "signs").manifest
+    manifest = json.loads(path.read_text())
+    manifest["guard"] = guard
+    for module in manifest["modules"]:
+        module["k_g"] = 7
+    path.write_text(json.dumps(manifest))
+    settings = json.loads(run.config.read_text())
+    settings["general"] |= {"samples": "builtin", "budget": 0.02}
+    run.config.write_text(json.dumps(settings))
+    run.general_energy.parent.mkdir()
+    run.general_energy.write_text(
+        json.dumps(
+            {
+                "a.q_proj": {"k_g": 7, "held": 0.951, "saturated": False},
+                "b": {"k_g": 9, "held": 0.84, "saturated": True},
+            }
+        )
+    )
+    run.general_replies.write_text(json.dumps([{"id": "p1", "prompt": f"Say {HOSTILE}", "reply": "No."}]))
+    write_report(load_run(run_dir))
+    text = run.report.read_text()
+    section = text[text.index('<section id="general">') : text.index('<section id="layers">')]
+    for expected in ("0.8125", "0.0308", "0.02 nats a token", "of 2 modules 1 saturated; 84.0 %", html.escape(HOSTILE)):
+        assert expected in section
+    frame = figures.module_frame(manifest)
+    assert (frame["protected"] == (frame["k_w"] + 7 + frame["k_f"]) / 128).all()
+
+
+def test_a_run_without_general_samples_says_nothing_of_them(tmp_path):
+    assert "Budget" not in page_of(tmp_path / "run", make_retention())

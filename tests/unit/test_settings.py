@@ -280,11 +280,11 @@ def refused_in_time(read: Callable[[], object], message: str) -> None:
     started = time.process_time()
     with pytest.raises(KeepLoRAError, match=message):
         read()
-    assert time.process_time() - started < 1
+    assert time.process_time() - started < 4  # where the machine is busy; what hangs takes longer
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_a_hostile_yaml_is_refused_in_a_second(kind: str, tmp_path: Path) -> None:
+def test_a_hostile_yaml_is_refused_in_time(kind: str, tmp_path: Path) -> None:
     content, message = HOSTILE[kind]
     path = tmp_path / "hostile.yaml"
     path.write_bytes(content)
@@ -389,11 +389,12 @@ def test_what_cannot_train_is_said_before_a_run(settings: dict[str, Any], messag
 
 def test_an_unknown_or_missing_logger_is_said_before_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(integration_utils, "get_available_reporting_integrations", lambda: ["tensorboard"])
-    for fine in ([], ["none"], ["tensorboard"], ["all"], ["flyte"]):
+    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: False)
+    for fine in ([], ["none"], ["tensorboard"], ["all"]):
         check_loggers(fine)
     with pytest.raises(ConfigError, match="^report_to: tensorbord is not supported, only .*tensorboard"):
         check_loggers(["tensorbord"])
-    for name in ("wandb", "mlflow", "comet_ml", "clearml"):
+    for name in ("wandb", "mlflow", "comet_ml", "clearml", "flyte"):
         with pytest.raises(ConfigError, match=f"^report_to: the package of {name} is not installed"):
             check_loggers(["tensorboard", name])
 
@@ -409,7 +410,7 @@ def test_wandb_needs_a_login_or_to_be_offline(
     settings = SimpleNamespace(settings=SimpleNamespace(mode=mode))
     fake = SimpleNamespace(setup=lambda: settings, api=SimpleNamespace(api_key=key), run=None)
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr(integration_utils, "get_available_reporting_integrations", lambda: ["wandb"])
+    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: True)
     if fine:
         check_loggers(["wandb"])
     else:
