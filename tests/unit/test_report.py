@@ -530,14 +530,11 @@ def test_what_is_kept_of_general_ability_is_accounted_for(tmp_path):
     settings["general"] |= {"samples": "builtin", "budget": 0.02}
     run.config.write_text(json.dumps(settings))
     run.general_energy.parent.mkdir()
-    run.general_energy.write_text(
-        json.dumps(
-            {
-                "a.q_proj": {"k_g": 7, "held": 0.951, "saturated": False},
-                "b": {"k_g": 9, "held": 0.84, "saturated": True},
-            }
-        )
-    )
+    energies = {
+        "a.q_proj": {"k_g": 7, "held": 0.951, "saturated": False},
+        "b": {"k_g": 9, "held": 0.84, "saturated": True},
+    }
+    run.general_energy.write_text(json.dumps(energies))
     run.general_replies.write_text(json.dumps([{"id": "p1", "prompt": f"Say {HOSTILE}", "reply": "No."}]))
     write_report(load_run(run_dir))
     text = run.report.read_text()
