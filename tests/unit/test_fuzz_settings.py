@@ -119,10 +119,15 @@ GOOD_TASK = st.fixed_dictionaries(
         "test": st.sampled_from(["a.json", "b.parquet", "/a.json"]),
         "metric": st.just("exact"),
     },
-    optional={"max_new_tokens": NUMBERS, "prompt_suffix": TEXT, "test_prompt_suffix": VALUES},
+    optional={
+        "max_new_tokens": mostly(st.integers(1, 100), NUMBERS),
+        "prompt_suffix": mostly(st.text("ab .", max_size=6), TEXT),
+        "test_prompt_suffix": mostly(st.text("ab .", max_size=6), VALUES),
+    },
 )
 GOOD_STREAMS = st.builds(
-    lambda tasks: dumped({"name": "s", "data_root": ".", "tasks": tasks}).encode(), st.lists(GOOD_TASK, max_size=3)
+    lambda tasks: dumped({"name": "s", "data_root": ".", "tasks": tasks}).encode(),
+    st.lists(GOOD_TASK, min_size=1, max_size=3, unique_by=lambda task: task["name"].casefold()),
 )
 ARGUMENTS = st.lists(
     st.tuples(
