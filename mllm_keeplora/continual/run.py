@@ -1,5 +1,6 @@
 """A run over a stream: opened, checked and locked; its stages are opened from here."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -169,24 +170,29 @@ def _check_ours(directory: RunDirectory) -> None:
 
 def _check_folders(config: RunConfig, stream: Stream) -> None:
     """What a run writes does not lie among the files of others, nor theirs among what it writes and people delete."""
-    own, base = Path(config.run_dir).resolve(), find(config.model.base_model)
+    own, cache, base = _real(config.run_dir), _real(config.cache_dir), find(config.model.base_model)
     others = {
         "the working directory": Path.cwd(),
-        f"data_root {stream.data_root}": stream.data_root,
-        f"cache_dir {config.cache_dir}": Path(config.cache_dir),
+        f"data_root {stream.data_root}": _real(stream.data_root),
+        f"cache_dir {config.cache_dir}": cache,
     }
     if base.is_dir():  # not a name on the hub
-        others[f"model.base_model {config.model.base_model}"] = base
+        others[f"model.base_model {config.model.base_model}"] = _real(base)
     for name, path in others.items():
-        if path.resolve().is_relative_to(own):
+        if path.is_relative_to(own):
             raise ConfigError(
-                f"{name} {'is' if path.resolve() == own else 'lies in'} run_dir {config.run_dir}, which is to hold the "
-                "files of the run alone; name another run_dir, such as runs/NAME"
+                f"{name} {'is' if path == own else 'lies in'} run_dir {config.run_dir}, which is to hold the files of "
+                "the run alone; name another run_dir, such as runs/NAME"
             )
-    for name, path in (("run_dir", own), ("cache_dir", Path(config.cache_dir).resolve())):
-        file = next((part for part in path.parents if part.is_file()), None)
+    for name, path in (("run_dir", own), ("cache_dir", cache)):
+        file = next((part for part in path.parents if os.path.isfile(part)), None)  # noqa: PTH113 - never raises
         if file is not None:
             raise ConfigError(f"{name} {path} cannot be made: {file} is a file; name another")
+
+
+def _real(path: str | Path) -> Path:
+    """Links resolved, as far as they lead anywhere."""
+    return Path(os.path.realpath(path))
 
 
 @contextmanager
