@@ -114,9 +114,9 @@ STREAMS = spoiled(
 )
 GOOD_TASK = st.fixed_dictionaries(
     {
-        "name": st.from_regex(r"[A-Za-z0-9_.-]{1,4}", fullmatch=True),
-        "train": st.sampled_from(["a.json", "b/c.jsonl", "../a.json", "a.csv"]),
-        "test": st.sampled_from(["a.json", "b.parquet", "/a.json"]),
+        "name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,3}", fullmatch=True),
+        "train": mostly(st.sampled_from(["a.json", "b/c.jsonl"]), st.sampled_from(["../a.json", "a.csv"])),
+        "test": mostly(st.sampled_from(["a.json", "b.parquet"]), st.just("/a.json")),
         "metric": st.just("exact"),
     },
     optional={
