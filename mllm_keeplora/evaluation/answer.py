@@ -16,7 +16,7 @@ from mllm_keeplora.distributed.sharding import is_sharded
 from mllm_keeplora.evaluation.errors import LogitsError
 
 
-class _FiniteLogits(LogitsProcessor):  # type: ignore[misc]  # untyped
+class _FiniteLogits(LogitsProcessor):
     """Of logits with NaN, argmax takes some token or other, which reads as an answer."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
