@@ -7,7 +7,7 @@ matrix.
 
 import json
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +18,8 @@ from mllm_keeplora.evaluation.entry_point import MODEL_ID
 from mllm_keeplora.evaluation.errors import EvaluationError
 from mllm_keeplora.evaluation.score import Score, check_logins, read_score
 from mllm_keeplora.evaluation.task_files import ScoredTask, follow_move, read_index
-from mllm_keeplora.runs.files import atomic_path, read_json, write_json
+from mllm_keeplora.modeling.loading import base_model_hash, read_model_config, resolve_model_directory
+from mllm_keeplora.runs.files import ArtifactError, atomic_path, check_hashes, read_json, write_json
 
 SCHEMA_VERSION = 1
 # Scores that pass through JSON text come back bit for bit; this allows for another order of summation.
@@ -87,7 +88,9 @@ def evaluate_saved(run: CompleteRun, limit: int | None) -> dict[str, Score]:
     Raises:
         EvaluationError: if our model id is not registered, a benchmark needs a login, or lmms-eval left no results
             (it prints why and exits with 0).
+        ArtifactError, ConfigError: adapter or base are not there, or not those of the run.
     """
+    _check_model(run.saved)
     from lmms_eval.cli.dispatch import main as lmms_eval_main
     from lmms_eval.models import list_available_models
 
@@ -109,6 +112,26 @@ def evaluate_saved(run: CompleteRun, limit: int | None) -> dict[str, Score]:
             f"lmms-eval wrote {len(written)} result files in {output}, expected one; its error is above"
         )
     return read_results(written[0], run.entries)
+
+
+def _check_model(run: SavedRun) -> None:
+    """What would fail only after lmms-eval has read its tasks, or would score another model under the run's name."""
+    adapter = run.adapter
+    if not run.directory.adapter_weights.is_file():
+        raise ArtifactError(f"{run.directory.adapter_weights} is missing; start the run again, which puts it together")
+    if run.directory.adapter_hashes.exists():
+        check_hashes(
+            adapter / run.directory.adapter_hashes.name, "start the run again, which puts its adapter together"
+        )
+    model = run.config.model
+    read_model_config(model)
+    expected = [manifest["base_model"]["hash"] for manifest in run.manifests[-1:]]
+    found = base_model_hash(resolve_model_directory(model), Path(run.config.cache_dir)) if expected else None
+    if expected and found != expected[0]:
+        raise ArtifactError(
+            f"{run.directory.path} was trained on another base model than {model.base_model} is now: expected content "
+            f"{expected[0][:12]}, found {str(found)[:12]}; put that model back"
+        )
 
 
 def lmms_eval_arguments(run: CompleteRun, output: Path, limit: int | None) -> list[str]:
@@ -173,8 +196,10 @@ def find_differences(inside: Mapping[str, Score], fresh: Mapping[str, Score]) ->
 def build_row(run: CompleteRun, scores: Mapping[str, Score], equal: bool) -> dict[str, Any]:
     """A leaderboard row: scores of the fresh process; `mean` is over the tasks without general benchmarks."""
     tasks = {entry.name: scores[entry.name] for entry in run.entries if entry.kind == "task"}
+    path = run.saved.directory.path.resolve()
     return {
-        "run": run.saved.directory.path.resolve().name,
+        "run": path.name,
+        "directory": str(path),
         "stream": run.stream,
         "method": run.saved.retention["method"],
         "base": run.saved.config.model.base_model,
@@ -186,21 +211,39 @@ def build_row(run: CompleteRun, scores: Mapping[str, Score], equal: bool) -> dic
 
 
 def add_row(table: Path, row: dict[str, Any]) -> None:
-    """Adds a row to leaderboard.json in the directory `table`, in place of the run's earlier row.
+    """Adds a row to leaderboard.json in the directory `table`, in place of the earlier row of the run in that folder.
 
     leaderboard.md is written anew from all rows.
+
+    Raises:
+        ArtifactError: the table holds something else.
     """
     path = table / "leaderboard.json"
-    rows = read_json(path)["rows"] if path.exists() else []
-    rows = [other for other in rows if (other["stream"], other["run"]) != (row["stream"], row["run"])] + [row]
+    rows = _read_rows(path) if path.exists() else []
+    rows = [other for other in rows if not _same_run(other, row)] + [row]
     rows.sort(key=lambda other: (other["stream"], -other["mean"]))
     write_json(path, {"schema_version": SCHEMA_VERSION, "rows": rows})
     with atomic_path(table / "leaderboard.md") as temporary:
         temporary.write_text(format_leaderboard(rows), encoding="utf-8")
 
 
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    keys = {"run", "stream", "method", "base", "tasks", "general", "mean", "equal_to_run"}
+    table = read_json(path)
+    rows = table.get("rows") if isinstance(table, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and keys <= row.keys() for row in rows):
+        raise ArtifactError(f"{path} is no leaderboard; name another --table, or remove the file")
+    return rows
+
+
+def _same_run(other: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
+    """Runs of one name in two folders are two; rows of earlier versions do not say where theirs lies."""
+    where = other.get("directory", row["directory"])
+    return (other["stream"], other["run"], where) == (row["stream"], row["run"], row["directory"])
+
+
 def format_leaderboard(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: a table per stream and set of tasks, best mean first."""
+    """Markdown: a table per stream and set of tasks, best mean first; runs of one name by their folders."""
     tables: dict[tuple[str, ...], list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:
         tables[row["stream"], *row["tasks"], "/", *row["general"]].append(row)
@@ -216,9 +259,11 @@ def format_leaderboard(rows: Sequence[Mapping[str, Any]]) -> str:
         names = [*tasks, *(f"*{name}*" for name in general)]
         header = ["rank", "run", "method", "base", *names, "mean", "equal"]
         lines += ["", f"## {group[0]['stream']}", "", _line(header), _line(["---"] * len(header))]
+        named = Counter(row["run"] for row in group)
         for rank, row in enumerate(sorted(group, key=lambda row: -row["mean"]), start=1):
             scores = [row["tasks"][name] for name in tasks] + [row["general"][name] for name in general]
-            left = [str(rank), row["run"], row["method"], row["base"]]
+            run = row["run"] if named[row["run"]] == 1 else row.get("directory", row["run"])
+            left = [str(rank), run, row["method"], row["base"]]
             right = [f"{row['mean']:.3f}", "yes" if row["equal_to_run"] else "no"]
             lines.append(_line([*left, *map(format_score, scores), *right]))
     return "\n".join(lines) + "\n"

@@ -37,6 +37,7 @@ _PATHS = (
     *("run_dir", "stream", "data_root", "initial_adapter", "cache_dir"),
     *("model.base_model", "model.chat_template", "general.media_root"),
 )
+_FILES = ("stream", "model.chat_template")  # those that are files; the others are folders
 
 
 def _check_paths(prefix: str, settings: Any) -> None:
@@ -49,13 +50,14 @@ def _check_paths(prefix: str, settings: Any) -> None:
 
 def _check_path(name: str, path: str | None) -> None:
     """A shell writes `~` and `$NAME` out, a YAML file does not; a variable that is not set leaves nothing."""
-    _require(path != "", f"{name} is empty; name a path (. is the working directory), or leave it out for its default")
+    _require(path != "", f"{name} is empty; name a path, or leave it out for its default")
     if path is not None:
         variable = re.search(r"\$\{?[A-Za-z_]", path) and not os.path.exists(path)  # noqa: PTH110 - never raises
         _require(
             not (variable or path.startswith("~")),
             f"{name} is {path!r}; ~ and variables are not written out here, name the path itself",
         )
+        _require(name in _FILES or not os.path.isfile(path), f"{name} is {path!r}, a file; name a folder")  # noqa: PTH113
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class ModelConfig:
     Args:
         base_model: Hub id or local directory with safetensors weights and a processor.
         revision: Commit, tag or branch of a hub model; pin a commit for reproducible runs.
-        quantization: nf4 (4-bit, double quantised) in both towers, or none.
+        quantization: nf4 (4-bit, double quantised) in both towers, or none. A base whose weights are stored quantised
+            is refused, but for one in NF4 with nf4, which is taken as it is.
         compute_dtype: What the model computes in. float32 on CPUs, bfloat16 on GPUs.
         chat_template: Jinja file in place of the processor's own template, such as
             recipes/templates/vicuna_v1.jinja: LLaVA-1.5 as the published streams prompt it.

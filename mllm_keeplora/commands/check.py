@@ -2,6 +2,7 @@
 
     keeplora check --config RUN.yaml                              the data of a run, for its model and settings
     keeplora check recipes/streams/FILE.yaml --data_root /where/the/data/are [--base_model MODEL]
+    keeplora check ... --all                                      every bad record, not the first ten of a file
 
 Every record is read, every image and clip decoded and, where a model is named, every record put through its
 processor and chat template (its weights are not needed). The report then names the longest samples and the tokens
@@ -21,13 +22,15 @@ from mllm_keeplora.settings import build
 
 def main(argv: Sequence[str]) -> int:
     """The command line."""
+    shows_all = "--all" in argv
+    argv = [text for text in argv if text != "--all"]
     has_config = any(text.partition("=")[0] == "--config" for text in argv)
     config, has_model = (_config_of_run(argv), True) if has_config else _config_of_stream(argv)
 
     from mllm_keeplora.data.preflight import Preflight
     from mllm_keeplora.data.stream import load_stream
     from mllm_keeplora.data.video.reader import VideoReader
-    from mllm_keeplora.planning.check_stream import check_stream, format_report
+    from mllm_keeplora.planning.check_stream import SHOWN, check_stream, format_report
     from mllm_keeplora.planning.skeleton import build_processor
     from mllm_keeplora.recipes.small.streams import draw_small_stream
 
@@ -37,17 +40,17 @@ def main(argv: Sequence[str]) -> int:
     processor = build_processor(config.model) if has_model else None
     tasks = [task.name for task in stream.tasks]
     report = check_stream(stream, Preflight.of_run(config, tasks, processor, VideoReader(config.video, None)))
-    print(format_report(report), end="")
+    print(format_report(report, None if shows_all else SHOWN), end="")
     return 1 if report.problems else 0
 
 
 def _config_of_run(argv: Sequence[str]) -> RunConfig:
-    return parse_config(__doc__, Path("recipes/configs/vqa/small.yaml"), argv, "keeplora check")
+    return parse_config(__doc__, Path("recipes/configs/vqa/small.yaml"), argv, "keeplora check", "[--all]")
 
 
 def _config_of_stream(argv: Sequence[str]) -> tuple[RunConfig, bool]:
     """The settings of a run on that stream, and whether a model was named."""
-    parser = OptionParser("keeplora check", __doc__, "--config RUN.yaml | STREAM.yaml [--data_root FOLDER]")
+    parser = OptionParser("keeplora check", __doc__, "--config RUN.yaml | STREAM.yaml [--data_root FOLDER] [--all]")
     parser.add_argument("stream", help="the stream's YAML")
     parser.add_setting("data_root", str | None, "folder of the data, if not the YAML's own", default=None)
     parser.add_setting("cache_dir", str, "as of the run (default: %(default)s)", default=RunConfig().cache_dir)

@@ -5,7 +5,8 @@
 Through lmms-eval's own command line, every question of the run's tasks and general benchmarks is asked again,
 and the scores are compared with the last row of the run's retention.json. lmms-eval's own result files stay
 in RUN/leaderboard. A row is added to leaderboard.json and leaderboard.md; a run that is evaluated again
-replaces its row. Exit status: 1 where the scores are not those of the run.
+replaces its row, and runs of one name in two folders have a row each. Exit status: 1 where the scores are not those
+of the run.
 """
 
 from collections.abc import Sequence

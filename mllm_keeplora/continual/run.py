@@ -1,5 +1,6 @@
 """A run over a stream: opened, checked and locked; its stages are opened from here."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -47,6 +48,7 @@ from mllm_keeplora.modeling.loading import (
 from mllm_keeplora.modeling.saved_adapters import read_initial_adapter
 from mllm_keeplora.modeling.targets import targets_of
 from mllm_keeplora.probes.protected_bases import weight_basis_directory, weight_basis_files
+from mllm_keeplora.resources import find
 from mllm_keeplora.runs.files import ArtifactError, read_json, remove_temporaries, sha256_json, write_json
 from mllm_keeplora.runs.locks import only_run
 from mllm_keeplora.runs.run_directory import RunDirectory
@@ -85,6 +87,7 @@ class Run:
         method = load_method(config)
         root = Path(config.data_root) if config.data_root else None
         stream = load_stream(Path(config.stream), root, cache_dir=config.cache_dir)
+        _check_folders(config, stream)
         directory = RunDirectory(Path(config.run_dir))
         _check_train_settings(config, stream)
         _check_general(config, stream, method)
@@ -140,7 +143,6 @@ class Run:
 def _begin(config: RunConfig, stream: Stream, directory: RunDirectory) -> History:
     """The history, and the files that other commands read; written also for a finished run: data may have moved."""
     _check_ours(directory)
-    _check_cache(config, directory)
     for folder in (directory.path, Path(config.cache_dir)):
         remove_temporaries(folder)
     history = History.read(config, stream, directory)
@@ -166,15 +168,31 @@ def _check_ours(directory: RunDirectory) -> None:
         ) from error
 
 
-def _check_cache(config: RunConfig, directory: RunDirectory) -> None:
-    """The run's own folders are replaced and hashed as a whole, so nothing else may lie in them."""
-    cache = Path(config.cache_dir).resolve()
-    for folder in (directory.stages, directory.task_files, directory.logs, directory.adapter):
-        if cache.is_relative_to(folder.resolve()):
+def _check_folders(config: RunConfig, stream: Stream) -> None:
+    """What a run writes does not lie among the files of others, nor theirs among what it writes and people delete."""
+    own, cache, base = _real(config.run_dir), _real(config.cache_dir), find(config.model.base_model)
+    others = {
+        "the working directory": Path.cwd(),
+        f"data_root {stream.data_root}": _real(stream.data_root),
+        f"cache_dir {config.cache_dir}": cache,
+    }
+    if base.is_dir():  # not a name on the hub
+        others[f"model.base_model {config.model.base_model}"] = _real(base)
+    for name, path in others.items():
+        if path.is_relative_to(own):
             raise ConfigError(
-                f"cache_dir {config.cache_dir} lies in {folder}, a folder that the run itself writes; name another, "
-                "beside run_dir say"
+                f"{name} {'is' if path == own else 'lies in'} run_dir {config.run_dir}, which is to hold the files of "
+                "the run alone; name another run_dir, such as runs/NAME"
             )
+    for name, path in (("run_dir", own), ("cache_dir", cache)):
+        file = next((part for part in path.parents if os.path.isfile(part)), None)  # noqa: PTH113 - never raises
+        if file is not None:
+            raise ConfigError(f"{name} {path} cannot be made: {file} is a file; name another")
+
+
+def _real(path: str | Path) -> Path:
+    """Links resolved, as far as they lead anywhere."""
+    return Path(os.path.realpath(path))
 
 
 @contextmanager

@@ -57,6 +57,12 @@ class SavedRun:
         for row in rows:
             manifest = self.directory.stage(row["stage"], row["task"]).manifest
             measured = read_json(manifest).get("scores", {}) if manifest.exists() else {}
+            for name, score in row["scores"].items():
+                if score is not None and not _is_score(score):
+                    raise ArtifactError(
+                        f"{self.directory.retention}: the score of {name} in the row of stage {row['stage']} is "
+                        f"{str(score)[:80]}, expected numbers; start the run again, which writes the file anew"
+                    )
             wrong = [name for name, score in row["scores"].items() if measured.get(name, score) != score]
             if wrong:
                 raise ArtifactError(
@@ -101,6 +107,15 @@ class SavedRun:
         adapter = self.adapter
         model, processor = load_base(self.config.model)
         return load_adapter(model, adapter, self.config.model.base_model, may_be_untrained=True), processor
+
+
+def _is_score(score: Any) -> bool:
+    """Whether it is as `evaluation.score.Score`."""
+    numbers = [score.get(key) for key in ("value", "native", "native_max", "n")]
+    return all(type(number) in (int, float) for number in numbers) and type(score.get("stderr")) in (
+        *(int, float),
+        type(None),
+    )
 
 
 def load_run(path: str | Path) -> SavedRun:

@@ -1,5 +1,6 @@
 """Conversations as a model's own chat template writes them: prompts, answers, and the token that ends an answer."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,10 +18,16 @@ _ANSWER = "keeplora-answer-{}-"
 _QUESTION = "keeplora-question"
 # What reasoning models' templates write around thoughts; in history they leave it out.
 _THOUGHTS = re.compile(r"<think>(\s*</think>)?")
+_OPEN_THOUGHT = re.compile(r"<think>\s*$")
+_NO_THOUGHT = re.compile(r"<think>\s*</think>\s*$")
 
 
 class ProcessorError(KeepLoRAError, ValueError):
     """The base model's processor or chat template, or a text rendered by it, cannot be used."""
+
+
+class _OpenThoughtError(ProcessorError):
+    """A template that can be read, but asks for thoughts alone."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,9 @@ class ChatForm:
             end-of-sequence token.
         written: what the template itself writes in place of `end`.
         parts: whether the template reads content as a list of parts; otherwise as one text.
+        opens, without: what the template asks with at the very end where a model may think first, and what it writes
+            there before an answer without thoughts. Questions are asked with the latter: what is learnt and scored is
+            the answer alone.
         controls: token id -> text of special tokens, and of those of images and clips. The token for unknown words
             is left out: any text may hold such words.
     """
@@ -66,6 +76,8 @@ class ChatForm:
     written: str
     parts: bool
     controls: Mapping[int, str]
+    opens: str = ""
+    without: str = ""
 
 
 def chat_form(processor: ProcessorMixin) -> ChatForm:
@@ -75,7 +87,7 @@ def chat_form(processor: ProcessorMixin) -> ChatForm:
 
     Raises:
         ProcessorError: there is no template, it cannot render a question and its answer, or what it writes before
-            an answer is not what it asks for one with; or the tokenizer ends every text.
+            an answer is not what it asks for one with, or it asks for thoughts alone; or the tokenizer ends all texts.
     """
     probe = [Message("user", (_QUESTION,)), Message("assistant", (_ANSWER.format(0),))]
     try:
@@ -84,6 +96,8 @@ def chat_form(processor: ProcessorMixin) -> ChatForm:
         # A template that takes a text alone writes a list as Python does, or fails on it.
         try:
             return _chat_form(processor, probe, parts=False)
+        except _OpenThoughtError:
+            raise
         except ProcessorError:
             pass
         raise
@@ -106,6 +120,7 @@ def _chat_form(processor: ProcessorMixin, probe: list[Message], *, parts: bool) 
             f"with {prompt!r} and writes {before!r} before the answer. Expected the same; give the base model's "
             "processor a template that only appends (model.chat_template)"
         )
+    opens, without = _thoughtless(prompt, before)
     lead = before.removeprefix(prompt) if before.startswith(prompt) else ""
     gap = len(after) - len(after.lstrip())
     controls = _control_tokens(processor)
@@ -116,7 +131,21 @@ def _chat_form(processor: ProcessorMixin, probe: list[Message], *, parts: bool) 
     else:
         token = end = processor.tokenizer.eos_token
         written = after
-    return ChatForm(lead if lead.strip(" ") == "" else "", end, token, written, parts, controls)
+    return ChatForm(lead if lead.strip(" ") == "" else "", end, token, written, parts, controls, opens, without)
+
+
+def _thoughtless(prompt: str, before: str) -> tuple[str, str]:
+    """`opens` and `without` of a template that asks with `prompt`, and writes `before` before an answer."""
+    if _NO_THOUGHT.search(before) and not _NO_THOUGHT.search(prompt):
+        shared = len(os.path.commonprefix([prompt, before]))
+        return prompt[shared:], before[shared:]
+    if _OPEN_THOUGHT.search(prompt):
+        raise _OpenThoughtError(
+            f"the chat template asks with an open thought, {prompt[-30:]!r}, and has no form for an answer without "
+            "one: the answer would be learnt as a thought. Give the base model's processor a template that asks "
+            "without <think>, or closes it (model.chat_template)"
+        )
+    return "", ""
 
 
 def _check_ending(processor: ProcessorMixin) -> None:
@@ -159,6 +188,12 @@ def _check_texts(processor: ProcessorMixin, messages: Sequence[Message], form: C
     tokenizer: Any = processor.tokenizer
     for message in messages:
         text = "".join(part for part in message.parts if isinstance(part, str))
+        if form.without and message.role == "assistant" and ("<think>" in text or "</think>" in text):
+            raise ProcessorError(
+                f"the answer {text[:60]!r} has a thought, but the base model's chat template asks for thoughts itself, "
+                "and is asked for answers without. Leave thoughts out of answers, or give the processor a template "
+                "that asks without <think> (model.chat_template)"
+            )
         for index in tokenizer(text, add_special_tokens=False)["input_ids"]:
             if index in form.controls:
                 token = form.controls[index]
@@ -197,6 +232,7 @@ def render(processor: ProcessorMixin, messages: Sequence[Message], form: ChatFor
         pieces = _render_prompt(processor, history, form, pieces)
         shown = [part for asked in messages[start:index] for part in asked.parts if not isinstance(part, str)]
         prompt = _after_answer(form, pieces[-1]) if segments else _without_bos(processor, pieces[-1])
+        prompt = prompt.removesuffix(form.opens) + form.without
         _check_media(processor, prompt, shown)
         answer = None if message is None else form.lead + message.text + form.end
         segments.append(Segment(prompt, answer, message is not None and message.supervised, len(shown)))

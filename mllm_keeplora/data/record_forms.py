@@ -53,7 +53,7 @@ _MEDIA_WORDS = ("image", "img", "video", "clip", "picture", "photo", "frame")
 # A part of a clip, which InternVL's and VideoChat2's code cuts out.
 _CUTS = (
     *(("clip",), ("start", "end"), ("start_time", "end_time"), ("video_start", "video_end")),
-    *(("start_sec", "end_sec"), ("start_second", "end_second")),
+    *(("start_sec", "end_sec"), ("start_second", "end_second"), ("video_start",), ("video_end",)),
 )
 
 _ROLES: dict[str, Role] = {
@@ -76,7 +76,8 @@ _QUESTIONS: dict[str, tuple[str, ...]] = {
 _SYSTEMS = ("system", "system_prompt", "system_message")  # the second is OpenOrca's
 # What benchmarks keep beside a question and add to it when they ask.
 _ADDED_TO_QUESTIONS = re.compile(
-    r"context|hint|passage|inputs|(?:options?|choices?|candidates?)(?:_list)?|[A-H]|a\d|(?:option|choice)[_ ]?\w"
+    r"context|hint|passage|inputs|(?:(?:question|prompt|instruction)_)?(?:prefix|suffix)|(?:pre|post)_prompt"
+    r"|(?:options?|choices?|candidates?)(?:_list)?|[A-H]|a\d|(?:option|choice)[_ ]?\w"
 )
 _WORD = re.compile(r"\w+|[^\w\s]")
 _LABEL = re.compile(r"^\(?[A-Za-z0-9][.):]\s*")
@@ -86,7 +87,11 @@ TEST_QUESTIONS = ("text", "question")
 _LLAVA_FORMS = ("conversations", *TEST_QUESTIONS)
 _SWITCHES = ("loss", "weight", "train")  # ms-swift's; OpenAI's; axolotl's
 _LONGEST_NAME, _LONGEST_PATH = 255, 4000  # what file systems take, in bytes
-_REFUSED_KEYS = ("tools", "functions", "audio", "audios", "objects", "loss_scale", "kto_tag")
+_WEIGHTS = ("loss_weight", "sample_weight")  # one, or none, is what every answer has here
+_REFUSED_KEYS = (
+    *("tools", "functions", "audio", "audios", "objects", "loss_scale", "kto_tag"),
+    *("loss_mask", "train_on_inputs", "train_on_prompt", *_WEIGHTS),
+)
 _REFUSED_PREFIXES = ("chosen", "rejected")
 
 
@@ -163,7 +168,8 @@ def parse_record(value: object, answered: bool = True) -> Parsed:
 def _refuse_keys(record: Mapping[str, Any]) -> None:
     for key, value in record.items():
         refused = key in _REFUSED_KEYS or key.startswith(_REFUSED_PREFIXES)
-        if refused and value is not False and value not in ("", [], {}):
+        neutral = value is False or value in ("", [], {}) or (key in _WEIGHTS and value == 1)
+        if refused and not neutral:
             raise BadRecord(f"it has {key!r}, which nothing here reads; leave the record out, or the key")
         if key in _SWITCHES and isinstance(value, bool | int | float):
             raise BadRecord(f"it has {key!r}; expected that switch at a message of the assistant's")

@@ -320,7 +320,7 @@ def bad_records(path: Path | HubTable, bad: Sequence[SkippedRecord], total: int)
     lines = [f"{path}: {len(bad)} of {total} records cannot be used"]
     lines += [f"  row {record.row}: {record.reason}" for record in bad[:_ERRORS_SHOWN]]
     if len(bad) > _ERRORS_SHOWN:
-        lines.append(f"  ... and {len(bad) - _ERRORS_SHOWN} more")
+        lines.append(f"  ... and {len(bad) - _ERRORS_SHOWN} more (keeplora check --all shows every one)")
     remedy = "Correct them"
     if len(bad) < total:
         remedy += ", or, in training files, leave them out by 'on_bad_record: skip' (the manifest then names them)"

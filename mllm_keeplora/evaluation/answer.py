@@ -6,13 +6,27 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from mllm_keeplora.data.chat_template import ChatForm, chat_form
 from mllm_keeplora.data.collator import prepare_questions
 from mllm_keeplora.data.conversation import Message
 from mllm_keeplora.data.video.reader import Clip
 from mllm_keeplora.distributed.sharding import is_sharded
+from mllm_keeplora.evaluation.errors import LogitsError
+
+
+class _FiniteLogits(LogitsProcessor):
+    """Of logits with NaN, argmax takes some token or other, which reads as an answer."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Gives the scores [batch, tokens] back as they are."""
+        if not torch.isfinite(scores.amax(dim=-1)).all():  # NaN is the greatest; single tokens may be at -inf
+            raise LogitsError(
+                "the model's logits are NaN or infinite, which is no answer: values of its adapter or its weights are "
+                "too large. Look at the losses of its training, and take another adapter or a lower learning rate"
+            )
+        return scores
 
 
 @torch.no_grad()
@@ -34,6 +48,7 @@ def answer(
 
     Raises:
         ProcessorError: a question that cannot be asked this model.
+        LogitsError: the model gives no numbers to choose a token by.
     """
     parts = (question,) if shown is None else (shown, question)
     return greedy_replies(model, processor, [[Message("user", parts)]], max_new_tokens)[0]
@@ -47,6 +62,7 @@ def greedy_replies(
 
     Raises:
         ProcessorError: a question that cannot be asked this model.
+        LogitsError: the model gives no numbers to choose a token by.
     """
     form = chat_form(processor)
     inputs = prepare_questions(processor, conversations, model.device, form)
@@ -64,11 +80,19 @@ def generate_replies(
         form: the processor's.
         inputs: of `prepare_questions`.
         max_new_tokens: longest reply, in tokens.
+
+    Raises:
+        LogitsError: the model gives no numbers to choose a token by.
     """
     tokenizer = processor.tokenizer
     stops = stop_tokens(model, tokenizer, form)
     with greedy(model, stops, tokenizer.pad_token_id, max_new_tokens) as settings:
-        sequences = model.generate(**inputs, generation_config=settings, synced_gpus=is_sharded(model))
+        sequences = model.generate(
+            **inputs,
+            generation_config=settings,
+            logits_processor=LogitsProcessorList([_FiniteLogits()]),
+            synced_gpus=is_sharded(model),
+        )
     replies = sequences[:, inputs["input_ids"].shape[1] :].tolist()
     ends = [next((at for at, token in enumerate(reply) if token in stops), None) for reply in replies]
     kept = [reply[:end] for reply, end in zip(replies, ends, strict=True)]

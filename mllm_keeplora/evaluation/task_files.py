@@ -24,7 +24,7 @@ from mllm_keeplora.evaluation.entry_point import MODEL_ID
 from mllm_keeplora.evaluation.errors import EvaluationError
 from mllm_keeplora.modeling.families import Media
 from mllm_keeplora.resources import shipped
-from mllm_keeplora.runs.files import atomic_path, read_json, sha256_json, write_json
+from mllm_keeplora.runs.files import ArtifactError, atomic_path, read_json, sha256_json, write_json
 
 TEMPLATES = shipped("eval/tasks")
 INDEX_FILE = "tasks.json"
@@ -112,9 +112,22 @@ def write_task_files(stream: Stream, directory: Path) -> list[str]:
 
 
 def read_index(directory: Path) -> tuple[str, list[ScoredTask]]:
-    """The stream's name and its scored tasks, as `write_task_files` left them in the directory."""
+    """The stream's name and its scored tasks, as `write_task_files` left them in the directory.
+
+    Raises:
+        ArtifactError: the file is missing, or holds something else.
+    """
     index = read_json(directory / INDEX_FILE)
-    return index["stream"], [ScoredTask(**entry) for entry in index["tasks"]]
+    try:
+        entries = [ScoredTask(**entry) for entry in index["tasks"]]
+        if not all(isinstance(text, str) for text in (index["stream"], *(e.name for e in entries))):
+            raise TypeError("a name is no text")
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ArtifactError(
+            f"{directory / INDEX_FILE} is not what a run writes ({type(error).__name__}: {error}); start the run "
+            "again, which writes it"
+        ) from error
+    return index["stream"], entries
 
 
 def follow_move(directory: Path) -> None:
@@ -132,14 +145,14 @@ def _task_yaml(
     stream: Stream, spec: TaskSpec | GeneralSpec, entry: ScoredTask, test: Path | HubTable, directory: Path
 ) -> dict[str, Any]:
     needs = _metric_needs(spec)
-    documents = _read_documents(stream, spec, test)
+    rows, documents = _read_documents(stream, spec, test)
     references = _references_file(stream, spec, needs.get("references"))
     if references is not None:
         add = _add_answers if needs["references"] == "answers" else _add_references
         add(spec, documents, references, test)
-    _check_record_keys(spec, documents, test, needs.get("record_keys", []))
+    _check_record_keys(spec, rows, documents, test, needs.get("record_keys", []))
     if "answers" not in needs.get("record_keys", []):
-        _check_one_answer(spec, documents, test)
+        _check_one_answer(spec, rows, documents, test)
     copy = _write_copy(documents, directory, entry.lmms_task)
     return {
         "include": str(TEMPLATES / f"{spec.metric}.yaml"),
@@ -152,8 +165,12 @@ def _task_yaml(
 # --- The run's copy of a test file ---
 
 
-def _read_documents(stream: Stream, spec: TaskSpec | GeneralSpec, test: Path | HubTable) -> list[Document]:
-    """What a scoring function is given of each question: the user's record, and what `_documents` adds."""
+def _read_documents(
+    stream: Stream, spec: TaskSpec | GeneralSpec, test: Path | HubTable
+) -> tuple[list[int], list[Document]]:
+    """Of each question its record's row, and what a scoring function is given: the user's record, and what
+    `_documents` adds. A record of several turns gives several."""
+    rows: list[int] = []
     documents: list[Document] = []
     bad: list[SkippedRecord] = []
     total = 0
@@ -168,12 +185,14 @@ def _read_documents(stream: Stream, spec: TaskSpec | GeneralSpec, test: Path | H
         if record.sample is None:
             bad.append(SkippedRecord(str(test), record.row, record.problem))
         else:
-            documents += _documents(spec, record, record.sample)
+            found = list(_documents(spec, record, record.sample))
+            documents += found
+            rows += [record.row] * len(found)
     if bad:
         raise bad_records(test, bad, total)
     if not documents:
         raise RecordError(f"{test} holds no records; expected a list of at least one")
-    return documents
+    return rows, documents
 
 
 def _documents(spec: TaskSpec | GeneralSpec, record: Record, sample: Sample) -> Iterator[Document]:
@@ -272,9 +291,9 @@ def _check_java(stream: Stream) -> None:
 
 
 def _check_record_keys(
-    spec: TaskSpec | GeneralSpec, documents: Sequence[Document], test: object, keys: Sequence[str]
+    spec: TaskSpec | GeneralSpec, rows: Sequence[int], documents: Sequence[Document], test: object, keys: Sequence[str]
 ) -> None:
-    for row, document in enumerate(documents, start=1):
+    for row, document in zip(rows, documents, strict=True):
         missing = [key for key in keys if document.get(key) is None]
         if missing:
             raise EvaluationError(
@@ -283,8 +302,10 @@ def _check_record_keys(
             )
 
 
-def _check_one_answer(spec: TaskSpec | GeneralSpec, documents: Sequence[Document], test: object) -> None:
-    for row, document in enumerate(documents, start=1):
+def _check_one_answer(
+    spec: TaskSpec | GeneralSpec, rows: Sequence[int], documents: Sequence[Document], test: object
+) -> None:
+    for row, document in zip(rows, documents, strict=True):
         answer, more = document["answer"], document.get("answers")
         counted = answer if isinstance(answer, list) else [answer]
         left = [text for text in more if text not in counted] if isinstance(more, list) else []

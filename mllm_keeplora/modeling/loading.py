@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import date
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,10 @@ logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # What of a repository is read: safetensors weights only, so that no pickle is ever opened.
 MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
+# What a template writes that asks for today's date; Llama 3's write this one where they cannot know it.
+DATE = date(2024, 7, 26)
+_TODAY = re.compile(r"""strftime_now\(\s*(["'])([^"']*)\1\s*\)""")
+_TODAY_SOMEHOW = re.compile(r"strftime_now\s*\(")
 # Of files with other contents than they should have; StrictDataclassError is of a config's kinds of values.
 _OF_A_LAYER = re.compile(r"\.(layers|blocks)\.\d+\..*\.weight$")
 _LOADING_ERRORS = (
@@ -165,7 +170,74 @@ def read_model_config(config: ModelConfig) -> Any:
     """
     directory = resolve_model_directory(config)
     with _explained(f"base model {directory}"):
-        return AutoConfig.from_pretrained(directory, trust_remote_code=config.trust_remote_code)
+        return model_config_of(config, str(directory), trust_remote_code=config.trust_remote_code)
+
+
+def model_config_of(config: ModelConfig, directory: str, **options: Any) -> Any:
+    """A base model's own config.
+
+    Args:
+        config: how the base is to be loaded.
+        directory: of the base model, or its hub id.
+        options: of transformers' `from_pretrained`.
+
+    Raises:
+        ConfigError: its weights are stored in another quantisation than the settings ask for.
+        TargetError: an unknown model family.
+    """
+    found = AutoConfig.from_pretrained(directory, **options)
+    family_of(found)
+    _check_stored(found, config, directory)
+    return found
+
+
+def _check_stored(model_config: Any, config: ModelConfig, directory: str) -> None:
+    """Refuses weights in another quantisation than the settings': transformers would take the weights' own instead."""
+    stored = stored_quantization(model_config)
+    if stored is None or (config.quantization == "nf4" and _is_nf4(stored)):
+        return
+    kind = "NF4" if _is_nf4(stored) else str(stored.get("quant_method", "an unknown form"))
+    remedy = "set model.quantization: nf4, or take" if _is_nf4(stored) else "take"
+    raise ConfigError(
+        f"base model {directory} is stored quantised ({kind}, quantization_config in its config.json), but "
+        f"model.quantization is {config.quantization}; {remedy} the model that it was made from, with weights in 16 or "
+        "32 bit. If its weights are that already, remove quantization_config from config.json"
+    )
+
+
+def stored_quantization(model_config: Any) -> dict[str, Any] | None:
+    """The quantisation that the weights of a base model are stored in; None where they are plain."""
+    for part in (model_config, model_config.get_text_config()):  # some tools write it to the language model alone
+        stored = getattr(part, "quantization_config", None)
+        if stored:
+            return dict(stored if isinstance(stored, Mapping) else stored.to_dict())
+    return None
+
+
+def _is_nf4(stored: Mapping[str, Any]) -> bool:
+    return bool(stored.get("load_in_4bit")) and stored.get("bnb_4bit_quant_type") == "nf4"
+
+
+def check_media_tokens(model_config: Any, processor: Any, directory: str) -> None:
+    """Compares the tokens of images and clips that the processor writes with those that the model replaces.
+
+    Raises:
+        ConfigError: they are not the same, are no single tokens, or lie outside of the model's embeddings.
+    """
+    size = model_config.get_text_config().vocab_size
+    for kind in family_of(model_config).vision_layers:
+        token = getattr(processor, f"{kind}_token", None)
+        if token is None:  # said where such a medium is to be shown
+            continue
+        expected = getattr(model_config, f"{kind}_token_id", None)
+        found = processor.tokenizer(token, add_special_tokens=False)["input_ids"]
+        if found != [expected] or found[0] >= size:
+            named = model_config.attribute_map.get(f"{kind}_token_id", f"{kind}_token_id")
+            raise ConfigError(
+                f"base model {directory}: its processor writes {token!r} for {kind}s, which its tokenizer "
+                f"makes {found}; expected one token, the {named} {expected} of its config.json, below the "
+                f"vocab_size of {size}. Take the tokenizer and the config of one model, or correct {named}"
+            )
 
 
 @contextmanager
@@ -245,12 +317,16 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
     device = resolve_device(config)
     trust = config.trust_remote_code
     with _explained(f"base model {directory}"):
-        family = family_of(AutoConfig.from_pretrained(directory, trust_remote_code=trust))
-        quantization = quantization_config(config, family.not_quantised)
-        if quantization is not None and sharding_asked():  # integers cannot be spread; the bits are the same
+        model_config = model_config_of(config, str(directory), trust_remote_code=trust)
+        quantization = quantization_config(config, family_of(model_config).not_quantised)
+        if stored_quantization(model_config) is not None:
+            _keep_stored(model_config, config, directory)
+            quantization = None
+        elif quantization is not None and sharding_asked():  # integers cannot be spread; the bits are the same
             quantization.bnb_4bit_quant_storage = DTYPES[config.compute_dtype]
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             directory,
+            config=model_config,
             dtype=DTYPES[config.compute_dtype],
             quantization_config=quantization,
             attn_implementation=config.attn_implementation,
@@ -266,6 +342,22 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
     model.requires_grad_(False)
     model.eval()
     return model, processor
+
+
+def _keep_stored(model_config: Any, config: ModelConfig, directory: Path) -> None:
+    """Has a base that is stored in NF4 compute as the settings say; its own quantisation is taken by transformers.
+
+    Raises:
+        ConfigError: the run spreads the base over processes, which takes another form of the 4 bits.
+    """
+    if sharding_asked():
+        raise ConfigError(
+            f"base model {directory} is stored in NF4, which cannot be spread over processes (FSDP); take the model "
+            "that it was made from, with weights in 16 or 32 bit, or one process a GPU (DDP)"
+        )
+    for part in (model_config, model_config.get_text_config()):
+        if getattr(part, "quantization_config", None):
+            part.quantization_config = {**part.quantization_config, "bnb_4bit_compute_dtype": config.compute_dtype}
 
 
 def load_dense(config: ModelConfig, adapter: Path | None) -> tuple[Any, Any]:
@@ -311,13 +403,41 @@ def load_processor(config: ModelConfig, directory: str, **options: Any) -> Any:
         options: of transformers' `from_pretrained`.
 
     Raises:
-        ConfigError: a chat template that cannot be read.
+        ConfigError: a chat template that cannot be read; tokens of images or clips that are not the model's.
+        TargetError: an unknown model family.
     """
+    model_config = model_config_of(config, directory, **options)
     processor = AutoProcessor.from_pretrained(directory, **options)
+    check_media_tokens(model_config, processor, directory)
     template = read_chat_template(config)
     if template is not None:
         processor.chat_template = template
+    if isinstance(processor.chat_template, str):
+        processor.chat_template = _undated(processor.chat_template)
     return processor
+
+
+def _undated(template: str) -> str:
+    """A chat template with one date for all days, where it asks for today's: what is learnt is asked again later.
+
+    Raises:
+        ConfigError: it asks in a way that is not known.
+    """
+    fixed = _TODAY.sub(lambda found: f'"{DATE.strftime(found[2])}"', template)
+    if _TODAY_SOMEHOW.search(fixed):
+        raise ConfigError(
+            "the base model's chat template writes today's date (strftime_now), so that a run would ask otherwise "
+            "tomorrow; name a template with a date that stays (model.chat_template)"
+        )
+    if fixed != template:
+        _say_date()
+    return fixed
+
+
+@lru_cache
+def _say_date() -> None:
+    """Once a process."""
+    logger.warning(f"the base model's chat template writes today's date; in this run it is always {DATE:%d %b %Y}")
 
 
 def read_chat_template(config: ModelConfig) -> str | None:

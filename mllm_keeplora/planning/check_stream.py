@@ -35,7 +35,7 @@ from mllm_keeplora.units import GB, format_bytes
 
 Spec = TaskSpec | GeneralSpec
 
-SHOWN = 10  # lines of one list
+SHOWN = 10  # lines of one list, unless all are asked for
 _STAT_THREADS = 16  # network file systems answer many questions at once, one at a time slowly
 _SAMPLED_CLIPS = 8
 
@@ -353,8 +353,8 @@ def _cache_notes(reader: VideoReader | None, clips: set[Path], sizes: Mapping[Pa
 # --- Showing it ---
 
 
-def format_report(report: Report) -> str:
-    """The report as text, ending in a line break."""
+def format_report(report: Report, shown: int | None = SHOWN) -> str:
+    """The report as text, ending in a line break; of a list of details `shown` lines, None for all."""
     lines = [f"Stream {report.stream}, data root {report.data_root}", "", _table(report.counts)]
     lines += [f"\nNote: {note}" for note in report.notes]
     for task, found in report.trained.items():
@@ -364,7 +364,7 @@ def format_report(report: Report) -> str:
         lines += ["", task]
         for problem in report.problems:
             if problem.task == task:
-                lines += _lines(problem)
+                lines += _lines(problem, shown)
     if report.advice:
         lines += ["", "Missing data", *(f"  {line}" for line in report.advice)]
     return "\n".join(lines) + "\n"
@@ -381,12 +381,12 @@ def _summary(problems: Sequence[Problem]) -> str:
     )
 
 
-def _lines(problem: Problem) -> list[str]:
+def _lines(problem: Problem, shown: int | None) -> list[str]:
     first, *others = problem.title.splitlines()
     lines = [f"  {'!' if problem.stops else '?'} {first}", *(f"    {line}" for line in others)]
-    lines += [f"      {detail}" for detail in problem.details[:SHOWN]]
-    if len(problem.details) > SHOWN:
-        lines.append(f"      ... and {len(problem.details) - SHOWN} more")
+    lines += [f"      {detail}" for detail in problem.details[:shown]]
+    if shown is not None and len(problem.details) > shown:
+        lines.append(f"      ... and {len(problem.details) - shown} more (--all shows every one)")
     return lines
 
 

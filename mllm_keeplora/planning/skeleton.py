@@ -14,7 +14,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError:
     SafetensorsParsingError,
 )
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from mllm_keeplora.config import ConfigError, ModelConfig, RunConfig
 from mllm_keeplora.data.collator import ChatCollator, prepare_questions
@@ -23,7 +23,13 @@ from mllm_keeplora.data.records import select_evenly
 from mllm_keeplora.data.video.reader import Clip, VideoReader
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.modeling.families import Media, family_of
-from mllm_keeplora.modeling.loading import DTYPES, check_revision, load_processor
+from mllm_keeplora.modeling.loading import (
+    DTYPES,
+    check_revision,
+    load_processor,
+    model_config_of,
+    stored_quantization,
+)
 from mllm_keeplora.resources import find
 from mllm_keeplora.units import format_bytes, format_count
 
@@ -42,8 +48,7 @@ def build_skeleton(config: ModelConfig) -> PreTrainedModel:
     """
     check_revision(config)
     with _fetching(config, "config") as source:
-        model_config = AutoConfig.from_pretrained(**source)
-        family_of(model_config)
+        model_config = model_config_of(config, source.pop("pretrained_model_name_or_path"), **source)
         return skeleton_of(model_config, config)
 
 
@@ -108,6 +113,8 @@ def describe_weights(config: ModelConfig, model: PreTrainedModel) -> str:
     numbers, size = sum(found.parameter_count.values()), sum(max(t.data_offsets[1] for t in f) for f in files)
     text = f"{format_count(numbers)} parameters, {format_bytes(size)} in {len(files)} safetensors file(s)"
     # Tied weights are stored once or twice; anything beyond that is another model than the config's.
+    if stored_quantization(model.config) is not None:
+        return f"{text}, stored quantised"  # several numbers packed in one
     return text if abs(numbers - counted) <= 0.1 * counted else f"{text}, but {by_config}: they do not belong"
 
 

@@ -64,7 +64,20 @@ def read_results(run: SavedRun) -> Results:
         run.retention  # noqa: B018 - compares its scores with those of the stages
     except ArtifactError as error:
         raise ReportError(f"cannot write the report: {error}") from error
+    _check_metrics(run.directory.retention, retention["metrics"])
     return Results(run.directory, asdict(run.config), retention, manifests)
+
+
+def _check_metrics(path: Path, metrics: Any) -> None:
+    """They are numbers, or null; those of `retention` by the benchmark's name."""
+    kept = metrics.get("retention") if isinstance(metrics, dict) else None
+    if not isinstance(kept, dict):
+        raise ReportError(f"cannot write the report: {path}: its metrics are no object; run the stream again")
+    for name, value in {**metrics, **kept, "retention": None}.items():
+        if value is not None and type(value) not in (int, float):
+            raise ReportError(
+                f"cannot write the report: {path}: {name} is {str(value)[:80]}, expected a number; run the stream again"
+            )
 
 
 def _read(path: Path, keys: set[str], **expected: Any) -> Json:

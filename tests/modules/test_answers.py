@@ -12,7 +12,8 @@ from transformers import GenerationConfig, WatermarkingConfig
 
 from mllm_keeplora.data.chat_template import chat_form
 from mllm_keeplora.data.collator import prepare_questions
-from mllm_keeplora.evaluation.answer import answer, generate_replies, generation_settings, stop_tokens
+from mllm_keeplora.evaluation.answer import answer, generate_replies, generation_settings, greedy_replies, stop_tokens
+from mllm_keeplora.evaluation.errors import LogitsError
 from mllm_keeplora.modeling.loading import load_base
 from tests.conversations import ask
 from tests.modules.conftest import TEMPLATE, model_config
@@ -190,3 +191,18 @@ def tiny(family: str, factory: Any) -> tuple[Any, Any]:
         model.resize_token_embeddings(len(processor.tokenizer))
         _TINY[family] = model, processor
     return _TINY[family]
+
+
+@pytest.mark.parametrize("value", [float("nan"), 3e38])
+def test_logits_that_are_no_numbers_are_no_answer(live: tuple[Any, Any], value: float) -> None:
+    """Finite values of an adapter that are too large give NaN on the way: argmax would take the first token."""
+    model, processor = live
+    layer = model.get_submodule("model.language_model.layers.1.mlp.down_proj")
+    kept = layer.weight.data.clone()
+    layer.weight.data.fill_(value)
+    try:
+        with pytest.raises(LogitsError, match="logits are NaN or infinite.*adapter"):
+            greedy_replies(model, processor, [ask("what", None)], 2)
+    finally:
+        layer.weight.data = kept
+    assert len(greedy_replies(model, processor, [ask("what", None)], 2)) == 1

@@ -4,9 +4,10 @@ import importlib.metadata
 import json
 import math
 import random
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -33,15 +34,19 @@ from transformers import (
 )
 
 from mllm_keeplora.config import EvaluationConfig, ModelConfig, RunConfig
+from mllm_keeplora.continual.saved_run import load_run
 from mllm_keeplora.data.stream import GeneralSpec, Stream, TaskSpec
+from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.eval import leaderboard
 from mllm_keeplora.evaluation import lmms_model
 from mllm_keeplora.evaluation.errors import EvaluationError
 from mllm_keeplora.evaluation.lmms_model import KeepLoRAModel, inference_state
 from mllm_keeplora.evaluation.score import evaluate_row
 from mllm_keeplora.evaluation.task_files import read_index, write_task_files
-from mllm_keeplora.modeling.loading import load_base
+from mllm_keeplora.modeling.loading import base_model_hash, load_base
 from mllm_keeplora.resources import shipped
+from mllm_keeplora.runs.files import ArtifactError, write_hashes
+from mllm_keeplora.runs.run_directory import RunDirectory
 from tests import forked
 from tests.conversations import read_copy
 
@@ -654,6 +659,78 @@ def test_leaderboard_ranks_by_mean_and_replaces_a_run(tmp_path: Path) -> None:
         "bad\\|worse",
     ]
     assert "| 2 | good | lora | base | 0.750 | 0.750 | 0.750 | 0.750 | yes |" in lines
+
+
+def test_runs_of_one_name_in_two_folders_are_two_rows(tmp_path: Path) -> None:
+    rows = []
+    for place, value in (("a", 0.5), ("b", 0.25), ("a", 0.75)):
+        if not (tmp_path / place / "mine").exists():
+            write_run(tmp_path / place / "mine")
+        run = leaderboard.read_run(tmp_path / place / "mine")
+        scores = {key: {**score, "value": value} for key, score in run.scores.items()}
+        rows.append(leaderboard.build_row(run, scores, equal=True))
+        leaderboard.add_row(tmp_path, rows[-1])
+    assert json.loads((tmp_path / "leaderboard.json").read_text())["rows"] == [rows[2], rows[1]]
+    text = (tmp_path / "leaderboard.md").read_text()
+    assert f"| 1 | {tmp_path}/a/mine |" in text and f"| 2 | {tmp_path}/b/mine |" in text
+    # A row of an earlier version, which does not say where its run lies, is replaced.
+    old = {key: value for key, value in rows[0].items() if key != "directory"}
+    (tmp_path / "leaderboard.json").write_text(json.dumps({"schema_version": 1, "rows": [old]}))
+    leaderboard.add_row(tmp_path, rows[1])
+    assert json.loads((tmp_path / "leaderboard.json").read_text())["rows"] == [rows[1]]
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"rows": 3}', '{"rows": [1]}', '{"rows": [{}]}'])
+def test_a_table_of_another_kind_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "leaderboard.json").write_text(content)
+    run = leaderboard.read_run(write_run(tmp_path / "run"))
+    with pytest.raises(ArtifactError, match=r"leaderboard\.json is no leaderboard"):
+        leaderboard.add_row(tmp_path, leaderboard.build_row(run, run.scores, equal=True))
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "{}", "3", '{"stream": "s", "tasks": 3}', '{"stream": "s", "tasks": [{"name": "a"}]}', '{"stream": "s"}'],
+)
+def test_an_index_of_another_kind_is_refused(tmp_path: Path, content: str) -> None:
+    write_run(tmp_path / "run")
+    (tmp_path / "run" / "eval_tasks" / "tasks.json").write_text(content)
+    with pytest.raises(ArtifactError, match=r"tasks\.json is not what a run writes"):
+        leaderboard.read_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda run: shutil.rmtree(run.adapter), "holds no adapter/"),
+        (lambda run: run.adapter_weights.unlink(), "adapter_model.safetensors is missing"),
+        (lambda run: run.adapter_weights.write_bytes(b"other"), "adapter_model.safetensors: hash"),
+        (lambda run: shutil.rmtree(run.path / "base"), "neither a directory here nor a hub model"),
+        (lambda run: (run.path / "base/config.json").unlink(), "has no config"),
+        (lambda run: (run.path / "base/config.json").write_text("{}"), "cannot be loaded"),
+        (lambda run: (run.path / "base/more.json").write_text("{}"), "was trained on another base model than"),
+    ],
+)
+def test_the_model_is_looked_at_before_lmms_eval_starts(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[RunDirectory], object], message: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    run = RunDirectory(write_run(tmp_path / "run"))
+    shutil.copytree(base, run.path / "base")
+    cache, model = str(tmp_path / "cache"), ModelConfig(base_model=str(run.path / "base"))
+    run.config.write_text(json.dumps(asdict(RunConfig(cache_dir=cache, model=model))))
+    run.adapter.mkdir()
+    for path in (run.adapter_config, run.adapter_weights):
+        path.write_text("{}")
+    write_hashes(run.adapter_hashes)
+    manifest = run.stage(0, None).manifest
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text(json.dumps({"base_model": {"hash": base_model_hash(run.path / "base", Path(cache))}}))
+    leaderboard._check_model(load_run(run.path))
+    spoil(run)
+    monkeypatch.setitem(sys.modules, "lmms_eval.cli.dispatch", None)  # importing it would be another error
+    with pytest.raises(KeepLoRAError, match=message):
+        leaderboard.evaluate_saved(leaderboard.read_run(run.path), None)
 
 
 def test_differences_name_task_and_both_scores(tmp_path: Path) -> None:

@@ -344,9 +344,32 @@ def test_a_chat_template_counts_by_what_it_says(made: Made, tmp_path: Path) -> N
 @pytest.mark.parametrize("folder", ["stages", "adapter", "adapter/cache", "eval_tasks", "tensorboard/../stages/x"])
 def test_a_cache_in_the_runs_own_folders_is_refused(made: Made, tmp_path: Path, folder: str) -> None:
     config = replace(made.config, run_dir=str(tmp_path / "run"), cache_dir=str(tmp_path / "run" / folder))
-    with pytest.raises(KeepLoRAError, match=r"cache_dir .* lies in .*; name another"):
+    with pytest.raises(KeepLoRAError, match=r"cache_dir .* lies in run_dir .*; name another"):
         run_stream(config)
-    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("path", [".", "..", "data", "base", "cache", "data/..", "x/../data"])
+def test_a_run_does_not_write_among_other_files(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """Nor above them: who deletes a run deletes its folder."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    Path("data").symlink_to(Path(made.config.stream).parent.resolve())
+    Path("base").symlink_to(Path(made.config.model.base_model).resolve())
+    config = replace(made.config, run_dir=path, cache_dir="cache")
+    with pytest.raises(KeepLoRAError, match=r"(is|lies in) run_dir .*; name another run_dir"):
+        run_stream(config)
+    assert sorted(found.name for found in Path().iterdir()) == ["base", "data"]
+
+
+@pytest.mark.parametrize("name", ["run_dir", "cache_dir"])
+def test_a_folder_below_a_file_cannot_be_made(made: Made, tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    places = {"run_dir": str(tmp_path / "run"), name: str(tmp_path / "file" / "a" / "b")}
+    with pytest.raises(KeepLoRAError, match=f"{name} .* cannot be made: .*file is a file"):
+        run_stream(replace(made.config, **places))
 
 
 def test_a_path_that_no_folder_can_have_is_refused(made: Made, tmp_path: Path) -> None:

@@ -10,17 +10,23 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
+import trl
 from safetensors.torch import load_file, save_file
 
 from mllm_keeplora.config import ConfigError, ModelConfig
+from mllm_keeplora.modeling.families import FAMILIES
 from mllm_keeplora.modeling.linear4bit import computed_weight
 from mllm_keeplora.modeling.loading import (
     base_model_hash,
+    check_media_tokens,
     known_base_hash,
     load_base,
+    load_base_processor,
     resolve_model_directory,
 )
+from mllm_keeplora.planning.skeleton import build_processor, build_skeleton, describe_weights
 from tests.modules.conftest import all_targets, batch, model_config
+from tests.modules.tiny_families import BUILDERS
 
 
 def test_both_towers_are_4_bit_and_guarded_and_the_rest_is_not(nf4_model: Any) -> None:
@@ -254,3 +260,103 @@ def test_remote_code_is_not_run_unasked(tiny_llava: Path, tmp_path: Path) -> Non
 def test_a_directory_has_no_revision(tiny_llava: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.revision is 'main'.*directory"):
         load_base(ModelConfig(base_model=str(tiny_llava), revision="main"))
+
+
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+# As published: the forms of unsloth's, Qwen's, casperhansen's and neuralmagic's models.
+STORED = {
+    "nf4": NF4,
+    "fp4": {**NF4, "bnb_4bit_quant_type": "fp4"},
+    "int8": {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 6.0},
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False},
+    "awq": {"quant_method": "awq", "bits": 4, "version": "gemm", "zero_point": True, "group_size": 128},
+    "fp8": {"quant_method": "compressed-tensors", "format": "float-quantized"},
+}
+
+
+def edited_config(base: Path, tmp_path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    directory = Path(shutil.copytree(base, tmp_path / "base"))
+    values = json.loads((directory / "config.json").read_text())
+    change(values)
+    (directory / "config.json").write_text(json.dumps(values))
+    return directory
+
+
+@pytest.mark.parametrize("kind", ["none", "nf4"])
+@pytest.mark.parametrize("place", ["", "text_config"])
+@pytest.mark.parametrize("stored", STORED)
+def test_a_base_in_another_quantisation_is_refused_everywhere(
+    tiny_llava: Path, tmp_path: Path, stored: str, place: str, kind: str
+) -> None:
+    if (stored, kind) == ("nf4", "nf4"):
+        return
+
+    def store(values: dict[str, Any]) -> None:
+        (values[place] if place else values)["quantization_config"] = STORED[stored]
+
+    config = model_config(edited_config(tiny_llava, tmp_path, store), kind)
+    for use in (load_base, load_base_processor, build_skeleton, build_processor):
+        with pytest.raises(ConfigError, match=rf"is stored quantised \(.*model.quantization is {kind}; .*16 or 32 bit"):
+            use(config)
+
+
+def test_a_base_that_is_stored_in_nf4_is_the_same_model(tiny_llava: Path, nf4_model: Any, tmp_path: Path) -> None:
+    """It computes as the settings say, whatever its own config says of that."""
+    directory = Path(shutil.copytree(tiny_llava, tmp_path / "base"))
+    nf4_model.save_pretrained(directory)
+    values = json.loads((directory / "config.json").read_text())
+    values["quantization_config"]["bnb_4bit_compute_dtype"] = "bfloat16"
+    (directory / "config.json").write_text(json.dumps(values))
+    config = model_config(directory, "nf4")
+    model, _ = load_base(config)
+    assert torch.equal(model(**batch()).logits, nf4_model(**batch()).logits)
+    assert all(m.compute_dtype == torch.float32 for m in model.modules() if isinstance(m, bnb.nn.Linear4bit))
+    assert "stored quantised" in describe_weights(config, build_skeleton(config))
+    with pytest.raises(ConfigError, match="stored quantised .*set model.quantization: nf4, or take"):
+        load_base(model_config(directory, "none"))
+
+
+@pytest.mark.parametrize("family", BUILDERS)
+@pytest.mark.parametrize("kind", ["image", "video"])
+@pytest.mark.parametrize("wrong", ["config", "tokenizer", "beyond"])
+def test_media_tokens_of_another_model_are_refused(family: str, kind: str, wrong: str) -> None:
+    config, processor = BUILDERS[family]()
+    if kind not in FAMILIES[family].vision_layers:
+        return
+    check_media_tokens(config, processor, "base")
+    token = getattr(processor, f"{kind}_token")
+    if wrong == "config":
+        setattr(config, f"{kind}_token_id", 1)
+    elif wrong == "tokenizer":
+        setattr(processor, f"{kind}_token", "what is")
+    else:
+        config.get_text_config().vocab_size = processor.tokenizer.convert_tokens_to_ids(token)
+    with pytest.raises(ConfigError, match=rf"base: its processor writes .* for {kind}s, .*expected one token, the"):
+        check_media_tokens(config, processor, "base")
+
+
+def test_media_tokens_are_looked_at_wherever_a_processor_is_loaded(tiny_llava: Path, tmp_path: Path) -> None:
+    directory = edited_config(tiny_llava, tmp_path, lambda values: values.update(image_token_index=7))
+    config = model_config(directory, "none")
+    for use in (load_base, load_base_processor, build_processor):
+        with pytest.raises(ConfigError, match=rf"{directory}.* makes \[4\]; .*image_token_index 7 of its config.json"):
+            use(config)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_template_that_writes_the_date_writes_one_date(tiny_llava: Path, tmp_path: Path, named: bool) -> None:
+    """Llama 3.2's and gpt-oss's, as trl has copies of them; the processor is saved that way too."""
+    directory = Path(shutil.copytree(tiny_llava, tmp_path / "base"))
+    own = directory / "chat_template.jinja"
+    for name in ("llama3_2", "gptoss"):
+        template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
+        (tmp_path / "t.jinja" if named else own).write_text(template)
+        config = ModelConfig(base_model=str(directory), chat_template=str(tmp_path / "t.jinja") if named else None)
+        processor = load_base_processor(config)
+        text = processor.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
+        assert "26 Jul 2024" in text or "2024-07-26" in text
+        processor.save_pretrained(tmp_path / "saved")
+        assert "strftime_now(" not in (tmp_path / "saved" / own.name).read_text()
+    (directory / own.name).write_text("{{ strftime_now(form) }}")
+    with pytest.raises(ConfigError, match="writes today's date"):
+        load_base_processor(model_config(directory, "none"))

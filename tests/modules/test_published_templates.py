@@ -17,6 +17,7 @@ from mllm_keeplora.data.chat_template import ProcessorError, chat_form, render
 from mllm_keeplora.data.collator import ChatCollator, prepare_questions
 from mllm_keeplora.data.conversation import MediaFile, Message, Part, Sample
 from mllm_keeplora.data.video.reader import VideoReader
+from mllm_keeplora.modeling.families import FAMILIES
 from mllm_keeplora.modeling.loading import load_processor
 from mllm_keeplora.resources import find
 from tests.clips import write_clip
@@ -251,6 +252,7 @@ ENDS = {
     "qwen3": "<|im_end|>",
     "qwen3_5_nothink": "<|im_end|>",
     "qwen3_5_think": "<|im_end|>",
+    "qwen3_6": "<|im_end|>",
     "qwen3_instruct_2507": "<|im_end|>",
     "qwen2_5": "<|im_end|>",
     "llama3": "<|eot_id|>",
@@ -259,16 +261,15 @@ ENDS = {
     "gemma3": "<end_of_turn>",
     "smolvlm": "<end_of_utterance>",
     "lfm2_2_5_vl": "<|im_end|>",
-    "deepseekv3": "<｜end▁of▁sentence｜>",
 }
+# Those that ask for thoughts, and are asked as their own switch for answers without thoughts asks.
+THINKING = ("qwen3", "qwen3_5_think", "qwen3_6")
 
 
 @pytest.mark.parametrize("name", ENDS)
 def test_templates_of_language_models(name: str) -> None:
     processor = processor_of(CASES[0])
     processor.tokenizer = characters(["<pad>", "<s>", "</s>", "<unk>", "<image>", ENDS[name]])
-    if name == "deepseekv3":
-        processor.tokenizer.eos_token = ENDS[name]
     processor.chat_template = (TRL / f"{name}.jinja").read_text()
     messages = (
         Message("user", ("What?",)),
@@ -282,10 +283,33 @@ def test_templates_of_language_models(name: str) -> None:
     assert [segment.answer for segment in segments] == [f"{form.lead}{said}{ENDS[name]}" for said in ("A cat.", "Yes.")]
     assert form.lead == (" " if name == "smolvlm" else "")
     chat = [{"role": "user", "content": "What?" if not form.parts else [{"type": "text", "text": "What?"}]}]
-    assert segments[0].prompt == processor.apply_chat_template(chat, add_generation_prompt=True)
+    switch = {"enable_thinking": False} if name in THINKING else {}
+    assert segments[0].prompt == processor.apply_chat_template(chat, add_generation_prompt=True, **switch)
     # A question in the second turn is asked behind the same history as it was learnt.
     asked = render(processor, messages[:3], form)
     assert "".join(s.text for s in asked) == segments[0].text + segments[1].prompt
+
+
+@pytest.mark.parametrize("name", ["deepseekv3", "deepseek_r1_distill"])
+def test_a_template_that_only_opens_a_thought_is_told(name: str) -> None:
+    """What is learnt would be the thought."""
+    processor = processor_of(CASES[0])
+    processor.tokenizer = characters(["<pad>", "<s>", "</s>", "<unk>", "<image>"])
+    processor.chat_template = (TRL / f"{name}.jinja").read_text()
+    with pytest.raises(ProcessorError, match="asks with an open thought.*model.chat_template"):
+        chat_form(processor)
+
+
+@pytest.mark.parametrize("answer", ["<think>\nIt purrs.\n</think>\n\nA cat.", "It purrs.</think>A cat."])
+def test_an_answer_with_a_thought_behind_a_closed_one_is_told(answer: str) -> None:
+    processor = processor_of(CASES[0])
+    processor.tokenizer = characters(["<pad>", "<s>", "</s>", "<unk>", "<image>", "<|im_end|>"])
+    messages = (Message("user", ("What?",)), Message("assistant", (answer,)))
+    processor.chat_template = (TRL / "qwen3_5_think.jinja").read_text()
+    with pytest.raises(ProcessorError, match="has a thought"):
+        render(processor, messages, chat_form(processor))
+    processor.chat_template = (TRL / "qwen2_5.jinja").read_text()  # to which it is a text
+    assert render(processor, messages, chat_form(processor))[0].answer == f"{answer}<|im_end|>"
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[5], CASES[11]], ids=lambda case: case.family)
@@ -295,6 +319,11 @@ def test_a_saved_processor_asks_the_same(case: Case, files: dict[str, Path], tmp
     (tmp_path / "other.jinja").write_text(processor.chat_template)
     processor.chat_template = "{{ 1 }}"
     processor.save_pretrained(tmp_path / "base")
+    config, _ = BUILDERS[case.family]()
+    for kind in FAMILIES[case.family].vision_layers:
+        token = getattr(processor, f"{kind}_token")
+        setattr(config, f"{kind}_token_id", processor.tokenizer.convert_tokens_to_ids(token))
+    config.save_pretrained(tmp_path / "base")
     run = load_processor(ModelConfig(chat_template=str(tmp_path / "other.jinja")), str(tmp_path / "base"))
     run.save_pretrained(tmp_path / "adapter")
     messages = [decoded(message) for message in conversation(case, files)[:2]]

@@ -206,7 +206,8 @@ def test_long_lists_are_cut_with_a_count(root: Path) -> None:
     assert len(report.problems[0].details) == 20
     text = format_report(report)
     assert text.count("does not exist") == SHOWN
-    assert "... and 10 more" in text
+    assert "... and 10 more (--all shows every one)" in text
+    assert format_report(report, None).count("does not exist") == 20
 
 
 def test_a_metric_that_cannot_score_the_records_is_found(root: Path) -> None:
@@ -255,6 +256,9 @@ def test_the_command_line(root: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     (root / "birds" / "0.png").unlink()
     assert main(["check", *arguments]) == 1
     assert "0.png does not exist" in capsys.readouterr().out
+    change(root / "birds/train.json", lambda x: x.extend(shown(n, f"gone{n}.png") for n in range(4, 24)))
+    assert main(["check", *arguments, "--all"]) == 1
+    assert capsys.readouterr().out.count("/gone") == 20
 
 
 SMALL = "recipes/small/vqa_base"

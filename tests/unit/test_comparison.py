@@ -154,6 +154,26 @@ def test_a_missing_file_is_named(runs: list[Path], missing: str) -> None:
         compare_runs(runs, runs[0].parent / "out")
 
 
+@pytest.mark.parametrize("key", ["value", "native", "n", "stderr"])
+def test_a_score_that_is_no_number_is_named(runs: list[Path], key: str) -> None:
+    path = RunDirectory(runs[1]).retention
+    retention = json.loads(path.read_text())
+    retention["rows"][2]["scores"]["signs"][key] = "0.9"
+    path.write_text(json.dumps(retention))
+    with pytest.raises(ReportError, match=rf"{path}: the score of signs in the row of stage 2 is .*expected numbers"):
+        compare_runs(runs, runs[0].parent / "out")
+
+
+@pytest.mark.parametrize("content", ["high", [0.9], {"value": None}])
+def test_a_metric_that_is_no_number_is_named(runs: list[Path], content: object) -> None:
+    path = RunDirectory(runs[1]).retention
+    retention = json.loads(path.read_text())
+    retention["metrics"]["bwt"] = content
+    path.write_text(json.dumps(retention))
+    with pytest.raises(ReportError, match=rf"{path}: .*bwt.*expected"):
+        compare_runs(runs, runs[0].parent / "out")
+
+
 def test_other_data_are_refused(runs: list[Path], tmp_path: Path) -> None:
     other = save_run(tmp_path / "d", retention_of(0.9, 0.8), seed=7, data="def")
     with pytest.raises(ReportError, match=rf"digits, glyphs, signs, scenes: {other} was trained or asked on oth"):

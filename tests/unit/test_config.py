@@ -80,6 +80,15 @@ def test_a_path_that_a_shell_was_to_complete_is_refused(tmp_path: Path, name: st
         parse(tmp_path, "seed: 0", f"--{name}", path)
 
 
+@pytest.mark.parametrize(
+    "name", ["run_dir", "data_root", "initial_adapter", "cache_dir", "model.base_model", "general.media_root"]
+)
+def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=f"{name} is '.*file', a file; name a folder"):
+        parse(tmp_path, "seed: 0", f"--{name}", str(tmp_path / "file"))
+
+
 def test_a_path_with_such_a_name_that_is_there_is_taken(tmp_path: Path) -> None:
     (tmp_path / "a$b").mkdir()
     assert parse(tmp_path, "seed: 0", "--data_root", str(tmp_path / "a$b")).data_root == str(tmp_path / "a$b")

@@ -114,15 +114,20 @@ STREAMS = spoiled(
 )
 GOOD_TASK = st.fixed_dictionaries(
     {
-        "name": st.from_regex(r"[A-Za-z0-9_.-]{1,4}", fullmatch=True),
-        "train": st.sampled_from(["a.json", "b/c.jsonl", "../a.json", "a.csv"]),
-        "test": st.sampled_from(["a.json", "b.parquet", "/a.json"]),
+        "name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,3}", fullmatch=True),
+        "train": mostly(st.sampled_from(["a.json", "b/c.jsonl"]), st.sampled_from(["../a.json", "a.csv"])),
+        "test": mostly(st.sampled_from(["a.json", "b.parquet"]), st.just("/a.json")),
         "metric": st.just("exact"),
     },
-    optional={"max_new_tokens": NUMBERS, "prompt_suffix": TEXT, "test_prompt_suffix": VALUES},
+    optional={
+        "max_new_tokens": mostly(st.integers(1, 100), NUMBERS),
+        "prompt_suffix": mostly(st.text("ab .", max_size=6), TEXT),
+        "test_prompt_suffix": mostly(st.text("ab .", max_size=6), VALUES),
+    },
 )
 GOOD_STREAMS = st.builds(
-    lambda tasks: dumped({"name": "s", "data_root": ".", "tasks": tasks}).encode(), st.lists(GOOD_TASK, max_size=3)
+    lambda tasks: dumped({"name": "s", "data_root": ".", "tasks": tasks}).encode(),
+    st.lists(GOOD_TASK, min_size=1, max_size=3, unique_by=lambda task: task["name"].casefold()),
 )
 ARGUMENTS = st.lists(
     st.tuples(

@@ -323,6 +323,67 @@ def test_accepted_answers_under_a_second_key_are_not_read_past(root: Path) -> No
     write(answers=["cat", "kitten"])
 
 
+@pytest.mark.parametrize(
+    "wrong, metric, message",
+    [
+        ({"answers": ["no", "nope"]}, "exact", "'answers' beside 'answer'"),
+        ({}, "vqa_accuracy", "has no answers"),
+    ],
+)
+def test_a_row_is_the_records_not_the_questions(root: Path, wrong: Any, metric: str, message: str) -> None:
+    """A record of several turns gives several questions."""
+    chat = {"messages": [{"role": role, "content": "yes"} for role in ("user", "assistant") * 3]}
+    rows = [chat, {}, {"question": "Is it?", "answer": "no"} | wrong]
+    rows[0] |= {"answers": ["yes"]} if metric == "vqa_accuracy" else {}
+    (root / "t.jsonl").write_text("\n".join(json.dumps(row) for row in rows if row))
+    task = TaskSpec("cats", train="t.jsonl", test="t.jsonl", metric=metric, allow_text_only=True)
+    with pytest.raises(EvaluationError, match=rf"row 2 of .*t\.jsonl .*{message}"):
+        write_task_files(Stream("s", root, (task,), ()), root / "tasks")
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        *(("loss_weight", 0.5), ("sample_weight", 0), ("loss_mask", [0, 1]), ("train_on_inputs", True)),
+        *(("train_on_prompt", True), ("weight", 2.0), ("prefix", "Answer in French."), ("suffix", "Be brief.")),
+        *(("pre_prompt", "Look."), ("post_prompt", "One word."), ("question_suffix", "One word.")),
+    ],
+)
+def test_what_would_change_the_question_or_its_loss_is_refused(root: Path, key: str, value: object) -> None:
+    assert f"it has {key!r}" in str(outcome(root, {**ASKED, key: value}))
+
+
+@pytest.mark.parametrize("key", ["video_start", "video_end"])
+def test_half_a_cut_of_a_clip_is_refused(root: Path, key: str) -> None:
+    record = {"video": "c.mp4", "question": "What is it?", "answer": "a cat", key: 3}
+    assert "clips are shown whole" in str(outcome(root, record))
+
+
+@pytest.mark.parametrize(
+    "key, value", [("nframes", 8), ("fps", 1.0), ("video_start", 2), ("max_frames", 4), ("max_pixels", 99)]
+)
+def test_settings_inside_a_part_are_refused(root: Path, key: str, value: object) -> None:
+    """As qwen-vl-utils reads them."""
+    parts = [{"type": "video", "video": "c.mp4", key: value}, {"type": "text", "text": "What is it?"}]
+    record = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "a cat"}]}
+    assert "has a part" in str(outcome(root, record))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"data_source": "0_30_s_academic_v0_1"},  # LLaVA-Video-178K
+        {"frame_count": 900, "width": 640, "height": 480, "fps": 29.97, "duration": 30.0},  # NExT-QA, ActivityNet-QA
+        {"nframes": 900, "num_frames": 900},
+        {"loss_weight": 1.0, "sample_weight": 1, "train_on_inputs": False, "loss_mask": []},
+        {"prefix": "What is it?", "suffix": "a cat"},  # PaliGemma's names for the same two
+        {"source": "x", "type": "open", "question_type": "what", "category": "animal", "split": "train"},
+    ],
+)
+def test_metadata_are_the_users_own(root: Path, more: dict[str, Any]) -> None:
+    assert not isinstance(outcome(root, {**ASKED, **more}), str)
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le"])
 @pytest.mark.parametrize("name", ["r.json", "r.jsonl"])
 def test_two_or_four_bytes_a_letter(root: Path, name: str, encoding: str) -> None:
