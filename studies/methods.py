@@ -75,6 +75,8 @@ class Study:
         tuning: learning rates; None keeps the recipe's.
         candidates: arm -> settings that it chooses among as well, at its learning rate, on the same split.
         more_methods: further methods.
+        rates: every method is run at each of these, as an arm of its own (`NAME, RATE`), which shows a front between
+            learning and keeping; in place of `tuning`.
         ablations: changes of the reference, which keep what was tuned for it.
     """
 
@@ -89,16 +91,19 @@ class Study:
     tuning: Tuning | None = None
     candidates: dict[str, list[Settings]] = field(default_factory=dict)
     more_methods: Arms = field(default_factory=dict)
+    rates: list[LearningRate] = field(default_factory=list)
     ablations: Arms = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.reference not in self.methods:
-            raise ConfigError(f"reference {self.reference!r} is none of methods: {', '.join(self.methods)}")
-        names = [*self.methods, *self.more_methods, *self.ablations]
+        if self.reference not in self.default:
+            raise ConfigError(f"reference {self.reference!r} is none of methods: {', '.join(self.default)}")
+        if self.rates and self.tuning is not None:
+            raise ConfigError("a study has rates or tuning, not both")
+        names = [*self.default, *self.further, *self.ablations]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ConfigError(f"two arms of the study have one name: {', '.join(sorted(twice))}")
         for name in self.candidates:
-            if name not in {**self.methods, **self.more_methods} or self.tuning is None:
+            if name not in {**self.default, **self.further} or self.tuning is None:
                 raise ConfigError(f"candidates of {name!r}: no method of the study, or a study without tuning")
         for name in ("seeds", "more_seeds"):
             seeds = getattr(self, name)
@@ -106,11 +111,28 @@ class Study:
                 raise ConfigError(f"{name} must be at least two different numbers, got {seeds}")
 
     @property
+    def default(self) -> Arms:
+        """The arms of the default set."""
+        return self._at_rates(self.methods)
+
+    @property
+    def further(self) -> Arms:
+        """Those of further methods."""
+        return self._at_rates(self.more_methods)
+
+    @property
     def arms(self) -> Arms:
         """What each arm changes in the recipe; an ablation changes it in the reference's settings."""
-        reference = self.methods[self.reference]
+        reference = self.default[self.reference]
         ablations = {name: {**reference, **change} for name, change in self.ablations.items()}
-        return {**self.methods, **self.more_methods, **ablations}
+        return {**self.default, **self.further, **ablations}
+
+    def _at_rates(self, methods: Arms) -> Arms:
+        if not self.rates:
+            return methods
+        return {
+            f"{name}, {rate:g}": {**own, RATE: rate} for name, own in methods.items() for rate in sorted(self.rates)
+        }
 
 
 class Job(NamedTuple):
@@ -145,8 +167,8 @@ def jobs_of(study: Study, everything: bool, only: Sequence[str] = ()) -> list[Jo
     """
     if unknown := [name for name in only if name not in study.arms]:
         raise ConfigError(f"the study has no arm {unknown[0]!r}; it has {', '.join(study.arms)}")
-    chosen = {*(only or study.methods), *(study.arms.keys() - study.methods.keys() if everything else ())}
-    seeds = {arm: study.seeds if arm in study.methods else study.more_seeds for arm in study.arms}
+    chosen = {*(only or study.default), *(study.arms.keys() - study.default.keys() if everything else ())}
+    seeds = {arm: study.seeds if arm in study.default else study.more_seeds for arm in study.arms}
     order = dict.fromkeys([*study.more_seeds, *study.seeds])
     return [Job(arm, seed) for seed in order for arm in study.arms if arm in chosen and seed in seeds[arm]]
 

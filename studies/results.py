@@ -11,12 +11,14 @@ from statistics import fmean
 from typing import Any
 
 import pandas as pd
+from matplotlib.figure import Figure
 from scipy import stats
 
 from mllm_keeplora.continual.history import PACKAGES
 from mllm_keeplora.continual.saved_run import SavedRun
 from mllm_keeplora.evaluation.metrics import Estimate, mean_over_seeds
 from mllm_keeplora.reports.comparison import Run, draw_comparison, grouped
+from mllm_keeplora.reports.figures import picture_style, png, styles
 from mllm_keeplora.reports.tables import with_error
 from mllm_keeplora.runs.files import atomic_path, write_json
 from mllm_keeplora.runs.manifests import SCHEMA_VERSION
@@ -35,7 +37,10 @@ TESTED = {"last": "Last", "bwt": "BWT", "general": "general"}  # the p-values th
 
 
 def write_results(study: Study) -> str:
-    """Writes `results.json`, `table.md` and `methods.png` (without the ablations); returns the table."""
+    """Writes `results.json`, `table.md` and a picture; returns the table.
+
+    The picture is `fronts.png` of a study over rates, else `methods.png` without the ablations.
+    """
     results = collect(study)
     folder = Path(study.results)
     write_json(folder / "results.json", results)
@@ -43,10 +48,13 @@ def write_results(study: Study) -> str:
     (folder / "table.md").write_text(table)
     runs = [
         Run(arm, seed, run.retention)
-        for arm in [*study.methods, *study.more_methods]
+        for arm in [*study.default, *study.further]
         for seed, run in _complete_runs(study, arm).items()
     ]
-    if runs:
+    if study.rates:
+        with atomic_path(folder / "fronts.png") as temporary:
+            temporary.write_bytes(draw_fronts(fronts(study, results["arms"])))
+    elif runs:
         with atomic_path(folder / "methods.png") as temporary:
             temporary.write_bytes(draw_comparison(grouped(runs)))
     return table
@@ -71,6 +79,34 @@ def collect(study: Study) -> dict[str, Any]:
         "arms": arms,
         "environment": environment(),
     }
+
+
+def fronts(study: Study, arms: Mapping[str, Any]) -> pd.DataFrame:
+    """A row for each method and rate that has runs: `method`, `rate`, and the means over seeds, in %."""
+    rows = [
+        {"method": name, "rate": rate} | {m: arm["summary"][m]["mean"] for m in METRICS}
+        for name in [*study.methods, *study.more_methods]
+        for rate in sorted(study.rates)
+        if (arm := arms.get(f"{name}, {rate:g}")) is not None
+    ]
+    frame = pd.DataFrame(rows, columns=["method", "rate", *METRICS]).astype(dict.fromkeys(METRICS, float))
+    return frame.assign(**{metric: 100 * frame[metric] for metric in METRICS})
+
+
+@picture_style()
+def draw_fronts(frame: pd.DataFrame) -> bytes:
+    """What each method keeps of general ability beside what it learns and what it ends with; a point a rate."""
+    figure = Figure(figsize=(11.0, 4.6), layout="constrained")  # inches
+    methods = frame.groupby("method", sort=False)
+    for place, (metric, title) in enumerate({"last": "Last, %", "mft": "MFT, %"}.items(), start=1):
+        axes = figure.add_subplot(1, 2, place, xlabel="general ability at the end, %", ylabel=title)
+        for (name, points), style in zip(methods, styles(len(methods)), strict=True):
+            axes.plot(points["general"], points[metric], label=name, **style)
+            end = points.iloc[-1]
+            axes.annotate(f"{end['rate']:g}", (end["general"], end[metric]), (4, 4), textcoords="offset points")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    return png(figure)
 
 
 def _complete_runs(study: Study, arm: str) -> dict[int, SavedRun]:

@@ -32,6 +32,7 @@ from mllm_keeplora.studies.results import (
     add_statistics,
     collect,
     format_results,
+    fronts,
     holm,
     paired_test,
     summary,
@@ -106,6 +107,26 @@ def test_the_default_set_has_all_seeds_and_all_adds_the_rest(tmp_path: Path) -> 
         jobs_of(found, False, ["agian"])
 
 
+def test_a_study_over_rates_runs_every_method_at_each_and_draws_the_fronts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = replace(study(tmp_path, tuned=False), rates=[4e-3, 1e-3], reference="ours, 0.001", ablations={})
+    assert list(found.arms) == [f"{name}, {rate}" for name in ("plain", "ours", "again") for rate in (0.001, 0.004)]
+    asked = fake_runs(monkeypatch, lambda config: 100 * config.train.learning_rate)
+    run_study(found, jobs_of(found, False))
+    assert sorted((config.method, config.train.learning_rate) for config in asked) == sorted(
+        (method, rate) for method in ("lora", "keeplora") for rate in (1e-3, 4e-3) for _ in found.seeds
+    )
+    table = write_results(found)
+    assert "| ours, 0.004 | 3 | 0.004 |" in table
+    drawn = fronts(found, collect(found)["arms"])
+    assert list(drawn["method"]) == ["plain", "plain", "ours", "ours"]  # what has not run is not drawn
+    assert list(drawn["last"].round(6)) == [10, 40, 10, 40]
+    assert (tmp_path / "results/fronts.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ConfigError, match="rates or tuning, not both"):
+        replace(study(tmp_path), rates=[1e-3], reference="ours, 0.001")
+
+
 def test_an_interrupted_study_has_every_arm_for_its_first_seeds(tmp_path: Path) -> None:
     order = [job.seed for job in jobs_of(study(tmp_path), True)]
     assert order == sorted(order)
@@ -119,7 +140,7 @@ def fake_runs(monkeypatch: pytest.MonkeyPatch, last: Any) -> list[RunConfig]:
         asked.append(config)
 
         def row(value: float) -> dict[str, Any]:
-            score = {"native_max": 1.0, "stderr": None, "n": 4}
+            score = {"native": value, "native_max": 1.0, "stderr": None, "n": 4}
             return {"digits": {"value": value, **score}, "scenes": {"value": 0.5, **score}}
 
         metrics = {"mft": 0.9, "last": last(config), "bwt": last(config) - 0.9, "forgetting": 0.0}
