@@ -194,7 +194,7 @@ def assert_same_or_named(made: Made, config: RunConfig, path: Path) -> None:
 
 
 # (examples in the default suite, examples under --slow) of each test
-UNFINISHED, FINISHED, LONG = 12, 60, 1500
+UNFINISHED, FINISHED, LONG = 7, 40, 1500
 FUZZ = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 DAMAGE = st.tuples(
     st.sampled_from(KINDS), st.floats(0, 1, exclude_max=True), st.integers(0, 7), st.integers(0, 10**6), st.booleans()

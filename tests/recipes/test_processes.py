@@ -176,6 +176,7 @@ def test_no_question_is_lost_or_asked_twice(one: Compared, two: Compared, limit:
         assert (two.run_dir / f"limit_{limit}" / file.name).read_text() == file.read_text()
 
 
+@pytest.mark.slow  # a launcher's start, and what it does
 def test_a_process_that_fails_ends_the_run(mixed: Recipe) -> None:
     start = time.monotonic()
     done = run(mixed, worker(mixed, TORCHRUN, 2, "fail", "fail"))

@@ -303,8 +303,8 @@ RECIPES = {
 @pytest.mark.parametrize(
     "name",
     [
-        "mllm_acl",
         "cl_vista",
+        pytest.param("mllm_acl", marks=pytest.mark.slow),
         pytest.param("mllm_dcl", marks=pytest.mark.slow),
         pytest.param("ucit", marks=[needs_java, pytest.mark.slow]),
         pytest.param("coin", marks=pytest.mark.slow),

@@ -74,6 +74,7 @@ def test_a_killed_run_continues_to_the_same_result(finished: VideoRecipe, fresh:
     assert fresh.result() == finished.result()
 
 
+@pytest.mark.slow  # like the image recipe's
 def test_the_leaderboard_repeats_the_run_in_a_fresh_process(finished: VideoRecipe, tmp_path: Path) -> None:
     done = checked(run([*KEEPLORA[1:], "leaderboard", finished.run_dir, "--table", tmp_path]))
     assert "All 3 scores equal" in done.stdout

@@ -40,17 +40,12 @@ def test_the_checkout_cannot_be_imported(commands: Path, tmp_path: Path) -> None
 
 
 def test_the_small_default_runs_in_an_empty_folder(commands: Path, tmp_path: Path) -> None:
-    short = ("--train.max_steps", "1", "--probe.max_samples", "4", "--evaluation.limit", "4")
-    done = keeplora(commands, tmp_path, "run", *short)
-    assert done.returncode == 0, done.stderr
-    assert "report: runs/vqa_small/report.html" in done.stdout
-    retention = json.loads((tmp_path / "runs/vqa_small/retention.json").read_text())
-    assert retention["tasks"] == ["digits", "charts", "clocks", "grounds"] and len(retention["rows"]) == 5
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "data", "runs"]
-
+    short = ("--train.max_steps", "1", "--probe.max_samples", "4", "--evaluation.limit", "2")
     image = "data/small_vqa/digits/images/test/00000.png"
     script = f"""
 from mllm_keeplora.commands.main import main
+assert main(["run", *{short}]) == 0
+print("---")
 main(["chat", "runs/vqa_small", "--image", {image!r}, "Which digit?"])
 print("---")
 main(["plan", *{short}])
@@ -58,9 +53,14 @@ main(["check", "recipes/streams/small_vqa.yaml"])
 main(["leaderboard", "runs/vqa_small"])
 """
     done = run(commands, tmp_path, "python", "-c", script)  # one process: imports take longer than the commands
-    reply, _, said = done.stdout.partition("---")
+    ran, reply, said = done.stdout.split("---\n")
+    assert "report: runs/vqa_small/report.html" in ran, done.stderr
+    retention = json.loads((tmp_path / "runs/vqa_small/retention.json").read_text())
+    assert retention["tasks"] == ["digits", "charts", "clocks", "grounds"] and len(retention["rows"]) == 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "data", "runs"]
     assert reply.strip() and "memory, GB" in said and "Nothing wrong found." in said, done.stderr
-    assert done.returncode == 2 and "first 4 questions" in done.stderr
+    assert done.returncode == 2 and "first 2 questions" in done.stderr
+    assert keeplora(commands, tmp_path, "--version").stdout.startswith("keeplora ")
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ import huggingface_hub
 import pytest
 import yaml
 
+from mllm_keeplora.commands.fetch import main as fetch
 from mllm_keeplora.commands.main import main
 from mllm_keeplora.data import fetch_stream as fetching
 from mllm_keeplora.data.fetch_stream import FetchError, fetch_stream, left_to_do, unpack
@@ -106,7 +107,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
         if only is not None:
             if self.server.mode == "stalling":
-                time.sleep(600)
+                threading.Event().wait(600)  # `online` leaves pauses of `time.sleep` out
             self.close_connection = True
             self.connection.close()
 
@@ -227,30 +228,32 @@ def test_after_a_broken_download_only_what_is_missing_is_loaded(online: Hub, tmp
     assert (tmp_path / "data/birds/images/0.png").read_bytes() == NOISE
 
 
-def test_a_killed_command_is_continued_by_the_same_command(hub: Hub, tmp_path: Path) -> None:
+def test_a_killed_command_is_continued_by_the_same_command(
+    online: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write_stream(tmp_path)
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
-    command = [sys.executable, "-m", "mllm_keeplora.commands.main", "fetch", str(path)]
-    command += ["--data_root", str(tmp_path / "data")]
-    hub.mode = "stalling"
+    environment = {**os.environ, "HF_ENDPOINT": online.url, "HF_HUB_OFFLINE": "0"}
+    arguments = ["fetch", str(path), "--data_root", str(tmp_path / "data")]
+    online.mode = "stalling"
+    command = [sys.executable, "-m", "mllm_keeplora.commands.main", *arguments]
     stalled = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 300  # a busy machine imports slowly
+    pause, deadline = threading.Event(), time.monotonic() + 300  # a busy machine imports slowly
     while not (partial := list(tmp_path.rglob("*.incomplete"))) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    busy = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        pause.wait(0.05)
+    with pytest.raises(FetchError, match="another command is fetching"):
+        fetch(arguments[1:])
     stalled.kill()
     stalled.wait()
     assert partial
-    assert "another command is fetching" in busy.stderr
-    hub.mode = "sound"
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 1, done.stderr  # tools has no test.json
+    online.mode = "sound"
+    assert main(arguments) == 1  # tools has no test.json
     assert not list(tmp_path.rglob("*.incomplete"))
     assert (tmp_path / "data/birds/images/0.png").read_bytes() == NOISE
-    assert f"'revision: {COMMIT}' pins it" in done.stdout
-    assert f"move it there from {tmp_path / 'data/lists/birds/test.json'}" in done.stdout
-    assert f"{tmp_path / 'data/tools/test.json'} is missing" in done.stdout
-    assert f"keeplora check {path} --data_root {tmp_path / 'data'}" in done.stdout
+    said = capsys.readouterr().out
+    assert f"'revision: {COMMIT}' pins it" in said
+    assert f"move it there from {tmp_path / 'data/lists/birds/test.json'}" in said
+    assert f"{tmp_path / 'data/tools/test.json'} is missing" in said
+    assert f"keeplora check {path} --data_root {tmp_path / 'data'}" in said
 
 
 def test_nothing_is_left_to_do_where_all_is_there(
