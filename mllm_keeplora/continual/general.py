@@ -5,6 +5,7 @@ ability. So those inputs are protected as well, before the first stage.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,12 +36,30 @@ from mllm_keeplora.linalg.sketch import extend_basis_from_sketch
 from mllm_keeplora.methods.base import Method
 from mllm_keeplora.methods.context import General, RunContext, StageContext
 from mllm_keeplora.modeling.adapters import Factors, Model, adapters_off, without_dropout
-from mllm_keeplora.modeling.loss import IGNORED_LABEL, divergence, reply_logits, summed_token_loss, supervised_positions
+from mllm_keeplora.modeling.loss import (
+    IGNORED_LABEL,
+    TEACHER_WORDS,
+    Teacher,
+    as_teacher,
+    divergence,
+    reply_logits,
+    summed_token_loss,
+    supervised_positions,
+    teacher_divergence,
+)
 from mllm_keeplora.modeling.targets import Target
 from mllm_keeplora.probes.activations import sketch_inputs
 from mllm_keeplora.probes.protected_bases import ProtectedBases
 from mllm_keeplora.resources import find, shipped
-from mllm_keeplora.runs.files import found_hash, read_json, save_tensors, sha256_file, sha256_json, write_json
+from mllm_keeplora.runs.files import (
+    found_hash,
+    load_tensors,
+    read_json,
+    save_tensors,
+    sha256_file,
+    sha256_json,
+    write_json,
+)
 
 logger = get_logger(__name__)
 
@@ -49,19 +68,23 @@ GUARD_STEPS = 5  # bisections per factor: c is found to 1/32
 
 
 class Batches:
-    """General samples as model inputs with labels; of several processes each takes its share."""
+    """General samples as model inputs with labels; of several processes each takes its share.
+
+    Attributes:
+        rows: the samples' numbers, batch by batch.
+    """
 
     def __init__(self, run: RunContext, samples: Sequence[Sample], collator: ChatCollator) -> None:
         self.run, self.samples, self.collator = run, samples, collator
+        size = run.config.probe.batch_size
+        self.rows = [range(start, min(start + size, len(samples))) for start in range(0, len(samples), size)]
 
     def __call__(self) -> Iterator[dict[str, Tensor]]:
         """All of them once, in order."""
-        size = self.run.config.probe.batch_size
-        rows = [list(self.samples[start : start + size]) for start in range(0, len(self.samples), size)]
-        own = own_share(rows)
-        own_and_fillers = [*own, *fillers(self.run.model, own, rows[0])]
+        own = own_share(self.rows)
+        own_and_fillers = [*own, *fillers(self.run.model, own, self.rows[0])]
         for number, row in enumerate(tqdm(own_and_fillers, "general samples", disable=hide_bar(), leave=False)):
-            batch = self.collator(row)
+            batch = self.collator([self.samples[index] for index in row])
             if number >= len(own):
                 batch["labels"].fill_(IGNORED_LABEL)
             yield self.run.to_device(batch)
@@ -165,7 +188,7 @@ def general_samples(run: RunContext, asked: Sequence[Sample], key: str) -> Gener
     if len(answered) < len(asked):
         logger.warning(f"the base answers {len(asked) - len(answered)} of {len(asked)} general prompts with nothing")
     learnt = [sample for number, sample in enumerate(answered, start=1) if number % HELD_OUT]
-    return General(learnt, answered[HELD_OUT - 1 :: HELD_OUT])
+    return General(learnt, answered[HELD_OUT - 1 :: HELD_OUT], [])
 
 
 def _replies(run: RunContext, asked: Sequence[Sample], key: str) -> list[str]:
@@ -256,6 +279,39 @@ def _write_bases(
 # --- G3 ---
 
 
+def teachers(run: RunContext, samples: Sequence[Sample], key: str) -> list[Teacher]:
+    """What the base says at the reply tokens of each sample, cached for all runs.
+
+    Args:
+        run: with the bare base.
+        samples: with its replies.
+        key: of base and prompts.
+    """
+    path = _cached(run, key, "teacher.safetensors", teacher=[TEACHER_WORDS, [sample.id for sample in samples]])
+    if not from_main(path.exists):
+        batches = Batches(run, samples, ChatCollator(run.processor, None, run.reader))
+        own: dict[int, Teacher] = {}
+        with torch.no_grad():
+            for rows, batch in zip_longest(own_share(batches.rows), batches()):
+                said = as_teacher(reply_logits(run.model, batch))
+                if rows is not None:
+                    sizes = supervised_positions(batch["labels"]).sum(1).tolist()
+                    split = zip(*(part.cpu().split(sizes) for part in said), strict=True)
+                    own |= dict(zip(rows, map(Teacher._make, split), strict=True))
+        every = {number: teacher for part in gather(own) for number, teacher in part.items()}
+        from_main(lambda: save_tensors(path, _as_tensors(every)))
+    tensors = load_tensors(path)
+    return [Teacher(*(tensors[f"{number}/{field}"] for field in Teacher._fields)) for number in range(len(samples))]
+
+
+def _as_tensors(teachers: Mapping[int, Teacher]) -> dict[str, Tensor]:
+    return {
+        f"{number}/{field}": tensor.contiguous()
+        for number, teacher in teachers.items()
+        for field, tensor in teacher._asdict().items()
+    }
+
+
 class Distillation:
     """The loss on general samples that each step of a stage sees beside the task's own (G3).
 
@@ -266,7 +322,7 @@ class Distillation:
     def __init__(self, stage: StageContext, model: PeftModel) -> None:
         config, batch = stage.run.config.general, stage.train.per_device_train_batch_size
         self._stage, self._model, self._config = stage, model, config
-        self._samples = cast(General, stage.run.general).learnt
+        self._general = cast(General, stage.run.general)
         self._count = max(1, round(batch * config.share / (1.0 - config.share)))
         self._collator = ChatCollator(stage.run.processor, None, stage.run.reader)
         self._step, self._forwards = -1, 0
@@ -279,27 +335,29 @@ class Distillation:
         """
         self._forwards = self._forwards + 1 if step == self._step else 0
         self._step = step
-        batch = self._stage.run.to_device(self._collator(self._drawn(step)))
+        drawn, device = self._drawn(step), self._stage.run.device
+        batch = self._stage.run.to_device(self._collator([self._general.learnt[index] for index in drawn]))
         tokens = supervised_positions(batch["labels"]).sum()
         # DDP averages the processes' gradients: their number times the own share of the sum gives the mean over all.
         share = num_processes() / sum_of_all(tokens)
         with without_dropout(self._model):
             if self._config.distil == "replies":
                 return self._config.weight * share * summed_token_loss(self._model, batch)
-            with torch.no_grad(), adapters_off(self._model):
-                base = reply_logits(self._model, batch)
-            return self._config.weight * share * divergence(base, reply_logits(self._model, batch))
+            parts = zip(*(self._general.teacher[index] for index in drawn), strict=True)
+            teacher = Teacher(*(torch.cat(part).to(device) for part in parts))
+            return self._config.weight * share * teacher_divergence(teacher, reply_logits(self._model, batch))
 
-    def _drawn(self, step: int) -> list[Sample]:
+    def _drawn(self, step: int) -> list[int]:
+        """Numbers of the samples that the next forward of a step sees."""
         forward = step * self._stage.train.gradient_accumulation_steps + self._forwards
         first = (forward * num_processes() + process_index()) * self._count
         return [self._sample(place) for place in range(first, first + self._count)]
 
-    def _sample(self, place: int) -> Sample:
+    def _sample(self, place: int) -> int:
         """The sample at a place of an endless sequence: one random order of all after another."""
-        epoch, index = divmod(place, len(self._samples))
+        epoch, index = divmod(place, len(self._general.learnt))
         generator = torch.Generator().manual_seed(self._stage.seed * 1_000_003 + epoch)
-        return self._samples[int(torch.randperm(len(self._samples), generator=generator)[index])]
+        return int(torch.randperm(len(self._general.learnt), generator=generator)[index])
 
 
 # --- G4 ---

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -94,11 +93,10 @@ def _train(stage: StageContext, method: Method, model: Model, start: Start) -> t
     if not start.replaces_past and not torch.equal(before, _first_logits(stage, adapted)):
         raise StageError(f"{stage.name}: attaching the new adapter changed the output although B = 0")
     directory = run.directory.stage(stage.number, stage.task.name)
-    distils, hooks = run.config.general.share > 0.0, method.hooks(stage, adapted)
-    if distils:
+    hooks = method.hooks(stage, adapted)
+    if run.config.general.share > 0.0:
         hooks = with_penalty(hooks, Distillation(stage, adapted))
-    # The teacher is the base alone.
-    with nullcontext(past) if distils else past_in_base(adapted, past) as beside:
+    with past_in_base(adapted, past) as beside:
         activate(adapted, [*beside, STAGE], STAGE, method.trains)
         account = train_stage(
             adapted,

@@ -21,7 +21,7 @@ from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.distributed.processes import hide_bar, own_share
 from mllm_keeplora.distributed.sharding import fillers
 from mllm_keeplora.modeling.adapters import Factors, Model
-from mllm_keeplora.modeling.loss import IGNORED_LABEL
+from mllm_keeplora.modeling.loss import IGNORED_LABEL, Teacher
 from mllm_keeplora.modeling.targets import Target
 from mllm_keeplora.probes.activations import sketch_inputs
 from mllm_keeplora.probes.gradients import sketch_gradients
@@ -31,10 +31,17 @@ from mllm_keeplora.runs.run_directory import RunDirectory, StageDirectory
 
 
 class General(NamedTuple):
-    """General samples with the base's own replies (G1)."""
+    """General samples with the base's own replies (G1).
+
+    Attributes:
+        learnt: protected and learnt.
+        held_out: neither; the budget is kept on them.
+        teacher: what the base says at each reply token of those that are learnt; empty where nothing asks for it.
+    """
 
     learnt: list[Sample]
     held_out: list[Sample]
+    teacher: list[Teacher]
 
 
 @dataclass(frozen=True)

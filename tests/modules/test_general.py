@@ -20,8 +20,9 @@ from mllm_keeplora.continual.trainer import StageTrainer
 from mllm_keeplora.data.collator import ChatCollator
 from mllm_keeplora.data.preflight import Preflight
 from mllm_keeplora.methods.context import StageContext
+from mllm_keeplora.modeling import loss
 from mllm_keeplora.modeling.adapters import STAGE, active_adapters, adapters_off, attach_accumulated, detach
-from mllm_keeplora.modeling.loss import reply_logits
+from mllm_keeplora.modeling.loss import as_teacher, divergence, reply_logits, teacher_divergence
 from mllm_keeplora.probes.hooks import hooked
 from mllm_keeplora.runs.files import ArtifactError, load_tensors
 from tests.modules.test_methods import config, open_stage, stage_adapter
@@ -143,8 +144,8 @@ def test_distillation_is_the_mean_over_reply_tokens(distil: str, taught: tuple[S
     stage = replace(stage, run=run)
     found = Distillation(stage, model)(0)
     total, tokens = 0.0, 0
-    for sample in Distillation(stage, model)._drawn(0):
-        batch = run.to_device(ChatCollator(run.processor)([sample]))
+    for number in Distillation(stage, model)._drawn(0):
+        batch = run.to_device(ChatCollator(run.processor)([run.general.learnt[number]]))
         logits = reply_logits(model, batch).log_softmax(-1)
         with torch.no_grad(), adapters_off(model):
             base = reply_logits(model, batch).log_softmax(-1)
@@ -160,17 +161,44 @@ def test_distillation_is_the_mean_over_reply_tokens(distil: str, taught: tuple[S
     assert all(p.grad is not None for n, p in model.named_parameters() if "lora_B.stage" in n and "language" in n)
 
 
+@pytest.mark.parametrize("kept", [3, 7, 1000])
+def test_the_likeliest_words_bound_the_divergence_from_below(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside torch's own over all words, and beside the sum over words and rest in fp64; the gradient too."""
+    torch.manual_seed(kept)
+    base, logits = 4 * torch.randn(5, 40), (4 * torch.randn(5, 40)).requires_grad_()
+    monkeypatch.setattr(loss, "TEACHER_WORDS", kept)
+    found = teacher_divergence(as_teacher(base), logits)
+    p, q = base.double().softmax(-1), logits.double().softmax(-1)
+    words = base.topk(min(kept, 40)).indices
+    inside = (p * (p / q).log()).gather(-1, words).sum()
+    rest = [1 - x.gather(-1, words).sum(-1) for x in (p, q)]
+    expected = inside + (0 if kept > 40 else (rest[0] * (rest[0] / rest[1]).log()).sum())
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    whole = float(divergence(base, logits.detach()))
+    assert float(found.detach()) <= whole + 1e-5 and (kept < 40 or float(found.detach()) == pytest.approx(whole, rel=1e-5))
+    [gradient] = torch.autograd.grad(found, logits, retain_graph=True)
+    [other] = torch.autograd.grad(expected, logits)
+    assert torch.allclose(gradient, other, atol=1e-5)
+
+
+def test_a_model_that_is_its_teacher_has_no_divergence() -> None:
+    logits = (6 * torch.randn(4, 300)).requires_grad_()
+    found = teacher_divergence(as_teacher(logits.detach()), logits)
+    [gradient] = torch.autograd.grad(found, logits)
+    assert abs(float(found.detach())) < 1e-5 and float(gradient.abs().max()) < 1e-6
+
+
 def test_what_a_step_sees_depends_on_the_step_alone(taught: tuple[StageContext, Any]) -> None:
     stage, model = taught
-    order = [sample.id for step in range(6) for sample in _steps(stage, model, step)]
+    order = [number for step in range(6) for number in _steps(stage, model, step)]
     known = len(stage.run.general.learnt)
     assert len(set(order[:known])) == known  # all of them before any comes again
     again = Distillation(stage, model)
     again._step = 4  # as after a resumption: no step before was seen
-    assert [s.id for s in again._drawn(4)] == order[4 * 2 : 4 * 2 + 2]
+    assert again._drawn(4) == order[4 * 2 : 4 * 2 + 2]
 
 
-def _steps(stage: StageContext, model: Any, step: int) -> list[Any]:
+def _steps(stage: StageContext, model: Any, step: int) -> list[int]:
     return Distillation(stage, model)._drawn(step)
 
 
