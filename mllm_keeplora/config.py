@@ -260,6 +260,10 @@ class GeneralConfig:
         """Whether there are general samples at all."""
         return self.samples != "none"
 
+    def beside(self, batch: int) -> int:
+        """General samples that a forward pass over `batch` samples of the task has beside it."""
+        return max(1, round(batch * self.share / (1.0 - self.share))) if self.share else 0
+
 
 @dataclass(frozen=True)
 class EvaluationConfig:

@@ -323,7 +323,7 @@ class Distillation:
         config, batch = stage.run.config.general, stage.train.per_device_train_batch_size
         self._stage, self._model, self._config = stage, model, config
         self._general = cast(General, stage.run.general)
-        self._count = max(1, round(batch * config.share / (1.0 - config.share)))
+        self._count = config.beside(batch)
         self._collator = ChatCollator(stage.run.processor, None, stage.run.reader)
         self._step, self._forwards = -1, 0
 

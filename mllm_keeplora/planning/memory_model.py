@@ -128,7 +128,9 @@ class MemoryModel:
         trained, work = self.factors(seen), []
         for train in self.train_settings():
             state = optimizer_state(train.optim) * trained
-            work.append((state, *self.activations(train.per_device_train_batch_size, seen)))
+            batch = train.per_device_train_batch_size
+            # General samples pass beside the batch and wait for the same backward pass.
+            work.append((state, *self.activations(batch + self.config.general.beside(batch), seen)))
         state, kept, working = max(work, key=sum)
         return {
             "stage's adapter or Omega": 4 * (self.factors() + self.on_cpu * self.factors("A")),

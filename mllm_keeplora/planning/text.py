@@ -86,9 +86,22 @@ def _work_lines(plan: Plan) -> Iterator[str]:
         yield _row(f"  {work.task}", next(counts), probe, epochs, *counts)
     for name, questions in plan.general.items():
         yield _row(f"  {name}", "", "", "", "", _known(questions))
+    yield from _general_lines(plan)
     asked, unknown = sum(n or 0 for n in plan.questions), plan.questions.count(None)
     more = f" and {unknown} unknown" if unknown else ""
     yield f"  evaluations: {len(plan.work) + 1} rows of {asked} questions{more}"
+
+
+def _general_lines(plan: Plan) -> Iterator[str]:
+    config = plan.memory.config
+    general, batch = config.general, config.train.per_device_train_batch_size
+    if general.given:
+        protected = "" if general.eps_g is None or not plan.memory.method.protects_features else "; inputs protected"
+        learnt = (
+            f"; {general.beside(batch)} beside each {batch} of a task's, by {general.distil}" if general.share else ""
+        )
+        budget = "" if general.budget is None else f"; budget {general.budget:g} nats a token"
+        yield f"  general samples: {general.samples}, at most {general.max_samples}{protected}{learnt}{budget}"
 
 
 def _row(name: str, samples: str, probe: str, epochs: str, steps: str, questions: str) -> str:

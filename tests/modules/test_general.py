@@ -175,7 +175,9 @@ def test_the_likeliest_words_bound_the_divergence_from_below(kept: int, monkeypa
     expected = inside + (0 if kept > 40 else (rest[0] * (rest[0] / rest[1]).log()).sum())
     assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     whole = float(divergence(base, logits.detach()))
-    assert float(found.detach()) <= whole + 1e-5 and (kept < 40 or float(found.detach()) == pytest.approx(whole, rel=1e-5))
+    assert float(found.detach()) <= whole + 1e-5 and (
+        kept < 40 or float(found.detach()) == pytest.approx(whole, rel=1e-5)
+    )
     [gradient] = torch.autograd.grad(found, logits, retain_graph=True)
     [other] = torch.autograd.grad(expected, logits)
     assert torch.allclose(gradient, other, atol=1e-5)

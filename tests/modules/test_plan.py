@@ -6,6 +6,7 @@ import subprocess
 from dataclasses import asdict, fields, replace
 from operator import attrgetter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bitsandbytes as bnb
@@ -18,7 +19,15 @@ from PIL import Image
 from torch import nn
 
 from mllm_keeplora.commands.run import parse_flags
-from mllm_keeplora.config import ConfigError, ModelConfig, ProbeConfig, RunConfig, TowerConfig, TrainConfig
+from mllm_keeplora.config import (
+    ConfigError,
+    GeneralConfig,
+    ModelConfig,
+    ProbeConfig,
+    RunConfig,
+    TowerConfig,
+    TrainConfig,
+)
 from mllm_keeplora.continual.run_stream import run_stream
 from mllm_keeplora.data.collator import ChatCollator
 from mllm_keeplora.methods.base import method_names
@@ -46,7 +55,7 @@ from mllm_keeplora.planning.skeleton import (
     describe_weights,
     sample_shape,
 )
-from mllm_keeplora.planning.text import format_plan
+from mllm_keeplora.planning.text import _general_lines, format_plan
 from mllm_keeplora.probes.gradients import _ThinGradient
 from mllm_keeplora.probes.hooks import hooked
 from mllm_keeplora.units import GB, format_bytes, format_count
@@ -302,6 +311,22 @@ def test_probe_passes_are_the_methods(method: str, bases: Any, media_files: Path
     assert plan.seconds() == pytest.approx(2.0 * learns + 12.0 * bool(passes) + 2 * 2 * 1.5)
     text = format_plan(plan)
     assert ("a probe sample" in text) == (f"{passes} x 4" in text) == bool(passes)
+
+
+@pytest.mark.parametrize(("share", "beside"), [(0.0, 0), (0.2, 4), (0.5, 16), (0.01, 1)])
+def test_general_samples_beside_a_batch_are_planned(share: float, beside: int, bases: Any, media_files: Path) -> None:
+    config = replace(config_of(bases("llava")), general=GeneralConfig(samples="builtin", share=share, budget=0.02))
+    more = replace(
+        config, general=GeneralConfig(), train=replace(config.train, per_device_train_batch_size=16 + beside)
+    )
+    config = replace(config, train=replace(config.train, per_device_train_batch_size=16))
+    batch = ChatCollator(load_base(config.model)[1])(samples(media_files, "image")[:1])
+    found, expected = (memory_of(c, batch, "image").phases()["train"] for c in (config, more))
+    assert found == expected
+    said = f"{beside} beside each 16 of a task's, by kl" if share else "inputs protected; budget 0.02"
+    plan = SimpleNamespace(memory=memory_of(config, batch, "image"))
+    [line] = _general_lines(plan)
+    assert said in line and "budget 0.02 nats a token" in line
 
 
 def test_rates_come_from_stages_at_the_same_pace_alone(tmp_path: Path) -> None:
