@@ -70,9 +70,9 @@ def study(tmp_path: Path, tuned: bool = True) -> Study:
 def test_every_shipped_study_names_runs_that_the_recipe_takes(path: Path) -> None:
     loaded = load_study(path)
     for job in jobs_of(loaded, everything=True):
-        config = config_of(loaded, job.arm, {"train.learning_rate": 1e-3, "seed": job.seed})
-        load_method(config)
         own = loaded.arms[job.arm].get("train.learning_rate", 1e-3)
+        config = config_of(loaded, job.arm, {"train.learning_rate": own, "seed": job.seed})
+        load_method(config)
         assert (config.seed, config.train.learning_rate) == (job.seed, own)
         assert config.train.max_steps == loaded.settings["train.max_steps"]
     directories = {run_directory(loaded, job) for job in jobs_of(loaded, everything=True)}
