@@ -13,10 +13,12 @@ import torch
 from accelerate.logging import get_logger
 from peft import PeftModel
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from mllm_keeplora.config import ConfigError, GeneralConfig, Tower
-from mllm_keeplora.data.collator import ChatCollator, decoded
+from mllm_keeplora.continual.trainer import Joined
+from mllm_keeplora.data.collator import ChatCollator, decoded, join_batches
 from mllm_keeplora.data.conversation import MediaFile, Message, Sample
 from mllm_keeplora.data.preflight import Preflight
 from mllm_keeplora.data.records import load_records, read_records, select_evenly
@@ -35,7 +37,7 @@ from mllm_keeplora.evaluation.answer import greedy_replies
 from mllm_keeplora.linalg.sketch import extend_basis_from_sketch
 from mllm_keeplora.methods.base import Method
 from mllm_keeplora.methods.context import General, RunContext, StageContext
-from mllm_keeplora.modeling.adapters import Factors, Model, adapters_off, without_dropout
+from mllm_keeplora.modeling.adapters import Factors, Model, adapters_off
 from mllm_keeplora.modeling.loss import (
     IGNORED_LABEL,
     TEACHER_WORDS,
@@ -43,7 +45,6 @@ from mllm_keeplora.modeling.loss import (
     as_teacher,
     divergence,
     reply_logits,
-    summed_token_loss,
     supervised_positions,
     teacher_divergence,
 )
@@ -319,33 +320,44 @@ class Distillation:
     on as it would have.
     """
 
-    def __init__(self, stage: StageContext, model: PeftModel) -> None:
-        config, batch = stage.run.config.general, stage.train.per_device_train_batch_size
-        self._stage, self._model, self._config = stage, model, config
+    def __init__(self, stage: StageContext) -> None:
+        self._stage, self._config = stage, stage.run.config.general
         self._general = cast(General, stage.run.general)
-        self._count = config.beside(batch)
+        self._count = self._config.beside(stage.train.per_device_train_batch_size)
         self._collator = ChatCollator(stage.run.processor, None, stage.run.reader)
         self._step, self._forwards = -1, 0
 
-    def __call__(self, step: int) -> Tensor:
-        """weight * the mean over the reply tokens of all processes; differentiable.
+    def __call__(self, batch: Mapping[str, Tensor], step: int) -> Joined:
+        """The batch with general samples behind it, so that one forward pass serves both.
 
         Args:
+            batch: model inputs with labels of the task's own samples.
             step: optimizer steps so far.
+
+        Returns:
+            The joint batch, whose labels leave the general samples out; and a function that gives weight * the mean
+            over the reply tokens of all processes from its logits, [batch, length, vocabulary].
         """
         self._forwards = self._forwards + 1 if step == self._step else 0
         self._step = step
-        drawn, device = self._drawn(step), self._stage.run.device
-        batch = self._stage.run.to_device(self._collator([self._general.learnt[index] for index in drawn]))
-        tokens = supervised_positions(batch["labels"]).sum()
-        # DDP averages the processes' gradients: their number times the own share of the sum gives the mean over all.
-        share = num_processes() / sum_of_all(tokens)
-        with without_dropout(self._model):
-            if self._config.distil == "replies":
-                return self._config.weight * share * summed_token_loss(self._model, batch)
+        drawn, own = self._drawn(step), len(batch["input_ids"])
+        samples = self._stage.run.to_device(self._collator([self._general.learnt[index] for index in drawn]))
+        joined = join_batches(batch, samples, self._stage.run.processor.tokenizer.pad_token_id)
+        labels = joined["labels"][own:].clone()
+        joined["labels"][own:] = IGNORED_LABEL
+        return joined, lambda logits: self._loss(logits[own:], labels, drawn)
+
+    def _loss(self, logits: Tensor, labels: Tensor, drawn: Sequence[int]) -> Tensor:
+        positions = supervised_positions(labels)
+        found = logits[:, :-1][positions].float()
+        if self._config.distil == "replies":
+            loss = cross_entropy(found, labels[:, 1:][positions], reduction="sum")
+        else:
             parts = zip(*(self._general.teacher[index] for index in drawn), strict=True)
-            teacher = Teacher(*(torch.cat(part).to(device) for part in parts))
-            return self._config.weight * share * teacher_divergence(teacher, reply_logits(self._model, batch))
+            loss = teacher_divergence(Teacher(*(torch.cat(part).to(found.device) for part in parts)), found)
+        # DDP averages the processes' gradients: their number times the own share of the sum gives the mean over all.
+        share = num_processes() / sum_of_all(positions.sum())
+        return self._config.weight * share * loss
 
     def _drawn(self, step: int) -> list[int]:
         """Numbers of the samples that the next forward of a step sees."""

@@ -15,7 +15,6 @@ from mllm_keeplora.data.collator import SampleDataset
 from mllm_keeplora.distributed.processes import gather
 from mllm_keeplora.methods.base import Method, Start
 from mllm_keeplora.methods.context import StageContext
-from mllm_keeplora.methods.hooks import with_penalty
 from mllm_keeplora.modeling.adapters import (
     STAGE,
     Factors,
@@ -93,9 +92,6 @@ def _train(stage: StageContext, method: Method, model: Model, start: Start) -> t
     if not start.replaces_past and not torch.equal(before, _first_logits(stage, adapted)):
         raise StageError(f"{stage.name}: attaching the new adapter changed the output although B = 0")
     directory = run.directory.stage(stage.number, stage.task.name)
-    hooks = method.hooks(stage, adapted)
-    if run.config.general.share > 0.0:
-        hooks = with_penalty(hooks, Distillation(stage, adapted))
     with past_in_base(adapted, past) as beside:
         activate(adapted, [*beside, STAGE], STAGE, method.trains)
         account = train_stage(
@@ -109,7 +105,8 @@ def _train(stage: StageContext, method: Method, model: Model, start: Start) -> t
             mixed=len({sample.kinds for sample in stage.samples}) > 1,
             report_to=run.config.report_to,
             device=run.device,
-            hooks=hooks,
+            hooks=method.hooks(stage, adapted),
+            beside=Distillation(stage) if run.config.general.share > 0.0 else None,
         )
     factors = read_factors(adapted, STAGE, list(start.factors))
     detach(adapted)

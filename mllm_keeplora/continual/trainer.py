@@ -18,7 +18,7 @@ import importlib
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,11 @@ class TrainingError(KeepLoRAError, RuntimeError):
     """Training that must not go on."""
 
 
+# The batch with further samples behind it, which the task's loss leaves out, and their own loss of its logits.
+Joined = tuple[dict[str, Tensor], Callable[[Tensor], Tensor]]
+Beside = Callable[[Mapping[str, Tensor], int], Joined]  # given a batch and the steps so far
+
+
 class StageTrainer(Trainer):
     """HF Trainer that checkpoints exactly the trainable parameters.
 
@@ -66,16 +71,27 @@ class StageTrainer(Trainer):
     then fails on the optimizer's group size; hence saving and loading the stage's own parameters.
     """
 
-    def __init__(self, *args: Any, penalty: Callable[[int], Tensor] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, penalty: Callable[[int], Tensor] | None = None, beside: Beside | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self._penalty = penalty
+        self._penalty, self._beside = penalty, beside
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's loss and the method's penalty, which the forwards of one step share."""
-        loss: Any = super().compute_loss(*args, **kwargs)
-        if self._penalty is None:
-            return loss
-        return loss + self._penalty(self.state.global_step) / self.current_gradient_accumulation_steps
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        """The model's loss; beside it the method's penalty, and that of what passes with the batch.
+
+        The forwards of one step share both.
+        """
+        step, more = self.state.global_step, []
+        if self._penalty is not None:
+            more.append(self._penalty(step))
+        if self._beside is None:
+            loss: Any = super().compute_loss(model, inputs, **kwargs)
+        else:
+            joined, loss_of = self._beside(inputs, step)
+            loss, outputs = super().compute_loss(model, joined, return_outputs=True, **kwargs)
+            more.append(loss_of(outputs["logits"]))
+        return loss + sum(more) / self.current_gradient_accumulation_steps if more else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One forward and backward.
@@ -199,6 +215,7 @@ def train_stage(
     report_to: Sequence[str],
     device: torch.device,
     hooks: Hooks = Hooks(),  # noqa: B008 (immutable)
+    beside: Beside | None = None,
 ) -> dict[str, Any]:
     """Trains the model's trainable parameters on one task.
 
@@ -216,6 +233,7 @@ def train_stage(
         report_to: the Trainer's loggers.
         device: where the model lies.
         hooks: what the method adds to each step.
+        beside: what passes through the model together with each batch.
 
     Returns:
         {"steps", "repeated_samples": how many an epoch shows twice, "loss": [[step, mean loss since the last
@@ -239,6 +257,7 @@ def train_stage(
         data_collator=collator,
         callbacks=[FiniteGradients(), *([AfterStep(hooks.after_step)] if hooks.after_step else [])],
         penalty=hooks.penalty,
+        beside=beside,
     )
     # Its lines would only repeat what TensorBoard and the report show.
     trainer.remove_callback(PrinterCallback)

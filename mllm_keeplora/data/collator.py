@@ -1,12 +1,14 @@
 """Samples to model inputs: the model's own chat template, its own processor, answers alone supervised."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.data import Dataset
 from transformers import ProcessorMixin
 
@@ -346,6 +348,29 @@ def _tokenise_answer(processor: ProcessorMixin, segment: Segment, prompt: list[i
 def _tokenise(processor: ProcessorMixin, text: str) -> list[int]:
     ids: list[int] = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
+
+
+# What a batch fills up where its samples differ in length or in the number of their tiles, and with what; a pad token
+# stands in `input_ids`.
+_FILLED = {"attention_mask": 0, "labels": IGNORED_LABEL, "mm_token_type_ids": 0, "pixel_values": 0}
+
+
+def join_batches(first: Mapping[str, Tensor], second: Mapping[str, Tensor], pad_token_id: int) -> dict[str, Tensor]:
+    """The batch that the collator makes of the samples of both, in their order."""
+    filled = {"input_ids": pad_token_id, **_FILLED}
+    joined = {}
+    for key in (*first, *(key for key in second if key not in first)):
+        parts = [batch[key] for batch in (first, second) if key in batch]
+        if key in filled:
+            largest = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+            parts = [_filled(part, largest, filled[key]) for part in parts]
+        joined[key] = torch.cat(parts)
+    return joined
+
+
+def _filled(tensor: Tensor, largest: Sequence[int], value: int) -> Tensor:
+    missing = [most - size for size, most in zip(tensor.shape[1:], largest, strict=True)]
+    return pad(tensor, [n for size in reversed(missing) for n in (0, size)], value=value)
 
 
 def _pad(encoded: Sequence[_EncodedSample], processor: ProcessorMixin, *, left: bool) -> dict[str, torch.Tensor]:

@@ -11,9 +11,3 @@ class Hooks(NamedTuple):
 
     penalty: Callable[[int], Tensor] | None = None  # scalar added to the loss, given the steps so far
     after_step: Callable[[], None] | None = None  # called when the optimizer has moved the factors
-
-
-def with_penalty(hooks: Hooks, penalty: Callable[[int], Tensor]) -> Hooks:
-    """The hooks with one more penalty."""
-    first = hooks.penalty
-    return hooks._replace(penalty=penalty if first is None else lambda step: first(step) + penalty(step))

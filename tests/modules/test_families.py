@@ -18,7 +18,7 @@ from transformers import AutoProcessor, GenerationConfig
 from mllm_keeplora.config import ModelConfig, ProbeConfig, RunConfig, TowerConfig, TrainConfig, VideoConfig
 from mllm_keeplora.continual.run_stream import run_stream
 from mllm_keeplora.continual.saved_run import load_run
-from mllm_keeplora.data.collator import ChatCollator, ProcessorError, prepare_questions
+from mllm_keeplora.data.collator import ChatCollator, ProcessorError, join_batches, prepare_questions
 from mllm_keeplora.data.conversation import MediaFile, Message, Sample
 from mllm_keeplora.data.images import load_image
 from mllm_keeplora.data.video.reader import VideoReader
@@ -84,6 +84,24 @@ def linears_with_gradient(dense: nn.Module) -> dict[str, torch.Tensor]:
         for name, module in dense.named_modules()
         if isinstance(module, nn.Linear) and module.weight.grad is not None and module.weight.grad.any()
     }
+
+
+@pytest.mark.parametrize("family, media", CASES)
+def test_two_batches_join_to_the_one_of_all_their_samples(
+    family: str, media: Media, tiny: Any, media_root: Path
+) -> None:
+    """Equal in every input, for batches of unequal lengths and tiles, and beside text alone."""
+    processor = AutoProcessor.from_pretrained(tiny(family))
+    collator = ChatCollator(processor, None, reader())
+    shown, text = samples(media_root, media), [sample("text", None, (Turn("is it ?", "no"),))]
+    wide = media_root / "wide.png"
+    Image.new("RGB", (160, 40), "red").save(wide)
+    others = [*shown[1:2], *([sample("wide", wide, (Turn("what ?", "red"),))] if media == "image" else [])]
+    for first, second in ((shown[:1], others), (others, shown[:1]), (text, shown[:2]), (shown[:2], text)):
+        joined = join_batches(collator(first), collator(second), processor.tokenizer.pad_token_id)
+        expected = collator([*first, *second])
+        assert joined.keys() == expected.keys()
+        assert all(torch.equal(joined[key], expected[key]) for key in expected), family
 
 
 def test_the_table_and_the_tiny_models_are_the_same_families() -> None:

@@ -142,14 +142,19 @@ def test_distillation_is_the_mean_over_reply_tokens(distil: str, taught: tuple[S
     stage, model = taught
     run = replace(stage.run, config=replace(stage.run.config, general=replace(stage.run.config.general, distil=distil)))
     stage = replace(stage, run=run)
-    found = Distillation(stage, model)(0)
+    batch = run.to_device(stage.collator(stage.samples[:2]))
+    distillation = Distillation(stage)
+    joined, loss_of = distillation(batch, 0)
+    outputs = model(**joined)
+    assert float(outputs.loss.detach()) == pytest.approx(float(model(**batch).loss.detach()), rel=1e-4)  # the task's
+    found = loss_of(outputs.logits)
     total, tokens = 0.0, 0
-    for number in Distillation(stage, model)._drawn(0):
-        batch = run.to_device(ChatCollator(run.processor)([run.general.learnt[number]]))
-        logits = reply_logits(model, batch).log_softmax(-1)
+    for number in Distillation(stage)._drawn(0):
+        alone = run.to_device(ChatCollator(run.processor)([run.general.learnt[number]]))
+        logits = reply_logits(model, alone).log_softmax(-1)
         with torch.no_grad(), adapters_off(model):
-            base = reply_logits(model, batch).log_softmax(-1)
-        labels = batch["labels"][:, 1:]
+            base = reply_logits(model, alone).log_softmax(-1)
+        labels = alone["labels"][:, 1:]
         said = labels[labels != -100]
         if distil == "kl":
             total += float((base.exp() * (base - logits)).detach().sum())
@@ -195,13 +200,13 @@ def test_what_a_step_sees_depends_on_the_step_alone(taught: tuple[StageContext, 
     order = [number for step in range(6) for number in _steps(stage, model, step)]
     known = len(stage.run.general.learnt)
     assert len(set(order[:known])) == known  # all of them before any comes again
-    again = Distillation(stage, model)
+    again = Distillation(stage)
     again._step = 4  # as after a resumption: no step before was seen
     assert again._drawn(4) == order[4 * 2 : 4 * 2 + 2]
 
 
 def _steps(stage: StageContext, model: Any, step: int) -> list[int]:
-    return Distillation(stage, model)._drawn(step)
+    return Distillation(stage)._drawn(step)
 
 
 def test_a_killed_training_goes_on_to_the_same_bits(
