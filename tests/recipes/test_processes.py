@@ -75,6 +75,10 @@ def worker(mixed: Recipe, launcher: list[str], processes: int, job: str, name: s
         "train.save_steps": 0,
         "train.activation_checkpointing": str(name == "fsdp"),
         "probe.batch_size": 8,
+        "general.samples": mixed.data_root / "scenes/general.json",
+        "general.max_samples": 12,
+        "general.share": 0.5,  # 4 samples beside 4, or 2 beside 2 on each of two processes
+        "general.max_new_tokens": 4,
         "train_overrides": '{"digits": {"max_steps": -1}}',
     }
     arguments = (text for key, value in settings.items() for text in (f"--{key}", str(value)))
