@@ -226,10 +226,12 @@ class GeneralConfig:
         eps_g: Share of the energy of every module's inputs over prompts and replies that is protected before the
             first stage (G2), in (0, 1]; None protects none of it.
         columns: Most columns of the sketch that these directions come from, per module.
-        share: Share of general samples in what each training step sees (G3), in [0, 1); the task's own samples
-            stay as many as they are.
-        distil: What they are learnt by: kl (the divergence from the base over its replies) or replies (the
-            cross-entropy of its replies).
+        rehearsed: Training prompts of each past task that are learnt like general ones, by what the model itself
+            answered before the stage; their own answers are not read.
+        share: Share of general and rehearsed samples in what each training step sees (G3), in [0, 1); the task's own
+            samples stay as many as they are.
+        distil: What they are learnt by: kl (the divergence from what the base said over its replies, of rehearsed
+            ones from what the model said before the stage) or replies (the cross-entropy of these).
         weight: Factor of that loss beside the task's.
         budget: Most by which a stage may raise the divergence from the base on held-out prompts, in nats a
             token (G4); the stage's update is scaled down until it keeps to it. None scales nothing.
@@ -241,6 +243,7 @@ class GeneralConfig:
     max_new_tokens: NewTokens = 64
     eps_g: Share | None = 0.95
     columns: Annotated[int, Range(4, 65_536)] = 512
+    rehearsed: Annotated[int, Range(0, 1_000_000)] = 0
     share: Annotated[float, Range(0, 1, "[)")] = 0.0
     distil: Literal["kl", "replies"] = "kl"
     weight: Annotated[float, Range(0, 1_000, "(]")] = 1.0
@@ -249,11 +252,13 @@ class GeneralConfig:
     def __post_init__(self) -> None:
         check_settings(self, "general.")
         _check_paths("general.", self)
-        wanted = [name for name, given in (("share", self.share), ("budget", self.budget)) if given]
+        needing = {"share": self.share if not self.rehearsed else 0, "budget": self.budget}
+        wanted = [name for name, given in needing.items() if given]
         _require(
             self.samples != "none" or not wanted,
             f"general.{' and general.'.join(wanted)} need prompts; set general.samples to builtin or a file",
         )
+        _require(not self.rehearsed or self.share > 0, "general.rehearsed needs a general.share above 0, such as 0.2")
 
     @property
     def given(self) -> bool:

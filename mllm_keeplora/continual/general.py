@@ -36,7 +36,7 @@ from mllm_keeplora.distributed.sharding import fillers
 from mllm_keeplora.evaluation.answer import greedy_replies
 from mllm_keeplora.linalg.sketch import extend_basis_from_sketch
 from mllm_keeplora.methods.base import Method
-from mllm_keeplora.methods.context import General, RunContext, StageContext
+from mllm_keeplora.methods.context import General, Lesson, RunContext, StageContext
 from mllm_keeplora.modeling.adapters import Factors, Model, adapters_off
 from mllm_keeplora.modeling.loss import (
     IGNORED_LABEL,
@@ -61,6 +61,7 @@ from mllm_keeplora.runs.files import (
     sha256_json,
     write_json,
 )
+from mllm_keeplora.runs.record import Outcome, Phase
 
 logger = get_logger(__name__)
 
@@ -176,11 +177,7 @@ def general_samples(run: RunContext, asked: Sequence[Sample], key: str) -> Gener
         ConfigError: a base that answers most of them with nothing.
     """
     replies = _replies(run, asked, key)
-    answered = [
-        Sample(prompt.id, (*prompt.messages, Message("assistant", (reply,))))
-        for prompt, reply in zip(asked, replies, strict=True)
-        if reply
-    ]
+    answered = _answered(asked, replies)
     if len(answered) < HELD_OUT or len(answered) * 2 < len(asked):
         raise ConfigError(
             f"general.samples: the base answers {len(asked) - len(answered)} of {len(asked)} prompts with nothing; it "
@@ -189,29 +186,42 @@ def general_samples(run: RunContext, asked: Sequence[Sample], key: str) -> Gener
     if len(answered) < len(asked):
         logger.warning(f"the base answers {len(asked) - len(answered)} of {len(asked)} general prompts with nothing")
     learnt = [sample for number, sample in enumerate(answered, start=1) if number % HELD_OUT]
-    return General(learnt, answered[HELD_OUT - 1 :: HELD_OUT], [])
+    return General(_lessons(learnt, _teachers(run, learnt, key)), answered[HELD_OUT - 1 :: HELD_OUT])
+
+
+def _answered(asked: Sequence[Sample], replies: Sequence[str]) -> list[Sample]:
+    """The prompts that were answered, with the replies."""
+    return [
+        Sample(prompt.id, (*prompt.messages, Message("assistant", (reply,))))
+        for prompt, reply in zip(asked, replies, strict=True)
+        if reply
+    ]
 
 
 def _replies(run: RunContext, asked: Sequence[Sample], key: str) -> list[str]:
     """The base's reply to every prompt, cached for all runs; the run directory gets a copy that can be read."""
-    config = run.config
     path = _cached(run, key, "replies.json")
     if not from_main(path.exists):
         logger.info(f"the base answers {len(asked)} general prompts")
-        size = config.evaluation.batch_size
-        order = sorted(range(len(asked)), key=lambda i: sum(len(message.text) for message in asked[i].messages))
-        rows = [order[start : start + size] for start in range(0, len(order), size)]
-        own: dict[int, str] = {}
-        for row in tqdm(own_share(rows), "general replies", unit="batch", disable=hide_bar(), leave=False):
-            conversations = [decoded(asked[i].messages, run.reader) for i in row]
-            said = greedy_replies(run.model, run.processor, conversations, config.general.max_new_tokens)
-            own |= dict(zip(row, said, strict=True))
-        every = {i: reply for part in gather(own) for i, reply in part.items()}
-        from_main(lambda: write_json(path, [every[i] for i in range(len(asked))]))
+        said = _ask(run, run.model, asked, run.config.general.max_new_tokens)
+        from_main(lambda: write_json(path, said))
     replies: list[str] = from_main(lambda: read_json(path))
     table = [{"id": s.id, "prompt": s.messages[-1].text, "reply": r} for s, r in zip(asked, replies, strict=True)]
     from_main(lambda: write_json(run.directory.general_replies, table))
     return replies
+
+
+def _ask(run: RunContext, model: Model, asked: Sequence[Sample], new_tokens: int) -> list[str]:
+    """A model's greedy replies, each process its share; the same on all."""
+    size = run.config.evaluation.batch_size
+    order = sorted(range(len(asked)), key=lambda i: sum(len(message.text) for message in asked[i].messages))
+    rows = [order[start : start + size] for start in range(0, len(order), size)]
+    own: dict[int, str] = {}
+    for row in tqdm(own_share(rows), "own replies", unit="batch", disable=hide_bar(), leave=False):
+        conversations = [decoded(asked[i].messages, run.reader) for i in row]
+        own |= dict(zip(row, greedy_replies(model, run.processor, conversations, new_tokens), strict=True))
+    every = {i: reply for part in gather(own) for i, reply in part.items()}
+    return [every[i] for i in range(len(asked))]
 
 
 def _cached(run: RunContext, key: str, name: str, **more: Any) -> Path:
@@ -280,49 +290,83 @@ def _write_bases(
 # --- G3 ---
 
 
-def teachers(run: RunContext, samples: Sequence[Sample], key: str) -> list[Teacher]:
-    """What the base says at the reply tokens of each sample, cached for all runs.
-
-    Args:
-        run: with the bare base.
-        samples: with its replies.
-        key: of base and prompts.
-    """
+def _teachers(run: RunContext, samples: Sequence[Sample], key: str) -> dict[str, Tensor]:
+    """What the base says at the reply tokens of general samples, cached for all runs; nothing where that is unasked."""
+    if not run.config.general.share or run.config.general.distil != "kl":
+        return {}
     path = _cached(run, key, "teacher.safetensors", teacher=[TEACHER_WORDS, [sample.id for sample in samples]])
     if not from_main(path.exists):
-        batches = Batches(run, samples, ChatCollator(run.processor, None, run.reader))
-        own: dict[int, Teacher] = {}
-        with torch.no_grad():
-            for rows, batch in zip_longest(own_share(batches.rows), batches()):
-                said = as_teacher(reply_logits(run.model, batch))
-                if rows is not None:
-                    sizes = supervised_positions(batch["labels"]).sum(1).tolist()
-                    split = zip(*(part.cpu().split(sizes) for part in said), strict=True)
-                    own |= dict(zip(rows, map(Teacher._make, split), strict=True))
-        every = {number: teacher for part in gather(own) for number, teacher in part.items()}
-        from_main(lambda: save_tensors(path, _as_tensors(every)))
-    tensors = load_tensors(path)
-    return [Teacher(*(tensors[f"{number}/{field}"] for field in Teacher._fields)) for number in range(len(samples))]
+        said = _said(run, run.model, samples)
+        from_main(lambda: save_tensors(path, said))
+    return load_tensors(path)
 
 
-def _as_tensors(teachers: Mapping[int, Teacher]) -> dict[str, Tensor]:
-    return {
-        f"{number}/{field}": tensor.contiguous()
-        for number, teacher in teachers.items()
-        for field, tensor in teacher._asdict().items()
-    }
+@torch.no_grad()
+def _said(run: RunContext, model: Model, samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """What a model says at the reply tokens of each sample: `<number>/<field of Teacher>` -> tensor on the CPU."""
+    batches = Batches(run, samples, ChatCollator(run.processor, None, run.reader))
+    own: dict[str, Tensor] = {}
+    model.eval()
+    for rows, batch in zip_longest(own_share(batches.rows), batches()):
+        said = as_teacher(reply_logits(model, batch))
+        if rows is not None:  # else it runs beside other processes
+            sizes = supervised_positions(batch["labels"]).sum(1).tolist()
+            for field, values in said._asdict().items():
+                parts = values.cpu().split(sizes)
+                own |= {f"{number}/{field}": part.clone() for number, part in zip(rows, parts, strict=True)}
+    return {name: tensor for part in gather(own) for name, tensor in part.items()}
+
+
+def _lessons(samples: Sequence[Sample], said: Mapping[str, Tensor]) -> list[Lesson]:
+    """Samples with what was said of each; without, where `said` is empty."""
+    return [
+        Lesson(sample, Teacher(*(said[f"{number}/{field}"] for field in Teacher._fields)) if said else None)
+        for number, sample in enumerate(samples)
+    ]
+
+
+def past_prompts(stage: StageContext) -> list[Sample]:
+    """Prompts of past tasks: `general.rehearsed` training samples of each, evenly spaced, of each one question."""
+    run, prompts = stage.run, []
+    for task in run.stream.tasks[: stage.number - 1]:
+        samples, _ = run.records[task.name]
+        for place, index in enumerate(select_evenly(len(samples), 1.0, run.config.general.rehearsed)):
+            questions = samples[index].questions
+            before, _ = questions[place % len(questions)]
+            prompts.append(Sample(f"{task.name}/{samples[index].id}", before))
+    return prompts
+
+
+def recall(stage: StageContext, model: Model) -> Outcome:
+    """What the model says to prompts of past tasks before the stage changes it.
+
+    Returns:
+        As facts "replies", in the order of `past_prompts`; as tensors what `_said` gives of those with a reply.
+    """
+    run, asked = stage.run, past_prompts(stage)
+    logger.info(f"{stage.name}: the model answers {len(asked)} prompts of past tasks")
+    replies = _ask(run, model, asked, max(task.max_new_tokens for task in run.stream.tasks[: stage.number - 1]))
+    answered = _answered(asked, replies)
+    learns_said = answered and run.config.general.distil == "kl"
+    return Outcome(_said(run, model, answered) if learns_said else None, {"replies": replies})
+
+
+def recalled(stage: StageContext, phase: Phase) -> list[Lesson]:
+    """The lessons of `recall`."""
+    answered = _answered(past_prompts(stage), phase.facts["replies"])
+    return _lessons(answered, phase.tensors if answered and stage.run.config.general.distil == "kl" else {})
 
 
 class Distillation:
-    """The loss on general samples that each step of a stage sees beside the task's own (G3).
+    """General and rehearsed samples that pass beside a task's own in each step of a stage, and their loss (G3).
 
     Which samples a step sees depends on the seed and the step alone, so that a training which was interrupted goes
     on as it would have.
     """
 
-    def __init__(self, stage: StageContext) -> None:
+    def __init__(self, stage: StageContext, lessons: Sequence[Lesson]) -> None:
         self._stage, self._config = stage, stage.run.config.general
-        self._general = cast(General, stage.run.general)
+        self._lessons = lessons
         self._count = self._config.beside(stage.train.per_device_train_batch_size)
         self._collator = ChatCollator(stage.run.processor, None, stage.run.reader)
         self._step, self._forwards = -1, 0
@@ -341,7 +385,7 @@ class Distillation:
         self._forwards = self._forwards + 1 if step == self._step else 0
         self._step = step
         drawn, own = self._drawn(step), len(batch["input_ids"])
-        samples = self._stage.run.to_device(self._collator([self._general.learnt[index] for index in drawn]))
+        samples = self._stage.run.to_device(self._collator([self._lessons[index].sample for index in drawn]))
         joined = join_batches(batch, samples, self._stage.run.processor.tokenizer.pad_token_id)
         labels = joined["labels"][own:].clone()
         joined["labels"][own:] = IGNORED_LABEL
@@ -353,7 +397,7 @@ class Distillation:
         if self._config.distil == "replies":
             loss = cross_entropy(found, labels[:, 1:][positions], reduction="sum")
         else:
-            parts = zip(*(self._general.teacher[index] for index in drawn), strict=True)
+            parts = zip(*(cast(Teacher, self._lessons[index].teacher) for index in drawn), strict=True)
             loss = teacher_divergence(Teacher(*(torch.cat(part).to(found.device) for part in parts)), found)
         # DDP averages the processes' gradients: their number times the own share of the sum gives the mean over all.
         share = num_processes() / sum_of_all(positions.sum())
@@ -367,9 +411,9 @@ class Distillation:
 
     def _sample(self, place: int) -> int:
         """The sample at a place of an endless sequence: one random order of all after another."""
-        epoch, index = divmod(place, len(self._general.learnt))
+        epoch, index = divmod(place, len(self._lessons))
         generator = torch.Generator().manual_seed(self._stage.seed * 1_000_003 + epoch)
-        return int(torch.randperm(len(self._general.learnt), generator=generator)[index])
+        return int(torch.randperm(len(self._lessons), generator=generator)[index])
 
 
 # --- G4 ---

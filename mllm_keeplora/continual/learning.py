@@ -1,7 +1,7 @@
 """How a stage learns: A from the probe (E2-E4), then the factors that training leaves (E5, E6)."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from mllm_keeplora.continual.trainer import train_stage
 from mllm_keeplora.data.collator import SampleDataset
 from mllm_keeplora.distributed.processes import gather
 from mllm_keeplora.methods.base import Method, Start
-from mllm_keeplora.methods.context import StageContext
+from mllm_keeplora.methods.context import Lesson, StageContext
 from mllm_keeplora.modeling.adapters import (
     STAGE,
     Factors,
@@ -38,7 +38,9 @@ def measure_a(stage: StageContext, method: Method, model: Model) -> Outcome:
     return Outcome(method.initial_a(stage, model) if method.learns(stage.number) else None)
 
 
-def learn(stage: StageContext, method: Method, model: Model, lora_a: Mapping[str, Tensor]) -> Outcome:
+def learn(
+    stage: StageContext, method: Method, model: Model, lora_a: Mapping[str, Tensor], lessons: Sequence[Lesson]
+) -> Outcome:
     """Trains the method's factors: B from zero with A frozen for KeepLoRA++ (E6).
 
     Args:
@@ -46,6 +48,7 @@ def learn(stage: StageContext, method: Method, model: Model, lora_a: Mapping[str
         method: how.
         model: the current model; it is left without adapters.
         lora_a: module name -> A [r, in]; empty where the method learns nothing in this stage.
+        lessons: what is learnt beside the task (G3).
 
     Returns:
         `<module>.A` and `<module>.B`, fp32 on the CPU, of the modules that had room for at least one direction;
@@ -57,7 +60,7 @@ def learn(stage: StageContext, method: Method, model: Model, lora_a: Mapping[str
         TrainingError: training diverged.
     """
     if method.learns(stage.number):
-        factors, account = _train(stage, method, model, method.start(stage, lora_a))
+        factors, account = _train(stage, method, model, method.start(stage, lora_a), lessons)
         if not any(b.any() for _, b in factors.values()):
             logger.warning(
                 f"{stage.name} has learnt nothing in {account['steps']} step(s): every B is still 0. A warm-up begins "
@@ -81,7 +84,9 @@ def read_stage_factors(directory: StageDirectory) -> Factors:
     return as_factors(load_tensors(directory.tensors("train")))
 
 
-def _train(stage: StageContext, method: Method, model: Model, start: Start) -> tuple[Factors, dict[str, Any]]:
+def _train(
+    stage: StageContext, method: Method, model: Model, start: Start, lessons: Sequence[Lesson]
+) -> tuple[Factors, dict[str, Any]]:
     if not start.factors:
         raise StageError(f"{stage.name}: no adapted module has residual space left; lower eps_w or eps_f")
     run = stage.run
@@ -106,7 +111,7 @@ def _train(stage: StageContext, method: Method, model: Model, start: Start) -> t
             report_to=run.config.report_to,
             device=run.device,
             hooks=method.hooks(stage, adapted),
-            beside=Distillation(stage) if run.config.general.share > 0.0 else None,
+            beside=Distillation(stage, lessons) if lessons else None,
         )
     factors = read_factors(adapted, STAGE, list(start.factors))
     detach(adapted)

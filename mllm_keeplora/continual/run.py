@@ -10,7 +10,7 @@ from pathlib import Path
 from accelerate.logging import get_logger
 
 from mllm_keeplora.config import ConfigError, RunConfig, config_from_dict
-from mllm_keeplora.continual.general import check_unwatched, general_bases, general_samples, prompts, teachers
+from mllm_keeplora.continual.general import check_unwatched, general_bases, general_samples, prompts
 from mllm_keeplora.continual.history import History
 from mllm_keeplora.continual.learning import read_stage_factors
 from mllm_keeplora.continual.memory import memory_explained
@@ -277,11 +277,9 @@ def _load_context(run: Run) -> RunContext:
 
 
 def _with_general(run: Run, context: RunContext) -> RunContext:
-    """The context with the general samples (G1), what is protected of them (G2), what the base says there (G3)."""
+    """The context with the general samples (G1), and what is protected of them (G2)."""
     key = sha256_json([run.history.base_hash, run.history.general_hash])
     general = general_samples(context, run.history.prompts, key)
-    if context.config.general.share > 0.0 and context.config.general.distil == "kl":
-        general = general._replace(teacher=teachers(context, general.learnt, key))
     protects = run.method.protects_features and context.config.general.eps_g is not None
-    basis = general_bases(context, general.learnt, key) if protects else None
+    basis = general_bases(context, [lesson.sample for lesson in general.learnt], key) if protects else None
     return replace(context, general=general, general_basis=basis)

@@ -11,14 +11,15 @@ from typing import Any
 from accelerate.logging import get_logger
 
 from mllm_keeplora.config import RunConfig
-from mllm_keeplora.continual.general import guard
+from mllm_keeplora.continual.general import guard, recall, recalled
 from mllm_keeplora.continual.history import add_backfill
 from mllm_keeplora.continual.learning import as_factors, learn, measure_a
 from mllm_keeplora.continual.memory import memory_explained
 from mllm_keeplora.continual.run import Run
-from mllm_keeplora.continual.stage import check_no_leakage, counts, evaluate
+from mllm_keeplora.continual.stage import Stage, check_no_leakage, counts, evaluate
 from mllm_keeplora.distributed.processes import from_main, num_processes
-from mllm_keeplora.modeling.adapters import Factors, attach_accumulated, detach
+from mllm_keeplora.methods.context import Lesson, StageContext
+from mllm_keeplora.modeling.adapters import Factors, Model, attach_accumulated, detach
 from mllm_keeplora.runs.files import write_json
 from mllm_keeplora.runs.record import Outcome
 
@@ -46,7 +47,8 @@ def run_stage(run: Run, number: int, past: Factors) -> Factors:
         bases = context.bases  # M: principal subspaces of the weights (E1), features of past tasks (E8)
 
         probe = stage.phase("probe", lambda: measure_a(context, method, model))  # A (E2-E4)
-        train = stage.phase("train", lambda: learn(context, method, model, probe.tensors))  # B (E5, E6)
+        lessons = lessons_of(stage, context, model)  # G3
+        train = stage.phase("train", lambda: learn(context, method, model, probe.tensors, lessons))  # B (E5, E6)
         factors = as_factors(train.tensors)
 
         if run.config.general.budget is not None:
@@ -68,6 +70,15 @@ def run_stage(run: Run, number: int, past: Factors) -> Factors:
         stage.note(modules=rows, counts=counts(context, method, factors, train.facts), loss=train.facts["loss"])
         stage.note(probe_indices=context.probe_indices)
     return past
+
+
+def lessons_of(stage: Stage, context: StageContext, model: Model) -> list[Lesson]:
+    """What the stage learns beside its task: general prompts and those of past tasks, with the model's own replies."""
+    settings, general = context.run.config.general, context.run.general
+    lessons = list(general.learnt) if general is not None and settings.share else []
+    if settings.rehearsed and context.number > 1:
+        lessons += recalled(context, stage.phase("recall", lambda: recall(context, model)))
+    return lessons
 
 
 def run_stream(config: RunConfig) -> dict[str, Any]:

@@ -77,7 +77,9 @@ class StageTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self._penalty, self._beside = penalty, beside
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """The model's loss; beside it the method's penalty, and that of what passes with the batch.
 
         The forwards of one step share both.
@@ -86,10 +88,10 @@ class StageTrainer(Trainer):
         if self._penalty is not None:
             more.append(self._penalty(step))
         if self._beside is None:
-            loss: Any = super().compute_loss(model, inputs, **kwargs)
+            loss: Any = super().compute_loss(model, inputs, False, num_items_in_batch)
         else:
             joined, loss_of = self._beside(inputs, step)
-            loss, outputs = super().compute_loss(model, joined, return_outputs=True, **kwargs)
+            loss, outputs = super().compute_loss(model, joined, True, num_items_in_batch)
             more.append(loss_of(outputs["logits"]))
         return loss + sum(more) / self.current_gradient_accumulation_steps if more else loss
 

@@ -30,18 +30,28 @@ from mllm_keeplora.runs.files import load_tensors
 from mllm_keeplora.runs.run_directory import RunDirectory, StageDirectory
 
 
+class Lesson(NamedTuple):
+    """A sample with a model's own reply, which a stage learns beside its task (G3).
+
+    Attributes:
+        sample: prompt and reply.
+        teacher: what that model said at each token of the reply; None where the reply alone is learnt.
+    """
+
+    sample: Sample
+    teacher: Teacher | None
+
+
 class General(NamedTuple):
     """General samples with the base's own replies (G1).
 
     Attributes:
         learnt: protected and learnt.
         held_out: neither; the budget is kept on them.
-        teacher: what the base says at each reply token of those that are learnt; empty where nothing asks for it.
     """
 
-    learnt: list[Sample]
+    learnt: list[Lesson]
     held_out: list[Sample]
-    teacher: list[Teacher]
 
 
 @dataclass(frozen=True)

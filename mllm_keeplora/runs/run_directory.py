@@ -19,6 +19,7 @@ ADAPTER_HASHES = "hashes.json"
 # What a phase of a stage leaves: `<stem>.safetensors` for tensors, `<stem>.json` for facts.
 PHASE_STEMS = {
     "probe": "lora_a",
+    "recall": "recalled",
     "train": "factors",
     "guard": "guard",
     "protect": "feature_basis",

@@ -58,7 +58,7 @@ Settings = Callable[..., RunConfig]
 @pytest.fixture
 def settings(tiny_llava: Path, stream_file: Path, tmp_path: Path, prompts: Path) -> Settings:
     def make(method: str = "keeplora", **given: Any) -> RunConfig:
-        made = GeneralConfig(samples=str(prompts), max_new_tokens=4, **given)
+        made = GeneralConfig(**{"samples": str(prompts), "max_new_tokens": 4, **given})
         return replace(config(tiny_llava, stream_file, tmp_path, method), general=made)
 
     return make
@@ -96,7 +96,7 @@ def test_an_update_cannot_use_the_energy_of_general_inputs(method: str, settings
         def keep(name: str) -> Callable[..., None]:
             return lambda _, given: inputs[name].append(given[0].detach().reshape(-1, given[0].shape[-1]))
 
-        batches = Batches(run.context, run.context.general.learnt[:1], ChatCollator(run.context.processor))
+        batches = Batches(run.context, [run.context.general.learnt[0].sample], ChatCollator(run.context.processor))
         with torch.no_grad(), hooked(run.context.model, {name: keep(name) for name in factors}, "before"):
             for batch in batches():
                 run.context.model(**{key: value for key, value in batch.items() if key != "labels"})
@@ -121,7 +121,9 @@ def taught(settings: Settings) -> tuple[StageContext, Any]:
 
 def test_the_teacher_is_the_base_and_nothing_else_changes(taught: tuple[StageContext, Any]) -> None:
     stage, model = taught
-    batch = stage.run.to_device(ChatCollator(stage.run.processor)(stage.run.general.learnt[:2]))
+    batch = stage.run.to_device(
+        ChatCollator(stage.run.processor)([lesson.sample for lesson in stage.run.general.learnt[:2]])
+    )
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     with torch.no_grad():
         changed = reply_logits(model, batch)
@@ -143,14 +145,14 @@ def test_distillation_is_the_mean_over_reply_tokens(distil: str, taught: tuple[S
     run = replace(stage.run, config=replace(stage.run.config, general=replace(stage.run.config.general, distil=distil)))
     stage = replace(stage, run=run)
     batch = run.to_device(stage.collator(stage.samples[:2]))
-    distillation = Distillation(stage)
+    distillation = Distillation(stage, stage.run.general.learnt)
     joined, loss_of = distillation(batch, 0)
     outputs = model(**joined)
     assert float(outputs.loss.detach()) == pytest.approx(float(model(**batch).loss.detach()), rel=1e-4)  # the task's
     found = loss_of(outputs.logits)
     total, tokens = 0.0, 0
-    for number in Distillation(stage)._drawn(0):
-        alone = run.to_device(ChatCollator(run.processor)([run.general.learnt[number]]))
+    for number in Distillation(stage, stage.run.general.learnt)._drawn(0):
+        alone = run.to_device(ChatCollator(run.processor)([run.general.learnt[number].sample]))
         logits = reply_logits(model, alone).log_softmax(-1)
         with torch.no_grad(), adapters_off(model):
             base = reply_logits(model, alone).log_softmax(-1)
@@ -200,19 +202,41 @@ def test_what_a_step_sees_depends_on_the_step_alone(taught: tuple[StageContext, 
     order = [number for step in range(6) for number in _steps(stage, model, step)]
     known = len(stage.run.general.learnt)
     assert len(set(order[:known])) == known  # all of them before any comes again
-    again = Distillation(stage)
+    again = Distillation(stage, stage.run.general.learnt)
     again._step = 4  # as after a resumption: no step before was seen
     assert again._drawn(4) == order[4 * 2 : 4 * 2 + 2]
 
 
 def _steps(stage: StageContext, model: Any, step: int) -> list[int]:
-    return Distillation(stage)._drawn(step)
+    return Distillation(stage, stage.run.general.learnt)._drawn(step)
+
+
+@pytest.mark.parametrize("distil", ["kl", "replies"])
+def test_past_tasks_are_rehearsed_by_the_models_own_replies(distil: str, settings: Settings) -> None:
+    """Questions alone are asked, of the model as it was before the stage; what it said is a phase of the stage."""
+    asked = settings(samples="none", rehearsed=3, share=0.5, distil=distil)
+    run_stream(asked)
+    with Run.open(asked) as run:
+        past = run.accumulated(1)
+        stage, model = run.stage_context(2, past), attach_accumulated(run.context.model, past)
+        prompts = general.past_prompts(stage)
+        first, second = (run.directory.stage(n, task.name) for n, task in enumerate(run.stream.tasks, start=1))
+        facts = json.loads(second.facts("recall").read_text())
+        found = general.recall(stage, model)
+        detach(model)
+    assert not first.facts("recall").exists() and first.manifest.exists()
+    assert len(prompts) == len(facts["replies"]) == 3 and {p.messages[-1].role for p in prompts} == {"user"}
+    assert found.facts == facts
+    assert second.tensors("recall").exists() == (distil == "kl")
+    if distil == "kl":
+        written = load_tensors(second.tensors("recall"))
+        assert all(torch.equal(tensor, written[name]) for name, tensor in found.tensors.items())
 
 
 def test_a_killed_training_goes_on_to_the_same_bits(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = settings(eps_g=0.9, share=0.25)
+    asked = settings(eps_g=0.9, share=0.25, rehearsed=2)
     asked = replace(asked, train=replace(asked.train, save_steps=1))
     whole = replace(asked, run_dir=str(tmp_path / "whole"))
     run_stream(whole)
@@ -257,6 +281,8 @@ def test_the_guard_takes_the_largest_update_that_fits(settings: Settings) -> Non
         ({"samples": "none", "share": 0.2}, "general.share need prompts"),
         ({"samples": "none", "budget": 0.2}, "general.budget need prompts"),
         ({"share": 1.0}, "general.share"),
+        ({"rehearsed": 8}, "general.rehearsed needs a general.share above 0"),
+        ({"samples": "none", "rehearsed": 8, "share": 0.2, "budget": 0.1}, "general.budget need prompts"),
         ({"budget": 0.0}, "general.budget"),
         ({"eps_g": 1.5}, "general.eps_g"),
         ({"max_samples": 3}, "general.max_samples"),

@@ -525,7 +525,7 @@ def test_lines_scales_what_was_learnt_not_how(tiny_llava: Path, stream_file: Pat
     for method in ("lora", "lines"):
         stage, run = open_stage(config(tiny_llava, stream_file, tmp_path / method, method))
         start = run.method.initial_a(stage, stage.run.model)
-        learnt[method] = as_factors(learn(stage, run.method, stage.run.model, start).tensors)
+        learnt[method] = as_factors(learn(stage, run.method, stage.run.model, start, []).tensors)
     assert all(torch.equal(learnt["lora"][n][1], learnt["lines"][n][1]) for n in learnt["lora"])
     assert isinstance(run.method, Lines)
     for t in stage.targets:

@@ -65,7 +65,8 @@ def train(
 
     stage.__dict__["collator"] = collate
     FiniteGradients.on_pre_optimizer_step = record  # type: ignore[method-assign]
-    learnt = learn(stage, method, stage.run.model, lora_a)
+    lessons = stage.run.general.learnt if stage.run.general else []
+    learnt = learn(stage, method, stage.run.model, lora_a, lessons)
     FiniteGradients.on_pre_optimizer_step = check  # type: ignore[method-assign]
     for name, (a, b) in as_factors(learnt.tensors).items():
         found |= {f"A/{name}": a, f"B/{name}": b}
