@@ -95,13 +95,19 @@ def _work_lines(plan: Plan) -> Iterator[str]:
 def _general_lines(plan: Plan) -> Iterator[str]:
     config = plan.memory.config
     general, batch = config.general, config.train.per_device_train_batch_size
+    said = []
     if general.given:
-        protected = "" if general.eps_g is None or not plan.memory.method.protects_features else "; inputs protected"
-        learnt = (
-            f"; {general.beside(batch)} beside each {batch} of a task's, by {general.distil}" if general.share else ""
-        )
-        budget = "" if general.budget is None else f"; budget {general.budget:g} nats a token"
-        yield f"  general samples: {general.samples}, at most {general.max_samples}{protected}{learnt}{budget}"
+        said.append(f"{general.samples}, at most {general.max_samples}")
+        if general.eps_g is not None and plan.memory.method.protects_features:
+            said.append("inputs protected")
+    if general.rehearsed:
+        said.append(f"{general.rehearsed} prompts of each past task rehearsed")
+    if general.share:
+        said.append(f"{general.beside(batch)} beside each {batch} of a task's, by {general.distil}")
+    if general.budget is not None:
+        said.append(f"budget {general.budget:g} nats a token")
+    if said:
+        yield f"  general samples: {'; '.join(said)}"
 
 
 def _row(name: str, samples: str, probe: str, epochs: str, steps: str, questions: str) -> str:
