@@ -3,7 +3,7 @@
 import re
 import runpy
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,7 +23,7 @@ from tests.conversations import Turn, ask, sample
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "recipes/configs"
 PATHS = [path for kind in ("vqa", "video") for path in sorted((CONFIGS / kind).glob("*.yaml"))]
-TRUE = [path for path in PATHS if path.stem != "small"]
+TRUE = [path for path in PATHS if not path.stem.startswith("small")]
 HARDWARE = sorted((CONFIGS / "hardware").glob("*.yaml"))
 VICUNA = "recipes/templates/vicuna_v1.jinja"
 SYSTEM = (
@@ -86,6 +86,16 @@ def test_hardware_changes_no_global_batch(path: Path) -> None:
             assert global_batch(changed, processes) == global_batch(plain) == (16 if kind == "video" else 64)
             assert changed.train.learning_rate == plain.train.learning_rate
             assert changed.language == plain.language
+
+
+def test_the_small_recipe_with_general_samples_differs_from_the_default_in_what_it_says() -> None:
+    found, default = (asdict(settings(CONFIGS / f"vqa/{name}.yaml")) for name in ("small_general", "small"))
+    assert {name for name in default if found[name] != default[name]} == {
+        *("run_dir", "method_options", "language", "vision", "general")
+    }
+    for tower in ("language", "vision"):
+        assert found[tower] == {**default[tower], "gamma": 1.0}
+    assert found["method_options"] == {"features_from": "activations"}
 
 
 @pytest.mark.parametrize("path", [p for p in TRUE if p.stem.startswith("llava15")], ids=lambda p: p.stem)
