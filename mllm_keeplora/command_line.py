@@ -25,6 +25,7 @@ from mllm_keeplora.yaml_files import parse_yaml
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 _REQUIRED = "required"
 INTERRUPTED = 130  # the exit status that shells give to Ctrl-C
+_LONGEST_WORD = 200  # of what was given, in a message
 OUTPUT_CLOSED = 141  # and to a command whose output nobody reads any more
 
 # --------------------------------------------------------------------------------------------------
@@ -126,7 +127,8 @@ class OptionParser(argparse.ArgumentParser):
         hint = did_you_mean(found[1], options, "--") if found else ""
         if found and any(option.startswith(f"{found[1]}.") for option in options):
             hint = f" (a group of settings, each --{found[1]}.NAME)"
-        raise ConfigError(f"{message}{hint} ({self.prog} --help lists every option)")
+        said = " ".join(word if len(word) <= _LONGEST_WORD else f"{word[:60]}.." for word in message.split(" "))
+        raise ConfigError(f"{said}{hint} ({self.prog} --help lists every option)")
 
 
 def _default(field: Field[Any]) -> str:

@@ -12,7 +12,7 @@ from mllm_keeplora.command_line import OptionParser
 from mllm_keeplora.errors import ConfigError as ConfigError  # known by this module's name everywhere
 from mllm_keeplora.errors import did_you_mean
 from mllm_keeplora.resources import find
-from mllm_keeplora.settings import Range, build, check_settings, flat_settings, hints_of, typed
+from mllm_keeplora.settings import Range, build, check_settings, flat_settings, hints_of, shown, typed
 from mllm_keeplora.yaml_files import read_yaml
 
 Tower = Literal["vision", "language"]
@@ -55,9 +55,9 @@ def _check_path(name: str, path: str | None) -> None:
         variable = re.search(r"\$\{?[A-Za-z_]", path) and not os.path.exists(path)  # noqa: PTH110 - never raises
         _require(
             not (variable or path.startswith("~")),
-            f"{name} is {path!r}; ~ and variables are not written out here, name the path itself",
+            f"{name} is {shown(path)}; ~ and variables are not written out here, name the path itself",
         )
-        _require(name in _FILES or not os.path.isfile(path), f"{name} is {path!r}, a file; name a folder")  # noqa: PTH113
+        _require(name in _FILES or not os.path.isfile(path), f"{name} is {shown(path)}, a file; name a folder")  # noqa: PTH113
 
 
 @dataclass(frozen=True)
@@ -479,7 +479,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What differs between two sets of settings, one phrase a setting."""
     there, now = flatten(old), flatten(new)
     return [
-        f"{key}: {there.get(key)!r} there, {now.get(key)!r} now"
+        f"{key}: {shown(there.get(key))} there, {shown(now.get(key))} now"
         for key in {**there, **now}
         if there.get(key) != now.get(key)
     ]

@@ -25,7 +25,7 @@ from mllm_keeplora.data.stream import Stream, TaskSpec, load_stream
 from mllm_keeplora.resources import find
 from mllm_keeplora.runs.files import replaced_directory, write_json
 from mllm_keeplora.runs.run_directory import RunDirectory
-from mllm_keeplora.settings import build, flat_settings
+from mllm_keeplora.settings import build, flat_settings, shown
 from mllm_keeplora.yaml_files import read_yaml
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class Study:
 
     def __post_init__(self) -> None:
         if self.reference not in self.default:
-            raise ConfigError(f"reference {self.reference!r} is none of methods: {', '.join(self.default)}")
+            raise ConfigError(f"reference {shown(self.reference)} is none of methods: {', '.join(self.default)}")
         if self.rates and self.tuning is not None:
             raise ConfigError("a study has rates or tuning, not both")
         names = [*self.default, *self.further, *self.ablations]
@@ -104,7 +104,7 @@ class Study:
             raise ConfigError(f"two arms of the study have one name: {', '.join(sorted(twice))}")
         for name in self.candidates:
             if name not in {**self.default, **self.further} or self.tuning is None:
-                raise ConfigError(f"candidates of {name!r}: no method of the study, or a study without tuning")
+                raise ConfigError(f"candidates of {shown(name)}: no method of the study, or a study without tuning")
         for name in ("seeds", "more_seeds"):
             seeds = getattr(self, name)
             if len(set(seeds)) != len(seeds) or len(seeds) < 2:
@@ -166,7 +166,7 @@ def jobs_of(study: Study, everything: bool, only: Sequence[str] = ()) -> list[Jo
         ConfigError: an arm that the study does not have.
     """
     if unknown := [name for name in only if name not in study.arms]:
-        raise ConfigError(f"the study has no arm {unknown[0]!r}; it has {', '.join(study.arms)}")
+        raise ConfigError(f"the study has no arm {shown(unknown[0])}; it has {', '.join(study.arms)}")
     chosen = {*(only or study.default), *(study.arms.keys() - study.default.keys() if everything else ())}
     seeds = {arm: study.seeds if arm in study.default else study.more_seeds for arm in study.arms}
     order = dict.fromkeys([*study.more_seeds, *study.seeds])

@@ -203,7 +203,9 @@ class Stream:
         names = [task.name for task in self.tasks] + [benchmark.name for benchmark in self.general]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
-            raise StreamError(f"the name {repeated[0]!r} is used more than once; give every task and benchmark its own")
+            raise StreamError(
+                f"the name {shown(repeated[0])} is used more than once; give every task and benchmark its own"
+            )
 
     @property
     def specs(self) -> tuple[TaskSpec | GeneralSpec, ...]:
@@ -376,7 +378,9 @@ def _build_stream(document: object, data_root: Path | None) -> Stream:
         raise StreamError("the stream: unknown key 'extracted'")
     root = data_root if data_root is not None else values.get("data_root")
     if not isinstance(root, str | Path) or not str(root):
-        raise StreamError(f"data_root is {root!r}; expected the folder that holds the data, here or in the run YAML")
+        raise StreamError(
+            f"data_root is {shown(root)}; expected the folder that holds the data, here or in the run YAML"
+        )
     return Stream(
         name=values["name"],
         data_root=Path(root),
@@ -469,7 +473,7 @@ def _check_record_file(spec: TaskSpec | GeneralSpec, key: str, value: str | Mapp
     _check_inside(spec, key, value)
     if not value.endswith(RECORD_SUFFIXES):
         raise StreamError(
-            f"{spec.name!r}: {key} is {value!r}; expected a file ending in {' or '.join(RECORD_SUFFIXES)}"
+            f"{spec.name!r}: {key} is {shown(value)}; expected a file ending in {' or '.join(RECORD_SUFFIXES)}"
         )
 
 
@@ -481,7 +485,7 @@ def _check_table(spec: TaskSpec | GeneralSpec, key: str, value: Mapping[str, Any
     if isinstance(columns, Mapping):
         texts += [*columns, *columns.values()]
     if not isinstance(columns, Mapping) or not all(isinstance(text, str) and text for text in texts):
-        raise StreamError(f"{where} is {dict(value)!r}; expected text, and columns as 'our key: its column' lines")
+        raise StreamError(f"{where} is {shown(dict(value))}; expected text, and columns as 'our key: its column' lines")
 
 
 def _check_references(spec: TaskSpec | GeneralSpec) -> None:
@@ -490,14 +494,16 @@ def _check_references(spec: TaskSpec | GeneralSpec) -> None:
     _check_inside(spec, "references", spec.references)
     if PurePath(spec.references).suffix != ".json":
         raise StreamError(
-            f"{spec.name!r}: references is {spec.references!r}; expected a COCO captions file ending in .json"
+            f"{spec.name!r}: references is {shown(spec.references)}; expected a COCO captions file ending in .json"
         )
 
 
 def _check_inside(spec: TaskSpec | GeneralSpec, key: str, value: str) -> None:
     path = PurePath(value)
     if path.is_absolute() or ".." in path.parts:
-        raise StreamError(f"{spec.name!r}: {key} is {value!r}, which leaves the data root; give a path relative to it")
+        raise StreamError(
+            f"{spec.name!r}: {key} is {shown(value)}, which leaves the data root; give a path relative to it"
+        )
 
 
 def _check_files(stream: Stream) -> None:

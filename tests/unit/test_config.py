@@ -170,6 +170,6 @@ def test_nested_settings_differ_by_their_dotted_names() -> None:
     new = {"alpha": 32.0, "train": {"max_steps": 6}, "report_to": ["a"], "seed": 0}
     assert differences(old, new) == [
         "train.max_steps: 5 there, 6 now",
-        "train.optim: 'adamw_torch' there, None now",
-        "seed: None there, 0 now",
+        "train.optim: 'adamw_torch' there, null now",
+        "seed: null there, 0 now",
     ]

@@ -25,7 +25,7 @@ from mllm_keeplora.data.stream import GeneralSpec, StreamError, TaskSpec, load_s
 from mllm_keeplora.errors import ConfigError, KeepLoRAError
 from mllm_keeplora.methods.base import Method, load_method, method_names
 from mllm_keeplora.settings import Range, build, expected, flat_settings, hints_of, typed
-from mllm_keeplora.studies.analysis_config import AnalysisConfig
+from mllm_keeplora.studies.analysis_config import AnalysisConfig, parse_analysis
 from mllm_keeplora.studies.methods import Study
 from mllm_keeplora.yaml_files import LARGEST_FILE, MOST_VALUES, parse_yaml, read_yaml
 
@@ -385,6 +385,29 @@ def test_what_cannot_train_is_said_before_a_run(settings: dict[str, Any], messag
     with pytest.raises(ConfigError, match=f"^train: optim or lr_scheduler_type cannot be used: .*{message}"):
         check_settings(TrainConfig(**settings), torch.device("cpu"))
     check_settings(TrainConfig(), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda path, long: parse_config("", path, [f"run_dir{long}=1"]),
+        lambda path, long: parse_analysis([f"run_dir={long}", long]),
+        lambda path, long: parse_config("", path, ["--run_dir", f"~{long}"]),
+        lambda path, long: load_stream(_written(path, f"name: s\ndata_root: [{long}]\ntasks: []")),
+        lambda path, long: load_stream(_written(path, f"name: s\ntasks: [{{name: a, train: {long}, test: {long}}}]")),
+    ],
+)
+def test_a_message_quotes_no_more_than_the_beginning_of_what_was_given(
+    read: Callable[[Path, str], object], tmp_path: Path
+) -> None:
+    with pytest.raises(KeepLoRAError) as refused:
+        read(_written(tmp_path / "given.yaml", "seed: 1\n"), "a/" * 3000)
+    assert len(str(refused.value)) < 1000
+
+
+def _written(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
 
 
 def test_an_unknown_or_missing_logger_is_said_before_a_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,7 +95,7 @@ def test_the_data_root_may_come_from_elsewhere(load: Callable[..., Stream], data
     data.rename(moved)
     assert load(data_root=moved).data_root == moved
     assert load(lambda d: d.pop("data_root"), data_root=moved).data_root == moved
-    with pytest.raises(StreamError, match="data_root is None; expected the folder"):
+    with pytest.raises(StreamError, match="data_root is null; expected the folder"):
         load(lambda d: d.pop("data_root"))
 
 
