@@ -41,8 +41,7 @@ from noise_run import Noise, NoiseRun, noise_config
 from shapes import Shape, llava_config, random_factors, random_model
 
 from mllm_keeplora.continual.stage import check_no_leakage
-from mllm_keeplora.evaluation.answer import generation_settings
-from mllm_keeplora.evaluation.lmms_model import inference_state
+from mllm_keeplora.evaluation.answer import generation_settings, inference_state
 from mllm_keeplora.linalg.subspace import orthonormal_complement
 from mllm_keeplora.modeling.adapters import ACCUMULATED, STAGE, activate, attach, detach
 from mllm_keeplora.modeling.fused_past import past_in_base

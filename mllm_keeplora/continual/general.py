@@ -33,7 +33,7 @@ from mllm_keeplora.distributed.processes import (
     sum_of_all,
 )
 from mllm_keeplora.distributed.sharding import fillers
-from mllm_keeplora.evaluation.answer import greedy_replies
+from mllm_keeplora.evaluation.answer import greedy_replies, inference_state
 from mllm_keeplora.linalg.sketch import extend_basis_from_sketch
 from mllm_keeplora.methods.base import Method
 from mllm_keeplora.methods.context import General, Lesson, RunContext, StageContext
@@ -216,10 +216,12 @@ def _ask(run: RunContext, model: Model, asked: Sequence[Sample], new_tokens: int
     size = run.config.evaluation.batch_size
     order = sorted(range(len(asked)), key=lambda i: sum(len(message.text) for message in asked[i].messages))
     rows = [order[start : start + size] for start in range(0, len(order), size)]
-    own: dict[int, str] = {}
-    for row in tqdm(own_share(rows), "own replies", unit="batch", disable=hide_bar(), leave=False):
+    shared, own = own_share(rows), dict[int, str]()
+    with_fillers = [*shared, *fillers(model, shared, rows[0])]  # a sharded model answers on all processes or on none
+    for number, row in enumerate(tqdm(with_fillers, "own replies", unit="batch", disable=hide_bar(), leave=False)):
         conversations = [decoded(asked[i].messages, run.reader) for i in row]
-        own |= dict(zip(row, greedy_replies(model, run.processor, conversations, new_tokens), strict=True))
+        said = greedy_replies(model, run.processor, conversations, new_tokens)
+        own |= dict(zip(row, said, strict=True)) if number < len(shared) else {}
     every = {i: reply for part in gather(own) for i, reply in part.items()}
     return [every[i] for i in range(len(asked))]
 
@@ -301,19 +303,18 @@ def _teachers(run: RunContext, samples: Sequence[Sample], key: str) -> dict[str,
     return load_tensors(path)
 
 
-@torch.no_grad()
 def _said(run: RunContext, model: Model, samples: Sequence[Sample]) -> dict[str, Tensor]:
     """What a model says at the reply tokens of each sample: `<number>/<field of Teacher>` -> tensor on the CPU."""
     batches = Batches(run, samples, ChatCollator(run.processor, None, run.reader))
     own: dict[str, Tensor] = {}
-    model.eval()
-    for rows, batch in zip_longest(own_share(batches.rows), batches()):
-        said = as_teacher(reply_logits(model, batch))
-        if rows is not None:  # else it runs beside other processes
-            sizes = supervised_positions(batch["labels"]).sum(1).tolist()
-            for field, values in said._asdict().items():
-                parts = values.cpu().split(sizes)
-                own |= {f"{number}/{field}": part.clone() for number, part in zip(rows, parts, strict=True)}
+    with inference_state(model):
+        for rows, batch in zip_longest(own_share(batches.rows), batches()):
+            said = as_teacher(reply_logits(model, batch))
+            if rows is not None:  # else it runs beside other processes
+                sizes = supervised_positions(batch["labels"]).sum(1).tolist()
+                for field, values in said._asdict().items():
+                    parts = values.cpu().split(sizes)
+                    own |= {f"{number}/{field}": part.clone() for number, part in zip(rows, parts, strict=True)}
     return {name: tensor for part in gather(own) for name, tensor in part.items()}
 
 
@@ -424,8 +425,7 @@ def held_out_divergence(model: Model, batches: Batches) -> float:
     if not isinstance(model, PeftModel):
         return 0.0
     total = torch.zeros(2, dtype=torch.float64)
-    model.eval()
-    with torch.no_grad():
+    with inference_state(model):
         for batch in batches():
             with adapters_off(model):
                 base = reply_logits(model, batch)

@@ -47,7 +47,7 @@ def run_stage(run: Run, number: int, past: Factors) -> Factors:
         bases = context.bases  # M: principal subspaces of the weights (E1), features of past tasks (E8)
 
         probe = stage.phase("probe", lambda: measure_a(context, method, model))  # A (E2-E4)
-        lessons = lessons_of(stage, context, model)  # G3
+        lessons = lessons_of(stage, context, model) if method.learns(number) else []  # G3
         train = stage.phase("train", lambda: learn(context, method, model, probe.tensors, lessons))  # B (E5, E6)
         factors = as_factors(train.tensors)
 

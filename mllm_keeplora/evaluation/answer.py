@@ -29,7 +29,29 @@ class _FiniteLogits(LogitsProcessor):
         return scores
 
 
-@torch.no_grad()
+@contextmanager
+def inference_state(model: torch.nn.Module) -> Iterator[None]:
+    """Puts every module into eval() without gradients and autocast, and puts each training flag back
+    afterwards.
+
+    `torch.no_grad`, not `torch.inference_mode`: the model is trained again afterwards, and tensors made in
+    inference mode may not enter autograd. Autocast is off because it would round the fp32 LoRA path (a fresh
+    process has none either).
+
+    Side effects:
+        The modules' `training` flags, for the duration of the context.
+    """
+    flags = {module: module.training for module in model.modules()}
+    device = next(model.parameters()).device.type
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            yield
+    finally:
+        for module, training in flags.items():
+            module.training = training
+
+
 def answer(
     model: Any,
     processor: Any,
@@ -40,7 +62,7 @@ def answer(
     """Greedy answer to one question about an image, a clip or nothing.
 
     Args:
-        model: in eval mode.
+        model: in any mode, which it is left in.
         processor: the model's.
         question: text of the user's turn.
         shown: what it is about.
@@ -54,11 +76,12 @@ def answer(
     return greedy_replies(model, processor, [[Message("user", parts)]], max_new_tokens)[0]
 
 
-@torch.no_grad()
 def greedy_replies(
     model: Any, processor: Any, conversations: Sequence[Sequence[Message]], max_new_tokens: int
 ) -> list[str]:
     """Greedy replies to conversations that each end with a question; images and clips are decoded.
+
+    The model may be in training mode, where checkpointing would leave the cache out; it is left in that.
 
     Raises:
         ProcessorError: a question that cannot be asked this model.
@@ -66,7 +89,8 @@ def greedy_replies(
     """
     form = chat_form(processor)
     inputs = prepare_questions(processor, conversations, model.device, form)
-    return [reply.strip() for reply in generate_replies(model, processor, form, inputs, max_new_tokens)]
+    with inference_state(model):
+        return [reply.strip() for reply in generate_replies(model, processor, form, inputs, max_new_tokens)]
 
 
 def generate_replies(

@@ -27,7 +27,7 @@ from mllm_keeplora.data.conversation import Message, Part, Role
 from mllm_keeplora.data.images import load_image
 from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.distributed.sharding import fillers
-from mllm_keeplora.evaluation.answer import generate_replies
+from mllm_keeplora.evaluation.answer import generate_replies, inference_state
 from mllm_keeplora.evaluation.errors import EvaluationError
 from mllm_keeplora.runs.run_directory import ADAPTER_HASHES
 
@@ -52,29 +52,6 @@ class _Decoding(NamedTuple):
 
     max_new_tokens: int
     until: tuple[str, ...]
-
-
-@contextmanager
-def inference_state(model: torch.nn.Module) -> Iterator[None]:
-    """Puts every module into eval() without gradients and autocast, and puts each training flag back
-    afterwards.
-
-    `torch.no_grad`, not `torch.inference_mode`: the model is trained again afterwards, and tensors made in
-    inference mode may not enter autograd. Autocast is off because it would round the fp32 LoRA path (a fresh
-    process has none either).
-
-    Side effects:
-        The modules' `training` flags, for the duration of the context.
-    """
-    flags = {module: module.training for module in model.modules()}
-    device = next(model.parameters()).device.type
-    model.eval()
-    try:
-        with torch.no_grad(), torch.autocast(device, enabled=False):
-            yield
-    finally:
-        for module, training in flags.items():
-            module.training = training
 
 
 @contextmanager

@@ -206,3 +206,20 @@ def test_logits_that_are_no_numbers_are_no_answer(live: tuple[Any, Any], value: 
     finally:
         layer.weight.data = kept
     assert len(greedy_replies(model, processor, [ask("what", None)], 2)) == 1
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "llava_next_video"])
+def test_a_model_in_training_answers_as_it_does_after_it(family: str, checkpointing: bool, tmp_path: Path) -> None:
+    """With checkpointing its layers would keep no cache; the mode stays as it was."""
+    save_tiny(family, tmp_path)
+    model, processor = load_base(model_config(tmp_path, "none"))
+    model.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=0)
+    asked = [ask(question, None) for question in ("what is this ?", "is this red ?")]
+    expected = greedy_replies(model, processor, asked, 8)
+    if checkpointing:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    assert greedy_replies(model, processor, asked, 8) == expected
+    assert all(module.training for module in model.modules())
+    assert max(len(reply.split()) for reply in expected) > 1

@@ -39,8 +39,9 @@ from mllm_keeplora.data.stream import GeneralSpec, Stream, TaskSpec
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.eval import leaderboard
 from mllm_keeplora.evaluation import lmms_model
+from mllm_keeplora.evaluation.answer import inference_state
 from mllm_keeplora.evaluation.errors import EvaluationError
-from mllm_keeplora.evaluation.lmms_model import KeepLoRAModel, inference_state
+from mllm_keeplora.evaluation.lmms_model import KeepLoRAModel
 from mllm_keeplora.evaluation.score import evaluate_row
 from mllm_keeplora.evaluation.task_files import read_index, write_task_files
 from mllm_keeplora.modeling.loading import base_model_hash, load_base

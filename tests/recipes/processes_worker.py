@@ -16,6 +16,7 @@ import torch
 
 from mllm_keeplora.command_line import command
 from mllm_keeplora.config import RunConfig, parse_config
+from mllm_keeplora.continual.general import recall
 from mllm_keeplora.continual.learning import as_factors, learn
 from mllm_keeplora.continual.run import Run
 from mllm_keeplora.continual.stage import StageError
@@ -84,6 +85,7 @@ def compare(config: RunConfig, out: Path) -> None:
         trained, seen = train(stage, method, shared)
         found |= trained | {f"own_A/{name}": a for name, a in own.items()}
         _, seen["uneven"] = train(uneven, method, shared)
+        seen["recalled"] = recall(uneven, context.model).facts
         for limit in LIMITS:
             folder = Path(config.run_dir) / f"limit_{limit}"
             ask = partial(evaluate_row, context.model, context.processor, run.stream, run.directory.task_files)

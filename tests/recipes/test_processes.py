@@ -79,6 +79,7 @@ def worker(mixed: Recipe, launcher: list[str], processes: int, job: str, name: s
         "general.max_samples": 12,
         "general.share": 0.5,  # 4 samples beside 4, or 2 beside 2 on each of two processes
         "general.max_new_tokens": 4,
+        "general.rehearsed": 5,  # one batch: the second process has none
         "train_overrides": '{"digits": {"max_steps": -1}}',
     }
     arguments = (text for key, value in settings.items() for text in (f"--{key}", str(value)))
@@ -167,6 +168,12 @@ def test_processes_hold_the_same_bits(two: Compared) -> None:
     assert first.keys() == second.keys()
     assert {key.split("/")[0] for key in first} >= {"own_A", "B", "basis"}
     assert all(torch.equal(second[key], tensor) for key, tensor in first.items())
+
+
+def test_prompts_of_past_tasks_get_the_same_replies(one: Compared, two: Compared) -> None:
+    """Also where a process has none of them to ask."""
+    assert two.seen[0]["recalled"] == two.seen[1]["recalled"] == one.seen[0]["recalled"]
+    assert len(one.seen[0]["recalled"]["replies"]) == 5
 
 
 @pytest.mark.parametrize("limit", [7, 1])
