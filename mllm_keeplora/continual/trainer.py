@@ -82,7 +82,7 @@ class StageTrainer(Trainer):
     ) -> Any:
         """The model's loss; beside it the method's penalty, and that of what passes with the batch.
 
-        The forwards of one step share both.
+        The forwards of one step share both. Training calls it, and asks for no outputs.
         """
         step, more = self.state.global_step, []
         if self._penalty is not None:
