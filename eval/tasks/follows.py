@@ -19,7 +19,7 @@ def _lines(reply: str) -> list[str]:
 def _has_keys(reply: str, keys: list[str]) -> bool:
     try:
         found = json.loads(re.sub(r"^```(?:json)?|```$", "", reply.strip()))
-    except ValueError:
+    except (ValueError, RecursionError):  # no JSON, or nested beyond all measure
         return False
     return isinstance(found, dict) and set(keys) <= set(found)
 

@@ -1,7 +1,7 @@
 """The real small model: what comes along without its packages, and with them the base and the stream's data."""
 
 import json
-import logging
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from safetensors import safe_open
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from mllm_keeplora.config import ConfigError, parse_config
-from mllm_keeplora.data.stream import load_stream
 from mllm_keeplora.recipes.small import streams
 from mllm_keeplora.recipes.small.build_vqa_data import generator
 from mllm_keeplora.recipes.small.smollm2 import build_base, build_data
@@ -124,8 +123,8 @@ def test_no_test_question_is_taught(task: str) -> None:
 
 def who_and_what(question: str) -> tuple[str, str]:
     """Of a question about a person: the name, and what is asked."""
-    [what] = [what for what in build_data.VALUES if what in question.replace("'s", "").rstrip("?.").split()]
-    words = question.replace("'s", "").replace("?", "").replace(".", "").split()
+    words = re.findall(r"[A-Za-z]+", question)
+    [what] = [word for word in words if word in build_data.VALUES]
     [name] = [
         word for word in words if word.startswith(build_data.SYLLABLES[0]) and word.endswith(build_data.SYLLABLES[1])
     ]
