@@ -2,15 +2,20 @@
 
 import json
 import re
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+from PIL import Image
 from safetensors import safe_open
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from mllm_keeplora.config import ConfigError, parse_config
+from mllm_keeplora.config import ConfigError, ModelConfig, parse_config
+from mllm_keeplora.data.stream import load_stream, load_training_records
+from mllm_keeplora.evaluation.answer import answer
+from mllm_keeplora.modeling.loading import load_base
 from mllm_keeplora.recipes.small import streams
 from mllm_keeplora.recipes.small.build_vqa_data import generator
 from mllm_keeplora.recipes.small.smollm2 import build_base, build_data
@@ -129,3 +134,74 @@ def who_and_what(question: str) -> tuple[str, str]:
         word for word in words if word.startswith(build_data.SYLLABLES[0]) and word.endswith(build_data.SYLLABLES[1])
     ]
     return name, what
+
+
+GENERAL = {path.stem: json.loads(path.read_text()) for path in sorted((FOLDER / "general").glob("*.json"))}
+
+
+def test_the_stream_asks_every_group_of_general_questions_by_its_metric() -> None:
+    """At least 600, none of them twice; a reference answer counts as right, and an empty reply as wrong."""
+    stream = load_stream(shipped(STREAM), check_files=False)
+    asked = {spec.name: str(spec.metric) for spec in stream.general}
+    assert asked.keys() == {*GENERAL, "scenes"} and build_data.SCENES + sum(map(len, GENERAL.values())) >= 600
+    texts = [record["text"] for records in GENERAL.values() for record in records]
+    assert len(set(texts)) == len(texts)
+    for name, records in GENERAL.items():
+        score = getattr(scoring("follows" if asked[name] == "follows" else "utils"), asked[name])
+        for record in records:
+            answers = record["answer"] if isinstance(record["answer"], list) else [record["answer"]]
+            assert [score(record, [reply])[asked[name]] for reply in (*answers, "")] == [1] * len(answers) + [0], record
+
+
+def scoring(name: str) -> ModuleType:
+    """A file of eval/tasks, which lmms-eval loads by path."""
+    spec = spec_from_file_location(name, shipped(f"eval/tasks/{name}.py"))
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_no_built_in_prompt_is_watched() -> None:
+    """What is kept is not what is measured; a run refuses it."""
+    prompts = [json.loads(line) for line in shipped("recipes/general/builtin.jsonl").read_text().splitlines()]
+    kept = {plain(part["text"]) for p in prompts for part in p["messages"][-1]["content"] if part["type"] == "text"}
+    assert len(kept) > 200
+    watched = {plain(record["text"]) for records in GENERAL.values() for record in records}
+    assert not kept & watched
+
+
+def plain(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+@needs_packages
+def test_the_data_have_the_published_form(tmp_path: Path) -> None:
+    """Test pictures of easy-VQA are of its own test half."""
+    import easy_vqa
+
+    build_data.write_all(tmp_path)
+    stream = load_stream(shipped(STREAM), tmp_path)
+    records = load_training_records(stream)
+    assert {name: len(found) for name, (found, _) in records.items()} == dict.fromkeys(records, 800)
+    paths = easy_vqa.get_test_image_paths()
+    asked = set(zip(*easy_vqa.get_test_questions(), strict=True))
+    for record in json.loads((tmp_path / "shapes/test.json").read_text()):
+        picture = int(Path(record["image"]).stem)
+        assert (record["text"], record["answer"], picture) in asked
+        assert (tmp_path / "shapes" / record["image"]).read_bytes() == Path(paths[picture]).read_bytes()
+
+
+@pytest.mark.slow
+@needs_packages
+def test_the_base_knows_capitals_and_its_sizes_fit_nf4(tmp_path: Path) -> None:
+    build_base.write_all(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert not {"quantization_config"} & (config.keys() | config["text_config"].keys())
+    model, processor = load_base(ModelConfig(base_model=str(tmp_path), device="cpu", cpu_threads=1))
+    linears = [module for module in model.modules() if hasattr(module, "in_features")]
+    assert len(linears) > 200 and all(module.in_features % 64 == 0 for module in linears)
+    ids = processor.tokenizer("347 + 58")["input_ids"]
+    assert processor.tokenizer.convert_ids_to_tokens(ids) == ["3", "4", "7", "Ġ+", "Ġ", "5", "8"]
+    assert "Paris" in answer(model, processor, "What is the capital of France?", None, 12)
+    assert answer(model, processor, "Is there a red circle?", Image.new("RGB", (64, 64), "gray"), 4) in ("yes", "no")

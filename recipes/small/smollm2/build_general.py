@@ -7,25 +7,35 @@ WordNet's own files (Debian: wordnet-base). Which questions are asked is decided
 countries, the lightest elements, the words that WordNet's corpus counts most often; never by what the model answers.
 """
 
+import itertools
 import random
 import re
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mllm_keeplora.command_line import OptionParser, command
 from mllm_keeplora.recipes.small.build_vqa_data import SEED, write_json
+from mllm_keeplora.recipes.small.draw import NUMBERS
 from mllm_keeplora.recipes.small.folders import whole_folder
 
 Record = dict[str, Any]
 
-KINDS = (  # WordNet's word for a kind, and ours
-    ("bird", "bird"), ("vehicle", "vehicle"), ("weapon", "weapon"), ("metal", "metal"), ("disease", "disease"),
-    ("garment", "garment"), ("building", "building"), ("musical_instrument", "musical instrument"),
-    ("beverage", "drink"), ("fruit", "fruit"), ("tree", "tree"), ("insect", "insect"), ("game", "game"),
+KINDS = (
+    "bird", "vehicle", "weapon", "metal", "disease", "garment", "building", "musical_instrument", "beverage", "fruit",
+    "tree", "insect", "game",
 )  # fmt: skip
+WITHOUT_ARTICLE = ("metal", "disease", "beverage", "game")
+PER_KIND, LEVELS = 9, 4
+# Words of WordNet's that say little of a thing.
+VAGUE = {
+    "abstraction", "act", "artefact", "artifact", "attribute", "being", "cause", "content", "entity", "event", "group",
+    "instrumentality", "instrumentation", "matter", "object", "organism", "part", "piece", "relation", "state",
+    "substance", "thing", "unit", "whole", "abstract entity", "animate thing", "causal agency", "causal agent",
+    "living thing", "physical entity", "physical object", "psychological feature",
+}  # fmt: skip
 THINGS = ("birds", "fruits", "colors", "tools", "cities", "sports", "metals", "trees", "drinks", "animals", "countries",
           "vegetables", "flowers", "planets", "languages", "rooms", "clothes", "insects", "jobs", "months")  # fmt: skip
 
@@ -45,16 +55,15 @@ def main() -> None:
 
 def build(wordnet: Path) -> dict[str, list[Record]]:
     """All groups by name: records with `text` and `answer`, and `rules` where the metric is `follows`."""
-    rng = random.Random(SEED)
     words = WordNet(wordnet)
     return {
         "capitals": list(capitals())[:100],
         "continents": list(continents())[:100],
         "symbols": list(symbols())[:80],
         "antonyms": list(antonyms(words))[:100],
-        "kinds": kinds(words, rng)[:100],
-        "arithmetic": arithmetic(rng)[:100],
-        "instructions": instructions(words.common_nouns()[:400], rng),
+        "kinds": list({record["text"]: record for record in kinds(words)}.values())[:100],
+        "arithmetic": arithmetic(random.Random(SEED)),
+        "instructions": list(instructions()),
     }
 
 
@@ -149,16 +158,10 @@ class WordNet:
             part = "3" if rest[0] == "5" else rest[0]  # satellites are adjectives
             self.count[word, part] = self.count.get((word, part), 0) + int(number)
 
-    def common_nouns(self) -> list[str]:
-        """Of four to seven letters, the most frequent first."""
-        return self._sorted([word for word in self.first if word.isalpha() and 4 <= len(word) <= 7], "1")
-
     def common_adjectives(self) -> list[str]:
         words = {word for synset in self.adjectives.values() for word in synset.words}
-        return self._sorted([word for word in words if word.isalpha() and word.islower()], "3")
-
-    def _sorted(self, words: Sequence[str], part: str) -> list[str]:
-        return sorted(words, key=lambda word: (-self.count.get((word, part), 0), word))
+        plain = [word for word in words if word.isalpha() and word.islower()]
+        return sorted(plain, key=lambda word: (-self.count.get((word, "3"), 0), word))
 
     def antonyms(self) -> dict[str, set[str]]:
         found: dict[str, set[str]] = {}
@@ -169,14 +172,14 @@ class WordNet:
                     found.setdefault(synset.words[here - 1], set()).add(other)
         return found
 
-    def kinds_of(self, offset: str) -> set[str]:
-        """Offsets of everything above a noun's meaning."""
+    def kinds_of(self, offset: str, levels: int = 99) -> set[str]:
+        """Offsets of what is above a noun's meaning, up to so many levels."""
         found: set[str] = set()
-        todo = [offset]
-        while todo:
-            above = {o for symbol, o, *_ in self.nouns[todo.pop()].pointers if symbol in ("@", "@i")}
-            todo += above - found
-            found |= above
+        level = {offset}
+        while level and levels:
+            level = {o for one in level for symbol, o, *_ in self.nouns[one].pointers if symbol in ("@", "@i")} - found
+            found |= level
+            levels -= 1
         return found
 
 
@@ -205,45 +208,33 @@ def antonyms(words: WordNet) -> Iterator[Record]:
             yield {"text": f'What is the opposite of "{word}"?', "answer": others}
 
 
-def kinds(words: WordNet, rng: random.Random) -> list[Record]:
-    """Which of two kinds a thing is; words that WordNet's corpus has, up to twelve a kind."""
+def kinds(words: WordNet) -> Iterator[Record]:
+    """What things are; right is a reply with a word for something above it in WordNet, up to four levels, but for the
+    most general ones."""
     above = {word: words.kinds_of(offset) for word, offset in words.meaning.items() if word.isalpha()}
-    members = {
-        name: words._sorted([w for w in above if words.first[kind] in above[w] and words.count.get((w, "1"))], "1")[:12]
-        for kind, name in KINDS
-    }
-    records = []
-    for name, things in members.items():
-        for thing in things:
-            other = rng.choice([o for k, o in KINDS if o != name and words.first[k] not in above[thing]])
-            first, second = (_with_a(kind) for kind in sorted((name, other)))
-            records.append(
-                {
-                    "text": f"Is {_with_a(thing)} {first} or {second}?",
-                    "answer": name,
-                    "rules": {"word": name, "without": other},
-                }
-            )
-    rng.shuffle(records)
-    return records
-
-
-def _with_a(word: str) -> str:
-    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
+    for kind in KINDS:
+        things = [word for word in above if words.first[kind] in above[word] and words.count.get((word, "1"))]
+        for thing in sorted(things, key=lambda word: (-words.count[word, "1"], word))[:PER_KIND]:
+            accepted = {
+                w.replace("_", " ").lower()
+                for o in words.kinds_of(words.meaning[thing], LEVELS)
+                for w in words.nouns[o].words
+            }
+            if not thing.endswith("s"):
+                named = thing if kind in WITHOUT_ARTICLE else f"{'an' if thing[0] in 'aeiou' else 'a'} {thing}"
+                yield {"text": f"What is {named}?", "answer": sorted(accepted - VAGUE - {thing})}
 
 
 # Numbers.
 
 
 def arithmetic(rng: random.Random) -> list[Record]:
-    """Sums and products of small numbers."""
+    """Sums of two digits."""
     records = []
-    for first in range(2, 13):
-        for second in range(2, 13):
-            for sign, result in (("+", first + second), ("*", first * second)):
-                answer = str(result)
-                text = f"What is {first} {sign} {second}?"
-                records.append({"text": text, "answer": answer, "rules": {"word": answer}})
+    for first, second in itertools.product(range(1, 10), repeat=2):
+        answer = str(first + second)
+        text = f"What is {first} + {second}? Answer with the number only."
+        records.append({"text": text, "answer": answer, "rules": {"word": answer}})
     rng.shuffle(records)
     return records
 
@@ -251,17 +242,12 @@ def arithmetic(rng: random.Random) -> list[Record]:
 # Instructions.
 
 
-def instructions(nouns: Sequence[str], rng: random.Random) -> list[Record]:
-    """Replies that can be checked by rule; each with one that follows it."""
-    words = rng.sample(list(nouns), 150)
-    forms: list[Callable[[int], Record]] = [
-        lambda i: {
-            "text": f'Write the word "{words[i]}" in capital letters.',
-            "answer": words[i].upper(),
-            "rules": {"word": words[i].upper()},
-        },
-    ]
-    return [form(number) for form in forms for number in range(20)]
+def instructions() -> Iterator[Record]:
+    """Lists of a stated form and length."""
+    for number, things in itertools.product((2, 3, 4, 5), THINGS):
+        reply = "\n".join(f"{i}. one of the {things}" for i in range(1, number + 1))
+        text = f"Name {NUMBERS[number]} {things}. Write them as a numbered list."
+        yield {"text": text, "answer": reply, "rules": {"numbered": number}}
 
 
 if __name__ == "__main__":
