@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 from safetensors import safe_open
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -16,7 +16,7 @@ from mllm_keeplora.config import ConfigError, ModelConfig, parse_config
 from mllm_keeplora.data.stream import load_stream, load_training_records
 from mllm_keeplora.evaluation.answer import answer
 from mllm_keeplora.modeling.loading import load_base
-from mllm_keeplora.recipes.small import streams
+from mllm_keeplora.recipes.small import draw, streams
 from mllm_keeplora.recipes.small.build_vqa_data import generator
 from mllm_keeplora.recipes.small.smollm2 import build_base, build_data
 from mllm_keeplora.resources import shipped
@@ -204,4 +204,6 @@ def test_the_base_knows_capitals_and_its_sizes_fit_nf4(tmp_path: Path) -> None:
     ids = processor.tokenizer("347 + 58")["input_ids"]
     assert processor.tokenizer.convert_ids_to_tokens(ids) == ["3", "4", "7", "Ġ+", "Ġ", "5", "8"]
     assert "Paris" in answer(model, processor, "What is the capital of France?", None, 12)
-    assert answer(model, processor, "Is there a red circle?", Image.new("RGB", (64, 64), "gray"), 4) in ("yes", "no")
+    picture = Image.new("RGB", (64, 64), "gray")
+    ImageDraw.Draw(picture).ellipse((18, 18, 29, 29), fill=draw.COLORS["red"])
+    assert answer(model, processor, "What color is the circle?", picture, 4) in draw.COLORS

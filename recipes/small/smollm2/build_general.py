@@ -119,11 +119,11 @@ def _with_article(country: str) -> str:
 
 
 def symbols() -> Iterator[Record]:
-    """By atomic number."""
+    """By atomic number; not of tin, which is among the built-in general prompts."""
     import periodictable
 
     for element in periodictable.elements:
-        if element.number > 0:
+        if element.number > 0 and element.name != "tin":
             yield {
                 "text": f"What is the chemical symbol of {element.name}?",
                 "answer": element.symbol,
