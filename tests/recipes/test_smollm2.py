@@ -201,6 +201,7 @@ def test_the_base_knows_capitals_and_its_sizes_fit_nf4(tmp_path: Path) -> None:
     model, processor = load_base(ModelConfig(base_model=str(tmp_path), device="cpu", cpu_threads=1))
     linears = [module for module in model.modules() if hasattr(module, "in_features")]
     assert len(linears) > 200 and all(module.in_features % 64 == 0 for module in linears)
+    assert processor.tokenizer.padding_side == "left", "or short questions of a batch are answered with nothing"
     ids = processor.tokenizer("347 + 58")["input_ids"]
     assert processor.tokenizer.convert_ids_to_tokens(ids) == ["3", "4", "7", "Ġ+", "Ġ", "5", "8"]
     assert "Paris" in answer(model, processor, "What is the capital of France?", None, 12)

