@@ -4,8 +4,7 @@
 
     <out>/{shapes,digits}/{train.json,test.json,images/{train,test}/*.png}     pictures
     <out>/{commands,dates,guilds}/{train.json,test.json}                       text alone
-    <out>/scenes/{test.json,images/test/*.png}                                 general: drawn scenes
-    <out>/{capitals,...}/test.json                                             general: text, from `general/` here
+    <out>/{capitals,...}/test.json                                             general questions, from `general/` here
 
 - shapes: easy-VQA, training and test half as published, in its own words;
 - digits: scikit-learn's handwritten digits;
@@ -43,7 +42,6 @@ from mllm_keeplora.recipes.small.smollm2.build_base import check_packages
 GENERAL = Path(__file__).parent / "general"
 TRAIN_RECORDS = 800  # a task
 TEST_QUESTIONS = 200  # a task
-SCENES = 100
 
 ROOMS = ("kitchen", "hall", "bath", "cellar", "attic", "garage", "office", "bedroom", "nursery", "porch")
 DEVICES = ("lamp", "fan", "heater", "radio", "blind", "oven", "pump", "alarm", "screen", "vent")
@@ -83,7 +81,6 @@ def write_all(root: Path, seed: int = SEED) -> None:
     _write_shapes(root / "shapes", seed)
     _write_drawings(root / "digits", "train", digit_drawer(draw.digit, seed, 0), TRAIN_RECORDS, seed)
     _write_drawings(root / "digits", "test", digit_drawer(draw.digit, seed, TRAIN_RECORDS), TEST_QUESTIONS, seed)
-    _write_drawings(root / "scenes", "test", lambda rng, _: draw.scene(rng)[0], SCENES, seed)
     for name, task in (("commands", commands), ("dates", dates), ("guilds", guilds)):
         (root / name).mkdir()
         for half, records in zip(("train", "test"), task(generator(seed, name)), strict=True):

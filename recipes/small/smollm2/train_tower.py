@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -79,7 +79,7 @@ class Picture(NamedTuple):
     pixels: Pixels
     colors: NDArray[np.int64]
     shapes: NDArray[np.int64]
-    count: int
+    objects: int
     questions: list[Question]
 
 
@@ -179,7 +179,7 @@ def _tensors(pictures: list[Picture]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     pixels = torch.from_numpy(np.stack([picture.pixels for picture in pictures]))
     colors = torch.from_numpy(np.stack([picture.colors for picture in pictures]))
     shapes = torch.from_numpy(np.stack([picture.shapes for picture in pictures]))
-    counts = torch.tensor([picture.count for picture in pictures])
+    counts = torch.tensor([picture.objects for picture in pictures])
     return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1, colors, shapes, counts
 
 
@@ -220,7 +220,8 @@ def name(
     rows, columns = torch.arange(CELLS) // draw.GRID * 2 // draw.GRID, torch.arange(CELLS) % draw.GRID * 2 // draw.GRID
     place = vertical[rows] + horizontal[columns]  # [16, width]
     scale = color.std()
-    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
+    tower: Any = model.model.vision_tower
+    projector: Any = model.model.multi_modal_projector
     parameters = [*tower.parameters(), *projector.parameters()]
     linears = common.quantised_linears(tower)
     steps = common.steps(
@@ -250,7 +251,7 @@ class Conversations:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, processor: transformers.LlavaProcessor) -> None:
         self.tokenizer = tokenizer
-        content = [{"type": "image"}, {"type": "text", "text": "?"}]
+        content: Any = [{"type": "image"}, {"type": "text", "text": "?"}]
         whole = processor.apply_chat_template([{"role": "user", "content": content}])
         self.before = whole[: whole.index(build_base.IMAGE_TOKEN)]
         self.cache: dict[str, list[int]] = {}
@@ -285,7 +286,8 @@ def answer(
 ) -> None:
     """Phase 3. What comes before the picture is the same for all, so its keys and values are computed once."""
     model.requires_grad_(False)
-    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
+    tower: Any = model.model.vision_tower
+    projector: Any = model.model.multi_modal_projector
     parameters = [*tower.requires_grad_(True).parameters(), *projector.requires_grad_(True).parameters()]
     conversations = Conversations(tokenizer, build_base.build_processor(tokenizer))
     linears = common.quantised_linears(tower)
@@ -306,9 +308,7 @@ def answer(
                 print("answer", step, round(loss.item(), 4), flush=True)
 
 
-def _answer_loss(
-    model: LlavaForConditionalGeneration, seen: Tensor, ids: Tensor, labels: Tensor, first: DynamicCache
-) -> Tensor:
+def _answer_loss(model: LlavaForConditionalGeneration, seen: Tensor, ids: Tensor, labels: Tensor, first: Any) -> Tensor:
     """Cross entropy of the answers' tokens.
 
     Args:
