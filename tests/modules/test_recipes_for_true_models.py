@@ -23,7 +23,7 @@ from tests.conversations import Turn, ask, sample
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "recipes/configs"
 PATHS = [path for kind in ("vqa", "video") for path in sorted((CONFIGS / kind).glob("*.yaml"))]
-TRUE = [path for path in PATHS if not path.stem.startswith("small")]
+TRUE = [path for path in PATHS if not path.stem.startswith("sm")]  # the small ones and smollm2
 HARDWARE = sorted((CONFIGS / "hardware").glob("*.yaml"))
 VICUNA = "recipes/templates/vicuna_v1.jinja"
 SYSTEM = (
