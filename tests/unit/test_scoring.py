@@ -111,6 +111,7 @@ def test_every_metric_has_its_function_and_reports_its_own_name() -> None:
         reply = "[0.0,0.0,1.0,1.00]" if path.stem == "coin_grounding" else "A"
         # GQA's truths are in lower case.
         doc["answer"] = "a" if path.stem in ("coin_gqa", "dcl_fin") else "A"
+        doc["rules"] = {"word": "A"}
         score = getattr(load_module(TEMPLATES / f"{module}.py"), function)(doc, [reply])
         captioned = {path.stem: {"caption": "A", "references": ["A"]}}
         assert score == (captioned if module == "captions" else {path.stem: 1.0})

