@@ -3,6 +3,7 @@
 import json
 import re
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from os.path import commonprefix
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,7 +13,8 @@ from PIL import Image
 from safetensors import safe_open
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from mllm_keeplora.config import ConfigError, ModelConfig, parse_config
+from mllm_keeplora.config import ConfigError, GeneralConfig, ModelConfig, parse_config
+from mllm_keeplora.continual.general import prompts
 from mllm_keeplora.data.stream import load_stream, load_training_records
 from mllm_keeplora.evaluation.answer import answer
 from mllm_keeplora.modeling.loading import load_base
@@ -162,13 +164,21 @@ def scoring(name: str) -> ModuleType:
     return module
 
 
-def test_no_built_in_prompt_is_watched() -> None:
-    """What is kept is not what is measured; a run refuses it."""
-    prompts = [json.loads(line) for line in shipped("recipes/general/builtin.jsonl").read_text().splitlines()]
-    kept = {plain(part["text"]) for p in prompts for part in p["messages"][-1]["content"] if part["type"] == "text"}
+@pytest.mark.parametrize("samples", ["builtin", parse_config("", shipped(CONFIG), []).general.samples])
+def test_no_general_prompt_is_watched(samples: str) -> None:
+    """What is kept is not what is measured, in whatever case, with whatever marks; a run refuses it."""
+    kept = {plain(sample.messages[-1].text) for sample in prompts(GeneralConfig(samples=samples))}
     assert len(kept) > 200
-    watched = {plain(record["text"]) for records in GENERAL.values() for record in records}
-    assert not kept & watched
+    assert not kept & {plain(record["text"]) for records in GENERAL.values() for record in records}
+
+
+@pytest.mark.parametrize("group", GENERAL)
+def test_the_recipes_prompts_have_every_form_that_is_watched(group: str) -> None:
+    """Or a task whose questions read "What is the guild of X?" takes over what is asked alike."""
+    texts = [record["text"] for record in GENERAL[group]]
+    begin, end = commonprefix(texts), commonprefix([text[::-1] for text in texts])[::-1]
+    asked = {sample.messages[-1].text for sample in prompts(parse_config("", shipped(CONFIG), []).general)}
+    assert len(begin) > 4 and sum(text.startswith(begin) and text.endswith(end) for text in asked) >= 32
 
 
 def plain(text: str) -> str:

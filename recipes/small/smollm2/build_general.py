@@ -1,4 +1,4 @@
-"""Writes the questions by which a run watches what the real small model knew before, `general/*.json`, and `prompts.json`.
+"""Writes `general/*.json`, by which a run watches what the real small model knew before, and `prompts.json`.
 
     python -m mllm_keeplora.recipes.small.smollm2.build_general --wordnet /usr/share/wordnet --out FOLDER
 
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def build(wordnet: Path) -> dict[str, list[Record]]:
-    """All groups by name: records with `text` and `answer`, and `rules` where the metric is `follows`; and the prompts."""
+    """All groups by name: records with `text` and `answer`, and `rules` where the metric is `follows`; the prompts."""
     words = WordNet(wordnet)
     # Every source once, in its order: first what is watched, then what prompts ask.
     ordered = {
