@@ -78,7 +78,8 @@ def build_video(root: Path, train: int, test: int, general: int) -> None:
     """Builds the small video stream by its own script, with so many clips and questions."""
     script = (
         "from mllm_keeplora.recipes.small import build_video_data as b; "
-        f"b.TRAIN_CLIPS, b.TEST_QUESTIONS, b.GENERAL_QUESTIONS = {train}, {test}, {general}; b.main()"
+        f"b.TRAIN_CLIPS, b.TEST_QUESTIONS, b.GENERAL_QUESTIONS = {train}, {test}, {general}; "
+        f"b.GENERAL_SAMPLES = {general}; b.main()"
     )
     subprocess.run([sys.executable, "-c", script, "--out", str(root)], cwd=ROOT, check=True)
 
