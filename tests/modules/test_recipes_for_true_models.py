@@ -92,7 +92,7 @@ def test_hardware_changes_no_global_batch(path: Path) -> None:
 @pytest.mark.parametrize("path", PATHS, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_a_recipe_says_which_form_of_the_method_it_has(path: Path) -> None:
     header = "\n".join(line for line in path.read_text().splitlines() if line.startswith("#"))
-    small = path.stem == "small"
+    small = path not in TRUE
     says, other = ("paper", "general") if not small else ("general", "paper")
     assert f"methods/{other}.yaml" in header and f"methods/{says}.yaml" not in header
     assert ("The paper's form." in header) != ("KeepLoRA with general samples" in header) == small
