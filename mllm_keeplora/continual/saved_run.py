@@ -12,7 +12,7 @@ from mllm_keeplora.data.stream import Stream, load_stream
 from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.modeling.loading import load_base
 from mllm_keeplora.modeling.saved_adapters import load_adapter
-from mllm_keeplora.runs.files import ArtifactError, read_json
+from mllm_keeplora.runs.files import ArtifactError, read_json, read_sealed
 from mllm_keeplora.runs.run_directory import RunDirectory
 
 
@@ -82,6 +82,16 @@ class SavedRun:
                 f"{self.directory.path} holds no adapter/: name the directory of a run that has learnt a task"
             )
         return self.directory.adapter
+
+    @cached_property
+    def edit(self) -> dict[str, Any] | None:
+        """How the adapter was made of another run's stages (`keeplora edit`); None for a run of its own.
+
+        Raises:
+            ArtifactError: the file was edited.
+        """
+        file = self.directory.edit
+        return read_sealed(file, "make the adapter again") if file.exists() else None
 
     def stream(self) -> Stream:
         """The stream that the run was given; its YAML and its data have to be where they were.

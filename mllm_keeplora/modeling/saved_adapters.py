@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from mllm_keeplora.modeling.adapters import ACCUMULATED, AdapterError, Factors, attach
 from mllm_keeplora.runs.files import ArtifactError, check_hashes, check_regular, read_json
-from mllm_keeplora.runs.run_directory import ADAPTER_HASHES
+from mllm_keeplora.runs.run_directory import ADAPTER_HASHES, CARD_FILES
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +155,7 @@ def _read_config(directory: Path) -> LoraConfig:
     if not (directory / CONFIG).is_file():
         raise AdapterError(f"adapter {directory} has no {CONFIG}: name the directory of a PEFT adapter")
     if (directory / ADAPTER_HASHES).exists():
-        check_hashes(directory / ADAPTER_HASHES, "start its run again, which puts its adapter together")
+        check_hashes(directory / ADAPTER_HASHES, "start its run again, which puts its adapter together", CARD_FILES)
     try:
         values = read_json(directory / CONFIG)
     except ArtifactError as error:
