@@ -42,6 +42,7 @@ def _run(config: RunConfig) -> None:
     from mllm_keeplora.modeling.loading import resolve_device
     from mllm_keeplora.planning.plan import smaller_figures, warn_of_memory
     from mllm_keeplora.recipes.small.streams import draw_small_stream
+    from mllm_keeplora.reports.card import write_card
     from mllm_keeplora.reports.page import write_report
     from mllm_keeplora.reports.tables import format_table
 
@@ -59,4 +60,6 @@ def _run(config: RunConfig) -> None:
     if writes:
         run = RunDirectory(Path(config.run_dir))
         write_report(load_run(run.path))
+        if run.adapter_weights.exists():  # a method may learn nothing
+            write_card(load_run(run.path))
         print(f"{format_table(retention)}\nreport: {run.report}\nadapter: {run.adapter}")

@@ -23,7 +23,7 @@ from mllm_keeplora.linalg.compression import product_difference, truncate_factor
 from mllm_keeplora.methods.base import load_method
 from mllm_keeplora.modeling.adapters import Factors
 from mllm_keeplora.modeling.loading import DTYPES, load_base
-from mllm_keeplora.modeling.saved_adapters import read_initial_adapter
+from mllm_keeplora.modeling.saved_adapters import adapter_facts, read_initial_adapter
 from mllm_keeplora.runs.files import (
     ArtifactError,
     check_hashes,
@@ -103,15 +103,17 @@ def edit(
     facts = {
         "run": str(run.directory.path.resolve()),
         "manifest": sha256_file(run.directory.stage(len(manifests) - 1, manifests[-1]["task"]).manifest),
-        "stages": [{"stage": n, "task": manifests[n]["task"], "scale": c} for n, c in taken.items()],
+        "stages": [{**stage_facts(manifests[n]), "scale": c} for n, c in taken.items()],
         "rank": rank,
         "dtype": dtype,
         "error": error._asdict(),
+        "base_model": manifests[-1]["base_model"],
+        "packages": manifests[-1]["packages"],
     }
     with replaced_directory(out) as temporary:
         _write(run, RunDirectory(temporary), written)
         write_sealed(RunDirectory(temporary).edit, facts)
-        write_json(RunDirectory(temporary).retention, _rows_so_far(run.retention, taken, exact is written))
+        write_json(RunDirectory(temporary).retention, _rows_so_far(run.retention, facts))
     follow_move(RunDirectory(out).task_files)
     return load_run(out)
 
@@ -194,7 +196,10 @@ def _compact(factors: Factors, rank: int | None, dtype: torch.dtype) -> Factors:
     """The factors themselves where nothing is to be smaller."""
     if rank is None and dtype == torch.float32:
         return factors
-    cut = {n: pair if rank is None or len(pair[0]) <= rank else truncate_factors(*pair, rank) for n, pair in factors.items()}
+    cut = {
+        n: pair if rank is None or len(pair[0]) <= rank else truncate_factors(*pair, rank)
+        for n, pair in factors.items()
+    }
     return {name: (a.to(dtype), b.to(dtype)) for name, (a, b) in cut.items()}
 
 
@@ -219,8 +224,7 @@ def _write(run: SavedRun, to: RunDirectory, factors: Factors) -> None:
     rank = max(len(a) for a, _ in factors.values())
     padded = {name: (_padded(a, rank, 0), _padded(b, rank, 1)) for name, (a, b) in factors.items()}
     config = read_json(to.adapter_config)
-    before = {name.rpartition(".lora_")[0] for name in _tensor_names(own.adapter_weights)}
-    if before != {f"base_model.model.{name}" for name in factors}:
+    if adapter_facts(own.adapter_weights).names != {*factors}:
         config["target_modules"] = sorted(factors)
     config |= {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}}
     write_json(to.adapter_config, config)
@@ -239,17 +243,24 @@ def _padded(factor: Tensor, rank: int, dim: int) -> Tensor:
     return torch.cat([factor, factor.new_zeros(shape)], dim=dim)
 
 
-def _tensor_names(path: Path) -> list[str]:
-    from safetensors import safe_open
+def stage_facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What a stage learnt from: its number and task, samples, steps, and the hash of the task's data."""
+    counts, task = manifest["counts"], manifest["task"]
+    facts = {"stage": manifest["stage"], "task": task, "samples": counts["train_samples"], "steps": counts["steps"]}
+    return {**facts, "data": manifest["data"][task]}
 
-    with safe_open(path, "pt") as file:
-        return list(file.keys())
+
+def is_state(facts: Mapping[str, Any]) -> bool:
+    """Whether an edit is a state that its run was in, and so has measured."""
+    stages = [(s["stage"], s["scale"]) for s in facts["stages"]]
+    exact = facts["rank"] is None and facts["dtype"] == "float32"
+    return exact and stages == [(n, 1.0) for n in range(1, len(stages) + 1)]
 
 
-def _rows_so_far(retention: Mapping[str, Any], taken: Mapping[int, float], whole: bool) -> dict[str, Any]:
+def _rows_so_far(retention: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
     """What is known of the adapter's scores: the run's rows where it is a state of the run, else the base's alone."""
-    last = max(taken)
-    if whole and taken == dict.fromkeys(range(1, last + 1), 1.0):
+    if is_state(facts):
+        last = len(facts["stages"])
         tasks = retention["tasks"][:last]
         names = [*tasks, *retention["general"]]
         rows = [{**row, "scores": {n: row["scores"].get(n) for n in names}} for row in retention["rows"][: last + 1]]

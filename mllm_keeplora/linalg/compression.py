@@ -27,9 +27,7 @@ def truncate_factors(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def product_difference(
-    exact: tuple[Tensor, Tensor], approximate: tuple[Tensor, Tensor]
-) -> tuple[float, float]:
+def product_difference(exact: tuple[Tensor, Tensor], approximate: tuple[Tensor, Tensor]) -> tuple[float, float]:
     """||B' A' - B A||_F and ||B A||_F, in fp64, without forming a product.
 
     Args:

@@ -164,3 +164,9 @@ def subset_note(retention: Mapping[str, Any]) -> str:
     kinds = {"task": "each task", "general": "each general benchmark"}
     parts = [f"{limits[kind]} of {name}" for kind, name in kinds.items() if limits.get(kind) is not None]
     return f"A subset: scores are of the first questions alone, {' and '.join(parts)}." if parts else ""
+
+
+def format_numbers(found: Mapping[str, Mapping[str, float]]) -> str:
+    """What lmms-eval gives for each task, as plain text: a line for each number, in lmms-eval's own unit."""
+    rows = [(task, name, number(value)) for task, numbers in found.items() for name, value in numbers.items()]
+    return pd.DataFrame(rows, columns=["task", "", "value"]).to_string(index=False)

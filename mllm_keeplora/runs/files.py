@@ -198,9 +198,8 @@ def _seal(value: Mapping[str, Any]) -> str:
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Writes named tensors as safetensors, atomically, with what the file's header is to say."""
-    with atomic_path(path) as temporary:
-        with umask_kept(temporary):
-            save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary, metadata)
+    with atomic_path(path) as temporary, umask_kept(temporary):
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary, metadata)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
