@@ -347,6 +347,15 @@ class RunConfig:
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
     seed: Seed = 0
 
+    @classmethod
+    def read(cls, *files: str | Path) -> "RunConfig":
+        """The settings in YAML files, of which the later win, as `keeplora run --config FILE` takes them.
+
+        Raises:
+            ConfigError: an unknown key, a value of the wrong kind or out of range, or a file that cannot be read.
+        """
+        return build(cls, _read_files(files))
+
     def __post_init__(self) -> None:
         check_settings(self)
         _check_paths("", self)
@@ -510,10 +519,15 @@ def parse_config(
     parser.add_argument("--config", action="append", metavar="FILE", help=text)
     parser.add_settings(RunConfig)
     given = parser.read(sys.argv[1:] if argv is None else argv)
-    flat: dict[str, Any] = {}
-    for file in given.config or [default_config]:
-        flat |= _read_file(find(file))
+    flat = _read_files(given.config or [default_config])
     return build(RunConfig, {**flat, **vars(given)})
+
+
+def _read_files(files: Sequence[str | Path]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for file in files:
+        flat |= _read_file(find(file))
+    return flat
 
 
 def _read_file(path: Path) -> dict[str, Any]:

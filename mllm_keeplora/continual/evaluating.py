@@ -14,7 +14,7 @@ from mllm_keeplora.runs.files import write_json
 
 
 def evaluate(
-    run: SavedRun, tasks: Sequence[str] = (), *, limit: int | None = None, include_path: Path | None = None
+    run: SavedRun, tasks: Sequence[str] = (), *, limit: int | None = None, include_path: Path | str | None = None
 ) -> dict[str, Any]:
     """Measures a saved adapter on its base.
 
@@ -47,7 +47,7 @@ def evaluate(
         found = evaluate_tasks(
             tasks,
             wrapper,
-            directory.task_files if include_path is None else include_path,
+            directory.task_files if include_path is None else Path(include_path),
             directory.other_tasks,
             batch_size=settings.batch_size,
             limit=limit,
