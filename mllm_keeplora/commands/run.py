@@ -59,7 +59,8 @@ def _run(config: RunConfig) -> None:
         raise DeviceMemoryError(f"{error}. {figures}".rstrip(". ")) from error
     if writes:
         run = RunDirectory(Path(config.run_dir))
-        write_report(load_run(run.path))
-        if run.adapter_weights.exists():  # a method may learn nothing
-            write_card(load_run(run.path))
+        saved = load_run(run.path)
+        write_report(saved)
+        if run.adapter_weights.exists():  # a stream may have learnt nothing yet
+            write_card(saved)
         print(f"{format_table(retention)}\nreport: {run.report}\nadapter: {run.adapter}")

@@ -244,10 +244,16 @@ def _padded(factor: Tensor, rank: int, dim: int) -> Tensor:
 
 
 def stage_facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What a stage learnt from: its number and task, samples, steps, and the hash of the task's data."""
+    """What a stage learnt from: number, task, samples, steps, hash of the data, and what a budget scaled it by."""
     counts, task = manifest["counts"], manifest["task"]
-    facts = {"stage": manifest["stage"], "task": task, "samples": counts["train_samples"], "steps": counts["steps"]}
-    return {**facts, "data": manifest["data"][task]}
+    return {
+        "stage": manifest["stage"],
+        "task": task,
+        "samples": counts["train_samples"],
+        "steps": counts["steps"],
+        "data": manifest["data"][task],
+        "guard": manifest.get("guard", {}).get("factors", {}),
+    }
 
 
 def is_state(facts: Mapping[str, Any]) -> bool:

@@ -11,7 +11,7 @@ import pandas as pd
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.repocard import metadata_load
 
-from mllm_keeplora.continual.edits import edit_label, stage_facts
+from mllm_keeplora.continual.edits import edit_label, is_state, stage_facts
 from mllm_keeplora.continual.saved_run import SavedRun
 from mllm_keeplora.data.stream import StreamError, load_stream
 from mllm_keeplora.evaluation.task_files import ASKED, COPY_COLUMN, ScoredTask, read_index
@@ -21,7 +21,7 @@ from mllm_keeplora.reports.page import write_atomically
 from mllm_keeplora.reports.results import names_of, score_of, written
 from mllm_keeplora.reports.tables import metric_frame, percent, stage_label, subset_note
 from mllm_keeplora.resources import find
-from mllm_keeplora.runs.run_directory import CARD, CARD_PICTURE
+from mllm_keeplora.runs.run_directory import CARD, CARD_PICTURE, RunDirectory
 from mllm_keeplora.yaml_files import read_yaml
 
 Json = dict[str, Any]
@@ -87,7 +87,7 @@ def _facts(run: SavedRun, entries: Sequence[ScoredTask], base: Json, repo: str |
         "vision_modules": adapter.vision_modules,
         "towers": " and ".join(f"{name} tower" for name in towers),
         "learnt": learnt,
-        "edit": edit_label(edit) if edit else None,
+        "edit": edit_label(edit) if edit and not is_state(edit) else None,
         "error": edit["error"]["total"] if edit else None,
         "measured": last["task"] is not None,
         "subset": subset_note(retention),
@@ -210,13 +210,11 @@ def _kept(retention: Json, name: str) -> tuple[str, str, str, str]:
 
 def _guards(run: SavedRun) -> list[tuple[str, str]]:
     """The stages that `general.budget` scaled, with each tower's factor."""
-    found = []
-    for manifest in run.manifests:
-        factors = manifest.get("guard", {}).get("factors", {})
-        if any(c < 1 for c in factors.values()):
-            text = ", ".join(f"{tower} by {c:.2f}" for tower, c in factors.items())
-            found.append((_cell(stage_label(manifest)), text))
-    return found
+    return [
+        (_cell(stage_label(row)), ", ".join(f"{tower} by {c:.2f}" for tower, c in row["guard"].items()))
+        for row in learnt_stages(run)
+        if any(c < 1 for c in row["guard"].values())
+    ]
 
 
 def _settings(run: SavedRun) -> dict[str, str]:
@@ -306,7 +304,9 @@ def _longest(run: SavedRun, entry: ScoredTask | None) -> int:
 def _first_reply(run: SavedRun, task: str) -> str | None:
     """What the model replied to the first question of the task it learnt last; None where that was not asked."""
     row = run.retention["rows"][-1]
-    folder = run.directory.stage(row["stage"], row["task"]).replies if run.edit is None else run.directory.edit_replies
+    of_run = run.directory if run.edit is None else RunDirectory(Path(run.edit["run"]))
+    measured_there = run.edit is None or is_state(run.edit)
+    folder = of_run.stage(row["stage"], row["task"]).replies if measured_there else run.directory.edit_replies
     file = folder / f"{task}.jsonl"
     if not file.is_file():
         return None

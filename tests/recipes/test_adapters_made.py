@@ -32,7 +32,7 @@ from mllm_keeplora.modeling.loading import load_dense
 from mllm_keeplora.reports.card import build_card, write_card
 from mllm_keeplora.reports.publishing import PushError
 from mllm_keeplora.runs.files import ArtifactError
-from tests.recipes.conftest import ROOT, Recipe
+from tests.recipes.conftest import ROOT, Recipe, run_example
 
 PREFIX = "base_model.model."
 
@@ -93,19 +93,14 @@ def test_the_card_says_what_the_run_has_measured(run: SavedRun) -> None:
 
 
 def test_the_cards_example_runs_as_written_and_gives_the_runs_answer(
-    run: SavedRun, finished: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: SavedRun, finished: Recipe, tmp_path: Path
 ) -> None:
     card = run.directory.card.read_text()
     first = json.loads((finished.data_root / "charts/test.json").read_text())[0]
-    shutil.copy(finished.data_root / "charts" / first["image"], tmp_path / "picture.png")
     shutil.copytree(ROOT / "recipes/small/vqa_base", tmp_path / "recipes/small/vqa_base")
-    monkeypatch.chdir(tmp_path)
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(compile(snippet_of(card), "card", "exec"), {})
-    [said] = re.findall(r"this prints\n`(.*)`", card)
+    printed, said = run_example(card, finished.data_root / "charts" / first["image"], tmp_path)
     replies = run.directory.stage(2, "charts").replies / "charts.jsonl"
-    assert printed.getvalue().strip() == said == json.loads(replies.read_text().splitlines()[0])["reply"]
+    assert printed == said == json.loads(replies.read_text().splitlines()[0])["reply"]
     assert first["text"].splitlines()[0] in card
 
 
