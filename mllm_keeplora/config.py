@@ -354,7 +354,7 @@ class RunConfig:
         Raises:
             ConfigError: an unknown key, a value of the wrong kind or out of range, or a file that cannot be read.
         """
-        return build(cls, _read_files(files))
+        return build(cls, _read_layers(files))
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -503,6 +503,8 @@ def parse_config(
 ) -> RunConfig:
     """Reads the settings of a run: those of the files that `--config` names, then those of the command line.
 
+    What names another method leaves the options of the method before it behind: they belong to that method.
+
     Args:
         description: for `--help`.
         default_config: YAML file that is read where `--config` names none.
@@ -519,14 +521,16 @@ def parse_config(
     parser.add_argument("--config", action="append", metavar="FILE", help=text)
     parser.add_settings(RunConfig)
     given = parser.read(sys.argv[1:] if argv is None else argv)
-    flat = _read_files(given.config or [default_config])
-    return build(RunConfig, {**flat, **vars(given)})
+    return build(RunConfig, _read_layers(given.config or [default_config], vars(given)))
 
 
-def _read_files(files: Sequence[str | Path]) -> dict[str, Any]:
+def _read_layers(files: Sequence[str | Path], *given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of files and then of others, the later ones winning; options belong to the method they stand with."""
     flat: dict[str, Any] = {}
-    for file in files:
-        flat |= _read_file(find(file))
+    for layer in (*(_read_file(find(file)) for file in files), *given):
+        if layer.get("method") not in (None, flat.get("method")):
+            flat.pop("method_options", None)
+        flat |= layer
     return flat
 
 

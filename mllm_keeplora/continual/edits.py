@@ -89,26 +89,18 @@ def edit(
         ArtifactError: `out` exists, or files of the run were changed.
     """
     out = Path(out)
-    if out.exists():
-        raise ArtifactError(f"{out} exists; name a directory that does not")
-    if dtype not in DTYPES:
-        raise EditError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
-    if rank is not None and rank < 1:
-        raise EditError(f"rank {rank} keeps nothing; expected 1 or more, or none to keep all")
+    _check_form(out, rank, dtype)
     manifests = _checked_manifests(run)
     taken = _coefficients(run, manifests, stage, only, drop, scale or {})
     exact = _sum(run, manifests, taken)
     written = _compact(exact, rank, DTYPES[dtype])
-    error = _error(exact, written)
     facts = {
         "run": str(run.directory.path.resolve()),
-        "manifest": sha256_file(run.directory.stage(len(manifests) - 1, manifests[-1]["task"]).manifest),
         "stages": [{**stage_facts(manifests[n]), "scale": c} for n, c in taken.items()],
         "rank": rank,
         "dtype": dtype,
-        "error": error._asdict(),
-        "base_model": manifests[-1]["base_model"],
-        "packages": manifests[-1]["packages"],
+        "error": _error(exact, written)._asdict(),
+        **{key: manifests[-1][key] for key in ("base_model", "packages")},
     }
     with replaced_directory(out) as temporary:
         _write(run, RunDirectory(temporary), written)
@@ -116,6 +108,15 @@ def edit(
         write_json(RunDirectory(temporary).retention, _rows_so_far(run.retention, facts))
     follow_move(RunDirectory(out).task_files)
     return load_run(out)
+
+
+def _check_form(out: Path, rank: int | None, dtype: str) -> None:
+    if out.exists():
+        raise ArtifactError(f"{out} exists; name a directory that does not")
+    if dtype not in DTYPES:
+        raise EditError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    if rank is not None and rank < 1:
+        raise EditError(f"rank {rank} keeps nothing; expected 1 or more, or none to keep all")
 
 
 def _checked_manifests(run: SavedRun) -> list[dict[str, Any]]:
