@@ -242,10 +242,17 @@ def _first_questions(run: SavedRun, entries: Sequence[ScoredTask]) -> dict[str, 
     """Task of the stream -> its first test question, of the run's own copy; tasks alone, no general benchmarks."""
     found = {}
     for entry in entries:
-        for file in run.directory.task_files.glob(f"{entry.lmms_task}-*.parquet"):
-            if entry.kind == "task" and entry.name in run.retention["tasks"]:
-                found[entry.name] = json.loads(pd.read_parquet(file)[COPY_COLUMN].iloc[0])
+        settings = _task_file(run, entry)
+        if settings is not None and entry.kind == "task" and entry.name in run.retention["tasks"]:
+            copy = Path(settings["dataset_kwargs"]["data_files"]["test"]).name  # beside the task file, wherever that is
+            found[entry.name] = json.loads(pd.read_parquet(run.directory.task_files / copy)[COPY_COLUMN].iloc[0])
     return found
+
+
+def _task_file(run: SavedRun, entry: ScoredTask) -> Any:
+    """The settings of an lmms-eval task file that the run wrote; None for a stock task."""
+    file = run.directory.task_files / f"{entry.lmms_task}.yaml"
+    return read_yaml(file) if file.is_file() else None
 
 
 def _parts(document: Json) -> list[Json]:
@@ -295,10 +302,8 @@ def _example(run: SavedRun, entries: Sequence[ScoredTask], repo: str | None) -> 
 
 def _longest(run: SavedRun, entry: ScoredTask | None) -> int:
     """Of the task's replies, in tokens, as its questions were asked."""
-    file = run.directory.task_files / f"{entry.lmms_task}.yaml" if entry else None
-    if file is None or not file.is_file():
-        return 128
-    return int(read_yaml(file)["generation_kwargs"]["max_new_tokens"])  # type: ignore[index]
+    settings = _task_file(run, entry) if entry else None
+    return 128 if settings is None else int(settings["generation_kwargs"]["max_new_tokens"])
 
 
 def _first_reply(run: SavedRun, task: str) -> str | None:
