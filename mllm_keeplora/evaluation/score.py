@@ -108,7 +108,11 @@ def evaluate_entries(
     Args:
         entries: what to evaluate.
         wrapper: makes the model as lmms-eval takes it, as `lmms_wrapper` does.
-        task_directory, output, batch_size, limit, general_limit: see `evaluate_row`.
+        task_directory: see `evaluate_row`, and so for the others.
+        output: folder of the replies.
+        batch_size: questions generated together.
+        limit: first questions asked.
+        general_limit: the same for general benchmarks.
 
     Raises:
         EvaluationError: see `evaluate_row`.
@@ -134,9 +138,11 @@ def evaluate_tasks(
 
     Args:
         names: of the tasks, as lmms-eval calls them.
-        wrapper, batch_size, limit: see `evaluate_entries`.
+        wrapper: see `evaluate_entries`.
         task_directory: of lmms-eval task files beside its own.
         output: folder that gets one `<task>.jsonl` with every question and reply.
+        batch_size: questions generated together.
+        limit: first questions asked of each task, None for all.
 
     Returns:
         Task, and every member of a group -> lmms-eval's name of a number -> the number.
