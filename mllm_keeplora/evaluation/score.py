@@ -150,9 +150,11 @@ def evaluate_tasks(
     Raises:
         EvaluationError: no such task, a task that fails, or a login to the hub that is missing.
     """
-    check_logins(names, task_directory)
+    stock = not set(names) <= _own_tasks(task_directory)
+    if stock:
+        check_logins(names, task_directory)
     entries = [ScoredTask(name, "general", name, "", 1.0) for name in names]
-    results = _run_lmms_eval(wrapper, entries, task_directory, True, batch_size, limit)
+    results = _run_lmms_eval(wrapper, entries, task_directory, stock, batch_size, limit)
     if results is None:
         raise EvaluationError("only the main process evaluates other tasks; start one process")
     output.mkdir(parents=True, exist_ok=True)
@@ -164,6 +166,15 @@ def evaluate_tasks(
         for task, numbers in results["results"].items()
     }
     return {task: numbers for task, numbers in found.items() if numbers}
+
+
+def _own_tasks(task_directory: Path) -> set[str]:
+    """Names of the tasks in a folder; lmms-eval's own are not indexed for this."""
+    with _undisturbed():
+        from lmms_eval.tasks import TaskManager
+
+        manager = TaskManager(include_path=str(task_directory), include_defaults=False, model_name=MODEL_ID)
+        return set(manager.all_tasks)
 
 
 def _is_number(value: Any) -> bool:

@@ -81,7 +81,7 @@ def _upload(folder: Path, repo: str, private: bool, files: dict[str, int]) -> st
         raise PushError(f"{error}; unset HF_HUB_OFFLINE to push") from error
     except (HfHubHTTPError, OSError) as error:
         raise PushError(
-            f"{repo} cannot be written: {error}. Log in by `hf auth login`, or set HF_TOKEN to a token that may write"
+            f"{repo} cannot be written: {' '.join(str(error).split())}. Log in by `hf auth login`, or set HF_TOKEN to a token that may write"
         ) from error
     return str(commit.commit_url)
 
