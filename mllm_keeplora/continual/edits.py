@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch.nn.functional import pad
 
 from mllm_keeplora.continual.learning import read_stage_factors
 from mllm_keeplora.continual.saved_run import SavedRun, load_run
@@ -222,8 +222,7 @@ def _write(run: SavedRun, to: RunDirectory, factors: Factors) -> None:
     shutil.copytree(run.adapter, to.adapter, ignore=shutil.ignore_patterns(*CARD_FILES))
     shutil.copytree(own.task_files, to.task_files)
     shutil.copy(own.config, to.config)
-    rank = max(len(a) for a, _ in factors.values())
-    padded = {name: (_padded(a, rank, 0), _padded(b, rank, 1)) for name, (a, b) in factors.items()}
+    rank, padded = with_one_rank(factors)
     config = read_json(to.adapter_config)
     if adapter_facts(own.adapter_weights).names != {*factors}:
         config["target_modules"] = sorted(factors)
@@ -238,10 +237,15 @@ def _write(run: SavedRun, to: RunDirectory, factors: Factors) -> None:
     write_hashes(to.adapter_hashes, CARD_FILES)
 
 
-def _padded(factor: Tensor, rank: int, dim: int) -> Tensor:
-    shape = list(factor.shape)
-    shape[dim] = rank - shape[dim]
-    return torch.cat([factor, factor.new_zeros(shape)], dim=dim)
+def with_one_rank(factors: Factors) -> tuple[int, Factors]:
+    """The largest rank, and the factors filled up to it with zeros; the products are what they were.
+
+    Engines read one rank and one alpha of an adapter, and llama.cpp divides that alpha by each tensor's own rank.
+    """
+    rank = max(len(a) for a, _ in factors.values())
+    return rank, {
+        name: (pad(a, (0, 0, 0, rank - len(a))), pad(b, (0, rank - b.shape[1]))) for name, (a, b) in factors.items()
+    }
 
 
 def stage_facts(manifest: Mapping[str, Any]) -> dict[str, Any]:

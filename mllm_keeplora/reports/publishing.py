@@ -80,8 +80,9 @@ def _upload(folder: Path, repo: str, private: bool, files: dict[str, int]) -> st
     except OfflineModeIsEnabled as error:
         raise PushError(f"{error}; unset HF_HUB_OFFLINE to push") from error
     except (HfHubHTTPError, OSError) as error:
+        said = " ".join(str(error).split())
         raise PushError(
-            f"{repo} cannot be written: {' '.join(str(error).split())}. Log in by `hf auth login`, or set HF_TOKEN to a token that may write"
+            f"{repo} cannot be written: {said}. Log in by `hf auth login`, or set HF_TOKEN to a token that may write"
         ) from error
     return str(commit.commit_url)
 

@@ -23,12 +23,11 @@ from transformers import AutoModelForImageTextToText
 
 from mllm_keeplora import edit, evaluate, load_run, push
 from mllm_keeplora.commands.main import main
-from mllm_keeplora.continual.edits import EditError, edit_label
+from mllm_keeplora.continual.edits import EditError, edit_label, with_one_rank
 from mllm_keeplora.continual.export import export
-from mllm_keeplora.continual.learning import as_factors, read_stage_factors
+from mllm_keeplora.continual.learning import as_factors
 from mllm_keeplora.continual.saved_run import SavedRun
 from mllm_keeplora.errors import ConfigError
-from mllm_keeplora.linalg.folding import fold_factors
 from mllm_keeplora.modeling.loading import load_dense
 from mllm_keeplora.reports.card import build_card, write_card
 from mllm_keeplora.reports.publishing import PushError
@@ -213,30 +212,13 @@ def test_a_compact_copy_is_off_by_what_it_says(rank: int | None, dtype: str, run
     assert json.loads(made.directory.adapter_config.read_text())["r"] == (rank or 8)
 
 
-def test_modules_of_several_ranks_get_one(copied: Recipe) -> None:
+def test_modules_of_several_ranks_get_one() -> None:
     """llama.cpp divides one alpha by each tensor's own rank, vLLM reads one rank: with padding both are right."""
-    directory = copied.run_dir / "stages/02-charts"
-    run = load_run(copied.run_dir)
-    factors = read_stage_factors(run.directory.stage(2, "charts"))
-    first = modules(run)[0]
-    cut = {n: (a[:1], b[:, :1]) if n == first else (a, b) for n, (a, b) in factors.items()}
-    past = read_stage_factors(run.directory.stage(1, "digits"))
-    folded = {n: fold_factors([(*past[n], 1.0), (*cut[n], 1.0)]) for n in cut}
-    assert len({len(a) for a, _ in folded.values()}) == 2
-    from mllm_keeplora.continual.edits import _write
-    from mllm_keeplora.runs.run_directory import RunDirectory
-
-    made = RunDirectory(copied.directory / "made")
-    _write(run, made, folded)
-    tensors = load_file(made.adapter_weights)
-    assert {len(t) for n, t in tensors.items() if ".lora_A." in n} == {8}
-    for name, (a, b) in folded.items():
-        assert torch.equal(
-            tensors[f"{PREFIX}{name}.lora_B.weight"] @ tensors[f"{PREFIX}{name}.lora_A.weight"], b @ a
-        ) or torch.allclose(
-            tensors[f"{PREFIX}{name}.lora_B.weight"] @ tensors[f"{PREFIX}{name}.lora_A.weight"], b @ a, atol=1e-6
-        )
-    assert directory.exists()
+    several = {f"layer{r}": (torch.randn(r, 6), torch.randn(5, r)) for r in (1, 4, 3)}
+    rank, made = with_one_rank(several)
+    assert rank == 4 and {a.shape for a, _ in made.values()} == {(4, 6)}
+    for name, (a, b) in several.items():
+        assert torch.allclose(made[name][1] @ made[name][0], b @ a)
 
 
 def test_an_edit_is_measured_and_reported_like_a_stage(
