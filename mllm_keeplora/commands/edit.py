@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> None:
     text = "of the factors (default: %(default)s, which rounds nothing)"
     parser.add_argument("--dtype", choices=get_args(Dtype), default="float32", help=text)
     given = parser.read(argv)
-    scale = dict(map(_factor, given.scale))
+    scale: dict[int | str, float] = dict(map(_factor, given.scale))
 
     from mllm_keeplora.continual.edits import edit, edit_label
     from mllm_keeplora.continual.saved_run import load_run
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
         print("\n".join(f"  {error:.2e}  {name}" for name, error in worst))
 
 
-def _factor(text: str) -> tuple[str, float]:
+def _factor(text: str) -> tuple[int | str, float]:
     name, equals, number = text.rpartition("=")
     try:
         return name, float(number)

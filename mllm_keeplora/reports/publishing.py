@@ -1,12 +1,12 @@
 """An adapter with its card, put on the Hugging Face hub."""
 
+import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-from huggingface_hub.utils import validate_repo_id
 
 from mllm_keeplora.continual.edits import edit
 from mllm_keeplora.continual.saved_run import SavedRun
@@ -54,12 +54,8 @@ def push(
         PushError: the hub's refusal, such as a login that is missing.
         EditError, ArtifactError: no such stage, or files that were changed.
     """
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise ConfigError(f"{repo!r} is no name on the hub: {error}") from error
-    if "/" not in repo:
-        raise ConfigError(f"{repo!r} names no owner; expected USER/NAME")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise ConfigError(f"{repo!r} is no name on the hub: expected USER/NAME, of letters, digits, '-', '_' and '.'")
     with TemporaryDirectory() as scratch:
         copy = edit(run, Path(scratch) / "run", stage=stage) if run.edit is None or stage else run
         if copy is run:
@@ -77,6 +73,8 @@ def _upload(folder: Path, repo: str, private: bool, files: dict[str, int]) -> st
         commit = api.upload_folder(
             repo_id=repo, folder_path=folder, allow_patterns=list(files), commit_message="Adapter and model card"
         )
+    except HFValidationError as error:
+        raise ConfigError(f"{repo!r} is no name on the hub: {error}") from error
     except OfflineModeIsEnabled as error:
         raise PushError(f"{error}; unset HF_HUB_OFFLINE to push") from error
     except (HfHubHTTPError, OSError) as error:
