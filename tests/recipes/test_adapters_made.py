@@ -118,6 +118,41 @@ def test_a_card_that_was_edited_changes_nothing_about_the_run(copied: Recipe) ->
         edit(run, copied.directory / "second")
 
 
+@pytest.mark.parametrize("licence", ["license: llama2", "license: other\nlicense_name: own", "tags: [x]", None])
+def test_a_base_of_the_hub_is_named_with_its_commit_and_licence(
+    licence: str | None, copied: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The licence is what the base's own card says; where it says none, neither does ours."""
+    snapshot = copied.directory / "snapshots/0123abcd"
+    snapshot.mkdir(parents=True)
+    if licence:
+        (snapshot / "README.md").write_text(f"---\n{licence}\n---\n# A base\n")
+    monkeypatch.setattr(
+        "mllm_keeplora.reports.card.try_to_load_from_cache", lambda *_, **__: str(snapshot / "config.json")
+    )
+    config = json.loads((copied.run_dir / "config.json").read_text())
+    config["model"]["base_model"] = "someone/a-base"
+    (copied.run_dir / "config.json").write_text(json.dumps(config))
+    card, _ = build_card(load_run(copied.run_dir), "me/mine")
+    expected = yaml.safe_load(licence) if licence else {}
+    assert card.data.base_model == "someone/a-base" and "revision `0123abcd`" in card.text
+    assert (card.data.license, card.data.license_name) == (expected.get("license"), expected.get("license_name"))
+    assert ("not known here; the base's" in card.text) == ("license" not in expected)
+
+
+def test_the_card_says_what_the_budget_for_general_ability_did(run: SavedRun) -> None:
+    changed = load_run(run.directory.path)
+    manifests = [dict(manifest) for manifest in changed.manifests]
+    manifests[1]["guard"] = {"factors": {"language": 1.0, "vision": 1.0}}
+    manifests[2]["guard"] = {"factors": {"language": 0.9, "vision": 1.0}}
+    changed.__dict__["manifests"] = manifests
+    text = build_card(changed)[0].text
+    assert re.findall(r"scaled what stage (.*)\.$", text, flags=re.M) == [
+        "2 charts learnt: language by 0.90, vision by 1.00"
+    ]
+    assert "budget" not in build_card(run)[0].text.replace("general.budget", "")
+
+
 HOSTILE = ["a|b", "x\ny", "<script>alert(1)</script>", "`code`", "{{ 7 * 7 }}", "--- end"]
 
 
