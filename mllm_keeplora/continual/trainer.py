@@ -47,7 +47,15 @@ from mllm_keeplora.distributed.progress import progress
 from mllm_keeplora.distributed.sharding import is_sharded
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.methods.hooks import Hooks
-from mllm_keeplora.runs.files import ArtifactError, WriteError, hash_files, read_sealed, remove, write_sealed
+from mllm_keeplora.runs.files import (
+    ArtifactError,
+    WriteError,
+    hash_files,
+    read_sealed,
+    remove,
+    umask_kept,
+    write_sealed,
+)
 
 logger = get_logger(__name__)
 
@@ -128,10 +136,11 @@ class StageTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         directory = Path(str(output_dir or self.args.output_dir))
         directory.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {n: p.detach().cpu().contiguous() for n, p in self._trainable().items()},
-            directory / STAGE_WEIGHTS,
-        )
+        with umask_kept(directory / STAGE_WEIGHTS):
+            save_file(
+                {n: p.detach().cpu().contiguous() for n, p in self._trainable().items()},
+                directory / STAGE_WEIGHTS,
+            )
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         if self.state.global_step >= self.state.max_steps:

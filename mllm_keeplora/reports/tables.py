@@ -172,3 +172,9 @@ def subset_note(retention: Mapping[str, Any]) -> str:
             "command with --backfill true measures it."
         )
     return " ".join(notes)
+
+
+def format_numbers(found: Mapping[str, Mapping[str, float]]) -> str:
+    """What lmms-eval gives for each task, as plain text: a line for each number, in lmms-eval's own unit."""
+    rows = [(task, name, number(value)) for task, numbers in found.items() for name, value in numbers.items()]
+    return pd.DataFrame(rows, columns=["task", "", "value"]).to_string(index=False)

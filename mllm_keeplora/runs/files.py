@@ -68,6 +68,7 @@ def replaced_directory(path: Path) -> Iterator[Path]:
             remove(leftover)
         temporary.mkdir(parents=True)
         yield temporary
+        _open_up(temporary)
         if path.exists():
             path.rename(old)
         temporary.rename(path)
@@ -77,6 +78,23 @@ def replaced_directory(path: Path) -> Iterator[Path]:
         for leftover in (temporary, old):
             with suppress(OSError):
                 remove(leftover)
+
+
+@contextmanager
+def umask_kept(path: Path) -> Iterator[None]:
+    """Gives a new file the mode that the umask leaves: safetensors writes 0600, whatever that is."""
+    path.touch()
+    mode = path.stat().st_mode & 0o777
+    yield
+    path.chmod(mode)
+
+
+def _open_up(folder: Path) -> None:
+    """The same for all files in a folder that was just made."""
+    mode = folder.stat().st_mode & 0o666
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(mode)
 
 
 def _temporary(path: Path, kind: str) -> Path:
@@ -180,7 +198,7 @@ def _seal(value: Mapping[str, Any]) -> str:
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Writes named tensors as safetensors, atomically, with what the file's header is to say."""
-    with atomic_path(path) as temporary:
+    with atomic_path(path) as temporary, umask_kept(temporary):
         save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary, metadata)
 
 
@@ -263,23 +281,24 @@ def hash_files(root: Path, skip: tuple[str, ...] = ()) -> dict[str, str]:
     return {str(name): sha256_file(path) for name, path in found.items() if name.parts[0] not in skip}
 
 
-def write_hashes(path: Path) -> None:
-    """Writes the hashes of all other files in its folder."""
-    write_sealed(path, {"files": hash_files(path.parent, skip=(path.name,))})
+def write_hashes(path: Path, skip: tuple[str, ...] = ()) -> None:
+    """Writes the hashes of all other files in its folder, but for those that may be edited."""
+    write_sealed(path, {"files": hash_files(path.parent, skip=(path.name, *skip))})
 
 
-def check_hashes(path: Path, remedy: str) -> None:
+def check_hashes(path: Path, remedy: str, skip: tuple[str, ...] = ()) -> None:
     """Compares a folder with what `write_hashes` wrote into it.
 
     Args:
         path: of the file with the hashes.
         remedy: what to do about a file that was changed.
+        skip: files that may be edited, or be added.
 
     Raises:
         ArtifactError: a file of the folder was changed, removed or added.
     """
     expected, found = read_sealed(path, remedy)["files"], hash_files(path.parent, skip=(path.name,))
-    for name in sorted({*expected, *found}):
+    for name in sorted({*expected, *found} - {*skip}):
         if expected.get(name) != found.get(name):
             raise ArtifactError(
                 f"{path.parent / name}: hash {str(expected.get(name))[:12]} expected by {path.name}, found "
