@@ -72,6 +72,8 @@ class ModelConfig:
         compute_dtype: What the model computes in. float32 on CPUs, bfloat16 on GPUs.
         chat_template: Jinja file in place of the processor's own template, such as
             recipes/templates/vicuna_v1.jinja: LLaVA-1.5 as the published streams prompt it.
+        max_pixels: Most pixels that the processor leaves a picture and each frame of a clip, for models that take them in
+            their own size (Qwen's). Fewer pixels are fewer tokens. None keeps the processor's own bound.
         attn_implementation: sdpa, eager or flash_attention_2 (needs the flash-attn extra).
         trust_remote_code: Run code that comes with the model. Off unless you have read that code.
         device: auto takes the first CUDA device if there is one.
@@ -84,6 +86,7 @@ class ModelConfig:
     quantization: Literal["nf4", "none"] = "nf4"
     compute_dtype: Dtype = "float32"
     chat_template: str | None = None
+    max_pixels: Annotated[int, Range(1, 1_000_000_000)] | None = None
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     trust_remote_code: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"

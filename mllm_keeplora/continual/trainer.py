@@ -19,8 +19,9 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.logging import get_logger
@@ -43,10 +44,12 @@ from transformers.integrations import integration_utils
 from transformers.trainer_utils import get_last_checkpoint
 
 from mllm_keeplora.config import ConfigError, TrainConfig
+from mllm_keeplora.data.collator import ready_batch
 from mllm_keeplora.distributed.processes import from_main, num_processes
 from mllm_keeplora.distributed.sharding import is_sharded
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.methods.hooks import Hooks
+from mllm_keeplora.modeling.precision import exact_products
 from mllm_keeplora.runs.files import ArtifactError, WriteError, hash_files, read_sealed, remove, write_sealed
 
 logger = get_logger(__name__)
@@ -244,10 +247,12 @@ def train_stage(
     Raises:
         TrainingError: a trainable parameter that is not fp32; a loss or gradient that is NaN or infinite.
         WriteError: no room for a checkpoint.
+        PrecisionError: a device whose fp32 products are not.
     """
     wrong = [n for n, p in model.named_parameters() if p.requires_grad and p.dtype != torch.float32]
     if wrong:
         raise TrainingError(f"{len(wrong)} trainable parameters are not fp32, {wrong[0]} first")
+    exact_products(device)
     checkpoint = from_main(lambda: _begin(directory, log_dir))
     repeated = _repeated_samples(samples, config)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(log_dir)
@@ -256,7 +261,7 @@ def train_stage(
         model=model,
         args=_arguments(config, seed, directory, report_to, device, mixed),
         train_dataset=samples,
-        data_collator=collator,
+        data_collator=partial(_collated, collator, cast(torch.dtype, model.get_base_model().dtype)),
         callbacks=[FiniteGradients(), *([AfterStep(hooks.after_step)] if hooks.after_step else [])],
         penalty=hooks.penalty,
         beside=beside,
@@ -266,6 +271,10 @@ def train_stage(
     trainer.train(resume_from_checkpoint=checkpoint)
     history = [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry]
     return {"steps": trainer.state.global_step, "repeated_samples": repeated, "loss": history}
+
+
+def _collated(collator: Any, dtype: torch.dtype, samples: Any) -> dict[str, Tensor]:
+    return ready_batch(collator(samples), dtype)
 
 
 def _begin(directory: Path, log_dir: Path) -> str | None:

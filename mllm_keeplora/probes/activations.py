@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mllm_keeplora.distributed.processes import process_index, sum_of_all
 from mllm_keeplora.modeling.loss import supervised_positions
+from mllm_keeplora.modeling.precision import exact_products
 from mllm_keeplora.modeling.targets import Target
 from mllm_keeplora.probes.gradients import Batches, GradientError, module_generator
 from mllm_keeplora.probes.hooks import hooked
@@ -42,6 +43,7 @@ def sketch_inputs(
         GradientError: a module that no token reaches, or inputs with NaN.
     """
     device = next(model.parameters()).device
+    exact_products(device)
     sums = {t.name: torch.zeros(columns[t.name], t.in_features, device=device) for t in targets}
     tokens = dict.fromkeys(sums, 0)
     generators = {name: module_generator(seed, f"{process_index()}/{name}") for name in sums}
@@ -64,7 +66,7 @@ def sketch_inputs(
     with hooked(model, {name: partial(add, name) for name in sums}, "before"):
         for batch in batches():
             mask[:] = [batch["attention_mask"]] if supervised_positions(batch["labels"]).any() else []
-            model(**{key: value for key, value in batch.items() if key != "labels"})
+            model(**{key: value for key, value in batch.items() if key not in ("labels", "shift_labels")})
     return {name: _mean(name, sums[name], tokens[name]) for name in sums}
 
 

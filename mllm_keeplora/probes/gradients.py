@@ -26,6 +26,7 @@ from mllm_keeplora.distributed.processes import sum_of_all
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.modeling.adapters import without_dropout
 from mllm_keeplora.modeling.loss import summed_token_loss, supervised_positions
+from mllm_keeplora.modeling.precision import exact_products
 from mllm_keeplora.modeling.targets import Target
 from mllm_keeplora.probes.hooks import hooked
 
@@ -147,6 +148,7 @@ class _Watch(torch.autograd.Function):
 
 
 def _probe_pass(model: nn.Module, sums: Mapping[str, _ThinGradient], batches: Batches) -> dict[str, Tensor]:
+    exact_products(next(model.parameters()).device)  # in this pass, and in the decompositions of what it finds
     model.train()  # transformers checkpoints activations in train() only
     try:
         watchers = {name: thin.watch for name, thin in sums.items()}

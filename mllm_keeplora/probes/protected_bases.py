@@ -18,6 +18,7 @@ from mllm_keeplora.distributed.processes import hide_bar, own_share, wait_for_ev
 from mllm_keeplora.linalg.subspace import principal_basis
 from mllm_keeplora.modeling.families import TargetError
 from mllm_keeplora.modeling.linear4bit import computed_weight
+from mllm_keeplora.modeling.precision import exact_products
 from mllm_keeplora.modeling.targets import Target
 from mllm_keeplora.runs.files import ArtifactError, check_regular, save_tensors
 
@@ -119,7 +120,9 @@ def weight_basis_files(
     Raises:
         ArtifactError: something else than a file in a basis's place.
         TargetError: a weight with NaN or infinite values.
+        PrecisionError: a device whose fp32 products are not.
     """
+    exact_products(next(model.parameters()).device)
     files = {t.name: weight_basis_file(directory, t.name, eps_w[t.tower]) for t in targets}
     wait_for_everyone()  # nobody looks at what another one is writing
     missing = [target for target in own_share(targets) if not _is_sound(files[target.name], target)]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,8 @@ import torch
 import trl
 from safetensors.torch import load_file, save_file
 
-from mllm_keeplora.config import ConfigError, ModelConfig
+from mllm_keeplora.config import ConfigError, ModelConfig, RunConfig
+from mllm_keeplora.modeling import loading
 from mllm_keeplora.modeling.families import FAMILIES
 from mllm_keeplora.modeling.linear4bit import computed_weight
 from mllm_keeplora.modeling.loading import (
@@ -22,8 +24,10 @@ from mllm_keeplora.modeling.loading import (
     known_base_hash,
     load_base,
     load_base_processor,
+    resolve_device,
     resolve_model_directory,
 )
+from mllm_keeplora.planning.plan import make_plan
 from mllm_keeplora.planning.skeleton import build_processor, build_skeleton, describe_weights
 from tests.modules.conftest import all_targets, batch, model_config
 from tests.modules.tiny_families import BUILDERS
@@ -88,8 +92,63 @@ def test_a_base_model_that_is_nowhere_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
 def test_cuda_without_a_device_is_an_error(tiny_llava: Path) -> None:
+    config = ModelConfig(base_model=str(tiny_llava), device="cuda")
     with pytest.raises(ConfigError, match="sees no CUDA device"):
-        load_base(ModelConfig(base_model=str(tiny_llava), device="cuda"))
+        load_base(config)
+    with pytest.raises(ConfigError, match=r"sees no CUDA device.*--memory_gb GB plans for a card that is not here"):
+        make_plan(RunConfig(model=config))
+
+
+# As nvidia-smi writes it: of drivers 550 and 595, and without a driver.
+SMI = "| NVIDIA-SMI 550.54.15   Driver Version: 550.54.15   CUDA Version: 12.4 |"
+NEW_SMI = "| NVIDIA-SMI 595.20   KMD Version: 595.20   Driver Version : 595.20   CUDA UMD Version: 13.2 |"
+NO_DRIVER = "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver."
+
+
+@pytest.mark.parametrize(
+    "says, built_for, hidden, expected",
+    [
+        (SMI, "13.0", None, "driver 550.54.15 serves CUDA 12.4, and torch .* is built for CUDA 13.0; update the driver"),
+        (NEW_SMI, None, None, "driver 595.20 serves CUDA 13.2, and torch .* is a build without CUDA; install"),
+        (NO_DRIVER, "13.0", "0", "couldn't communicate with the NVIDIA driver.*install the driver"),
+        (SMI, "13.0", "", "CUDA_VISIBLE_DEVICES is '', which hides every GPU; unset it"),
+    ],
+)
+def test_a_driver_that_torch_cannot_use_is_said(
+    says: str,
+    built_for: str | None,
+    hidden: str | None,
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """By auto, which goes on, once; and by cuda, which does not."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\necho \"{says}\"\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if hidden is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    loading._say_on_cpu.cache_clear()
+    for _ in range(2):
+        assert resolve_device(ModelConfig()) == torch.device("cpu")
+    [said] = [record.message for record in caplog.records if "NVIDIA driver: " in record.message]
+    assert re.search(expected, said) and "takes the CPU" in said
+    with pytest.raises(ConfigError, match=f"sees no CUDA device: .*{expected}"):
+        resolve_device(ModelConfig(device="cuda"))
+    assert resolve_device(ModelConfig(device="cpu")) == torch.device("cpu")
+
+
+def test_a_machine_without_a_driver_says_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device(ModelConfig()) == torch.device("cpu") and not caplog.records
 
 
 def test_missing_flash_attention_says_how_to_get_it(tiny_llava: Path) -> None:
