@@ -11,6 +11,7 @@ from mllm_keeplora.continual.saved_run import SavedRun, load_run
 from mllm_keeplora.data.collator import ChatCollator, ready_batch
 from mllm_keeplora.data.records import OTHER_ANSWERS, load_records
 from mllm_keeplora.evaluation.answer import generation_settings
+from mllm_keeplora.modeling.linear4bit import free_4bit_weights
 from mllm_keeplora.modeling.loading import DTYPES, load_dense
 from mllm_keeplora.modeling.loss import reply_logits
 from mllm_keeplora.runs.files import ArtifactError, replaced_directory, write_json
@@ -44,6 +45,7 @@ def export(run_dir: Path, out: Path, dtype: str = "bfloat16", questions: int = 3
     batches = _test_batches(run, processor, questions)
     reference = [_answer_logits(model, batch) for batch in batches]
     del model  # the merged model takes its place in memory
+    free_4bit_weights()
     merged = merge(run, DTYPES[dtype])
     difference = _difference(reference, [_answer_logits(merged, batch) for batch in batches])
     with replaced_directory(out) as temporary:

@@ -38,7 +38,7 @@ from mllm_keeplora.distributed.sharding import sharding_asked
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.modeling.adapters import ACCUMULATED
 from mllm_keeplora.modeling.families import family_of
-from mllm_keeplora.modeling.linear4bit import guard_linear4bit
+from mllm_keeplora.modeling.linear4bit import free_4bit_weights, guard_linear4bit
 from mllm_keeplora.modeling.saved_adapters import load_adapter
 from mllm_keeplora.resources import find
 from mllm_keeplora.runs.files import (
@@ -425,6 +425,7 @@ def load_dense(config: ModelConfig, adapter: Path | None) -> tuple[Any, Any]:
     model, processor = load_base(config)
     if config.quantization == "nf4":
         model.dequantize(DTYPES[config.compute_dtype])
+        free_4bit_weights()
     if adapter is not None:
         adapted: Any = load_adapter(model, adapter, config.base_model, may_be_untrained=True)
         model = adapted.merge_and_unload()

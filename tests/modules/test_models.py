@@ -1,9 +1,11 @@
 """Loading: both towers 4-bit, guarded, frozen; bad directories named."""
 
+import gc
 import json
 import os
 import re
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from mllm_keeplora.config import ConfigError, ModelConfig, RunConfig
 from mllm_keeplora.modeling import loading
 from mllm_keeplora.modeling.families import FAMILIES
-from mllm_keeplora.modeling.linear4bit import computed_weight
+from mllm_keeplora.modeling.linear4bit import computed_weight, free_4bit_weights
 from mllm_keeplora.modeling.loading import (
     base_model_hash,
     check_media_tokens,
@@ -419,3 +421,29 @@ def test_a_template_that_writes_the_date_writes_one_date(tiny_llava: Path, tmp_p
     (directory / own.name).write_text("{{ strftime_now(form) }}")
     with pytest.raises(ConfigError, match="writes today's date"):
         load_base_processor(model_config(directory, "none"))
+
+
+def test_dead_4_bit_weights_are_freed_before_others_take_their_place(
+    tiny_llava: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They form a cycle, which waits for a garbage collection: an export would hold both models."""
+    loaded, base = [], load_base
+
+    def keep_track(config: ModelConfig) -> Any:
+        model, processor = base(config)
+        loaded.extend(weakref.ref(m.weight) for m in model.modules() if isinstance(m, bnb.nn.Linear4bit))
+        return model, processor
+
+    monkeypatch.setattr(loading, "load_base", keep_track)
+    gc.disable()
+    try:
+        model, _ = loading.load_dense(model_config(tiny_llava, "nf4"), None)
+        assert len(loaded) > 10 and not any(weight() is not None for weight in loaded)
+        loaded.clear()
+        model, _ = keep_track(model_config(tiny_llava, "nf4"))
+        del model
+        assert any(weight() is not None for weight in loaded)  # else the cycle is gone, and with it the need
+        free_4bit_weights()
+        assert not any(weight() is not None for weight in loaded)
+    finally:
+        gc.enable()
