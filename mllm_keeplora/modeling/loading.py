@@ -31,7 +31,8 @@ from transformers import (
     PreTrainedModel,
     Qwen3VLVideoProcessor,
 )
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.dependency_versions_table import deps
+from transformers.utils import GENERATION_CONFIG_NAME, is_kernels_available
 
 from mllm_keeplora.config import ConfigError, ModelConfig
 from mllm_keeplora.distributed.sharding import sharding_asked
@@ -69,6 +70,8 @@ _LOADING_ERRORS = (
     *(OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError),
     *(RuntimeError, ImportError, SafetensorError, StrictDataclassError),
 )
+# Of GPUs: Ampere, Hopper.
+CAPABILITIES = {"flash_attention_2": (8, 0), "flash_attention_3": (9, 0)}
 REMOTE_CODE = "*.py"  # fetched beside them only where model.trust_remote_code is on
 
 
@@ -345,6 +348,39 @@ def check_weights(model: Any, info: Mapping[str, Any], what: str) -> None:
             )
 
 
+def check_attention(config: ModelConfig, device: torch.device) -> None:
+    """Looks for what an implementation of attention needs, before anything is loaded.
+
+    Raises:
+        ConfigError: its package is not installed, or the device cannot run it.
+    """
+    wanted = config.attn_implementation
+    if wanted in ("sdpa", "eager"):
+        return
+    kernels = f"pip install '{deps['kernels']}'"
+    if "/" in wanted and not is_kernels_available():
+        raise ConfigError(f"attn_implementation is {wanted}, a kernel of the hub: {kernels}, or use sdpa")
+    if wanted == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise ConfigError(
+            "attn_implementation is flash_attention_2, but flash-attn is not installed: pip install "
+            f"--no-build-isolation '.[flash-attn]'; or {kernels} and use kernels-community/flash-attn2; or use sdpa"
+        )
+    if wanted == "flash_attention_3" and importlib.util.find_spec("flash_attn_interface") is None:
+        raise ConfigError(
+            "attn_implementation is flash_attention_3, but flash_attn_interface is not installed: build it from hopper/ "
+            f"of github.com/Dao-AILab/flash-attention; or {kernels} and use kernels-community/vllm-flash-attn3; or use "
+            "sdpa"
+        )
+    if device.type == "cpu":
+        raise ConfigError(f"attn_implementation is {wanted}, which needs a GPU, and this run takes the CPU; use sdpa")
+    least, found = CAPABILITIES.get(wanted, (0, 0)), torch.cuda.get_device_capability(device)
+    if found < least:
+        raise ConfigError(
+            f"attn_implementation is {wanted}, which needs a GPU of compute capability {least[0]}.{least[1]}; "
+            f"{torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}: use sdpa"
+        )
+
+
 def load_base(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
     """Loads the base model and its processor; the model is frozen and in eval mode.
 
@@ -354,15 +390,11 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
         ConfigError: an unusable model directory, device or attention implementation.
         TargetError: a model family that is not in the table.
     """
-    if config.attn_implementation == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
-        raise ConfigError(
-            "attn_implementation is flash_attention_2, but flash-attn is not installed: "
-            "pip install --no-build-isolation '.[flash-attn]', or use sdpa"
-        )
+    device = resolve_device(config)
+    check_attention(config, device)
     if config.cpu_threads is not None:
         torch.set_num_threads(config.cpu_threads)
     directory = resolve_model_directory(config)
-    device = resolve_device(config)
     trust = config.trust_remote_code
     with _explained(f"base model {directory}"):
         model_config = model_config_of(config, str(directory), trust_remote_code=trust)
@@ -378,6 +410,7 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
             dtype=DTYPES[config.compute_dtype],
             quantization_config=quantization,
             attn_implementation=config.attn_implementation,
+            allow_all_kernels=trust,
             trust_remote_code=trust,
             use_safetensors=True,
             device_map={"": device},

@@ -153,11 +153,46 @@ def test_a_machine_without_a_driver_says_nothing(
     assert resolve_device(ModelConfig()) == torch.device("cpu") and not caplog.records
 
 
-def test_missing_flash_attention_says_how_to_get_it(tiny_llava: Path) -> None:
-    with pytest.raises(ConfigError, match=r"flash-attn is not installed.*\[flash-attn\]"):
-        load_base(
-            ModelConfig(base_model=str(tiny_llava), attn_implementation="flash_attention_2", compute_dtype="bfloat16")
-        )
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("flash_attention_2", r"flash-attn is not installed: .*\[flash-attn\].*kernels-community/flash-attn2"),
+        ("flash_attention_3", r"flash_attn_interface is not installed: build it .*kernels-community/vllm-flash-attn3"),
+        ("kernels-community/flash-attn2", r"a kernel of the hub: pip install 'kernels>=[\d.]+,<[\d.]+'"),
+    ],
+)
+def test_missing_kernels_of_attention_say_how_to_get_them(tiny_llava: Path, name: str, message: str) -> None:
+    config = ModelConfig(base_model=str(tiny_llava), attn_implementation=name, compute_dtype="bfloat16")
+    with pytest.raises(ConfigError, match=message):
+        load_base(config)
+
+
+@pytest.mark.parametrize(
+    "name, device, capability, message",
+    [
+        ("flash_attention_2", "cpu", None, "needs a GPU, and this run takes the CPU"),
+        ("kernels-community/flash-attn2", "cpu", None, "needs a GPU, and this run takes the CPU"),
+        ("flash_attention_2", "cuda", (7, 5), r"compute capability 8.0; Some GPU has 7.5: use sdpa"),
+        ("flash_attention_3", "cuda", (8, 9), r"compute capability 9.0; Some GPU has 8.9"),
+        ("flash_attention_2", "cuda", (8, 0), None),
+        ("flash_attention_3", "cuda", (9, 0), None),
+        ("kernels-community/flash-attn2", "cuda", (7, 5), None),  # it says itself what it runs on
+        ("sdpa", "cpu", None, None),
+    ],
+)
+def test_a_device_that_cannot_run_a_kernel_is_named(
+    name: str, device: str, capability: Any, message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr(loading, "is_kernels_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    config = ModelConfig(attn_implementation=name, compute_dtype="bfloat16")
+    if message is None:
+        loading.check_attention(config, torch.device(device))
+        return
+    with pytest.raises(ConfigError, match=message):
+        loading.check_attention(config, torch.device(device))
 
 
 def test_the_hash_follows_the_content_not_the_place(tiny_llava: Path, tmp_path: Path) -> None:
