@@ -30,6 +30,7 @@ from mllm_keeplora.distributed.processes import (
     num_processes,
     own_share,
     process_index,
+    shared_out,
     sum_of_all,
 )
 from mllm_keeplora.distributed.sharding import fillers
@@ -268,7 +269,7 @@ def general_bases(run: RunContext, samples: Sequence[Sample], key: str) -> Path:
         logger.info(f"protecting the inputs of {len(samples)} general samples")
         batches = Batches(run, samples, ChatCollator(run.processor, None, run.reader))
         sketches = sketch_inputs(run.model, targets, columns, batches, config.seed)
-        from_main(lambda: _write_bases(run, targets, sketches, path, facts))
+        _write_bases(run, targets, sketches, path, facts)
     from_main(lambda: write_json(run.directory.general_energy, read_json(facts)))
     return path
 
@@ -277,21 +278,24 @@ def _write_bases(
     run: RunContext, targets: Sequence[Target], sketches: Mapping[str, Tensor], path: Path, facts_path: Path
 ) -> None:
     bases, eps_g = ProtectedBases(run.weight_files, None, [], run.device), cast(float, run.config.general.eps_g)
-    directions, facts = {}, {}
-    for t in tqdm(targets, "general directions", unit="module", disable=None, leave=False):
+
+    def extend(t: Target) -> tuple[Tensor, dict[str, Any]]:
         weight = bases.weight_basis(t)
         extended = extend_basis_from_sketch(weight, sketches[t.name].to(run.device), eps_g)
-        added = extended.basis[:, weight.shape[1] :]
-        directions[t.name] = added.to("cpu", copy=True)
-        facts[t.name] = {"k_g": added.shape[1], "held": extended.captured, "saturated": extended.saturated}
+        added = extended.basis[:, weight.shape[1] :].to("cpu", copy=True)
+        return added, {"k_g": added.shape[1], "held": extended.captured, "saturated": extended.saturated}
+
+    found = shared_out(targets, extend, "general directions")
+    directions = {t.name: added for t, (added, _) in zip(targets, found, strict=True)}
+    facts = {t.name: fact for t, (_, fact) in zip(targets, found, strict=True)}
     saturated = [name for name, fact in facts.items() if fact["saturated"]]
     if saturated:
         logger.warning(
             f"{len(saturated)} of {len(facts)} modules need more directions than their sketch has to hold eps_g of "
             f"the general inputs, {saturated[0]} first ({facts[saturated[0]]['held']:.3f} held); raise general.columns"
         )
-    save_tensors(path, directions)
-    write_json(facts_path, facts)
+    from_main(lambda: save_tensors(path, directions))
+    from_main(lambda: write_json(facts_path, facts))
 
 
 # --- G3 ---

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mllm_keeplora.continual.history import adapter_hash
 from mllm_keeplora.continual.memory import memory_explained
-from mllm_keeplora.distributed.processes import from_main, gather
+from mllm_keeplora.distributed.processes import from_main, gather, shared_out
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.evaluation.answer import generation_settings
 from mllm_keeplora.evaluation.score import evaluate_row
@@ -142,11 +142,12 @@ def check_no_leakage(stage: StageContext, factors: Factors, bases: ProtectedBase
         StageError: an update that does.
     """
     exact_products(bases.device)
-    return {t.name: _module_row(stage, t, factors, bases) for t in stage.targets}
+    rows = shared_out(stage.targets, lambda t: _module_row(stage, t, factors, bases), "leakage")
+    return {row["name"]: row for row in rows}
 
 
 def _module_row(stage: StageContext, t: Target, factors: Factors, bases: ProtectedBases) -> dict[str, Any]:
-    basis, k_w, k_g = bases.load(t), bases.weight_basis(t).shape[1], bases.general_basis(t).shape[1]
+    basis, (k_w, k_g, _) = bases.load(t), bases.sizes(t)
     a, b = factors.get(t.name, (torch.zeros(0, t.in_features), torch.zeros(t.out_features, 0)))
     leak = leakage(a.to(basis.device), b.to(basis.device), basis)
     if leak > LEAKAGE_TOLERANCE:
@@ -209,7 +210,7 @@ def check_ranks(run: RunContext) -> None:
     """
     bases = ProtectedBases(run.weight_files, run.general_basis, [], run.device)
     for t in run.targets:
-        rank, k = run.rank(t), bases.load(t).shape[1]
+        rank, k = run.rank(t), sum(bases.sizes(t))
         if rank > t.in_features - k:
             raise StageError(
                 f"{t.name}: rank {rank} exceeds its residual space of {t.in_features} - {k} = {t.in_features - k} "

@@ -75,10 +75,15 @@ class StageTrainer(Trainer):
     """
 
     def __init__(
-        self, *args: Any, penalty: Callable[[int], Tensor] | None = None, beside: Beside | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        finite: "FiniteGradients",
+        penalty: Callable[[int], Tensor] | None = None,
+        beside: Beside | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._penalty, self._beside = penalty, beside
+        self._finite, self._penalty, self._beside = finite, penalty, beside
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -99,18 +104,9 @@ class StageTrainer(Trainer):
         return loss + sum(more) / self.current_gradient_accumulation_steps if more else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """One forward and backward.
-
-        Raises:
-            TrainingError: a loss that is NaN or infinite.
-        """
+        """One forward and backward; `FiniteGradients` looks at the loss."""
         loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
-            raise TrainingError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}: lower "
-                "train.learning_rate or check the data; "
-                "completed stages are untouched"
-            )
+        self._finite.losses.append(loss)
         return loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -174,26 +170,38 @@ def _write_mark(mark: Path) -> None:
 
 
 class FiniteGradients(TrainerCallback):
-    """Stops before the optimizer would write a NaN gradient into the factor."""
+    """Stops before the optimizer would write a NaN gradient into the factor.
+
+    The host waits for the device once in an optimizer step, however many forwards that has.
+
+    Attributes:
+        losses: of the forwards since the last step.
+    """
+
+    def __init__(self) -> None:
+        self.losses: list[Tensor] = []
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Checks every trainable parameter's gradient.
+        """Checks the losses, and every trainable parameter's gradient.
 
         Raises:
-            TrainingError: a gradient that is NaN or infinite.
+            TrainingError: a loss or a gradient that is NaN or infinite.
         """
+        losses, self.losses = self.losses, []
         # The optimizer knows what trains; walking through all modules of the model again costs time.
         groups = kwargs["optimizer"].param_groups
         gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
         norms = torch.stack(torch._foreach_norm(gradients))
-        if not torch.isfinite(norms).all():
-            raise TrainingError(
-                f"a gradient is not finite at step {state.global_step + 1}: lower "
-                "train.learning_rate; "
-                "completed stages are untouched"
-            )
+        if torch.isfinite(torch.stack([*losses, norms.sum()])).all():
+            return
+        wrong = [loss for loss in losses if not torch.isfinite(loss)]
+        what = f"the loss is {wrong[0].item()}" if wrong else "a gradient is not finite"
+        raise TrainingError(
+            f"{what} at step {state.global_step + 1}: lower train.learning_rate"
+            f"{' or check the data' if wrong else ''}; completed stages are untouched"
+        )
 
 
 class AfterStep(TrainerCallback):
@@ -257,12 +265,14 @@ def train_stage(
     repeated = _repeated_samples(samples, config)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(log_dir)
     _leave_frozen_parameters_alone(model)
+    finite = FiniteGradients()
     trainer = StageTrainer(
         model=model,
+        finite=finite,
         args=_arguments(config, seed, directory, report_to, device, mixed),
         train_dataset=samples,
         data_collator=partial(_collated, collator, cast(torch.dtype, model.get_base_model().dtype)),
-        callbacks=[FiniteGradients(), *([AfterStep(hooks.after_step)] if hooks.after_step else [])],
+        callbacks=[finite, *([AfterStep(hooks.after_step)] if hooks.after_step else [])],
         penalty=hooks.penalty,
         beside=beside,
     )
@@ -414,6 +424,7 @@ def _arguments(
         disable_tqdm=not sys.stderr.isatty(),
         seed=seed,
         data_seed=seed,
+        accelerator_config={"non_blocking": True},  # batches come in pinned memory, where there is a GPU
         bf16=False,
         fp16=False,
         use_cpu=device.type == "cpu",
