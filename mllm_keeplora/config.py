@@ -77,8 +77,8 @@ class ModelConfig:
         compute_dtype: What the model computes in. float32 on CPUs, bfloat16 on GPUs.
         chat_template: Jinja file in place of the processor's own template, such as
             recipes/templates/vicuna_v1.jinja: LLaVA-1.5 as the published streams prompt it.
-        max_pixels: Most pixels that the processor leaves a picture and each frame of a clip, for models that take them in
-            their own size (Qwen's). Fewer pixels are fewer tokens. None keeps the processor's own bound.
+        max_pixels: Most pixels that the processor leaves a picture and each frame of a clip, for models that take them
+            in their own size (Qwen's). Fewer pixels are fewer tokens. None keeps the processor's own bound.
         attn_implementation: sdpa, eager, flash_attention_2 (needs the flash-attn extra), flash_attention_3 (Hopper
             GPUs), or a kernel of the hub, OWNER/NAME[@REVISION][:FUNCTION], such as kernels-community/flash-attn2
             (needs the package kernels). One of another owner than kernels-community needs trust_remote_code.
@@ -110,7 +110,7 @@ class ModelConfig:
         )
         _require(
             hub_kernel is None or hub_kernel[1] == KERNELS_OWNER or self.trust_remote_code,
-            f"model.attn_implementation: {wanted} is native code of {wanted.split('/')[0]}, which runs on this machine; "
+            f"model.attn_implementation: {wanted} is native code of {wanted.split('/')[0]} that runs on this machine; "
             f"read it and set model.trust_remote_code: true, or take a kernel of {KERNELS_OWNER}",
         )
         _require(

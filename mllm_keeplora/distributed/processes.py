@@ -2,7 +2,8 @@
 
 The main process alone decides and writes files; the others wait and read. So a phase is skipped on all processes or on
 none. Decompositions are shared out, and each one's result is its owner's everywhere: rounding differs between machines,
-A and M must not. A process that fails ends with its message; the launcher then ends the others, which wait in a collective.
+A and M must not. A process that fails ends with its message; the launcher then ends the others, which wait in a
+collective.
 """
 
 import os

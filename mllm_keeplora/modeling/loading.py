@@ -130,8 +130,8 @@ def _why_no_cuda() -> str | None:
             "CUDA or an older one (https://pytorch.org/get-started/previous-versions)"
         )
     return (
-        f"{serves}, and torch {torch.__version__} is built for CUDA {torch.version.cuda}; update the driver, or install "
-        "the same torch built for a CUDA that it serves (https://pytorch.org/get-started/previous-versions)"
+        f"{serves}, and torch {torch.__version__} is built for CUDA {torch.version.cuda}; update the driver, or "
+        "install the same torch built for a CUDA that it serves (https://pytorch.org/get-started/previous-versions)"
     )
 
 
@@ -367,8 +367,8 @@ def check_attention(config: ModelConfig, device: torch.device) -> None:
         )
     if wanted == "flash_attention_3" and importlib.util.find_spec("flash_attn_interface") is None:
         raise ConfigError(
-            "attn_implementation is flash_attention_3, but flash_attn_interface is not installed: build it from hopper/ "
-            f"of github.com/Dao-AILab/flash-attention; or {kernels} and use kernels-community/vllm-flash-attn3; or use "
+            "attn_implementation is flash_attention_3, but flash_attn_interface is not installed: build it from "
+            f"hopper/ of github.com/Dao-AILab/flash-attention; or {kernels} and use kernels-community/vllm-flash-attn3; or use "
             "sdpa"
         )
     if device.type == "cpu":
@@ -516,7 +516,9 @@ def _limit_pixels(processor: Any, most: int) -> None:
         )
     videos, side = processor.video_processor, images.patch_size * images.merge_size
     if most < side**2:
-        raise ConfigError(f"model.max_pixels is {most}, expected at least {side**2}: one token is {side} x {side} pixels")
+        raise ConfigError(
+            f"model.max_pixels is {most}, expected at least {side**2}: one token is {side} x {side} pixels"
+        )
     for part in (images, videos):
         least = min(part.size["shortest_edge"], int(most / 1.05))  # the processors keep so far above their least
         part.size = {"shortest_edge": least, "longest_edge": part.size["longest_edge"]}

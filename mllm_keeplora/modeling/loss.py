@@ -42,7 +42,9 @@ def answers_alone(batch: Mapping[str, Any]) -> dict[str, Any]:
 def reply_logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """Logits at the supervised positions of a batch with labels: [tokens, vocabulary] fp32."""
     kept = answers_alone(batch)
-    logits: Tensor = model(**{key: value for key, value in kept.items() if key not in ("labels", "shift_labels")}).logits
+    logits: Tensor = model(
+        **{key: value for key, value in kept.items() if key not in ("labels", "shift_labels")}
+    ).logits
     return logits[kept["shift_labels"] != IGNORED_LABEL].float()
 
 

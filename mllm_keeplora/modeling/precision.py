@@ -1,4 +1,4 @@
-"""fp32 products in fp32: TF32 rounds their factors to 10 bits, and A then answers protected inputs a thousand times more.
+"""fp32 products in fp32: TF32 rounds their factors to 10 bits; A then answers protected inputs a thousand times more.
 
 Containers switch TF32 on by `TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1`, and libraries do when they are imported (lmms-eval's
 wrappers of models). So it is switched off again wherever protection is decided, and a product says whether it is.
@@ -31,8 +31,8 @@ def exact_products(device: torch.device) -> None:
     if error > PRODUCT_TOLERANCE:
         raise PrecisionError(
             f"fp32 products on {device} are off by {error:.1e}, at most {PRODUCT_TOLERANCE:.0e} is expected: something "
-            "rounds their factors (TF32 or bf16), so that what is protected would not be. Take NVIDIA_TF32_OVERRIDE and "
-            "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE out of the environment, and update the driver"
+            "rounds their factors (TF32 or bf16), so that what is protected would not be. Take NVIDIA_TF32_OVERRIDE "
+            "and TORCH_ALLOW_TF32_CUBLAS_OVERRIDE out of the environment, and update the driver"
         )
 
 

@@ -149,7 +149,8 @@ class MemoryModel:
         seeing = sum(tower.hidden_states() + tower.working() for tower in vision)
         return {
             "keys and values": cache * len(language.layers),
-            "activations": batch * self.shape.pixels * self.itemsize + language.rows * language.hidden * 3 * self.itemsize,
+            "activations": batch * self.shape.pixels * self.itemsize
+            + language.rows * language.hidden * 3 * self.itemsize,
             "largest temporary": max(seeing, language.working(), 8 * batch * vocabulary),
         }
 

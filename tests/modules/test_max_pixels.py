@@ -1,7 +1,6 @@
 """`model.max_pixels`: the same bound in training, evaluation and the plan; refused where it would do nothing."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np

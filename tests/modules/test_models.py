@@ -110,7 +110,12 @@ NO_DRIVER = "NVIDIA-SMI has failed because it couldn't communicate with the NVID
 @pytest.mark.parametrize(
     "says, built_for, hidden, expected",
     [
-        (SMI, "13.0", None, "driver 550.54.15 serves CUDA 12.4, and torch .* is built for CUDA 13.0; update the driver"),
+        (
+            SMI,
+            "13.0",
+            None,
+            "driver 550.54.15 serves CUDA 12.4, and torch .* is built for CUDA 13.0; update the driver",
+        ),
         (NEW_SMI, None, None, "driver 595.20 serves CUDA 13.2, and torch .* is a build without CUDA; install"),
         (NO_DRIVER, "13.0", "0", "couldn't communicate with the NVIDIA driver.*install the driver"),
         (SMI, "13.0", "", "CUDA_VISIBLE_DEVICES is '', which hides every GPU; unset it"),
@@ -127,7 +132,7 @@ def test_a_driver_that_torch_cannot_use_is_said(
 ) -> None:
     """By auto, which goes on, once; and by cuda, which does not."""
     tool = tmp_path / "nvidia-smi"
-    tool.write_text(f"#!/bin/sh\necho \"{says}\"\n")
+    tool.write_text(f'#!/bin/sh\necho "{says}"\n')
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

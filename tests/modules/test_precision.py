@@ -1,4 +1,4 @@
-"""fp32 products are fp32 where protection is decided, whatever switched TF32 on; and what A then answers is recorded."""
+"""fp32 products are fp32 where protection is decided, whatever switched TF32 on; what A then answers is recorded."""
 
 from pathlib import Path
 from typing import Any

@@ -98,7 +98,10 @@ def test_a_path_with_such_a_name_that_is_there_is_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("attn_implementation: flash_attention_4", "expected one of sdpa, eager, flash_attention_2, flash_attention_3, or"),
+        (
+            "attn_implementation: flash_attention_4",
+            "expected one of sdpa, eager, flash_attention_2, flash_attention_3, or",
+        ),
         ("attn_implementation: paged|sdpa", "or a kernel of the hub .OWNER/NAME., found 'paged|sdpa'"),
         ("attn_implementation: sdpaa", "found 'sdpaa' .did you mean 'sdpa'"),
         ("attn_implementation: a/b/c", "found 'a/b/c'"),

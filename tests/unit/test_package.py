@@ -149,5 +149,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 def test_scripts_let_the_gpus_segments_grow_unless_told_otherwise(given: dict[str, str], expected: str) -> None:
     command = 'source scripts/_setup.sh && setup_environment && echo "$PYTORCH_ALLOC_CONF"'
     environment = {"PATH": os.defpath, "KEEPLORA_PYTHON": sys.executable, **given}
-    done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == expected
