@@ -367,9 +367,9 @@ def check_attention(config: ModelConfig, device: torch.device) -> None:
         )
     if wanted == "flash_attention_3" and importlib.util.find_spec("flash_attn_interface") is None:
         raise ConfigError(
-            "attn_implementation is flash_attention_3, but flash_attn_interface is not installed: build it from "
-            f"hopper/ of github.com/Dao-AILab/flash-attention; or {kernels} and use kernels-community/vllm-flash-attn3; or use "
-            "sdpa"
+            "attn_implementation is flash_attention_3, but flash_attn_interface is not installed: build it from hopper/"
+            f" in github.com/Dao-AILab/flash-attention; or {kernels} and use kernels-community/vllm-flash-attn3; or "
+            "use sdpa"
         )
     if device.type == "cpu":
         raise ConfigError(f"attn_implementation is {wanted}, which needs a GPU, and this run takes the CPU; use sdpa")
