@@ -4,8 +4,9 @@
 
 A matrix of inputs or gradients [tokens, 4096] whose squared singular values fall as i^-decay. Its right singular
 vectors are the unit vectors here, which changes no result: a Gaussian sketch knows no direction. `needed` are the
-directions that the exact spectrum needs for the share; `taken` those that E8 takes from the sketch. `one pass` and `refined` are
-the energy that A of rank 32 captures beside the exact leading directions, from probe.columns_per_rank 4.
+directions that the exact spectrum needs for the share; `taken` those that E8 takes from the sketch (+: saturated), and
+`held` what they hold by its held-out rows. `one pass` and `refined` are the energy that A of rank 32 captures beside
+the exact leading directions, from probe.columns_per_rank 4.
 """
 
 import argparse

@@ -15,8 +15,8 @@ from typing import TypeVar
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import broadcast_object_list, gather_object, reduce
 from torch import Tensor
-from tqdm import tqdm
 
+from mllm_keeplora.distributed.progress import progress
 from mllm_keeplora.errors import KeepLoRAError
 
 S = TypeVar("S")
@@ -83,11 +83,6 @@ def is_main() -> bool:
     return PartialState().is_main_process
 
 
-def hide_bar() -> bool | None:
-    """tqdm's `disable`: one bar a run, on a terminal only."""
-    return None if is_main() else True
-
-
 def from_main(compute: Callable[[], T]) -> T:
     """Runs `compute` on the main process alone; its result on every process, which all have waited for it."""
     result = [compute() if is_main() else None]
@@ -111,10 +106,9 @@ def shared_out(items: Sequence[S], compute: Callable[[S], T], what: str) -> list
     Args:
         items: the same on all processes.
         compute: gives what is on the CPU; nothing in it may wait for another process.
-        what: the bar's text.
+        what: is done, for the bar.
     """
-    bar = tqdm(own_share(items), desc=what, unit="module", disable=hide_bar(), leave=False)
-    own = [compute(item) for item in bar]
+    own = [compute(item) for item in progress(what, "modules", own_share(items))]
     shares = [broadcast_object_list([own], from_process=rank)[0] for rank in range(num_processes())]
     return [shares[number % len(shares)][number // len(shares)] for number in range(len(items))]
 

@@ -14,7 +14,6 @@ def test_each_item_is_computed_by_one_process(count: int, items: int, monkeypatc
     PartialState()
     shares = [[(rank, item * item) for item in range(items)[rank::count]] for rank in range(count)]
     monkeypatch.setattr(processes, "num_processes", lambda: count)
-    monkeypatch.setattr(processes, "hide_bar", lambda: True)
     for rank in range(count):
         computed = as_process(rank, count, items, shares, monkeypatch)
         assert computed == list(range(items)[rank::count])
