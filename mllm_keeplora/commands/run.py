@@ -58,5 +58,6 @@ def _run(config: RunConfig) -> None:
         raise DeviceMemoryError(f"{error}. {figures}".rstrip(". ")) from error
     if writes:
         run = RunDirectory(Path(config.run_dir))
-        write_report(load_run(run.path))
-        print(f"{format_table(retention)}\nreport: {run.report}\nadapter: {run.adapter}")
+        saved = load_run(run.path)
+        write_report(saved)
+        print(f"{format_table(retention, saved.guard_note())}\nreport: {run.report}\nadapter: {run.adapter}")

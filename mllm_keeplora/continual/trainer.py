@@ -53,6 +53,8 @@ logger = get_logger(__name__)
 
 STAGE_WEIGHTS = "stage.safetensors"
 COMPLETE = "complete"
+# What the Trainer logs of a step and the report shows.
+CURVES = ("loss", "learning_rate", "grad_norm")
 
 
 class TrainingError(KeepLoRAError, RuntimeError):
@@ -239,7 +241,8 @@ def train_stage(
 
     Returns:
         {"steps", "repeated_samples": how many an epoch shows twice, "loss": [[step, mean loss since the last
-        entry], ..]}; the same on all processes.
+        entry], ..], "learning_rate" and "grad_norm" (before clipping) likewise, of that step alone}; the same on all
+        processes.
 
     Raises:
         TrainingError: a trainable parameter that is not fp32; a loss or gradient that is NaN or infinite.
@@ -264,8 +267,9 @@ def train_stage(
     # Its lines would only repeat what TensorBoard and the report show.
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=checkpoint)
-    history = [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry]
-    return {"steps": trainer.state.global_step, "repeated_samples": repeated, "loss": history}
+    log = trainer.state.log_history
+    curves = {name: [[entry["step"], entry[name]] for entry in log if name in entry] for name in CURVES}
+    return {"steps": trainer.state.global_step, "repeated_samples": repeated, **curves}
 
 
 def _begin(directory: Path, log_dir: Path) -> str | None:
