@@ -87,7 +87,7 @@ class Section:
 
     Attributes:
         name: its name.
-        columns: labels of the replies, and a short form of each.
+        columns: labels of the replies.
         rows: those on the page.
         total: of all its questions.
         kinds: what a filter offers -> its name and the number of questions.
@@ -95,7 +95,7 @@ class Section:
     """
 
     name: str
-    columns: list[tuple[str, str]]
+    columns: list[str]
     rows: list[Row]
     total: int
     kinds: dict[str, tuple[str, int]]
@@ -187,7 +187,7 @@ def run_sections(results: Results, reader: VideoReader) -> list[Section]:
     """
     rows = results.retention["rows"]
     stages = [results.directory.stage(row["stage"], row["task"]) for row in rows]
-    columns = [(stage_label(row), str(row["stage"] or "base")) for row in rows]
+    columns = [stage_label(row) for row in rows]
     page = Pages(names_of(results.retention), reader)
     for name in names_of(results.retention):
         found = [read_replies(stage, name) for stage in stages]
@@ -197,8 +197,8 @@ def run_sections(results: Results, reader: VideoReader) -> list[Section]:
             answers = [as_answer(replies.get(key), native_max) for replies in found]
             questions.append(as_question(line, answers, *story_of(answers)))
         questions.sort(key=lambda question: [*KINDS].index(question.kind))
-        files = {label: stage for (label, _), stage in zip(columns, stages, strict=True)}
-        page.add(name, columns, questions, KINDS, _addresses(files, name, results.directory.path))
+        by_label = dict(zip(columns, stages, strict=True))
+        page.add(name, columns, questions, KINDS, _addresses(by_label, name, results.directory.path))
     return page.sections
 
 
@@ -245,7 +245,7 @@ def difference_sections(runs: Mapping[str, Results], reader: VideoReader) -> lis
                 questions.append(as_question(next(iter(found.values()))[key], answers, words, words))
         counts = Counter(question.kind for question in questions)
         questions.sort(key=lambda question, counts=counts: (-counts[question.kind], question.kind))
-        page.add(name, [(label, label) for label in runs], questions, {kind: kind for kind, _ in counts.most_common()})
+        page.add(name, [*runs], questions, {kind: kind for kind, _ in counts.most_common()})
     return page.sections
 
 
@@ -260,7 +260,7 @@ class Pages:
     def add(
         self,
         name: str,
-        columns: list[tuple[str, str]],
+        columns: list[str],
         questions: Sequence[Question],
         kinds: Mapping[str, str],
         files: Mapping[str, str] | None = None,

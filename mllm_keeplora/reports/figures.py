@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from mllm_keeplora.continual.stage import LEAKAGE_TOLERANCE
 from mllm_keeplora.reports.intervals import Interval
@@ -189,7 +189,7 @@ def training_chart(stage: str, curves: Mapping[str, Sequence[Sequence[float]]], 
         curves: key of `TRAINING` -> points [step, value]; those that are there are drawn.
         ranges: key -> least and largest value over all stages, so that stages compare.
     """
-    height = 0.5 + 1.25 * len(curves)  # inches, as all of these
+    height = 0.28 + 1.25 * len(curves)  # inches, as all of these
     figure = Figure(figsize=(3.6, height))
     tops = [(height - 1.25 * (number + 1) + 0.1) / height for number in range(len(curves))]
     found = [figure.add_axes((0.15, top, 0.83, 0.9 / height)) for top in tops]
@@ -200,6 +200,8 @@ def training_chart(stage: str, curves: Mapping[str, Sequence[Sequence[float]]], 
             floor = max(low, high * LEAST_SHARE)
             axes.plot(steps, values.clip(floor), color=COLOURS[0])
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
             axes.set_ylim(floor / 1.5, high * 1.5)
         else:
             axes.plot(steps, values, color=COLOURS[0])
