@@ -315,7 +315,7 @@ class Thumbnails:
             size = sum(map(len, pictures))
             pictures, size = (pictures, size) if spent + size <= room else ([], 0)
             spent += size
-            found.append((path.resolve().as_uri(), pictures))
+            found.append((f"file://{quote(str(path.absolute()), errors='replace')}", pictures))
         self.left -= spent
         return found, spent
 

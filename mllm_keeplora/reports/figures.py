@@ -102,7 +102,8 @@ def method_styles(methods: Sequence[str]) -> list[Json]:
     there.
     """
     owned = {method: METHODS.index(method) for method in methods if method in METHODS}
-    free = (place for place in count() if place not in owned.values())
+    taken = frozenset(owned.values())
+    free = (place for place in count() if place not in taken)
     places = [owned.pop(method) if method in owned else None for method in methods]
     found = [next(free) if place is None else place for place in places]
     looks = styles(1 + max(found))

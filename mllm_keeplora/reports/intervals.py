@@ -38,10 +38,10 @@ def interval_of(score: Mapping[str, Any]) -> Interval:
     value, error, n = score["value"], score["stderr"], score["n"]
     if error is None or value is None:
         return Interval(value, None, None)
-    share = min(max(value, 0.0), 1.0)
-    binary = math.sqrt(share * (1 - share) / (n - 1)) if n > 1 else 0.0
-    if error == 0 or math.isclose(error, binary, rel_tol=1e-3):
-        return wilson(share, n)
+    if 0 <= value <= 1:  # captions score above
+        binary = math.sqrt(value * (1 - value) / max(n - 1, 1))
+        if error == 0 or math.isclose(error, binary, rel_tol=1e-3):
+            return wilson(value, n)
     return Interval(value, value - Z * error, value + Z * error)
 
 
