@@ -209,7 +209,7 @@ def training_chart(stage: str, curves: Mapping[str, Sequence[Sequence[float]]], 
             axes.set_ylim(0, 1.08 * high or 1.0)
             axes.yaxis.set_major_locator(MaxNLocator(3))
             axes.yaxis.set_major_formatter("{x:g}")
-        axes.set_title(TRAINING[key], loc="left", fontsize=8, color=STYLE["grid.color"])
+        axes.set_title(TRAINING[key], loc="left", fontsize=8)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.tick_params(labelbottom=axes is found[-1])
     found[-1].set_xlabel("step")
