@@ -19,7 +19,16 @@ from mllm_keeplora.reports.intervals import Interval
 from mllm_keeplora.reports.results import ReportError
 from mllm_keeplora.reports.tables import TEXT_WIDTH
 from mllm_keeplora.runs.run_directory import RunDirectory
-from tests.unit.test_report import HOSTILE, METRIC_KEYS, TASKS, Page, check_policy, make_retention, make_score, write_run
+from tests.unit.test_report import (
+    HOSTILE,
+    METRIC_KEYS,
+    TASKS,
+    Page,
+    check_policy,
+    make_retention,
+    make_score,
+    write_run,
+)
 
 BENCHMARKS = ("scenes",)
 

@@ -108,7 +108,10 @@ def test_lost_questions_come_first_and_each_is_right_from_half_of_what_it_can_re
     save_scores(run.directory.path, "digits", scores)
     [section] = sections(run)
     assert [row.question.kind for row in section.rows] == ["lost", "lost", "never", "learnt", "kept"]
-    assert [row.question.story for row in section.rows][:2] == ["right after 2, wrong after 3", "right after 1, wrong after 2"]
+    assert [row.question.story for row in section.rows][:2] == [
+        "right after 2, wrong after 3",
+        "right after 1, wrong after 2",
+    ]
     assert section.kinds["lost"] == ("lost", 2) and "back" not in section.kinds
     assert section.columns == ["base", "1 digits", "2 glyphs", "3 signs"]
     first = section.rows[0].question
@@ -145,7 +148,9 @@ def test_cells_that_were_measured_later_count_and_those_that_were_not_are_left_o
 def test_questions_of_stock_benchmarks_are_shown_as_far_as_they_are_known(
     run: SavedRun, line: dict, asked: str, reference: str
 ) -> None:
-    save(run.directory.stage(0, None).replies / "scenes.jsonl", [{"task": "mmstar", "doc_id": 0, "reply": ["x"], **line}])
+    save(
+        run.directory.stage(0, None).replies / "scenes.jsonl", [{"task": "mmstar", "doc_id": 0, "reply": ["x"], **line}]
+    )
     [section] = sections(run)
     question = section.rows[0].question
     assert (question.text, question.reference, question.answers[0]) == (asked, reference, Answer('["x"]', None))
@@ -236,12 +241,19 @@ def test_a_page_has_room_for_so_much_and_says_what_it_leaves_out(
 @pytest.mark.slow
 def test_ten_thousand_answers_take_20_megabytes_at_most(run: SavedRun, tmp_path: Path) -> None:
     """Ten thousand questions with pictures of noise, which compress worst, after four stages."""
-    words, choice = "what where how many which colour of the is a red bar".split(), random.Random(0)
+    words = ["what", "where", "how", "many", "which", "colour", "of", "the", "is", "a", "red", "bar"]
+    choice = random.Random(0)
     media = [noise(tmp_path / f"{i}.png", i) for i in range(2500)]
     for stage, task in enumerate([None, *TASKS]):
         for name in TASKS:
             lines = [
-                saved_line(i, 100.0, reply=choice.choice(words), asked=" ".join(choice.sample(words, 9)), media=[("image", media[i % 2500])])
+                saved_line(
+                    i,
+                    100.0,
+                    reply=choice.choice(words),
+                    asked=" ".join(choice.sample(words, 9)),
+                    media=[("image", media[i % 2500])],
+                )
                 for i in range(3334)
             ]
             save(run.directory.stage(stage, task).replies / f"{name}.jsonl", lines)

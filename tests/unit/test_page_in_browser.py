@@ -1,4 +1,4 @@
-"""The pages in Debian's Chromium: nothing wider than a telephone, legible in light and in dark mode, a filter that works.
+"""The pages in Debian's Chromium: no wider than a telephone, legible in light and in dark mode, a filter that works.
 
 Skipped where there is no browser or no Playwright (`pip install playwright`; `apt-get install chromium`).
 """
@@ -26,7 +26,8 @@ PHONE, DESK = {"width": 400, "height": 800}, {"width": 1280, "height": 900}
 
 # Of every element with text of its own: contrast by WCAG 2.2 with the nearest background, size and place.
 TEXTS = """() => {
-  const brush = Object.assign(document.createElement("canvas"), {width: 1, height: 1}).getContext("2d", {willReadFrequently: true});
+  const canvas = Object.assign(document.createElement("canvas"), {width: 1, height: 1});
+  const brush = canvas.getContext("2d", {willReadFrequently: true});
   const seen = {};
   const rgb = (colour) => seen[colour] ??= (() => {
     brush.clearRect(0, 0, 1, 1); brush.fillStyle = colour; brush.fillRect(0, 0, 1, 1);
@@ -65,7 +66,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         for stage, task in enumerate([None, *TASKS]):
             for name in TASKS:
                 lines = [
-                    saved_line(i, 100.0 * (i >= lost or 0 < stage < 3), reply=text, asked=text, media=[("image", picture)])
+                    saved_line(
+                        i, 100.0 * (i >= lost or 0 < stage < 3), reply=text, asked=text, media=[("image", picture)]
+                    )
                     for i, text in enumerate(HOSTILE_TEXTS)
                 ]
                 save(RunDirectory(run_dir).stage(stage, task).replies / f"{name}.jsonl", lines)
@@ -109,7 +112,7 @@ def test_general_ability_is_in_sight_on_a_telephone(browser: Any, pages: dict[st
     page.evaluate("document.querySelector('#matrix').scrollIntoView()")
     for cell in page.query_selector_all("#matrix .general"):
         box = cell.bounding_box()
-        assert 0 <= box["x"] and box["x"] + box["width"] <= PHONE["width"]
+        assert box["x"] >= 0 and box["x"] + box["width"] <= PHONE["width"]
     page.close()
 
 

@@ -484,7 +484,9 @@ def test_long_loss_curves_are_thinned_to_means():
 
 
 def bar_heights(chart: str, colour: str) -> list[float]:
-    paths = re.findall(rf'<path d="M [0-9.]+ ([0-9.]+) \nL [0-9.]+ [0-9.]+ \nL [0-9.]+ ([0-9.]+)[^"]*" [^>]*{colour}', chart)
+    paths = re.findall(
+        rf'<path d="M [0-9.]+ ([0-9.]+) \nL [0-9.]+ [0-9.]+ \nL [0-9.]+ ([0-9.]+)[^"]*" [^>]*{colour}', chart
+    )
     return [float(bottom) - float(top) for bottom, top in paths]
 
 
@@ -652,7 +654,14 @@ def test_what_is_kept_of_general_ability_is_accounted_for(tmp_path):
     write_report(load_run(run_dir))
     text = run.report.read_text()
     section = text[text.index('<section id="general">') : text.index('<section id="layers">')]
-    for expected in ("0.8125", "0.0308", "0.02 nats a token", "was scaled to", "of 2 modules 1 saturated; 84.0 %", html.escape(HOSTILE)):
+    for expected in (
+        "0.8125",
+        "0.0308",
+        "0.02 nats a token",
+        "was scaled to",
+        "of 2 modules 1 saturated; 84.0 %",
+        html.escape(HOSTILE),
+    ):
         assert expected in section
     frame = figures.module_frame(manifest)
     assert (frame["protected"] == (frame["k_w"] + 7 + frame["k_f"]) / 128).all()
