@@ -494,6 +494,8 @@ def parse_config(
 ) -> RunConfig:
     """Reads the settings of a run: those of the files that `--config` names, then those of the command line.
 
+    What names another method leaves the options of the method before it behind: they belong to that method.
+
     Args:
         description: for `--help`.
         default_config: YAML file that is read where `--config` names none.
@@ -511,9 +513,11 @@ def parse_config(
     parser.add_settings(RunConfig)
     given = parser.read(sys.argv[1:] if argv is None else argv)
     flat: dict[str, Any] = {}
-    for file in given.config or [default_config]:
-        flat |= _read_file(find(file))
-    return build(RunConfig, {**flat, **vars(given)})
+    for layer in (*(_read_file(find(file)) for file in given.config or [default_config]), vars(given)):
+        if layer.get("method") not in (None, flat.get("method")):
+            flat.pop("method_options", None)
+        flat |= layer
+    return build(RunConfig, flat)
 
 
 def _read_file(path: Path) -> dict[str, Any]:

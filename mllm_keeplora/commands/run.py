@@ -11,6 +11,7 @@ GPUs: accelerate launch recipes/vqa.py or recipes/video.py, same settings.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from mllm_keeplora.commands.plan import parse_flags, print_plan
@@ -44,6 +45,7 @@ def _run(config: RunConfig) -> None:
     from mllm_keeplora.recipes.small.streams import draw_small_stream
     from mllm_keeplora.reports.page import write_report
     from mllm_keeplora.reports.tables import format_table
+    from mllm_keeplora.reports.trackers import log_stage
 
     load_method(config)  # a wrong one is refused before anything is drawn
     start_processes(cpu=resolve_device(config.model).type == "cpu")
@@ -52,7 +54,7 @@ def _run(config: RunConfig) -> None:
     if not RunDirectory(Path(config.run_dir)).retention.exists():  # what has been complete once has fitted
         from_main(lambda: warn_of_memory(config))
     try:
-        retention = run_stream(config)
+        retention = run_stream(config, partial(log_stage, config))
     except DeviceMemoryError as error:
         figures = smaller_figures(config, error.phase, error.smaller)
         raise DeviceMemoryError(f"{error}. {figures}".rstrip(". ")) from error

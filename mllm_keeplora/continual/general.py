@@ -14,7 +14,6 @@ from accelerate.logging import get_logger
 from peft import PeftModel
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
 from mllm_keeplora.config import ConfigError, GeneralConfig, Tower
 from mllm_keeplora.continual.trainer import Joined
@@ -26,12 +25,12 @@ from mllm_keeplora.data.stream import Stream
 from mllm_keeplora.distributed.processes import (
     from_main,
     gather,
-    hide_bar,
     num_processes,
     own_share,
     process_index,
     sum_of_all,
 )
+from mllm_keeplora.distributed.progress import progress
 from mllm_keeplora.distributed.sharding import fillers
 from mllm_keeplora.evaluation.answer import greedy_replies, inference_state
 from mllm_keeplora.linalg.sketch import extend_basis_from_sketch
@@ -85,7 +84,7 @@ class Batches:
         """All of them once, in order."""
         own = own_share(self.rows)
         own_and_fillers = [*own, *fillers(self.run.model, own, self.rows[0])]
-        for number, row in enumerate(tqdm(own_and_fillers, "general samples", disable=hide_bar(), leave=False)):
+        for number, row in enumerate(progress("general samples", "batches", own_and_fillers)):
             batch = self.collator([self.samples[index] for index in row])
             if number >= len(own):
                 batch["labels"].fill_(IGNORED_LABEL)
@@ -218,7 +217,7 @@ def _ask(run: RunContext, model: Model, asked: Sequence[Sample], new_tokens: int
     rows = [order[start : start + size] for start in range(0, len(order), size)]
     shared, own = own_share(rows), dict[int, str]()
     with_fillers = [*shared, *fillers(model, shared, rows[0])]  # a sharded model answers on all processes or on none
-    for number, row in enumerate(tqdm(with_fillers, "own replies", unit="batch", disable=hide_bar(), leave=False)):
+    for number, row in enumerate(progress("own replies", "batches", with_fillers)):
         conversations = [decoded(asked[i].messages, run.reader) for i in row]
         said = greedy_replies(model, run.processor, conversations, new_tokens)
         own |= dict(zip(row, said, strict=True)) if number < len(shared) else {}
@@ -273,7 +272,7 @@ def _write_bases(
 ) -> None:
     bases, eps_g = ProtectedBases(run.weight_files, None, [], run.device), cast(float, run.config.general.eps_g)
     directions, facts = {}, {}
-    for t in tqdm(targets, "general directions", unit="module", disable=None, leave=False):
+    for t in progress("general directions", "modules", targets):
         weight = bases.weight_basis(t)
         extended = extend_basis_from_sketch(weight, sketches[t.name].to(run.device), eps_g)
         added = extended.basis[:, weight.shape[1] :]

@@ -159,8 +159,8 @@ class History:
             return False
         return True
 
-    def retention(self) -> dict[str, Any]:
-        """The content of `retention.json`: every row of scores and the metrics of the matrix."""
+    def matrix(self) -> dict[str, Any]:
+        """The rows of scores so far, and what their columns are."""
         tasks = [task.name for task in self.stream.tasks]
         general = [spec.name for spec in self.stream.general]
         rows = []
@@ -168,12 +168,6 @@ class History:
             scores = self.scores(number)
             row = {name: scores.get(name) for name in (*tasks, *general)}
             rows.append({"stage": number, "task": manifest["task"], "scores": row})
-        values = [{name: score and score["value"] for name, score in row["scores"].items()} for row in rows]
-        first, last = ({name: row[name] for name in general} for row in (values[0], values[-1]))
-        metrics = {
-            **summarize([[row[task] for task in tasks] for row in values]),
-            "retention": retention_ratios(first, last),
-        }
         return {
             "schema_version": SCHEMA_VERSION,
             "method": self.config.method,
@@ -181,8 +175,18 @@ class History:
             "general": general,
             "limits": self.config.evaluation.limits(),
             "rows": rows,
-            "metrics": metrics,
         }
+
+    def retention(self) -> dict[str, Any]:
+        """The content of `retention.json`: every row of scores and the metrics of the matrix."""
+        matrix = self.matrix()
+        rows = [{name: score and score["value"] for name, score in row["scores"].items()} for row in matrix["rows"]]
+        first, last = ({name: row[name] for name in matrix["general"]} for row in (rows[0], rows[-1]))
+        metrics = {
+            **summarize([[row[task] for task in matrix["tasks"]] for row in rows]),
+            "retention": retention_ratios(first, last),
+        }
+        return {**matrix, "metrics": metrics}
 
     def _check(self, number: int, manifest: Mapping[str, Any]) -> None:
         where = self.stage(number).manifest

@@ -17,7 +17,6 @@ since a process without a batch would leave the others waiting.
 import importlib
 import os
 import shutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +43,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from mllm_keeplora.config import ConfigError, TrainConfig
 from mllm_keeplora.distributed.processes import from_main, num_processes
+from mllm_keeplora.distributed.progress import progress
 from mllm_keeplora.distributed.sharding import is_sharded
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.methods.hooks import Hooks
@@ -195,6 +195,29 @@ class FiniteGradients(TrainerCallback):
             )
 
 
+class Progress(TrainerCallback):
+    """Shows how far a stage's training has come, with the last mean loss."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """After what a checkpoint has brought."""
+        self._bar = progress("training", "steps", total=state.max_steps, initial=state.global_step)
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """After every optimizer step."""
+        self._bar.update()
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: Any, logs: dict[str, float], **kwargs: Any
+    ) -> None:
+        """Every `logging_steps`."""
+        if "loss" in logs:
+            self._bar.set_postfix_str(f"loss {logs['loss']:.3g}", refresh=False)
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """When the last step is done."""
+        self._bar.close()
+
+
 class AfterStep(TrainerCallback):
     """Calls the method's hook when the optimizer has moved the factors."""
 
@@ -260,12 +283,11 @@ def train_stage(
         args=_arguments(config, seed, directory, report_to, device, mixed),
         train_dataset=samples,
         data_collator=collator,
-        callbacks=[FiniteGradients(), *([AfterStep(hooks.after_step)] if hooks.after_step else [])],
+        callbacks=[FiniteGradients(), Progress(), *([AfterStep(hooks.after_step)] if hooks.after_step else [])],
         penalty=hooks.penalty,
         beside=beside,
     )
-    # Its lines would only repeat what TensorBoard and the report show.
-    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(PrinterCallback)  # it prints dictionaries
     trainer.train(resume_from_checkpoint=checkpoint)
     log = trainer.state.log_history
     curves = {name: [[entry["step"], entry[name]] for entry in log if name in entry] for name in CURVES}
@@ -352,8 +374,7 @@ def check_loggers(report_to: Sequence[str]) -> None:
     Raises:
         ConfigError: one that transformers does not know, whose package is not installed, or wandb without a login.
     """
-    arguments = _arguments(TrainConfig(), 0, Path(), report_to, torch.device("cpu"), mixed=False)
-    names = list(arguments.report_to or ())  # `all` and `none` resolved
+    names = loggers(report_to)
     try:
         callbacks = integration_utils.get_reporting_integration_callbacks(names)
     except ValueError as error:
@@ -369,6 +390,11 @@ def check_loggers(report_to: Sequence[str]) -> None:
         raise ConfigError(
             "report_to: wandb has no login here; run `wandb login`, set WANDB_MODE=offline, or leave wandb out"
         )
+
+
+def loggers(report_to: Sequence[str]) -> list[str]:
+    """The loggers' names, `all` and `none` resolved."""
+    return list(_arguments(TrainConfig(), 0, Path(), report_to, torch.device("cpu"), mixed=False).report_to or ())
 
 
 def _wandb_can_log() -> bool:
@@ -406,7 +432,7 @@ def _arguments(
         dataloader_num_workers=config.dataloader_num_workers,
         remove_unused_columns=False,
         report_to=list(report_to),
-        disable_tqdm=not sys.stderr.isatty(),
+        disable_tqdm=True,  # `Progress` has a bar of its own
         seed=seed,
         data_seed=seed,
         bf16=False,

@@ -80,11 +80,6 @@ def is_main() -> bool:
     return PartialState().is_main_process
 
 
-def hide_bar() -> bool | None:
-    """tqdm's `disable`: one bar a run, on a terminal only."""
-    return None if is_main() else True
-
-
 def from_main(compute: Callable[[], T]) -> T:
     """Runs `compute` on the main process alone; its result on every process, which all have waited for it."""
     result = [compute() if is_main() else None]

@@ -24,11 +24,11 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mllm_keeplora.config import JudgeConfig
 from mllm_keeplora.data.records import clean_question
+from mllm_keeplora.distributed.progress import progress
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.evaluation.answer import greedy, own_stop_tokens
 from mllm_keeplora.evaluation.metrics import summarize
@@ -253,12 +253,11 @@ def _judge_missing(judge: Judge, verdicts: "_Verdicts", replies: Sequence[Reply]
     # Longest first: running out of memory shows at once.
     missing.sort(key=lambda reply: len("".join(reply)), reverse=True)
     try:
-        # None: shown on a terminal only.
-        with tqdm(total=len(missing), desc="Judging", unit="reply", disable=None) as progress:
+        with progress("judging", "replies", total=len(missing)) as bar:
             for start in range(0, len(missing), batch_size):
                 batch = missing[start : start + batch_size]
                 verdicts.add(batch, judge.verdicts(batch))
-                progress.update(len(batch))
+                bar.update(len(batch))
     except torch.cuda.OutOfMemoryError as error:
         raise JudgeError(
             f"the judge ran out of GPU memory on {batch_size} replies together; give a smaller --batch_size "

@@ -17,12 +17,12 @@ import torch
 from accelerate.logging import get_logger
 from peft import PeftModel
 from torch import Tensor
-from tqdm import tqdm
 
 import mllm_keeplora.methods
 from mllm_keeplora.config import ConfigError, RunConfig, TrainConfig
 from mllm_keeplora.data.conversation import Sample
 from mllm_keeplora.distributed.processes import is_main
+from mllm_keeplora.distributed.progress import progress
 from mllm_keeplora.errors import did_you_mean
 from mllm_keeplora.linalg.folding import fold_factors
 from mllm_keeplora.linalg.sketch import extend_basis_from_sketch
@@ -150,8 +150,7 @@ def per_module(stage: StageContext, decompose: Callable[[Target], Tensor]) -> di
         Module name -> result on the CPU; empty on the other processes.
     """
     targets: Iterable[Target] = stage.targets if is_main() else ()
-    bar = tqdm(targets, desc="residual subspaces", unit="module", disable=None, leave=False)
-    return {t.name: on_cpu(decompose(t)) for t in bar}
+    return {t.name: on_cpu(decompose(t)) for t in progress("residual subspaces", "modules", targets)}
 
 
 def on_cpu(part: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from mllm_keeplora.config import RunConfig, Tower, TrainConfig
@@ -18,7 +17,8 @@ from mllm_keeplora.data.conversation import Sample
 from mllm_keeplora.data.records import SkippedRecord, select_evenly
 from mllm_keeplora.data.stream import Stream, TaskSpec
 from mllm_keeplora.data.video.reader import VideoReader
-from mllm_keeplora.distributed.processes import hide_bar, own_share
+from mllm_keeplora.distributed.processes import own_share
+from mllm_keeplora.distributed.progress import progress
 from mllm_keeplora.distributed.sharding import fillers
 from mllm_keeplora.modeling.adapters import Factors, Model
 from mllm_keeplora.modeling.loss import IGNORED_LABEL, Teacher
@@ -190,8 +190,7 @@ class StageContext:
         own = own_share(rows)
         own_and_fillers = [*own, *fillers(self.run.model, own, rows[0])]
         loader = DataLoader(samples, batch_sampler=own_and_fillers, collate_fn=self.collator)
-        progress = tqdm(loader, desc="task gradients", unit="batch", disable=hide_bar(), leave=False)
-        for number, batch in enumerate(progress):
+        for number, batch in enumerate(progress("task gradients", "batches", loader)):
             if number >= len(own):
                 batch["labels"].fill_(IGNORED_LABEL)
             yield self.run.to_device(batch)

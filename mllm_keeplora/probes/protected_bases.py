@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from mllm_keeplora.config import ModelConfig, Tower
-from mllm_keeplora.distributed.processes import hide_bar, own_share, wait_for_everyone
+from mllm_keeplora.distributed.processes import own_share, wait_for_everyone
+from mllm_keeplora.distributed.progress import progress
 from mllm_keeplora.linalg.subspace import principal_basis
 from mllm_keeplora.modeling.families import TargetError
 from mllm_keeplora.modeling.linear4bit import computed_weight
@@ -123,7 +123,7 @@ def weight_basis_files(
     files = {t.name: weight_basis_file(directory, t.name, eps_w[t.tower]) for t in targets}
     wait_for_everyone()  # nobody looks at what another one is writing
     missing = [target for target in own_share(targets) if not _is_sound(files[target.name], target)]
-    for target in tqdm(missing, desc="weight bases", unit="module", disable=hide_bar() if missing else True):
+    for target in progress("weight bases", "modules", missing):
         weight = computed_weight(model.get_submodule(target.name))
         if not torch.isfinite(weight).all():
             raise TargetError(

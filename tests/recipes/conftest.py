@@ -78,7 +78,8 @@ def build_video(root: Path, train: int, test: int, general: int) -> None:
     """Builds the small video stream by its own script, with so many clips and questions."""
     script = (
         "from mllm_keeplora.recipes.small import build_video_data as b; "
-        f"b.TRAIN_CLIPS, b.TEST_QUESTIONS, b.GENERAL_QUESTIONS = {train}, {test}, {general}; b.main()"
+        f"b.TRAIN_CLIPS, b.TEST_QUESTIONS, b.GENERAL_QUESTIONS = {train}, {test}, {general}; "
+        f"b.GENERAL_SAMPLES = {general}; b.main()"
     )
     subprocess.run([sys.executable, "-c", script, "--out", str(root)], cwd=ROOT, check=True)
 
@@ -89,11 +90,15 @@ def checked(done: subprocess.CompletedProcess[str]) -> subprocess.CompletedProce
     return done
 
 
+PAPER = "recipes/configs/methods/paper.yaml"
+
+
 @dataclass
 class Recipe:
-    """recipes/vqa.py on a stream of its own, with settings small enough for a test."""
+    """recipes/vqa.py on a stream of its own, in the paper's form, with settings small enough for a test."""
 
     script: ClassVar[str] = "recipes/vqa.py"
+    config: ClassVar[str] = "recipes/configs/vqa/small.yaml"
     general: ClassVar[str] = "scenes"
 
     directory: Path
@@ -134,7 +139,8 @@ class Recipe:
             "vision.rank": 4,
         }
         options = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-        return [sys.executable, self.script, *options, *arguments]
+        configs = ("--config", self.config, "--config", PAPER)
+        return [sys.executable, self.script, *configs, *options, *arguments]
 
     def environment(self) -> dict[str, str]:
         """One thread, offline."""
@@ -168,6 +174,7 @@ class VideoRecipe(Recipe):
     """recipes/video.py, likewise."""
 
     script: ClassVar[str] = "recipes/video.py"
+    config: ClassVar[str] = "recipes/configs/video/small.yaml"
     general: ClassVar[str] = "motions"
 
     tasks: tuple[str, ...] = VIDEO_TASKS

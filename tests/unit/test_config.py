@@ -3,6 +3,7 @@
 import re
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,6 +39,28 @@ def test_every_shipped_config_is_read_by_the_real_parser(path: Path, monkeypatch
 def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     config = parse(tmp_path, "seed: 3\nlanguage: {rank: 8, gamma: 0.5}", "--language.rank", "4")
     assert (config.seed, config.language.rank, config.language.gamma) == (3, 4, 0.5)
+
+
+OPTIONS = "method: keeplora\nmethod_options: {features_from: activations}"
+
+
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        ([], {"features_from": "activations"}),
+        (["--method", "keeplora"], {"features_from": "activations"}),
+        (["--method", "lora"], {}),
+        (["--config", "recipes/configs/methods/lora.yaml"], {}),
+        (["--config", "recipes/configs/methods/lora.yaml", "--method", "keeplora"], {}),
+        (["--config", "recipes/configs/methods/paper.yaml"], {"features_from": "gradients"}),
+        (["--method", "replay", "--method_options", "{share: 0.5}"], {"share": 0.5}),
+    ],
+)
+def test_another_method_leaves_the_options_of_the_first_behind(
+    tmp_path: Path, argv: list[str], expected: dict[str, Any]
+) -> None:
+    (tmp_path / "own.yaml").write_text(OPTIONS)
+    assert parse(tmp_path, OPTIONS, "--config", str(tmp_path / "own.yaml"), *argv).method_options == expected
 
 
 @pytest.mark.parametrize(
