@@ -65,4 +65,4 @@ def _run(config: RunConfig) -> None:
         write_report(saved)
         if run.adapter_weights.exists():  # a stream may have learnt nothing yet
             write_card(saved)
-        print(f"{format_table(retention)}\nreport: {run.report}\nadapter: {run.adapter}")
+        print(f"{format_table(retention, saved.guard_note())}\nreport: {run.report}\nadapter: {run.adapter}")

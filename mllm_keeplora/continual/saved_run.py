@@ -1,5 +1,6 @@
 """Reading a run from its directory, whether it is finished or goes on."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -73,6 +74,15 @@ class SavedRun:
                     f"{self.directory.retention}: the score of {wrong[0]} in the row of stage {row['stage']} is not "
                     f"that of {manifest}; start the run again, which writes the file anew"
                 )
+
+    def guard_note(self) -> str:
+        """How far stages were scaled down for `general.budget` (G4), in one sentence; empty without a budget."""
+        held = [manifest for manifest in self.manifests if "guard" in manifest]
+        if not held:
+            return ""
+        said = [f"stage {m['stage']} {_scaled(m['guard']['factors'])}" for m in held if min(_factors(m)) < 1]
+        budget = f"each stage within {self.config.general.budget:g} nats a token"
+        return f"General ability kept, {budget}: {'; '.join(said) or 'no stage had to be scaled'}."
 
     @property
     def adapter(self) -> Path:
@@ -166,6 +176,18 @@ class SavedRun:
         adapter = self.adapter
         model, processor = load_base(self.config.model)
         return load_adapter(model, adapter, self.config.model.base_model, may_be_untrained=True), processor
+
+
+def _factors(manifest: Mapping[str, Any]) -> list[float]:
+    return list(manifest["guard"]["factors"].values())
+
+
+def _scaled(factors: Mapping[str, float]) -> str:
+    if not any(factors.values()):
+        return "was scaled to 0 and learnt nothing"
+    by_tower = [f"{c:.2g} ({tower})" for tower, c in factors.items()]
+    one = len(set(factors.values())) == 1
+    return f"was scaled to {f'{next(iter(factors.values())):.2g}' if one else ' and '.join(by_tower)}"
 
 
 def _is_score(score: Any) -> bool:

@@ -64,6 +64,8 @@ logger = get_logger(__name__)
 
 STAGE_WEIGHTS = "stage.safetensors"
 COMPLETE = "complete"
+# What the Trainer logs of a step and the report shows.
+CURVES = ("loss", "learning_rate", "grad_norm")
 
 
 class TrainingError(KeepLoRAError, RuntimeError):
@@ -282,7 +284,8 @@ def train_stage(
 
     Returns:
         {"steps", "repeated_samples": how many an epoch shows twice, "loss": [[step, mean loss since the last
-        entry], ..]}; the same on all processes.
+        entry], ..], "learning_rate" and "grad_norm" (before clipping) likewise, of that step alone}; the same on all
+        processes.
 
     Raises:
         TrainingError: a trainable parameter that is not fp32; a loss or gradient that is NaN or infinite.
@@ -310,8 +313,9 @@ def train_stage(
     )
     trainer.remove_callback(PrinterCallback)  # it prints dictionaries
     trainer.train(resume_from_checkpoint=checkpoint)
-    history = [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry]
-    return {"steps": trainer.state.global_step, "repeated_samples": repeated, "loss": history}
+    log = trainer.state.log_history
+    curves = {name: [[entry["step"], entry[name]] for entry in log if name in entry] for name in CURVES}
+    return {"steps": trainer.state.global_step, "repeated_samples": repeated, **curves}
 
 
 def _collated(collator: Any, dtype: torch.dtype, samples: Any) -> dict[str, Tensor]:

@@ -161,6 +161,23 @@ def read_json(path: Path) -> Any:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
 
 
+def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSONL file.
+
+    Raises:
+        ArtifactError: the file is no regular file; or names the line that is no JSON object.
+    """
+    for row, line in enumerate(check_regular(path).read_bytes().split(b"\n"), start=1):
+        if line:
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ArtifactError(f"{path}, line {row} is not valid JSON: it was edited or truncated") from error
+            if not isinstance(value, dict):
+                raise ArtifactError(f"{path}, line {row} holds a {type(value).__name__}, not an object: it was edited")
+            yield value
+
+
 def _no_number(text: str) -> NoReturn:
     raise ValueError(f"{text} is no JSON")
 
