@@ -1,8 +1,12 @@
 # Sourced by the other scripts: `setup_environment` makes or finds the Python environment and sets PYTHON and REPOSITORY.
 # The working directory stays the user's own; .venv lies beside this folder.
 #   KEEPLORA_PYTHON=/path/to/python   use this interpreter as it is, install nothing
+#   PYTORCH_ALLOC_CONF=...            torch's GPU allocator, in place of segments that grow (less fragmentation)
 
 setup_environment() {
+    if [ -z "${PYTORCH_ALLOC_CONF:-}${PYTORCH_CUDA_ALLOC_CONF:-}" ]; then
+        export PYTORCH_ALLOC_CONF=expandable_segments:True
+    fi
     REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || return 1
     if [ -n "${KEEPLORA_PYTHON:-}" ]; then
         PYTHON=$KEEPLORA_PYTHON

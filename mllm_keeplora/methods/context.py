@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from mllm_keeplora.config import RunConfig, Tower, TrainConfig
-from mllm_keeplora.data.collator import ChatCollator, SampleDataset
+from mllm_keeplora.data.collator import ChatCollator, SampleDataset, ready_batch
 from mllm_keeplora.data.conversation import Sample
 from mllm_keeplora.data.records import SkippedRecord, select_evenly
 from mllm_keeplora.data.stream import Stream, TaskSpec
@@ -86,8 +86,9 @@ class RunContext:
     general_basis: Path | None = None
 
     def to_device(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A batch on the model's device."""
-        return {key: value.to(self.device) for key, value in batch.items()}
+        """A batch with labels on the model's device, see `ready_batch`; the host does not wait for the copy."""
+        ready = ready_batch(batch, self.model.dtype)
+        return {key: value.to(self.device, non_blocking=True) for key, value in ready.items()}
 
     def task_samples(self, task: str) -> list[Sample]:
         """A task's own training samples."""

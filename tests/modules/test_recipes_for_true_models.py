@@ -43,6 +43,11 @@ def settings(*configs: Path) -> RunConfig:
     return parse_config("", configs[0], [part for path in configs for part in ("--config", str(path))])
 
 
+@pytest.mark.parametrize("path", TRUE, ids=lambda p: p.stem)
+def test_a_recipe_for_a_gpu_does_not_run_on_a_cpu_in_silence(path: Path) -> None:
+    assert settings(path).model.device == "cuda"
+
+
 def global_batch(config: RunConfig, processes: int = 1) -> int:
     train = config.train
     return train.per_device_train_batch_size * train.gradient_accumulation_steps * processes

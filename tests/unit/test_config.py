@@ -121,9 +121,16 @@ def test_a_path_with_such_a_name_that_is_there_is_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("attn_implementation: flash_attention_3", "expected one of sdpa, eager, flash_attention_2, found"),
-        ("attn_implementation: somebody/their-kernel", "expected one of sdpa, eager, flash_attention_2, found"),
-        ("attn_implementation: paged|sdpa", "expected one of sdpa, eager, flash_attention_2, found"),
+        (
+            "attn_implementation: flash_attention_4",
+            "expected one of sdpa, eager, flash_attention_2, flash_attention_3, or",
+        ),
+        ("attn_implementation: paged|sdpa", "or a kernel of the hub .OWNER/NAME., found 'paged|sdpa'"),
+        ("attn_implementation: sdpaa", "found 'sdpaa' .did you mean 'sdpa'"),
+        ("attn_implementation: a/b/c", "found 'a/b/c'"),
+        ("attn_implementation: kernels-community/flash-attn2", "bfloat16 on GPUs alone, found compute_dtype float32"),
+        ("attn_implementation: somebody/their-kernel, compute_dtype: bfloat16", "native code of somebody.*read it"),
+        ("attn_implementation: flash_attention_3, compute_dtype: bfloat16, device: cpu", "on GPUs alone"),
         ("attn_implementation: flash_attention_2", "bfloat16 on GPUs alone, found compute_dtype float32"),
         (
             "attn_implementation: flash_attention_2, compute_dtype: bfloat16, device: cpu",
@@ -134,6 +141,21 @@ def test_a_path_with_such_a_name_that_is_there_is_taken(tmp_path: Path) -> None:
 def test_an_attention_that_cannot_run_is_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=f"model.attn_implementation: .*{message}"):
         parse(tmp_path, f"model: {{{text}}}")
+
+
+@pytest.mark.parametrize(
+    "name, more",
+    [
+        ("flash_attention_2", ""),
+        ("flash_attention_3", ""),
+        ("kernels-community/vllm-flash-attn3", ""),
+        ("kernels-community/flash-attn2@v4:flash_attn_varlen_func", ""),
+        ("somebody/their-kernel", ", trust_remote_code: true"),
+    ],
+)
+def test_kernels_of_attention_are_taken(tmp_path: Path, name: str, more: str) -> None:
+    model = parse(tmp_path, f'model: {{attn_implementation: "{name}", compute_dtype: bfloat16{more}}}').model
+    assert model.attn_implementation == name
 
 
 def test_a_missing_config_file_is_named(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What is installed: every file that the code reads and every package that it imports."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -138,3 +139,20 @@ def test_the_public_names_are_there(name: str) -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="'mllm_keeplora' has no attribute 'run_streams'"):
         _ = mllm_keeplora.run_streams
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, ""),  # its older name, which torch still reads
+    ],
+)
+def test_scripts_let_the_gpus_segments_grow_unless_told_otherwise(given: dict[str, str], expected: str) -> None:
+    command = 'source scripts/_setup.sh && setup_environment && echo "$PYTORCH_ALLOC_CONF"'
+    environment = {"PATH": os.defpath, "KEEPLORA_PYTHON": sys.executable, **given}
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == expected
