@@ -42,7 +42,7 @@ def _run(config: RunConfig) -> None:
     from mllm_keeplora.methods.base import load_method
     from mllm_keeplora.modeling.loading import resolve_device
     from mllm_keeplora.planning.plan import smaller_figures, warn_of_memory
-    from mllm_keeplora.recipes.small.streams import draw_small_stream
+    from mllm_keeplora.recipes.small.streams import build_small_base, draw_small_stream
     from mllm_keeplora.reports.card import write_card
     from mllm_keeplora.reports.page import write_report
     from mllm_keeplora.reports.tables import format_table
@@ -51,6 +51,7 @@ def _run(config: RunConfig) -> None:
     load_method(config)  # a wrong one is refused before anything is drawn
     start_processes(cpu=resolve_device(config.model).type == "cpu")
     from_main(lambda: draw_small_stream(config.stream, config.data_root))
+    from_main(lambda: build_small_base(config.model.base_model))
     writes = is_main()  # asked before the run, which leaves the group of processes at its end
     if not RunDirectory(Path(config.run_dir)).retention.exists():  # what has been complete once has fitted
         from_main(lambda: warn_of_memory(config))

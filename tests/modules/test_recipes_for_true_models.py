@@ -24,7 +24,7 @@ from tests.conversations import Turn, ask, sample
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "recipes/configs"
 PATHS = [path for kind in ("vqa", "video") for path in sorted((CONFIGS / kind).glob("*.yaml"))]
-TRUE = [path for path in PATHS if not path.stem.startswith("small")]
+TRUE = [path for path in PATHS if not path.stem.startswith("sm")]  # the small ones and smollm2
 HARDWARE = sorted((CONFIGS / "hardware").glob("*.yaml"))
 VICUNA = "recipes/templates/vicuna_v1.jinja"
 SYSTEM = (
@@ -97,7 +97,7 @@ def test_hardware_changes_no_global_batch(path: Path) -> None:
 @pytest.mark.parametrize("path", PATHS, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_a_recipe_says_which_form_of_the_method_it_has(path: Path) -> None:
     header = "\n".join(line for line in path.read_text().splitlines() if line.startswith("#"))
-    small = path.stem == "small"
+    small = path not in TRUE
     says, other = ("paper", "general") if not small else ("general", "paper")
     assert f"methods/{other}.yaml" in header and f"methods/{says}.yaml" not in header
     assert ("The paper's form." in header) != ("KeepLoRA with general samples" in header) == small
