@@ -226,11 +226,9 @@ class Progress(TrainerCallback):
         """After every optimizer step."""
         self._bar.update()
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: Any, logs: dict[str, float], **kwargs: Any
-    ) -> None:
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
         """Every `logging_steps`."""
-        if "loss" in logs:
+        if "loss" in (logs := kwargs["logs"]):
             self._bar.set_postfix_str(f"loss {logs['loss']:.3g}", refresh=False)
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:

@@ -19,11 +19,10 @@ _LINE = "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} so far, {remaining} le
 class _Lines(tqdm):  # type: ignore[type-arg]
     """A bar that writes lines to the log, of which a file or a scheduler's output can hold hours."""
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """Writes where the work stands; nothing when it ends, since the next line says what follows."""
         if msg is None:
             logger.info(self.format_meter(**{**self.format_dict, "bar_format": _LINE}))
-        return True
 
 
 def progress(
@@ -39,7 +38,14 @@ def progress(
         initial: how many of them were done before.
     """
     silent = os.environ.get("RANK", "0") != "0"  # as launchers say it; asking accelerate would start the processes
-    shared = {"desc": what, "unit": unit, "total": total, "initial": initial, "leave": False, "disable": silent}
+    shared: dict[str, Any] = {
+        "desc": what,
+        "unit": unit,
+        "total": total,
+        "initial": initial,
+        "leave": False,
+        "disable": silent,
+    }
     if sys.stderr.isatty():
         return tqdm(items, **shared, delay=BAR_SECONDS, dynamic_ncols=True)
     # miniters: tqdm would else learn how often to look from steps that may be of unequal length.

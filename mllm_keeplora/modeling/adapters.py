@@ -91,15 +91,17 @@ def _exactly(name: str) -> str:
 @torch.no_grad()
 def _write(model: PeftModel, adapter: str, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
     for name, pair in factors.items():
-        parameters, layer = factor_parameters(model, adapter, name), model.get_base_model().get_submodule(name)
-        device = layer.base_layer.weight.device
+        parameters = factor_parameters(model, adapter, name)
+        layer = cast(LoraLayer, model.get_base_model().get_submodule(name))
+        device = cast(nn.Linear, layer.base_layer).weight.device
         for tensor, parameter, factor in zip(pair, parameters, "AB", strict=True):
             if tensor.shape != parameter.shape:
                 raise AdapterError(
                     f"{name}: {factor} is {tuple(tensor.shape)}, the model takes {tuple(parameter.shape)}"
                 )
             given = tensor.detach().to(device, torch.float32, copy=True)
-            layer.get_submodule(f"lora_{factor}")[adapter].weight = nn.Parameter(given, parameter.requires_grad)
+            own = {"A": layer.lora_A, "B": layer.lora_B}[factor][adapter]
+            own.weight = nn.Parameter(given, parameter.requires_grad)
 
 
 def factor_parameters(model: PeftModel, adapter: str, name: str) -> tuple[nn.Parameter, nn.Parameter]:

@@ -32,7 +32,8 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 from transformers.dependency_versions_table import deps
-from transformers.utils import GENERATION_CONFIG_NAME, is_kernels_available
+from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils.import_utils import is_kernels_available
 
 from mllm_keeplora.config import ConfigError, ModelConfig
 from mllm_keeplora.distributed.sharding import sharding_asked
@@ -525,7 +526,8 @@ def _limit_pixels(processor: Any, most: int) -> None:
         part.size = {"shortest_edge": least, "longest_edge": part.size["longest_edge"]}
     images.size["longest_edge"] = most
     if isinstance(videos, Qwen3VLVideoProcessor):  # its own bound is of all frames together
-        videos.cap_pixels_per_frame, videos.max_video_tokens = True, most // side**2
+        videos.cap_pixels_per_frame = True  # type: ignore[assignment]
+        videos.max_video_tokens = most // side**2
     else:
         videos.size["longest_edge"] = most
 

@@ -147,7 +147,7 @@ def as_question(line: Mapping[str, Any], answers: list[Answer | None], kind: str
     parts = [part for message in messages for part in message["content"]]
     shown = [(part["type"], Path(part["path"])) for part in parts if part["type"] != "text"]
     if messages:
-        asked = "\n".join(part["text"] for part in messages[-1]["content"] if part["type"] == "text")
+        asked: Any = "\n".join(part["text"] for part in messages[-1]["content"] if part["type"] == "text")
     else:
         asked = next((doc[key] for key in ("question", "text", "problem", "query") if doc.get(key)), doc)
     target = line.get("target")
@@ -244,8 +244,9 @@ def difference_sections(runs: Mapping[str, Results], reader: VideoReader) -> lis
                 words = f"right with {' and '.join(right)} alone"
                 questions.append(as_question(next(iter(found.values()))[key], answers, words, words))
         counts = Counter(question.kind for question in questions)
-        questions.sort(key=lambda question, counts=counts: (-counts[question.kind], question.kind))
-        page.add(name, [*runs], questions, {kind: kind for kind, _ in counts.most_common()})
+        kinds = sorted(counts, key=lambda kind: (-counts[kind], kind))  # noqa: B023 - used at once
+        questions.sort(key=lambda question: kinds.index(question.kind))  # noqa: B023
+        page.add(name, [*runs], questions, {kind: kind for kind in kinds})
     return page.sections
 
 

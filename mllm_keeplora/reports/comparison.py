@@ -243,7 +243,7 @@ def plot_plasticity_retention(axes: Axes, groups: Sequence[Group]) -> None:
     for group, style in zip(groups, looks(groups), strict=True):
         both = np.array([group.metrics["mft"], group.metrics["kept"]], dtype=float)  # None becomes NaN
         (x, x_low, x_high), (y, y_low, y_high) = 100 * both
-        errors = {"xerr": [[x - x_low], [x_high - x]], "yerr": [[y - y_low], [y_high - y]]}
+        errors: dict[str, Any] = {"xerr": [[x - x_low], [x_high - x]], "yerr": [[y - y_low], [y_high - y]]}
         label = shorten(group.label, LABEL_WIDTH)
         axes.errorbar([x], [y], **errors, label=label, capsize=2, clip_on=False, **style)
     axes.set(xlabel="MFT: score right after learning, %", ylabel="general ability kept, %")

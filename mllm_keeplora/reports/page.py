@@ -103,7 +103,7 @@ def _page(results: Results, name: str, answers: Sequence[Section], guard_note: s
         retention=retention,
         manifests=manifests,
         base_score=mean_of_intervals([curves[name][0] for name in retention["tasks"]]).value,
-        widest=max((high - low for c in curves.values() for _, low, high in c if None not in (low, high)), default=0.0),
+        widest=max((h - w for c in curves.values() for _, w, h in c if w is not None and h is not None), default=0.0),
         means=[mean_of_intervals([score_of(row, name) for name in retention["general"]]) for row in rows],
         answers=answers,
         guard_note=guard_note,
