@@ -241,7 +241,8 @@ def _embeddings(
     model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, words: list[str] | tuple[str, ...]
 ) -> Tensor:
     """[words, width]: the mean of a word's embeddings at the beginning of a text and within one."""
-    weight = model.get_input_embeddings().weight.detach()
+    embeddings: Any = model.get_input_embeddings()
+    weight = embeddings.weight.detach()
     forms = [[tokenizer(text, add_special_tokens=False)["input_ids"] for text in (word, f" {word}")] for word in words]
     return torch.stack([weight[sum(ids, [])].mean(0) for ids in forms])
 
