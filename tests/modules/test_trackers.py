@@ -54,9 +54,7 @@ def test_wandb_gets_them_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_trackio_gets_them_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    pytest.importorskip("trackio", reason="trackio is not installed")
-    import trackio.sqlite_storage as storage
-
+    storage = pytest.importorskip("trackio.sqlite_storage", reason="trackio is not installed")
     log_both(RunConfig(run_dir="runs/tried", report_to=["trackio"]))
     logs = storage.SQLiteStorage.get_logs("mllm-keeplora", "runs/tried retention")
     assert [(log["step"], log["score/digits"], log["score/scenes"]) for log in logs] == [
