@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from mllm_keeplora.errors import KeepLoRAError
 
@@ -51,17 +52,17 @@ def _tried(decompose: Callable[[Tensor], tuple[Tensor, Tensor]], matrix: Tensor)
             return values, vectors
         reason = "vectors with NaN"
     except RuntimeError as error:  # torch.linalg.LinAlgError is one
-        if not isinstance(error, torch.linalg.LinAlgError) and not any(s in str(error).lower() for s in _SOLVERS):
+        if not isinstance(error, LinAlgError) and not any(s in str(error).lower() for s in _SOLVERS):
             raise
         reason = str(error).splitlines()[0]
     try:
         values, vectors = decompose(matrix.double().cpu())
-    except torch.linalg.LinAlgError as error:
+    except LinAlgError as error:
         raise DecompositionError(_said(matrix, reason, str(error).splitlines()[0])) from error
     thin = vectors if vectors.shape[0] >= vectors.shape[1] else vectors.T
-    error = float((thin.T @ thin - torch.eye(thin.shape[1], dtype=thin.dtype)).abs().max()) if thin.numel() else 0.0
-    if not error <= ORTHONORMALITY_TOLERANCE:  # NaN is not below either
-        raise DecompositionError(_said(matrix, reason, f"vectors that are orthonormal up to {error:.1e} alone"))
+    off = float((thin.T @ thin - torch.eye(thin.shape[1], dtype=thin.dtype)).abs().max()) if thin.numel() else 0.0
+    if not off <= ORTHONORMALITY_TOLERANCE:  # NaN is not below either
+        raise DecompositionError(_said(matrix, reason, f"vectors that are orthonormal up to {off:.1e} alone"))
     return values.to(matrix), vectors.to(matrix)
 
 
