@@ -27,6 +27,7 @@ from mllm_keeplora.modeling.loading import (
     resolve_model_directory,
 )
 from mllm_keeplora.runs.files import ArtifactError, atomic_path, check_hashes, read_json, write_json
+from mllm_keeplora.runs.run_directory import CARD_FILES
 
 SCHEMA_VERSION = 1
 # Scores that pass through JSON text come back bit for bit; this allows for another order of summation.
@@ -127,13 +128,11 @@ def evaluate_saved(run: CompleteRun, limit: int | None) -> dict[str, Score]:
 
 def _check_model(run: SavedRun) -> None:
     """What would fail only after lmms-eval has read its tasks, or would score another model under the run's name."""
-    adapter = run.adapter
+    run.adapter  # noqa: B018 - says where there is none
     if not run.directory.adapter_weights.is_file():
         raise ArtifactError(f"{run.directory.adapter_weights} is missing; start the run again, which puts it together")
     if run.directory.adapter_hashes.exists():
-        check_hashes(
-            adapter / run.directory.adapter_hashes.name, "start the run again, which puts its adapter together"
-        )
+        check_hashes(run.directory.adapter_hashes, "start the run again, which puts its adapter together", CARD_FILES)
     model = run.config.model
     read_model_config(model)
     expected = [manifest["base_model"]["hash"] for manifest in run.manifests[-1:]]

@@ -367,6 +367,15 @@ class RunConfig:
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
     seed: Seed = 0
 
+    @classmethod
+    def read(cls, *files: str | Path) -> "RunConfig":
+        """The settings in YAML files, of which the later win, as `keeplora run --config FILE` takes them.
+
+        Raises:
+            ConfigError: an unknown key, a value of the wrong kind or out of range, or a file that cannot be read.
+        """
+        return build(cls, _read_layers(files))
+
     def __post_init__(self) -> None:
         check_settings(self)
         _check_paths("", self)
@@ -532,12 +541,17 @@ def parse_config(
     parser.add_argument("--config", action="append", metavar="FILE", help=text)
     parser.add_settings(RunConfig)
     given = parser.read(sys.argv[1:] if argv is None else argv)
+    return build(RunConfig, _read_layers(given.config or [default_config], vars(given)))
+
+
+def _read_layers(files: Sequence[str | Path], *given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of files and then of others, the later ones winning; options belong to the method they stand with."""
     flat: dict[str, Any] = {}
-    for layer in (*(_read_file(find(file)) for file in given.config or [default_config]), vars(given)):
+    for layer in (*(_read_file(find(file)) for file in files), *given):
         if layer.get("method") not in (None, flat.get("method")):
             flat.pop("method_options", None)
         flat |= layer
-    return build(RunConfig, flat)
+    return flat
 
 
 def _read_file(path: Path) -> dict[str, Any]:

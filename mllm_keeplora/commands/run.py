@@ -43,6 +43,7 @@ def _run(config: RunConfig) -> None:
     from mllm_keeplora.modeling.loading import resolve_device
     from mllm_keeplora.planning.plan import smaller_figures, warn_of_memory
     from mllm_keeplora.recipes.small.streams import draw_small_stream
+    from mllm_keeplora.reports.card import write_card
     from mllm_keeplora.reports.page import write_report
     from mllm_keeplora.reports.tables import format_table
     from mllm_keeplora.reports.trackers import log_stage
@@ -60,5 +61,8 @@ def _run(config: RunConfig) -> None:
         raise DeviceMemoryError(f"{error}. {figures}".rstrip(". ")) from error
     if writes:
         run = RunDirectory(Path(config.run_dir))
-        write_report(load_run(run.path))
-        print(f"{format_table(retention)}\nreport: {run.report}\nadapter: {run.adapter}")
+        saved = load_run(run.path)
+        write_report(saved)
+        if run.adapter_weights.exists():  # a stream may have learnt nothing yet
+            write_card(saved)
+        print(f"{format_table(retention, saved.guard_note())}\nreport: {run.report}\nadapter: {run.adapter}")

@@ -27,7 +27,7 @@ from mllm_keeplora.runs.files import (
     write_sealed,
 )
 from mllm_keeplora.runs.manifests import SCHEMA_VERSION, read_manifest
-from mllm_keeplora.runs.run_directory import RunDirectory, StageDirectory
+from mllm_keeplora.runs.run_directory import CARD_FILES, RunDirectory, StageDirectory
 
 logger = get_logger(__name__)
 
@@ -115,7 +115,7 @@ class History:
         """Settings and base model that a stage's result depends on; the base's path may change."""
         values = identity(self.config, self.task_name(number))
         if self.config.initial_adapter:  # its content counts, not its place
-            values["initial_adapter"] = hash_files(Path(self.config.initial_adapter))
+            values["initial_adapter"] = hash_files(Path(self.config.initial_adapter), CARD_FILES)
         if "general" in values and self.config.general.given:
             values["general"] |= {"samples": self.general_hash, "media_root": None}
         template = read_chat_template(self.config.model)
@@ -153,7 +153,7 @@ class History:
         if not self.directory.adapter.exists():  # before the first stage has learnt
             return True
         try:
-            check_hashes(self.directory.adapter_hashes, "it is written again")
+            check_hashes(self.directory.adapter_hashes, "it is written again", CARD_FILES)
         except ArtifactError as error:
             logger.warning(str(error))
             return False

@@ -18,6 +18,7 @@ from mllm_keeplora.continual.learning import as_factors, learn, measure_a
 from mllm_keeplora.continual.memory import memory_explained
 from mllm_keeplora.continual.run import Run
 from mllm_keeplora.continual.stage import Stage, check_no_leakage, counts, evaluate
+from mllm_keeplora.continual.trainer import CURVES
 from mllm_keeplora.distributed.processes import from_main, num_processes
 from mllm_keeplora.distributed.progress import progress
 from mllm_keeplora.methods.context import Lesson, StageContext
@@ -71,7 +72,8 @@ def run_stage(run: Run, number: int, past: Factors) -> Factors:
         stage.evaluate(model)
 
         rows = [{**row, **protect.facts[name]} for name, row in table.items()]
-        stage.note(modules=rows, counts=counts(context, method, factors, train.facts), loss=train.facts["loss"])
+        stage.note(modules=rows, counts=counts(context, method, factors, train.facts))
+        stage.note(**{name: train.facts[name] for name in CURVES if name in train.facts})
         stage.note(probe_indices=context.probe_indices)
     return past
 

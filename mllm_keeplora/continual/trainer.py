@@ -50,12 +50,22 @@ from mllm_keeplora.distributed.sharding import is_sharded
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.methods.hooks import Hooks
 from mllm_keeplora.modeling.precision import exact_products
-from mllm_keeplora.runs.files import ArtifactError, WriteError, hash_files, read_sealed, remove, write_sealed
+from mllm_keeplora.runs.files import (
+    ArtifactError,
+    WriteError,
+    hash_files,
+    read_sealed,
+    remove,
+    umask_kept,
+    write_sealed,
+)
 
 logger = get_logger(__name__)
 
 STAGE_WEIGHTS = "stage.safetensors"
 COMPLETE = "complete"
+# What the Trainer logs of a step and the report shows.
+CURVES = ("loss", "learning_rate", "grad_norm")
 
 
 class TrainingError(KeepLoRAError, RuntimeError):
@@ -127,10 +137,11 @@ class StageTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         directory = Path(str(output_dir or self.args.output_dir))
         directory.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {n: p.detach().cpu().contiguous() for n, p in self._trainable().items()},
-            directory / STAGE_WEIGHTS,
-        )
+        with umask_kept(directory / STAGE_WEIGHTS):
+            save_file(
+                {n: p.detach().cpu().contiguous() for n, p in self._trainable().items()},
+                directory / STAGE_WEIGHTS,
+            )
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         if self.state.global_step >= self.state.max_steps:
@@ -273,7 +284,8 @@ def train_stage(
 
     Returns:
         {"steps", "repeated_samples": how many an epoch shows twice, "loss": [[step, mean loss since the last
-        entry], ..]}; the same on all processes.
+        entry], ..], "learning_rate" and "grad_norm" (before clipping) likewise, of that step alone}; the same on all
+        processes.
 
     Raises:
         TrainingError: a trainable parameter that is not fp32; a loss or gradient that is NaN or infinite.
@@ -301,8 +313,9 @@ def train_stage(
     )
     trainer.remove_callback(PrinterCallback)  # it prints dictionaries
     trainer.train(resume_from_checkpoint=checkpoint)
-    history = [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry]
-    return {"steps": trainer.state.global_step, "repeated_samples": repeated, "loss": history}
+    log = trainer.state.log_history
+    curves = {name: [[entry["step"], entry[name]] for entry in log if name in entry] for name in CURVES}
+    return {"steps": trainer.state.global_step, "repeated_samples": repeated, **curves}
 
 
 def _collated(collator: Any, dtype: torch.dtype, samples: Any) -> dict[str, Tensor]:

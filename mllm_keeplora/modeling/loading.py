@@ -53,7 +53,7 @@ from mllm_keeplora.runs.files import (
     write_json,
     write_sealed,
 )
-from mllm_keeplora.runs.run_directory import ADAPTER_HASHES
+from mllm_keeplora.runs.run_directory import ADAPTER_HASHES, CARD, CARD_FILES
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +158,8 @@ def resolve_model_directory(config: ModelConfig) -> Path:
     if not directory.is_dir():
         patterns = [*MODEL_FILES, *([REMOTE_CODE] if config.trust_remote_code else [])]
         try:
-            directory = Path(snapshot_download(config.base_model, revision=config.revision, allow_patterns=patterns))
+            allowed = [*patterns, CARD]  # which says the licence
+            directory = Path(snapshot_download(config.base_model, revision=config.revision, allow_patterns=allowed))
         except (
             HfHubHTTPError,
             LocalEntryNotFoundError,
@@ -627,7 +628,8 @@ def save_adapter(
     quantization = quantization_config(config, family_of(model.get_base_model().config).not_quantised)
     with replaced_directory(directory) as temporary:
         model.save_pretrained(str(temporary), selected_adapters=[ACCUMULATED])
+        (temporary / CARD).unlink(missing_ok=True)  # PEFT's form, not filled in
         write_json(temporary / "quantization_config.json", quantization.to_dict() if quantization else None)
         write_json(temporary / GENERATION_CONFIG_NAME, dict(generation))
         processor.save_pretrained(str(temporary))
-        write_hashes(temporary / ADAPTER_HASHES)
+        write_hashes(temporary / ADAPTER_HASHES, CARD_FILES)

@@ -1,7 +1,10 @@
 """Two-task streams cut from the small ones, and the recipes run on them as commands, as a user does."""
 
+import contextlib
+import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -88,6 +91,24 @@ def checked(done: subprocess.CompletedProcess[str]) -> subprocess.CompletedProce
     """A command that has ended well."""
     assert done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def run_example(card: str, shown: Path, folder: Path) -> tuple[str, str]:
+    """What the example on a model card prints, run as written in a folder, and what the card says that it prints.
+
+    Args:
+        card: its text.
+        shown: the picture or the clip that the first question of the last task is about.
+        folder: an empty one; the process is moved there while the example runs.
+    """
+    [code] = re.findall(r"^```python\n(.*?)^```", card, flags=re.S | re.M)
+    [name] = re.findall(r"^`(picture\.png|clip\.mp4)` stands for", card, flags=re.M)
+    [said] = re.findall(r"this prints\n`(.*)`", card)
+    shutil.copy(shown, folder / name)
+    printed = io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(printed):
+        exec(compile(code, "card", "exec"), {})
+    return printed.getvalue().strip(), said
 
 
 PAPER = "recipes/configs/methods/paper.yaml"
