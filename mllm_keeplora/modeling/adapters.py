@@ -91,7 +91,8 @@ def _exactly(name: str) -> str:
 @torch.no_grad()
 def _write(model: PeftModel, adapter: str, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
     for name, pair in factors.items():
-        parameters, layer = factor_parameters(model, adapter, name), model.get_base_model().get_submodule(name)
+        parameters = factor_parameters(model, adapter, name)
+        layer: Any = model.get_base_model().get_submodule(name)
         device = layer.base_layer.weight.device
         for tensor, parameter, factor in zip(pair, parameters, "AB", strict=True):
             if tensor.shape != parameter.shape:

@@ -32,7 +32,8 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 from transformers.dependency_versions_table import deps
-from transformers.utils import GENERATION_CONFIG_NAME, is_kernels_available
+from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils.import_utils import is_kernels_available
 
 from mllm_keeplora.config import ConfigError, ModelConfig
 from mllm_keeplora.distributed.sharding import sharding_asked
@@ -515,7 +516,8 @@ def _limit_pixels(processor: Any, most: int) -> None:
             f"model.max_pixels is for models that take pictures in their own size; {type(images).__name__} gives them "
             "the size in the base's preprocessor_config.json: leave max_pixels out"
         )
-    videos, side = processor.video_processor, images.patch_size * images.merge_size
+    videos: Any = processor.video_processor
+    side = images.patch_size * images.merge_size
     if most < side**2:
         raise ConfigError(
             f"model.max_pixels is {most}, expected at least {side**2}: one token is {side} x {side} pixels"
