@@ -526,7 +526,8 @@ def _limit_pixels(processor: Any, most: int) -> None:
         least = min(part.size["shortest_edge"], int(most / 1.05))  # the processors keep so far above their least
         part.size = {"shortest_edge": least, "longest_edge": part.size["longest_edge"]}
     images.size["longest_edge"] = most
-    if isinstance(videos, Qwen3VLVideoProcessor):  # its own bound is of all frames together
+    bounds_the_sum = isinstance(videos, Qwen3VLVideoProcessor)  # of the pixels of all frames together
+    if bounds_the_sum:
         videos.cap_pixels_per_frame, videos.max_video_tokens = True, most // side**2
     else:
         videos.size["longest_edge"] = most
