@@ -80,8 +80,9 @@ class ModelConfig:
         max_pixels: Most pixels that the processor leaves a picture and each frame of a clip, for models that take them
             in their own size (Qwen's). Fewer pixels are fewer tokens. None keeps the processor's own bound.
         attn_implementation: sdpa, eager, flash_attention_2 (needs the flash-attn extra), flash_attention_3 (Hopper
-            GPUs), or a kernel of the hub, OWNER/NAME[@REVISION][:FUNCTION], such as kernels-community/flash-attn2
-            (needs the package kernels). One of another owner than kernels-community needs trust_remote_code.
+            GPUs), or a kernel of the hub by OWNER/NAME, such as kernels-community/flash-attn2, with @REVISION and
+            :FUNCTION behind it where wanted (needs the package kernels). One of another owner than kernels-community
+            needs trust_remote_code.
         trust_remote_code: Run code that comes with the model, or with a kernel. Off unless you have read that code.
         device: auto takes the first CUDA device if there is one.
         cpu_threads: Threads of torch's CPU operations; None leaves the choice to torch. A small model is
