@@ -330,6 +330,7 @@ def test_the_recipe_runs_the_stream_to_its_report(name: str, roots: dict[str, Pa
         "stream": path,
         "data_root": roots[name],
         "model.base_model": model,
+        "model.device": "cpu",
         "model.compute_dtype": "float32",
         "train.max_steps": 1,
         "train.per_device_train_batch_size": 2,
