@@ -39,7 +39,9 @@ def captured(values: Tensor, rows: Tensor) -> float:
 
 def main() -> None:
     """Prints two tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--columns", type=int, nargs="+", default=[128, 256, 512, 1024])
     given = parser.parse_args()
