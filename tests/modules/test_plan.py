@@ -323,10 +323,10 @@ def test_general_samples_beside_a_batch_are_planned(share: float, beside: int, b
     batch = ChatCollator(load_base(config.model)[1])(samples(media_files, "image")[:1])
     found, expected = (memory_of(c, batch, "image").phases()["train"] for c in (config, more))
     assert found == expected
-    said = f"inputs protected; {beside} beside each 16 of a task's, by kl" if share else "inputs protected; budget 0.02"
+    said = f"inputs protected; {beside} beside each 16 of a task's, by kl" if share else "inputs protected; each stage"
     plan = SimpleNamespace(memory=memory_of(config, batch, "image"))
     [line] = _general_lines(plan)
-    assert said in line and "budget 0.02 nats a token" in line
+    assert said in line and "by at most 0.02 nats a token" in line
 
 
 def test_rates_come_from_stages_at_the_same_pace_alone(tmp_path: Path) -> None:

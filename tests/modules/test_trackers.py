@@ -16,7 +16,7 @@ def log_both(config: RunConfig) -> None:
     """After stage 0 and after stage 1, in which a task that was appended later was not measured."""
     rows: list[dict[str, Any]] = []
     for stage, scores in enumerate(SCORES):
-        row = {name: {"value": value, "stderr": 0.01} for name, value in scores.items()}
+        row = {name: {"value": value, "stderr": 0.01, "n": 200} for name, value in scores.items()}
         rows.append({"stage": stage, "task": "digits" if stage else None, "scores": {**row, "later": None}})
         log_stage(config, {"tasks": ["digits", "later"], "general": ["scenes"], "rows": list(rows)})
 
