@@ -140,7 +140,7 @@ def test_the_plan_has_figures_for_the_smaller_settings(config: RunConfig, phase:
 
 
 def test_the_command_adds_them(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: RunConfig) -> Any:
+    def fail(_: RunConfig, *after_stage: Any) -> Any:
         with memory_explained("train", config, 1, "digits"):
             raise ERRORS["torch"]()
 
