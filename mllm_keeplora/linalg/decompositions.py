@@ -27,8 +27,7 @@ def symmetric_eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         DecompositionError: neither the device nor fp64 on the CPU gives orthonormal vectors.
     """
-    values, vectors = _tried(torch.linalg.eigh, matrix)
-    return values, vectors
+    return _tried(torch.linalg.eigh, matrix)
 
 
 def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor]:

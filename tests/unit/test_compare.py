@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,9 @@ def test_every_shipped_study_names_runs_that_the_recipe_takes(path: Path) -> Non
         config = config_of(loaded, job.arm, {"train.learning_rate": own, "seed": job.seed})
         load_method(config)
         assert (config.seed, config.train.learning_rate) == (job.seed, own)
-        assert config.train.max_steps == loaded.settings.get("train.max_steps", config.train.max_steps)
+        arm = {**loaded.settings, **loaded.arms[job.arm]}
+        found = {name: attrgetter(name)(config) for name in arm if "." in name}
+        assert found == {name: value for name, value in arm.items() if "." in name}
     directories = {run_directory(loaded, job) for job in jobs_of(loaded, everything=True)}
     assert len(directories) == len(jobs_of(loaded, everything=True))
 
