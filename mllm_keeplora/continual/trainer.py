@@ -461,7 +461,7 @@ def _arguments(
         disable_tqdm=True,  # `Progress` has a bar of its own
         seed=seed,
         data_seed=seed,
-        accelerator_config={"non_blocking": True},  # batches come in pinned memory, where there is a GPU
+        accelerator_config={"non_blocking": device.type == "cuda"},  # there batches come in pinned memory
         bf16=False,
         fp16=False,
         use_cpu=device.type == "cpu",
