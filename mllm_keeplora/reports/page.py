@@ -67,7 +67,12 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def render(template: str, **values: Any) -> str:
-    """Fills a page template of this folder. Autoescape is on for the whole page: its text comes from data.
+    """Fills a page template of this folder."""
+    return template_environment().get_template(template).render(**values)
+
+
+def template_environment() -> Environment:
+    """What page templates are read with. Autoescape is on for the whole page: its text comes from data.
 
     The one script that a page may run is the filter of answers, which the page's policy names by its hash.
     """
@@ -82,7 +87,8 @@ def render(template: str, **values: Any) -> str:
     environment.filters |= {"breakable": _breakable, "interval": interval_of}
     script = (Path(__file__).parent / "filter.js.j2").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template(template).render(**values, script=Markup(script), script_hash=digest)
+    environment.globals |= {"script": Markup(script), "script_hash": digest}
+    return environment
 
 
 def _breakable(name: str) -> Markup:

@@ -14,7 +14,7 @@ from mllm_keeplora.continual.saved_run import SavedRun, load_run
 from mllm_keeplora.evaluation.task_files import ASKED
 from mllm_keeplora.reports import answers
 from mllm_keeplora.reports.answers import Answer, Section, difference_sections, run_sections, story_of
-from mllm_keeplora.reports.page import render
+from mllm_keeplora.reports.page import template_environment
 from mllm_keeplora.reports.results import ReportError, read_results
 from mllm_keeplora.runs.run_directory import RunDirectory
 from tests.clips import moving_frames, write_clip
@@ -67,16 +67,7 @@ def page_with(found: list[Section]) -> str:
     """The answers alone on a page, without its charts."""
     template = "{% extends 'layout.html.j2' %}{% from 'macros.html.j2' import answers %}{% block content %}"
     template += "{% for section in found %}{{ answers(section) }}{% endfor %}{% endblock %}"
-    return render_text(template, found=found)
-
-
-def render_text(template: str, **values: Any) -> str:
-    path = Path(answers.__file__).parent / "of_a_test.html.j2"
-    path.write_text(template)
-    try:
-        return render(path.name, **values)
-    finally:
-        path.unlink()
+    return template_environment().from_string(template).render(found=found)
 
 
 @pytest.mark.parametrize(
