@@ -61,7 +61,7 @@ class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, own_a: Tensor | None, own_b: Tensor | None, joined: Joined) -> Tensor:
         """x [.., in] in the compute dtype -> [.., out]; own_a [r, in] and own_b [out, r] train, one of them or both."""
-        rows, r = x.reshape(-1, x.shape[-1]), joined.own_rank
+        rows, r = x.detach().reshape(-1, x.shape[-1]), joined.own_rank
         if own_a is not None and own_b is not None:  # the optimizer has moved them since
             torch.mul(own_b, joined.scale, out=joined.b[:, -r:])
             if own_a.requires_grad:
