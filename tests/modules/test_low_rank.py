@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, addmm_flop
+from torch.utils.flop_counter import FlopCounterMode
 
 from mllm_keeplora.linalg.subspace import project_to_residual
 from mllm_keeplora.modeling.adapters import (
@@ -27,6 +27,8 @@ from mllm_keeplora.modeling.low_rank import one_low_rank_path
 from tests.modules.conftest import all_targets, batch, model_config
 
 RANK = 8
+# The counter knows addmm alone.
+ADDMM = {torch.ops.aten.addmm_: lambda c, a, b, **_: 2 * a[0] * a[1] * b[1]}
 
 
 def with_past(model: Any, past_rank: int, trains: Any = "B", dropout: float = 0.0) -> Any:
@@ -75,12 +77,13 @@ def joined(gradient: dict[str, Tensor]) -> Tensor:
 # 4 samples: more tokens than make the sum W + B A cheaper in every layer; 1: fewer than that of most.
 @pytest.mark.parametrize("samples, trains", [(1, "B"), (4, "B"), (1, "both"), (4, "both"), (4, "A")])
 def test_the_function_and_the_gradients_are_pefts(model: Any, samples: int, trains: str) -> None:
+    layers = len(all_targets(model))
     adapted, inputs = with_past(model, 24, trains), batch(samples)
     logits, expected = gradients(adapted, inputs)
     with one_low_rank_path(adapted):
         one, found = gradients(adapted, inputs)
     assert distance(one, logits) < 1e-5
-    assert list(found) == list(expected) and len(found) == len(all_targets(model)) * (1 + (trains == "both"))
+    assert list(found) == list(expected) and len(found) == layers * (1 + (trains == "both"))
     for name, gradient in expected.items():
         assert distance(found[name], gradient) < 1e-4, name
         assert found[name].dtype == torch.float32
@@ -124,7 +127,7 @@ def test_a_stage_without_a_past_and_a_past_without_a_stage(nf4_model: Any) -> No
         with torch.no_grad():
             expected = adapted(**inputs).logits
             with one_low_rank_path(adapted):
-                assert 0 < distance(adapted(**inputs).logits, expected) < 1e-5
+                assert distance(adapted(**inputs).logits, expected) < 1e-5
 
 
 def test_activations_can_be_computed_again(nf4_model: Any) -> None:
@@ -148,10 +151,10 @@ def test_dropout_reaches_the_stage_alone(nf4_model: Any) -> None:
 
 
 def test_the_base_alone_and_what_has_moved(nf4_model: Any) -> None:
+    name = all_targets(nf4_model)[-1].name
     adapted, inputs = with_past(nf4_model, 24, "both"), batch(2)
     with torch.no_grad(), adapters_off(adapted):
         base = adapted(**inputs).logits
-    name = all_targets(nf4_model)[-1].name
     with torch.no_grad(), one_low_rank_path(adapted):
         with adapters_off(adapted):
             assert torch.equal(adapted(**inputs).logits, base)
@@ -165,8 +168,8 @@ def test_the_base_alone_and_what_has_moved(nf4_model: Any) -> None:
 
 
 def test_one_adapter_trains(nf4_model: Any) -> None:
-    adapted = with_past(nf4_model, 24)
     name = all_targets(nf4_model)[0].name
+    adapted = with_past(nf4_model, 24)
     factor_parameters(adapted, ACCUMULATED, name)[1].requires_grad_(True)
     with pytest.raises(ValueError, match="one adapter can train, got default, stage"), one_low_rank_path(adapted):
         pass
@@ -227,12 +230,12 @@ class Operations(TorchDispatchMode):
 
 
 def test_an_input_is_cast_once_and_nothing_is_added_beside_the_products() -> None:
-    """In bf16: the cast of x, A x, its cast, and B's product into the base's result; the stage's B is put in place."""
+    """In bf16: B put in place, W x, the cast of x, A x, its cast, B's product into W x, what is kept of A x."""
     x = torch.randn(40, 128, dtype=torch.bfloat16)
     with one_layer(torch.bfloat16, torch.randn(RANK, 128)) as layer, Operations() as operations:
         layer(x)
-    work = [n for n in operations.found if n not in ("t", "view", "detach", "slice", "alias", "_unsafe_view", "clone")]
-    assert work == ["mul", "mm", "_to_copy", "mm", "_to_copy", "addmm_"]
+    work = [n for n in operations.found if n not in ("t", "view", "detach", "slice", "alias", "permute")]
+    assert work == ["mul", "mm", "_to_copy", "mm", "_to_copy", "addmm_", "clone"]
 
 
 def test_a_long_past_costs_little_and_a_frozen_a_nothing(tiny_llava: Path) -> None:
@@ -240,7 +243,7 @@ def test_a_long_past_costs_little_and_a_frozen_a_nothing(tiny_llava: Path) -> No
     inputs = batch(8)
 
     def flops(adapted: Any) -> int:
-        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flop}) as counter:
+        with FlopCounterMode(display=False, custom_mapping=ADDMM) as counter:
             adapted(**inputs).loss.backward()
         adapted.zero_grad()
         return counter.get_total_flops()
