@@ -13,12 +13,13 @@ from mllm_keeplora.recipes.small.streams import draw_small_stream
 
 
 def small_config(kind: Literal["vqa", "video"], **settings: Any) -> RunConfig:
-    """The settings of a small stream with some of them replaced; its data are there afterwards.
+    """The settings of a small stream, in the paper's form, with some replaced; its data are there afterwards.
 
     Args:
         kind: of the stream.
         settings: fields of `RunConfig`.
     """
-    config = parse_config("", Path(f"recipes/configs/{kind}/small.yaml"), [])
+    files = (f"recipes/configs/{kind}/small.yaml", "recipes/configs/methods/paper.yaml")
+    config = parse_config("", Path(files[0]), [text for file in files for text in ("--config", file)])
     draw_small_stream(config.stream)
     return replace(config, **settings)

@@ -3,7 +3,8 @@
     from mllm_keeplora import RunConfig, load_run, run_stream
 
     run_stream(RunConfig(run_dir="runs/mine", stream="my_stream.yaml"))
-    model, processor = load_run("runs/mine").load_model()
+    run = load_run("runs/mine")
+    print(run.matrix, run.ask("What is shown?", image="photo.png"))
 
 Importing the package imports neither torch nor transformers: each name below is imported when it is used.
 """
@@ -19,6 +20,10 @@ compat.install()
 _HOME = {
     "Method": "methods.base",
     "Run": "continual.run",
+    "edit": "continual.edits",
+    "evaluate": "continual.evaluating",
+    "push": "reports.publishing",
+    "write_report": "reports.page",
     "RunConfig": "config",
     "load_run": "continual.saved_run",
     "run_stream": "continual.run_stream",

@@ -17,6 +17,7 @@ from types import NoneType, UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin
 
 import docstring_parser
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from mllm_keeplora.errors import ConfigError, KeepLoRAError, did_you_mean
 from mllm_keeplora.settings import expected, hints_of, typed
@@ -182,7 +183,8 @@ def command() -> Iterator[None]:
     _prepare()
     try:
         try:
-            yield
+            with logging_redirect_tqdm():  # lines above the bars, not through them
+                yield
         finally:
             sys.stdout.flush()  # at the interpreter's end nobody could answer
     except BrokenPipeError:

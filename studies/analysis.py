@@ -40,7 +40,8 @@ from mllm_keeplora.linalg.subspace import project_to_residual, smallest_rank
 from mllm_keeplora.modeling.loading import base_model_hash, load_dense, resolve_model_directory
 from mllm_keeplora.modeling.targets import Target, find_targets
 from mllm_keeplora.probes.protected_bases import weight_basis_files
-from mllm_keeplora.reports.figures import picture_style, plot_estimates, png, start_at_zero
+from mllm_keeplora.reports.figures import picture_style, plot_intervals, png, start_at_zero
+from mllm_keeplora.reports.intervals import around
 from mllm_keeplora.reports.tables import percent, with_error
 from mllm_keeplora.runs.files import (
     ArtifactError,
@@ -332,7 +333,7 @@ def _plot(axes: Axes, results: Mapping[str, Any], kind: str, along: Sequence[tup
             scores = [accuracy(results, cell.name, kind) for cell in cells]
             label = f"{subspace} part, {'both towers' if tower == 'both' else tower}"
             style = {"color": colour, "linestyle": line, "marker": marker, "markersize": 5}
-            plot_estimates(axes, range(len(scores)), scores, label=label, **style)
+            plot_intervals(axes, range(len(scores)), [*map(around, scores)], label=label, **style)
     unchanged = Estimate(accuracy(results, UNCHANGED, kind).value, None)
     style = {"color": "#566672", "linestyle": "-.", "label": "unchanged model"}
-    plot_estimates(axes, range(len(along)), [unchanged] * len(along), **style)
+    plot_intervals(axes, range(len(along)), [around(unchanged)] * len(along), **style)

@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--collect", action="store_true", help="run nothing, write results of complete runs")
     given = parser.read(argv)
 
-    from mllm_keeplora.recipes.small.streams import draw_small_stream
+    from mllm_keeplora.recipes.small.streams import build_small_base, draw_small_stream
     from mllm_keeplora.studies.methods import config_of, jobs_of, load_study, run_study
     from mllm_keeplora.studies.results import write_results
 
@@ -37,6 +37,7 @@ def main(argv: Sequence[str]) -> None:
             jobs = jobs_of(study, given.all, given.only)
             config = config_of(study, study.reference, {})
             draw_small_stream(config.stream, config.data_root)
+            build_small_base(config.model.base_model)
             run_study(study, jobs)
         print(f"{write_results(study)}\nresults: {study.results}")
 

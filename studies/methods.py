@@ -64,7 +64,7 @@ class Study:
     """A comparison of methods.
 
     Args:
-        recipe: YAML of a run, which all runs start from.
+        recipe: YAML files of a run's settings, later ones over earlier ones, which all runs start from.
         runs: folder of the run directories.
         results: folder of the tables and figures.
         reference: the arm that the others are tested against.
@@ -80,7 +80,7 @@ class Study:
         ablations: changes of the reference, which keep what was tuned for it.
     """
 
-    recipe: str
+    recipe: list[str]
     runs: str
     results: str
     reference: str
@@ -95,6 +95,8 @@ class Study:
     ablations: Arms = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not self.recipe:
+            raise ConfigError("recipe names no YAML of a run")
         if self.reference not in self.default:
             raise ConfigError(f"reference {shown(self.reference)} is none of methods: {', '.join(self.default)}")
         if self.rates and self.tuning is not None:
@@ -236,7 +238,8 @@ def config_of(study: Study, arm: str, chosen: Settings) -> RunConfig:
     """
     settings = {**study.settings, **study.arms[arm], **chosen, **study.ablations.get(arm, {})}
     argv = [part for name, value in settings.items() for part in (f"--{name}", _yaml(value))]
-    return parse_config(None, Path(study.recipe), ["--config", study.recipe, *argv])
+    files = [text for file in study.recipe for text in ("--config", file)]
+    return parse_config(None, Path(study.recipe[0]), [*files, *argv])
 
 
 def _retention_of(config: RunConfig) -> dict[str, Any]:

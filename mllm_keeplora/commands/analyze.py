@@ -18,10 +18,11 @@ def main(argv: Sequence[str]) -> None:
     """The command line."""
     config = parse_analysis(argv, __doc__)
 
-    from mllm_keeplora.recipes.small.streams import draw_small_stream
+    from mllm_keeplora.recipes.small.streams import build_small_base, draw_small_stream
     from mllm_keeplora.studies.analysis import PICTURE, RESULTS, analyze, format_analysis
 
     draw_small_stream(config.stream, config.data_root)
+    build_small_base(config.model.base_model)
     results = analyze(config)
     out = Path(config.out)
     print(f"{format_analysis(config, results)}\n\nresults: {out / RESULTS}\npicture: {out / PICTURE}")

@@ -32,9 +32,10 @@ def main(argv: Sequence[str]) -> int:
     from mllm_keeplora.data.video.reader import VideoReader
     from mllm_keeplora.planning.check_stream import SHOWN, check_stream, format_report
     from mllm_keeplora.planning.skeleton import build_processor
-    from mllm_keeplora.recipes.small.streams import draw_small_stream
+    from mllm_keeplora.recipes.small.streams import build_small_base, draw_small_stream
 
     draw_small_stream(config.stream, config.data_root)
+    build_small_base(config.model.base_model)
     root = None if config.data_root is None else Path(config.data_root)
     stream = load_stream(Path(config.stream), root, check_files=False, cache_dir=config.cache_dir)
     processor = build_processor(config.model) if has_model else None

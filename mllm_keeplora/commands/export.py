@@ -2,9 +2,9 @@
 
     keeplora export runs/vqa_small --out exported/
 
-For serving engines that cannot apply LoRA to a vision tower. Merging into the 4-bit weights themselves would
-lose most of a small update, hence the dequantised base. What rounding to 16 bit costs is measured on the test
-questions of the run's last task, and printed.
+For serving engines that cannot apply LoRA to a vision tower (docs/serving.md). Merging into the 4-bit weights
+themselves would lose most of a small update, hence the dequantised base. What rounding to 16 bit costs is measured on
+the test questions of the run's last task, and printed.
 """
 
 from collections.abc import Sequence

@@ -3,8 +3,8 @@
     keeplora plan --config recipes/configs/vqa/llava15_7b_ucit.yaml --data_root /where/UCIT/is
     keeplora plan --config FILE.yaml --memory_gb 24      fails where the run does not fit 24 GB
 
-No weights are loaded and nothing is written. It takes the settings of `keeplora run`; `keeplora run --plan`
-is the same.
+No weights are loaded and nothing is written, but for a base model that is built from packages. It takes the settings
+of `keeplora run`; `keeplora run --plan` is the same.
 """
 
 import argparse
@@ -55,7 +55,9 @@ def print_plan(config: RunConfig, memory_gb: float | None) -> None:
     """
     from mllm_keeplora.planning.plan import check_fits, make_plan
     from mllm_keeplora.planning.text import format_plan
+    from mllm_keeplora.recipes.small.streams import build_small_base
 
+    build_small_base(config.model.base_model)
     plan = make_plan(config, memory_gb)
     print(format_plan(plan), flush=True)
     check_fits(plan)

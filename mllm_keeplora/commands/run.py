@@ -11,6 +11,7 @@ GPUs: accelerate launch recipes/vqa.py or recipes/video.py, same settings.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from mllm_keeplora.commands.plan import parse_flags, print_plan
@@ -41,22 +42,28 @@ def _run(config: RunConfig) -> None:
     from mllm_keeplora.methods.base import load_method
     from mllm_keeplora.modeling.loading import resolve_device
     from mllm_keeplora.planning.plan import smaller_figures, warn_of_memory
-    from mllm_keeplora.recipes.small.streams import draw_small_stream
+    from mllm_keeplora.recipes.small.streams import build_small_base, draw_small_stream
+    from mllm_keeplora.reports.card import write_card
     from mllm_keeplora.reports.page import write_report
     from mllm_keeplora.reports.tables import format_table
+    from mllm_keeplora.reports.trackers import log_stage
 
     load_method(config)  # a wrong one is refused before anything is drawn
     start_processes(cpu=resolve_device(config.model).type == "cpu")
     from_main(lambda: draw_small_stream(config.stream, config.data_root))
+    from_main(lambda: build_small_base(config.model.base_model))
     writes = is_main()  # asked before the run, which leaves the group of processes at its end
     if not RunDirectory(Path(config.run_dir)).retention.exists():  # what has been complete once has fitted
         from_main(lambda: warn_of_memory(config))
     try:
-        retention = run_stream(config)
+        retention = run_stream(config, partial(log_stage, config))
     except DeviceMemoryError as error:
         figures = smaller_figures(config, error.phase, error.smaller)
         raise DeviceMemoryError(f"{error}. {figures}".rstrip(". ")) from error
     if writes:
         run = RunDirectory(Path(config.run_dir))
-        write_report(load_run(run.path))
-        print(f"{format_table(retention)}\nreport: {run.report}\nadapter: {run.adapter}")
+        saved = load_run(run.path)
+        write_report(saved)
+        if run.adapter_weights.exists():  # a stream may have learnt nothing yet
+            write_card(saved)
+        print(f"{format_table(retention, saved.guard_note())}\nreport: {run.report}\nadapter: {run.adapter}")

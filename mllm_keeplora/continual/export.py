@@ -4,15 +4,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from mllm_keeplora.continual.saved_run import SavedRun, load_run
-from mllm_keeplora.data.collator import ChatCollator
+from mllm_keeplora.data.collator import ChatCollator, ready_batch
 from mllm_keeplora.data.records import OTHER_ANSWERS, load_records
 from mllm_keeplora.evaluation.answer import generation_settings
+from mllm_keeplora.modeling.linear4bit import free_4bit_weights
 from mllm_keeplora.modeling.loading import DTYPES, load_dense
-from mllm_keeplora.modeling.loss import supervised_positions
+from mllm_keeplora.modeling.loss import reply_logits
 from mllm_keeplora.runs.files import ArtifactError, replaced_directory, write_json
 
 
@@ -44,6 +45,7 @@ def export(run_dir: Path, out: Path, dtype: str = "bfloat16", questions: int = 3
     batches = _test_batches(run, processor, questions)
     reference = [_answer_logits(model, batch) for batch in batches]
     del model  # the merged model takes its place in memory
+    free_4bit_weights()
     merged = merge(run, DTYPES[dtype])
     difference = _difference(reference, [_answer_logits(merged, batch) for batch in batches])
     with replaced_directory(out) as temporary:
@@ -79,16 +81,9 @@ def _test_batches(run: SavedRun, processor: Any, questions: int) -> list[dict[st
 
 
 @torch.no_grad()
-def _answer_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    parameter = next(model.parameters())
-    inputs = {key: value.to(parameter.device) for key, value in batch.items()}
-    if parameter.dtype.is_floating_point:
-        for key in inputs:
-            if key.startswith("pixel_values"):
-                inputs[key] = inputs[key].to(parameter.dtype)
-    labels = inputs.pop("labels")
-    logits = model(**inputs).logits[:, :-1][supervised_positions(labels)]
-    return logits.float().cpu()
+def _answer_logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    ready = ready_batch(batch, model.dtype)
+    return reply_logits(model, {key: value.to(model.device) for key, value in ready.items()}).cpu()
 
 
 def _difference(reference: list[Tensor], merged: list[Tensor]) -> OutputDifference:

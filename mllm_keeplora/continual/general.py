@@ -14,7 +14,6 @@ from accelerate.logging import get_logger
 from peft import PeftModel
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
 from mllm_keeplora.config import ConfigError, GeneralConfig, Tower
 from mllm_keeplora.continual.trainer import Joined
@@ -26,12 +25,13 @@ from mllm_keeplora.data.stream import Stream
 from mllm_keeplora.distributed.processes import (
     from_main,
     gather,
-    hide_bar,
     num_processes,
     own_share,
     process_index,
+    shared_out,
     sum_of_all,
 )
+from mllm_keeplora.distributed.progress import progress
 from mllm_keeplora.distributed.sharding import fillers
 from mllm_keeplora.evaluation.answer import greedy_replies, inference_state
 from mllm_keeplora.linalg.sketch import extend_basis_from_sketch
@@ -42,6 +42,7 @@ from mllm_keeplora.modeling.loss import (
     IGNORED_LABEL,
     TEACHER_WORDS,
     Teacher,
+    answers_alone,
     as_teacher,
     divergence,
     reply_logits,
@@ -85,7 +86,7 @@ class Batches:
         """All of them once, in order."""
         own = own_share(self.rows)
         own_and_fillers = [*own, *fillers(self.run.model, own, self.rows[0])]
-        for number, row in enumerate(tqdm(own_and_fillers, "general samples", disable=hide_bar(), leave=False)):
+        for number, row in enumerate(progress("general samples", "batches", own_and_fillers)):
             batch = self.collator([self.samples[index] for index in row])
             if number >= len(own):
                 batch["labels"].fill_(IGNORED_LABEL)
@@ -218,7 +219,7 @@ def _ask(run: RunContext, model: Model, asked: Sequence[Sample], new_tokens: int
     rows = [order[start : start + size] for start in range(0, len(order), size)]
     shared, own = own_share(rows), dict[int, str]()
     with_fillers = [*shared, *fillers(model, shared, rows[0])]  # a sharded model answers on all processes or on none
-    for number, row in enumerate(tqdm(with_fillers, "own replies", unit="batch", disable=hide_bar(), leave=False)):
+    for number, row in enumerate(progress("own replies", "batches", with_fillers)):
         conversations = [decoded(asked[i].messages, run.reader) for i in row]
         said = greedy_replies(model, run.processor, conversations, new_tokens)
         own |= dict(zip(row, said, strict=True)) if number < len(shared) else {}
@@ -231,11 +232,15 @@ def _cached(run: RunContext, key: str, name: str, **more: Any) -> Path:
     model, general = run.config.model, run.config.general
     everything = {
         "key": key,
-        "base": [model.quantization, model.compute_dtype, run.processor.chat_template],
+        "base": [model.quantization, model.compute_dtype, run.processor.chat_template, *_if_set(model.max_pixels)],
         "prompts": [general.max_new_tokens, run.config.video.frames, run.config.video.fps],
         **more,
     }
     return Path(run.config.cache_dir) / "general" / f"{sha256_json(everything)[:24]}-{name}"
+
+
+def _if_set(value: int | None) -> list[int]:
+    return [] if value is None else [value]
 
 
 # --- G2 ---
@@ -263,7 +268,7 @@ def general_bases(run: RunContext, samples: Sequence[Sample], key: str) -> Path:
         logger.info(f"protecting the inputs of {len(samples)} general samples")
         batches = Batches(run, samples, ChatCollator(run.processor, None, run.reader))
         sketches = sketch_inputs(run.model, targets, columns, batches, config.seed)
-        from_main(lambda: _write_bases(run, targets, sketches, path, facts))
+        _write_bases(run, targets, sketches, path, facts)
     from_main(lambda: write_json(run.directory.general_energy, read_json(facts)))
     return path
 
@@ -272,21 +277,24 @@ def _write_bases(
     run: RunContext, targets: Sequence[Target], sketches: Mapping[str, Tensor], path: Path, facts_path: Path
 ) -> None:
     bases, eps_g = ProtectedBases(run.weight_files, None, [], run.device), cast(float, run.config.general.eps_g)
-    directions, facts = {}, {}
-    for t in tqdm(targets, "general directions", unit="module", disable=None, leave=False):
+
+    def extend(t: Target) -> tuple[Tensor, dict[str, Any]]:
         weight = bases.weight_basis(t)
         extended = extend_basis_from_sketch(weight, sketches[t.name].to(run.device), eps_g)
-        added = extended.basis[:, weight.shape[1] :]
-        directions[t.name] = added.to("cpu", copy=True)
-        facts[t.name] = {"k_g": added.shape[1], "held": extended.captured, "saturated": extended.saturated}
+        added = extended.basis[:, weight.shape[1] :].to("cpu", copy=True)
+        return added, {"k_g": added.shape[1], "held": extended.captured, "saturated": extended.saturated}
+
+    found = shared_out(targets, extend, "general directions")
+    directions = {t.name: added for t, (added, _) in zip(targets, found, strict=True)}
+    facts = {t.name: fact for t, (_, fact) in zip(targets, found, strict=True)}
     saturated = [name for name, fact in facts.items() if fact["saturated"]]
     if saturated:
         logger.warning(
             f"{len(saturated)} of {len(facts)} modules need more directions than their sketch has to hold eps_g of "
             f"the general inputs, {saturated[0]} first ({facts[saturated[0]]['held']:.3f} held); raise general.columns"
         )
-    save_tensors(path, directions)
-    write_json(facts_path, facts)
+    from_main(lambda: save_tensors(path, directions))
+    from_main(lambda: write_json(facts_path, facts))
 
 
 # --- G3 ---
@@ -376,32 +384,35 @@ class Distillation:
         """The batch with general samples behind it, so that one forward pass serves both.
 
         Args:
-            batch: model inputs with labels of the task's own samples.
+            batch: model inputs of the task's own samples, with labels and the positions of `answers_alone`.
             step: optimizer steps so far.
 
         Returns:
             The joint batch, whose labels leave the general samples out; and a function that gives weight * the mean
-            over the reply tokens of all processes from its logits, [batch, length, vocabulary].
+            over the reply tokens of all processes from its logits, [batch, kept positions, vocabulary].
         """
         self._forwards = self._forwards + 1 if step == self._step else 0
         self._step = step
         drawn, own = self._drawn(step), len(batch["input_ids"])
-        samples = self._stage.run.to_device(self._collator([self._lessons[index].sample for index in drawn]))
-        joined = join_batches(batch, samples, self._stage.run.processor.tokenizer.pad_token_id)
-        labels = joined["labels"][own:].clone()
-        joined["labels"][own:] = IGNORED_LABEL
-        return joined, lambda logits: self._loss(logits[own:], labels, drawn)
+        samples = answers_alone(self._collator([self._lessons[index].sample for index in drawn]))
+        pad_token_id = self._stage.run.processor.tokenizer.pad_token_id
+        joined = join_batches(batch, self._stage.run.to_device(samples), pad_token_id)
+        for labels in ("labels", "shift_labels"):
+            joined[labels][own:] = IGNORED_LABEL
+        return joined, lambda logits: self._loss(logits[own:], samples["shift_labels"], drawn)
 
     def _loss(self, logits: Tensor, labels: Tensor, drawn: Sequence[int]) -> Tensor:
-        positions = supervised_positions(labels)
-        found = logits[:, :-1][positions].float()
+        """`labels` are on the CPU, so that nothing waits for the device to say where they are."""
+        device, (rows, places) = logits.device, torch.nonzero(labels != IGNORED_LABEL, as_tuple=True)
+        found = logits[rows.to(device, non_blocking=True), places.to(device, non_blocking=True)].float()
         if self._config.distil == "replies":
-            loss = cross_entropy(found, labels[:, 1:][positions], reduction="sum")
+            loss = cross_entropy(found, labels[rows, places].to(device, non_blocking=True), reduction="sum")
         else:
             parts = zip(*(cast(Teacher, self._lessons[index].teacher) for index in drawn), strict=True)
-            loss = teacher_divergence(Teacher(*(torch.cat(part).to(found.device) for part in parts)), found)
+            teacher = Teacher(*(torch.cat(part).to(device, non_blocking=True) for part in parts))
+            loss = teacher_divergence(teacher, found)
         # DDP averages the processes' gradients: their number times the own share of the sum gives the mean over all.
-        share = num_processes() / sum_of_all(positions.sum())
+        share = num_processes() / sum_of_all(torch.tensor(len(rows), device=device))
         return self._config.weight * share * loss
 
     def _drawn(self, step: int) -> list[int]:

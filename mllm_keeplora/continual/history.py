@@ -27,7 +27,7 @@ from mllm_keeplora.runs.files import (
     write_sealed,
 )
 from mllm_keeplora.runs.manifests import SCHEMA_VERSION, read_manifest
-from mllm_keeplora.runs.run_directory import RunDirectory, StageDirectory
+from mllm_keeplora.runs.run_directory import CARD_FILES, RunDirectory, StageDirectory
 
 logger = get_logger(__name__)
 
@@ -115,7 +115,7 @@ class History:
         """Settings and base model that a stage's result depends on; the base's path may change."""
         values = identity(self.config, self.task_name(number))
         if self.config.initial_adapter:  # its content counts, not its place
-            values["initial_adapter"] = hash_files(Path(self.config.initial_adapter))
+            values["initial_adapter"] = hash_files(Path(self.config.initial_adapter), CARD_FILES)
         if "general" in values and self.config.general.given:
             values["general"] |= {"samples": self.general_hash, "media_root": None}
         template = read_chat_template(self.config.model)
@@ -153,14 +153,14 @@ class History:
         if not self.directory.adapter.exists():  # before the first stage has learnt
             return True
         try:
-            check_hashes(self.directory.adapter_hashes, "it is written again")
+            check_hashes(self.directory.adapter_hashes, "it is written again", CARD_FILES)
         except ArtifactError as error:
             logger.warning(str(error))
             return False
         return True
 
-    def retention(self) -> dict[str, Any]:
-        """The content of `retention.json`: every row of scores and the metrics of the matrix."""
+    def matrix(self) -> dict[str, Any]:
+        """The rows of scores so far, and what their columns are."""
         tasks = [task.name for task in self.stream.tasks]
         general = [spec.name for spec in self.stream.general]
         rows = []
@@ -168,12 +168,6 @@ class History:
             scores = self.scores(number)
             row = {name: scores.get(name) for name in (*tasks, *general)}
             rows.append({"stage": number, "task": manifest["task"], "scores": row})
-        values = [{name: score and score["value"] for name, score in row["scores"].items()} for row in rows]
-        first, last = ({name: row[name] for name in general} for row in (values[0], values[-1]))
-        metrics = {
-            **summarize([[row[task] for task in tasks] for row in values]),
-            "retention": retention_ratios(first, last),
-        }
         return {
             "schema_version": SCHEMA_VERSION,
             "method": self.config.method,
@@ -181,8 +175,18 @@ class History:
             "general": general,
             "limits": self.config.evaluation.limits(),
             "rows": rows,
-            "metrics": metrics,
         }
+
+    def retention(self) -> dict[str, Any]:
+        """The content of `retention.json`: every row of scores and the metrics of the matrix."""
+        matrix = self.matrix()
+        rows = [{name: score and score["value"] for name, score in row["scores"].items()} for row in matrix["rows"]]
+        first, last = ({name: row[name] for name in matrix["general"]} for row in (rows[0], rows[-1]))
+        metrics = {
+            **summarize([[row[task] for task in matrix["tasks"]] for row in rows]),
+            "retention": retention_ratios(first, last),
+        }
+        return {**matrix, "metrics": metrics}
 
     def _check(self, number: int, manifest: Mapping[str, Any]) -> None:
         where = self.stage(number).manifest

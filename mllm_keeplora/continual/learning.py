@@ -25,6 +25,7 @@ from mllm_keeplora.modeling.adapters import (
     detach,
     read_factors,
 )
+from mllm_keeplora.modeling.loss import reply_logits
 from mllm_keeplora.modeling.low_rank import one_low_rank_path
 from mllm_keeplora.runs.files import load_tensors
 from mllm_keeplora.runs.record import Outcome
@@ -127,7 +128,7 @@ def _no_update(stage: StageContext) -> Factors:
 @torch.no_grad()
 def _first_logits(stage: StageContext, model: Model) -> Tensor:
     model.eval()
-    return model(**stage.run.to_device(stage.collator(stage.samples[:1]))).logits.cpu()
+    return reply_logits(model, stage.run.to_device(stage.collator(stage.samples[:1]))).cpu()
 
 
 def _check_agreement(stage: StageContext, tensors: Mapping[str, Tensor]) -> None:

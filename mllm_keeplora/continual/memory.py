@@ -91,7 +91,7 @@ def _others(phase: str, config: RunConfig) -> Iterator[str]:
     if phase == "load":
         yield "a smaller base model or a larger device"
         return
-    yield "smaller images (the size in the base's preprocessor_config.json)"
+    yield "smaller images (model.max_pixels with Qwen's models, else the size in the base's preprocessor_config.json)"
     yield f"fewer frames a clip (video.frames, now {config.video.frames})"
     if phase == "evaluate":
         yield "a smaller max_new_tokens in the stream's entries"

@@ -156,6 +156,11 @@ def _check_ours(directory: RunDirectory) -> None:
     for folder in (directory.stages, directory.task_files, directory.logs):
         if folder.exists() and not folder.is_dir():
             raise ArtifactError(f"{folder} is a file, expected a folder; put the folder back, or remove the file")
+    if directory.edit.exists():
+        raise ArtifactError(
+            f"run_dir {directory.path} holds an adapter that was made of another run's stages; name an empty or a new "
+            "one"
+        )
     found = sorted(path.name for path in directory.path.iterdir() if path != directory.lock)
     if not found or directory.stages.is_dir():
         return

@@ -4,6 +4,7 @@
 docs/equations.md says what E1 to E9 are.
 """
 
+from collections.abc import Callable
 from functools import partial
 from statistics import median
 from typing import Any
@@ -17,13 +18,17 @@ from mllm_keeplora.continual.learning import as_factors, learn, measure_a
 from mllm_keeplora.continual.memory import memory_explained
 from mllm_keeplora.continual.run import Run
 from mllm_keeplora.continual.stage import Stage, check_no_leakage, counts, evaluate
+from mllm_keeplora.continual.trainer import CURVES
 from mllm_keeplora.distributed.processes import from_main, num_processes
+from mllm_keeplora.distributed.progress import progress
 from mllm_keeplora.methods.context import Lesson, StageContext
 from mllm_keeplora.modeling.adapters import Factors, Model, attach_accumulated, detach
 from mllm_keeplora.runs.files import write_json
 from mllm_keeplora.runs.record import Outcome
 
 logger = get_logger(__name__)
+
+AfterStage = Callable[[dict[str, Any]], None]
 
 
 def run_stage(run: Run, number: int, past: Factors) -> Factors:
@@ -67,7 +72,8 @@ def run_stage(run: Run, number: int, past: Factors) -> Factors:
         stage.evaluate(model)
 
         rows = [{**row, **protect.facts[name]} for name, row in table.items()]
-        stage.note(modules=rows, counts=counts(context, method, factors, train.facts), loss=train.facts["loss"])
+        stage.note(modules=rows, counts=counts(context, method, factors, train.facts))
+        stage.note(**{name: train.facts[name] for name in CURVES if name in train.facts})
         stage.note(probe_indices=context.probe_indices)
     return past
 
@@ -81,11 +87,15 @@ def lessons_of(stage: Stage, context: StageContext, model: Model) -> list[Lesson
     return lessons
 
 
-def run_stream(config: RunConfig) -> dict[str, Any]:
+def run_stream(config: RunConfig, after_stage: AfterStage = lambda matrix: None) -> dict[str, Any]:
     """Runs, or continues, a stream; returns the content of `retention.json`.
 
     Complete stages are checked against their manifests and kept. The first incomplete one continues from its last
     finished phase. `Run.open` says what several processes need.
+
+    Args:
+        config: the settings.
+        after_stage: is given the rows of scores so far (`History.matrix`) after each stage, on the main process.
 
     Raises:
         KeepLoRAError: see `Run.open`, `Run.context` and `run_stage`; what was complete is kept.
@@ -94,16 +104,17 @@ def run_stream(config: RunConfig) -> dict[str, Any]:
     with Run.open(config) as run:
         cells = from_main(run.history.missing_cells) if config.backfill else {}
         if run.history.missing_stages or cells or not from_main(run.history.has_its_adapter):
-            _run_missing_stages(run)
+            _run_missing_stages(run, after_stage)
             if config.backfill:
                 _backfill(run)
         return from_main(lambda: _write_retention(run))
 
 
-def _run_missing_stages(run: Run) -> None:
+def _run_missing_stages(run: Run, after_stage: AfterStage) -> None:
     _say_other_process_count(run)
     past = run.accumulated(len(run.history.manifests) - 1)
-    for number in run.history.missing_stages:
+    missing = run.history.missing_stages
+    for number in progress("stream", "stages", missing, total=len(run.stream.tasks) + 1, initial=missing.start):
         task = run.history.task_name(number)
         if task is None:
             logger.info("stage 0: measuring the starting model")
@@ -112,6 +123,7 @@ def _run_missing_stages(run: Run) -> None:
             logger.info(f"stage {number} of {len(run.stream.tasks)}: {task}")
             past = run_stage(run, number, past)
         logger.info(stage_summary(run.history.manifests[-1]))
+        from_main(lambda: after_stage(run.history.matrix()))
     if not from_main(run.history.has_its_adapter):  # somebody removed it, or the stages that it was written after
         logger.info("putting the adapter together from the stages' factors")
         run.write_adapter(past)

@@ -1,18 +1,23 @@
 """Reading a run from its directory, whether it is finished or goes on."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from peft import PeftModel
+from PIL import Image
 
 from mllm_keeplora.config import RunConfig, config_from_dict
+from mllm_keeplora.data.images import load_image
 from mllm_keeplora.data.stream import Stream, load_stream
 from mllm_keeplora.data.video.reader import VideoReader
+from mllm_keeplora.evaluation.answer import answer
 from mllm_keeplora.modeling.loading import load_base
 from mllm_keeplora.modeling.saved_adapters import load_adapter
-from mllm_keeplora.runs.files import ArtifactError, read_json
+from mllm_keeplora.runs.files import ArtifactError, read_json, read_sealed
 from mllm_keeplora.runs.run_directory import RunDirectory
 
 
@@ -70,6 +75,15 @@ class SavedRun:
                     f"that of {manifest}; start the run again, which writes the file anew"
                 )
 
+    def guard_note(self) -> str:
+        """How far stages were scaled down for `general.budget` (G4), in one sentence; empty without a budget."""
+        held = [manifest for manifest in self.manifests if "guard" in manifest]
+        if not held:
+            return ""
+        said = [f"stage {m['stage']} {_scaled(m['guard']['factors'])}" for m in held if min(_factors(m)) < 1]
+        budget = f"each stage within {self.config.general.budget:g} nats a token"
+        return f"General ability kept, {budget}: {'; '.join(said) or 'no stage had to be scaled'}."
+
     @property
     def adapter(self) -> Path:
         """The accumulated adapter.
@@ -82,6 +96,16 @@ class SavedRun:
                 f"{self.directory.path} holds no adapter/: name the directory of a run that has learnt a task"
             )
         return self.directory.adapter
+
+    @cached_property
+    def edit(self) -> dict[str, Any] | None:
+        """How the adapter was made of another run's stages (`keeplora edit`); None for a run of its own.
+
+        Raises:
+            ArtifactError: the file was edited.
+        """
+        file = self.directory.edit
+        return read_sealed(file, "make the adapter again") if file.exists() else None
 
     def stream(self) -> Stream:
         """The stream that the run was given; its YAML and its data have to be where they were.
@@ -96,6 +120,51 @@ class SavedRun:
         """Decodes clips as the run did; nothing is cached."""
         return VideoReader(self.config.video, cache_dir=None)
 
+    @cached_property
+    def model(self) -> tuple[PeftModel, Any]:
+        """What `load_model` gives, loaded once for this object."""
+        return self.load_model()
+
+    def ask(
+        self,
+        question: str,
+        image: Image.Image | str | Path | None = None,
+        video: str | Path | None = None,
+        max_new_tokens: int = 128,
+    ) -> str:
+        """The model's greedy answer, prompted as in training; the model is loaded at the first question.
+
+        Args:
+            question: text of the user's turn, with whatever the stream adds to questions.
+            image: what it is about, opened or as a file.
+            video: a clip's file in place of an image, sampled as the run sampled its clips.
+            max_new_tokens: longest answer, in tokens.
+
+        Raises:
+            ArtifactError, ConfigError, AdapterError: see `load_model`.
+            KeepLoRAError: a picture or a clip that cannot be read, or a question that cannot be asked this model.
+        """
+        shown: Any = image
+        if video is not None:
+            shown = self.reader().read(Path(video))
+        elif isinstance(image, str | Path):
+            shown = load_image(Path(image))
+        model, processor = self.model
+        return answer(model, processor, question, shown, max_new_tokens)
+
+    @cached_property
+    def matrix(self) -> pd.DataFrame:
+        """The accuracy matrix, fractions: a row for each stage, a column for each task and general benchmark.
+
+        Raises:
+            ArtifactError: see `retention`.
+        """
+        retention = self.retention
+        names = [*retention["tasks"], *retention["general"]]
+        cells = [[(row["scores"].get(name) or {}).get("value") for name in names] for row in retention["rows"]]
+        stages = pd.Index([row["task"] or "base" for row in retention["rows"]], name="after")
+        return pd.DataFrame(cells, stages, names, dtype=float)
+
     def load_model(self) -> tuple[PeftModel, Any]:
         """The model as the last stage that has learnt left it, in eval mode, and its processor.
 
@@ -107,6 +176,18 @@ class SavedRun:
         adapter = self.adapter
         model, processor = load_base(self.config.model)
         return load_adapter(model, adapter, self.config.model.base_model, may_be_untrained=True), processor
+
+
+def _factors(manifest: Mapping[str, Any]) -> list[float]:
+    return list(manifest["guard"]["factors"].values())
+
+
+def _scaled(factors: Mapping[str, float]) -> str:
+    if not any(factors.values()):
+        return "was scaled to 0 and learnt nothing"
+    by_tower = [f"{c:.2g} ({tower})" for tower, c in factors.items()]
+    one = len(set(factors.values())) == 1
+    return f"was scaled to {f'{next(iter(factors.values())):.2g}' if one else ' and '.join(by_tower)}"
 
 
 def _is_score(score: Any) -> bool:

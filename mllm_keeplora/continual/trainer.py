@@ -17,10 +17,10 @@ since a process without a batch would leave the others waiting.
 import importlib
 import os
 import shutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.logging import get_logger
@@ -43,16 +43,29 @@ from transformers.integrations import integration_utils
 from transformers.trainer_utils import get_last_checkpoint
 
 from mllm_keeplora.config import ConfigError, TrainConfig
+from mllm_keeplora.data.collator import ready_batch
 from mllm_keeplora.distributed.processes import from_main, num_processes
+from mllm_keeplora.distributed.progress import progress
 from mllm_keeplora.distributed.sharding import is_sharded
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.methods.hooks import Hooks
-from mllm_keeplora.runs.files import ArtifactError, WriteError, hash_files, read_sealed, remove, write_sealed
+from mllm_keeplora.modeling.precision import exact_products
+from mllm_keeplora.runs.files import (
+    ArtifactError,
+    WriteError,
+    hash_files,
+    read_sealed,
+    remove,
+    umask_kept,
+    write_sealed,
+)
 
 logger = get_logger(__name__)
 
 STAGE_WEIGHTS = "stage.safetensors"
 COMPLETE = "complete"
+# What the Trainer logs of a step and the report shows.
+CURVES = ("loss", "learning_rate", "grad_norm")
 
 
 class TrainingError(KeepLoRAError, RuntimeError):
@@ -72,10 +85,15 @@ class StageTrainer(Trainer):
     """
 
     def __init__(
-        self, *args: Any, penalty: Callable[[int], Tensor] | None = None, beside: Beside | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        finite: "FiniteGradients",
+        penalty: Callable[[int], Tensor] | None = None,
+        beside: Beside | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._penalty, self._beside = penalty, beside
+        self._finite, self._penalty, self._beside = finite, penalty, beside
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -96,18 +114,9 @@ class StageTrainer(Trainer):
         return loss + sum(more) / self.current_gradient_accumulation_steps if more else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """One forward and backward.
-
-        Raises:
-            TrainingError: a loss that is NaN or infinite.
-        """
+        """One forward and backward; `FiniteGradients` looks at the loss."""
         loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
-            raise TrainingError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}: lower "
-                "train.learning_rate or check the data; "
-                "completed stages are untouched"
-            )
+        self._finite.losses.append(loss)
         return loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -128,10 +137,11 @@ class StageTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         directory = Path(str(output_dir or self.args.output_dir))
         directory.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {n: p.detach().cpu().contiguous() for n, p in self._trainable().items()},
-            directory / STAGE_WEIGHTS,
-        )
+        with umask_kept(directory / STAGE_WEIGHTS):
+            save_file(
+                {n: p.detach().cpu().contiguous() for n, p in self._trainable().items()},
+                directory / STAGE_WEIGHTS,
+            )
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         if self.state.global_step >= self.state.max_steps:
@@ -171,26 +181,59 @@ def _write_mark(mark: Path) -> None:
 
 
 class FiniteGradients(TrainerCallback):
-    """Stops before the optimizer would write a NaN gradient into the factor."""
+    """Stops before the optimizer would write a NaN gradient into the factor.
+
+    The host waits for the device once in an optimizer step, however many forwards that has.
+
+    Attributes:
+        losses: of the forwards since the last step.
+    """
+
+    def __init__(self) -> None:
+        self.losses: list[Tensor] = []
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Checks every trainable parameter's gradient.
+        """Checks the losses, and every trainable parameter's gradient.
 
         Raises:
-            TrainingError: a gradient that is NaN or infinite.
+            TrainingError: a loss or a gradient that is NaN or infinite.
         """
+        losses, self.losses = self.losses, []
         # The optimizer knows what trains; walking through all modules of the model again costs time.
         groups = kwargs["optimizer"].param_groups
         gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
         norms = torch.stack(torch._foreach_norm(gradients))
-        if not torch.isfinite(norms).all():
-            raise TrainingError(
-                f"a gradient is not finite at step {state.global_step + 1}: lower "
-                "train.learning_rate; "
-                "completed stages are untouched"
-            )
+        if torch.isfinite(torch.stack([*losses, norms.sum()])).all():
+            return
+        wrong = [loss for loss in losses if not torch.isfinite(loss)]
+        what = f"the loss is {wrong[0].item()}" if wrong else "a gradient is not finite"
+        raise TrainingError(
+            f"{what} at step {state.global_step + 1}: lower train.learning_rate"
+            f"{' or check the data' if wrong else ''}; completed stages are untouched"
+        )
+
+
+class Progress(TrainerCallback):
+    """Shows how far a stage's training has come, with the last mean loss."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """After what a checkpoint has brought."""
+        self._bar = progress("training", "steps", total=state.max_steps, initial=state.global_step)
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """After every optimizer step."""
+        self._bar.update()
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        """Every `logging_steps`."""
+        if "loss" in (logs := kwargs["logs"]):
+            self._bar.set_postfix_str(f"loss {logs['loss']:.3g}", refresh=False)
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """When the last step is done."""
+        self._bar.close()
 
 
 class AfterStep(TrainerCallback):
@@ -239,33 +282,42 @@ def train_stage(
 
     Returns:
         {"steps", "repeated_samples": how many an epoch shows twice, "loss": [[step, mean loss since the last
-        entry], ..]}; the same on all processes.
+        entry], ..], "learning_rate" and "grad_norm" (before clipping) likewise, of that step alone}; the same on all
+        processes.
 
     Raises:
         TrainingError: a trainable parameter that is not fp32; a loss or gradient that is NaN or infinite.
         WriteError: no room for a checkpoint.
+        PrecisionError: a device whose fp32 products are not.
     """
     wrong = [n for n, p in model.named_parameters() if p.requires_grad and p.dtype != torch.float32]
     if wrong:
         raise TrainingError(f"{len(wrong)} trainable parameters are not fp32, {wrong[0]} first")
+    exact_products(device)
     checkpoint = from_main(lambda: _begin(directory, log_dir))
     repeated = _repeated_samples(samples, config)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(log_dir)
     _leave_frozen_parameters_alone(model)
+    finite = FiniteGradients()
     trainer = StageTrainer(
         model=model,
+        finite=finite,
         args=_arguments(config, seed, directory, report_to, device, mixed),
         train_dataset=samples,
-        data_collator=collator,
-        callbacks=[FiniteGradients(), *([AfterStep(hooks.after_step)] if hooks.after_step else [])],
+        data_collator=partial(_collated, collator, cast(torch.dtype, model.get_base_model().dtype)),
+        callbacks=[finite, Progress(), *([AfterStep(hooks.after_step)] if hooks.after_step else [])],
         penalty=hooks.penalty,
         beside=beside,
     )
-    # Its lines would only repeat what TensorBoard and the report show.
-    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(PrinterCallback)  # it prints dictionaries
     trainer.train(resume_from_checkpoint=checkpoint)
-    history = [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry]
-    return {"steps": trainer.state.global_step, "repeated_samples": repeated, "loss": history}
+    log = trainer.state.log_history
+    curves = {name: [[entry["step"], entry[name]] for entry in log if name in entry] for name in CURVES}
+    return {"steps": trainer.state.global_step, "repeated_samples": repeated, **curves}
+
+
+def _collated(collator: Any, dtype: torch.dtype, samples: Any) -> dict[str, Tensor]:
+    return ready_batch(collator(samples), dtype)
 
 
 def _begin(directory: Path, log_dir: Path) -> str | None:
@@ -348,8 +400,7 @@ def check_loggers(report_to: Sequence[str]) -> None:
     Raises:
         ConfigError: one that transformers does not know, whose package is not installed, or wandb without a login.
     """
-    arguments = _arguments(TrainConfig(), 0, Path(), report_to, torch.device("cpu"), mixed=False)
-    names = list(arguments.report_to or ())  # `all` and `none` resolved
+    names = loggers(report_to)
     try:
         callbacks = integration_utils.get_reporting_integration_callbacks(names)
     except ValueError as error:
@@ -365,6 +416,11 @@ def check_loggers(report_to: Sequence[str]) -> None:
         raise ConfigError(
             "report_to: wandb has no login here; run `wandb login`, set WANDB_MODE=offline, or leave wandb out"
         )
+
+
+def loggers(report_to: Sequence[str]) -> list[str]:
+    """The loggers' names, `all` and `none` resolved."""
+    return list(_arguments(TrainConfig(), 0, Path(), report_to, torch.device("cpu"), mixed=False).report_to or ())
 
 
 def _wandb_can_log() -> bool:
@@ -402,9 +458,10 @@ def _arguments(
         dataloader_num_workers=config.dataloader_num_workers,
         remove_unused_columns=False,
         report_to=list(report_to),
-        disable_tqdm=not sys.stderr.isatty(),
+        disable_tqdm=True,  # `Progress` has a bar of its own
         seed=seed,
         data_seed=seed,
+        accelerator_config={"non_blocking": True},  # batches come in pinned memory, where there is a GPU
         bf16=False,
         fp16=False,
         use_cpu=device.type == "cpu",

@@ -18,7 +18,7 @@ from mllm_keeplora.data.images import ImageError, load_image
 from mllm_keeplora.data.video.reader import Clip, VideoError, VideoReader
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.modeling.families import EQUAL_LENGTHS
-from mllm_keeplora.modeling.loss import IGNORED_LABEL
+from mllm_keeplora.modeling.loss import IGNORED_LABEL, answers_alone
 
 
 class SampleTooLongError(KeepLoRAError, ValueError):
@@ -352,7 +352,22 @@ def _tokenise(processor: ProcessorMixin, text: str) -> list[int]:
 
 # What a batch fills up where its samples differ in length or in the number of their tiles, and with what; a pad token
 # stands in `input_ids`.
-_FILLED = {"attention_mask": 0, "labels": IGNORED_LABEL, "mm_token_type_ids": 0, "pixel_values": 0}
+_FILLED = {
+    **{"attention_mask": 0, "labels": IGNORED_LABEL, "mm_token_type_ids": 0, "pixel_values": 0},
+    **{"logits_to_keep": 0, "shift_labels": IGNORED_LABEL},
+}
+
+
+def ready_batch(batch: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """A batch of the collator's as it travels to the device: pixels in the dtype that the model rounds them to anyway,
+    and the positions whose logits count.
+
+    Args:
+        batch: on the CPU, with labels.
+        dtype: of the model's computations.
+    """
+    ready = answers_alone(batch)
+    return {key: value.to(dtype) if key.startswith("pixel_values") else value for key, value in ready.items()}
 
 
 def join_batches(first: Mapping[str, Tensor], second: Mapping[str, Tensor], pad_token_id: int) -> dict[str, Tensor]:

@@ -26,7 +26,6 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from tqdm import tqdm
 
 from mllm_keeplora.data.stream import (
     Hub,
@@ -34,6 +33,7 @@ from mllm_keeplora.data.stream import (
     StreamError,
     named_paths,
 )
+from mllm_keeplora.distributed.progress import progress
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.runs.files import atomic_path, file_state
 from mllm_keeplora.units import format_bytes
@@ -182,7 +182,7 @@ def unpack(archive: Path) -> None:
         with zipfile.ZipFile(archive) if archive.suffix == ".zip" else tarfile.open(archive) as opened:
             names = opened.namelist() if isinstance(opened, zipfile.ZipFile) else opened.getnames()
             target = _target(archive, names)
-            for name in tqdm(names, desc=f"unpacking {archive.name}", unit="file", disable=None, delay=2.0):
+            for name in progress(f"unpacking {archive.name}", "files", names):
                 _extract(opened, name, target)
     except _DAMAGE as error:
         raise FetchError(

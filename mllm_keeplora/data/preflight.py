@@ -19,13 +19,13 @@ import transformers
 from jinja2 import TemplateError
 from PIL import Image
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from mllm_keeplora.config import RunConfig
 from mllm_keeplora.data.collator import ChatCollator
 from mllm_keeplora.data.conversation import MediaFile, Sample
 from mllm_keeplora.data.images import ImageError, load_image
 from mllm_keeplora.data.video.reader import Clip, VideoError, VideoReader
+from mllm_keeplora.distributed.progress import progress
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.modeling.loss import IGNORED_LABEL
 from mllm_keeplora.runs.files import ArtifactError, file_state, hash_files, read_json, sha256_json, write_json
@@ -305,8 +305,7 @@ class _Memory:
 
 def _in_workers(compute: Callable[[Any], Any], items: Sequence[Any], label: str, kind: str) -> Iterator[Any]:
     """Outcomes in the order of the items, with a progress bar; workers are started where this process needs long."""
-    # No bar where the output is not a terminal, nor for what takes less than two seconds.
-    with tqdm(total=len(items), desc=label, unit={"video": "clip"}.get(kind, kind), disable=None, delay=2.0) as bar:
+    with progress(label, {"video": "clips"}.get(kind, f"{kind}s"), total=len(items)) as bar:
         end, done = time.monotonic() + _ALONE_SECONDS, 0
         while done < len(items) and (time.monotonic() < end or len(items) - done < 2 * _SHARES[kind]):
             yield compute(items[done])

@@ -1,8 +1,9 @@
 """The processes of a run under `torchrun` or `accelerate launch`; a lone process never waits here.
 
-The main process alone decides, computes decompositions and writes files; the others wait and read. So a
-phase is skipped on all processes or on none, and A and M are one process's numbers everywhere. A process
-that fails ends with its message; the launcher then ends the others, which wait in a collective.
+The main process alone decides and writes files; the others wait and read. So a phase is skipped on all processes or on
+none. Decompositions are shared out, and each one's result is its owner's everywhere: rounding differs between machines,
+A and M must not. A process that fails ends with its message; the launcher then ends the others, which wait in a
+collective.
 """
 
 import os
@@ -15,8 +16,10 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import broadcast_object_list, gather_object, reduce
 from torch import Tensor
 
+from mllm_keeplora.distributed.progress import progress
 from mllm_keeplora.errors import KeepLoRAError
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 # The others wait while the main process decomposes and writes; the launcher, not this limit, ends a dead run.
@@ -80,11 +83,6 @@ def is_main() -> bool:
     return PartialState().is_main_process
 
 
-def hide_bar() -> bool | None:
-    """tqdm's `disable`: one bar a run, on a terminal only."""
-    return None if is_main() else True
-
-
 def from_main(compute: Callable[[], T]) -> T:
     """Runs `compute` on the main process alone; its result on every process, which all have waited for it."""
     result = [compute() if is_main() else None]
@@ -100,6 +98,19 @@ def own_share(items: Sequence[T]) -> list[T]:
     """This process's items: every one belongs to exactly one process; a process may get none."""
     state = PartialState()
     return list(items[state.process_index :: state.num_processes])
+
+
+def shared_out(items: Sequence[S], compute: Callable[[S], T], what: str) -> list[T]:
+    """`compute` of every item, each on one process; all results, in the order of the items, on every process.
+
+    Args:
+        items: the same on all processes.
+        compute: gives what is on the CPU; nothing in it may wait for another process.
+        what: is done, for the bar.
+    """
+    own = [compute(item) for item in progress(what, "modules", own_share(items))]
+    shares = [broadcast_object_list([own], from_process=rank)[0] for rank in range(num_processes())]
+    return [shares[number % len(shares)][number // len(shares)] for number in range(len(items))]
 
 
 def gather(value: T) -> list[T]:

@@ -15,7 +15,7 @@ import math
 import re
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,18 +24,18 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mllm_keeplora.config import JudgeConfig
 from mllm_keeplora.data.records import clean_question
+from mllm_keeplora.distributed.progress import progress
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.evaluation.answer import greedy, own_stop_tokens
 from mllm_keeplora.evaluation.metrics import summarize
 from mllm_keeplora.evaluation.score import Score
 from mllm_keeplora.modeling.linear4bit import guard_linear4bit
 from mllm_keeplora.modeling.loading import DTYPES, MODEL_FILES, base_model_hash, check_weights, nf4_config
-from mllm_keeplora.runs.files import ArtifactError, atomic_path, read_json, sha256_json, write_json
+from mllm_keeplora.runs.files import ArtifactError, atomic_path, read_json, read_json_lines, sha256_json, write_json
 from mllm_keeplora.runs.manifests import SCHEMA_VERSION
 from mllm_keeplora.runs.run_directory import RunDirectory
 
@@ -148,7 +148,7 @@ def read_replies(run: RunDirectory, retention: Mapping[str, Any]) -> Cells:
             files = (folder / f"{task}.jsonl" for folder in (stage.backfilled_replies, stage.replies))
             path = next((file for file in files if file.is_file()), None)
             if path is not None:
-                cells[row["stage"], task] = [_read_reply(line, path) for line in _json_lines(path)]
+                cells[row["stage"], task] = [_read_reply(line, path) for line in read_json_lines(path)]
     return cells
 
 
@@ -253,12 +253,11 @@ def _judge_missing(judge: Judge, verdicts: "_Verdicts", replies: Sequence[Reply]
     # Longest first: running out of memory shows at once.
     missing.sort(key=lambda reply: len("".join(reply)), reverse=True)
     try:
-        # None: shown on a terminal only.
-        with tqdm(total=len(missing), desc="Judging", unit="reply", disable=None) as progress:
+        with progress("judging", "replies", total=len(missing)) as bar:
             for start in range(0, len(missing), batch_size):
                 batch = missing[start : start + batch_size]
                 verdicts.add(batch, judge.verdicts(batch))
-                progress.update(len(batch))
+                bar.update(len(batch))
     except torch.cuda.OutOfMemoryError as error:
         raise JudgeError(
             f"the judge ran out of GPU memory on {batch_size} replies together; give a smaller --batch_size "
@@ -273,7 +272,7 @@ class _Verdicts:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        lines = _json_lines(path) if path.is_file() else []
+        lines = read_json_lines(path) if path.is_file() else []
         self.texts = {str(line["key"]): str(line["text"]) for line in lines}
         self._saved, self._saved_at = len(self.texts), time.monotonic()
 
@@ -365,15 +364,6 @@ def _messages(reply: Reply) -> list[dict[str, str]]:
         {"role": "system", "content": INSTRUCTION},
         {"role": "user", "content": REQUEST.format(**reply._asdict())},
     ]
-
-
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    for row, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if line:
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ArtifactError(f"{path}, line {row} is not valid JSON: it was edited or truncated") from error
 
 
 def _read_reply(line: Mapping[str, Any], path: Path) -> Reply:

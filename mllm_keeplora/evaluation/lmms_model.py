@@ -18,7 +18,6 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.utils import simple_parse_args_string
 from PIL import Image
-from tqdm import tqdm
 
 from mllm_keeplora.config import VideoConfig
 from mllm_keeplora.data.chat_template import chat_form, render
@@ -26,6 +25,7 @@ from mllm_keeplora.data.collator import prepare_questions
 from mllm_keeplora.data.conversation import Message, Part, Role
 from mllm_keeplora.data.images import load_image
 from mllm_keeplora.data.video.reader import VideoReader
+from mllm_keeplora.distributed.progress import progress
 from mllm_keeplora.distributed.sharding import fillers
 from mllm_keeplora.evaluation.answer import generate_replies, inference_state
 from mllm_keeplora.evaluation.errors import EvaluationError
@@ -145,12 +145,12 @@ class KeepLoRAModel(lmms):
         """
         answers: dict[int, str] = {}
         self._beyond_context: Counter[str] = Counter()
-        with inference_state(self.model), self._progress(len(requests)) as progress:
+        with inference_state(self.model), progress("answering", "questions", total=len(requests)) as bar:
             batches = list(self._batches(requests))
             for batch in [*batches, *fillers(self.model, batches, batches[-1] if batches else [])]:
                 replies = self._answer([requests[index] for index in batch])
                 answers.update(zip(batch, replies, strict=True))
-                progress.update(len(batch))
+                bar.update(len(batch))
         for task, count in self._beyond_context.items():
             logger.warning(
                 f"task {task!r}: {count} questions are longer than the {self._context} tokens that the base model was "
@@ -169,10 +169,6 @@ class KeepLoRAModel(lmms):
     def generate_until_multi_round(self, requests: list[Instance]) -> NoReturn:
         """Refused: a prompt that depends on earlier answers."""
         raise EvaluationError("model 'keeplora' answers generate_until tasks only, not multi-round tasks")
-
-    def _progress(self, total: int) -> "tqdm[NoReturn]":
-        # None: shown on a terminal only.
-        return tqdm(total=total, desc="Answering", unit="question", disable=self.rank != 0 or None, leave=False)
 
     def _batches(self, requests: list[Instance]) -> Iterator[list[int]]:
         groups: dict[tuple[str, _Decoding], list[int]] = defaultdict(list)

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from mllm_keeplora.data.stream import Stream
 from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.distributed.processes import from_main
+from mllm_keeplora.errors import did_you_mean
 from mllm_keeplora.evaluation.entry_point import MODEL_ID, name_hub_home
 from mllm_keeplora.evaluation.errors import EvaluationError
 from mllm_keeplora.evaluation.task_files import ScoredTask, scored_tasks, write_text
@@ -86,13 +87,98 @@ def evaluate_row(
     if unknown:
         raise EvaluationError(f"stream {stream.name!r} has no task {', '.join(sorted(unknown))}")
     entries = [entry for entry in entries if names is None or entry.name in names]
-    stock = any(spec.lmms_eval_task for spec in stream.general if names is None or spec.name in names)
-    wrapper = functools.partial(_wrap, model, processor, reader, batch_size)
+    wrapper = functools.partial(lmms_wrapper, model, processor, reader, batch_size)
+    return evaluate_entries(
+        entries, wrapper, task_directory, output, batch_size=batch_size, limit=limit, general_limit=general_limit
+    )
+
+
+def evaluate_entries(
+    entries: Sequence[ScoredTask],
+    wrapper: Callable[[], Any],
+    task_directory: Path,
+    output: Path,
+    *,
+    batch_size: int,
+    limit: int | None,
+    general_limit: int | None = None,
+) -> dict[str, Score]:
+    """`evaluate_row` of what `read_index` gives: the stream and its test files are not asked for.
+
+    Args:
+        entries: what to evaluate.
+        wrapper: makes the model as lmms-eval takes it, as `lmms_wrapper` does.
+        task_directory: see `evaluate_row`, and so for the others.
+        output: folder of the replies.
+        batch_size: questions generated together.
+        limit: first questions asked.
+        general_limit: the same for general benchmarks.
+
+    Raises:
+        EvaluationError: see `evaluate_row`.
+    """
+    stock = any(not entry.lmms_task.startswith(f"{MODEL_ID}_") for entry in entries)
     row: dict[str, Score] = {}
     for most, group in _by_limit(entries, limit, general_limit or limit):
         results = _run_lmms_eval(wrapper, group, task_directory, stock, batch_size, most)
         row |= from_main(functools.partial(_read_row, results, group, output))
     return row
+
+
+def evaluate_tasks(
+    names: Sequence[str],
+    wrapper: Callable[[], Any],
+    task_directory: Path,
+    output: Path,
+    *,
+    batch_size: int,
+    limit: int | None,
+) -> dict[str, dict[str, float]]:
+    """Any tasks or groups of lmms-eval, with every number that it gives for them.
+
+    Args:
+        names: of the tasks, as lmms-eval calls them.
+        wrapper: see `evaluate_entries`.
+        task_directory: of lmms-eval task files beside its own.
+        output: folder that gets one `<task>.jsonl` with every question and reply.
+        batch_size: questions generated together.
+        limit: first questions asked of each task, None for all.
+
+    Returns:
+        Task, and every member of a group -> lmms-eval's name of a number -> the number.
+
+    Raises:
+        EvaluationError: no such task, a task that fails, or a login to the hub that is missing.
+    """
+    stock = not set(names) <= _own_tasks(task_directory)
+    if stock:
+        check_logins(names, task_directory)
+    entries = [ScoredTask(name, "general", name, "", 1.0) for name in names]
+    results = _run_lmms_eval(wrapper, entries, task_directory, stock, batch_size, limit)
+    if results is None:
+        raise EvaluationError("only the main process evaluates other tasks; start one process")
+    output.mkdir(parents=True, exist_ok=True)
+    for entry in entries:
+        _count(results, entry)  # every question was answered
+        write_text(output / f"{entry.name}.jsonl", _sample_lines(results, entry))
+    found = {
+        task: {key.removesuffix(",none"): float(value) for key, value in numbers.items() if _is_number(value)}
+        for task, numbers in results["results"].items()
+    }
+    return {task: numbers for task, numbers in found.items() if numbers}
+
+
+def _own_tasks(task_directory: Path) -> set[str]:
+    """Names of the tasks in a folder; lmms-eval's own are not indexed for this."""
+    with _undisturbed():
+        from lmms_eval.tasks import TaskManager
+
+        manager = TaskManager(include_path=str(task_directory), include_defaults=False, model_name=MODEL_ID)
+        return set(manager.all_tasks)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_logins(tasks: Sequence[str], task_directory: Path) -> None:
@@ -227,8 +313,8 @@ def _native(found: Mapping[str, Any], entry: ScoredTask) -> Any:
     return found[keys[0]] if len(keys) == 1 else None
 
 
-def _wrap(model: torch.nn.Module, processor: Any, reader: VideoReader | None, batch_size: int) -> Any:
-    """The model as lmms-eval takes it. Imported late: lmms-eval takes seconds."""
+def lmms_wrapper(model: torch.nn.Module, processor: Any, reader: VideoReader | None, batch_size: int) -> Any:
+    """The model as lmms-eval takes it, for one evaluation. Imported late: lmms-eval takes seconds."""
     from mllm_keeplora.evaluation.lmms_model import KeepLoRAModel
 
     return KeepLoRAModel(model, processor, batch_size, reader)
@@ -256,7 +342,8 @@ def _run_lmms_eval(
         missing = [entry.lmms_task for entry in entries if entry.lmms_task not in manager.all_tasks]
         if missing:
             raise EvaluationError(
-                f"lmms-eval has no task {', '.join(missing)}; own test files need "
+                f"lmms-eval has no task {', '.join(missing)}{did_you_mean(missing[0], manager.all_tasks)}; own test "
+                "files need "
                 f"write_task_files(stream, {task_directory})"
             )
         try:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mllm_keeplora.linalg.decompositions import thin_svd
 from mllm_keeplora.linalg.energy import check_energy
 from mllm_keeplora.linalg.subspace import (
     ENERGY_TOLERANCE,
@@ -45,7 +46,7 @@ def refined_directions(projected_sketch: Tensor, back_projection: Tensor) -> Ten
     Returns:
         [q, in], a stand-in for G (I - M M^T) with the same leading right singular vectors: diag(s) V^T Q^T.
     """
-    _, s, vh = torch.linalg.svd(back_projection.float(), full_matrices=False)
+    s, vh = thin_svd(back_projection.float())
     return (s.unsqueeze(1) * vh) @ projected_sketch
 
 

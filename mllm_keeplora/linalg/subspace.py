@@ -9,6 +9,7 @@ Torch only; every decomposition runs in the precision stated beside it with auto
 import torch
 from torch import Tensor
 
+from mllm_keeplora.linalg.decompositions import symmetric_eigen, thin_svd
 from mllm_keeplora.linalg.energy import check_energy
 
 # Relative slack on energy thresholds: an fp32 Gram matrix gives sums of squares to about 1e-7, so a threshold
@@ -72,7 +73,7 @@ def principal_basis(weight: Tensor, energy: float) -> Tensor:
         w = weight.float()
         wide = w.shape[1] > w.shape[0]
         gram = w @ w.T if wide else w.T @ w
-        eigenvalues, vectors = torch.linalg.eigh(gram)
+        eigenvalues, vectors = symmetric_eigen(gram)
         energies = eigenvalues.flip(0).clamp(min=0.0)
         energies[energies <= RANK_TOLERANCE * energies[0]] = 0.0
         k = min(smallest_rank(energies, energy * float(energies.double().sum())), int((energies > 0).sum()))
@@ -162,7 +163,7 @@ def residual_directions(residual: Tensor, basis: Tensor, floor: float) -> tuple[
     Returns:
         (directions [in, n] fp32, energies [n] fp32, descending), n <= min(rows, in - k).
     """
-    _, s, vh = torch.linalg.svd(residual.float(), full_matrices=False)
+    s, vh = thin_svd(residual.float())
     energies = s.square()
     n = min(int((energies > floor).sum()), residual.shape[1] - basis.shape[1])
     return orthonormal_complement(vh[:n].T, basis), energies[:n]

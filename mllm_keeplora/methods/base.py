@@ -8,7 +8,7 @@ LoRA: a fresh adapter for each task, A and B trained, folded into the past, noth
 import importlib
 import math
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -17,12 +17,11 @@ import torch
 from accelerate.logging import get_logger
 from peft import PeftModel
 from torch import Tensor
-from tqdm import tqdm
 
 import mllm_keeplora.methods
 from mllm_keeplora.config import ConfigError, RunConfig, TrainConfig
 from mllm_keeplora.data.conversation import Sample
-from mllm_keeplora.distributed.processes import is_main
+from mllm_keeplora.distributed.processes import shared_out
 from mllm_keeplora.errors import did_you_mean
 from mllm_keeplora.linalg.folding import fold_factors
 from mllm_keeplora.linalg.sketch import extend_basis_from_sketch
@@ -144,14 +143,13 @@ def kaiming_a(target: Target, rank: int, seed: int) -> Tensor:
 
 
 def per_module(stage: StageContext, decompose: Callable[[Target], Tensor]) -> dict[str, Tensor]:
-    """`decompose` of every module, on the main process alone: rounding differs between machines, A must not.
+    """`decompose` of every module, shared out over the processes.
 
     Returns:
-        Module name -> result on the CPU; empty on the other processes.
+        Module name -> result on the CPU, the same on all processes.
     """
-    targets: Iterable[Target] = stage.targets if is_main() else ()
-    bar = tqdm(targets, desc="residual subspaces", unit="module", disable=None, leave=False)
-    return {t.name: on_cpu(decompose(t)) for t in bar}
+    found = shared_out(stage.targets, lambda t: on_cpu(decompose(t)), "residual subspaces")
+    return {t.name: part for t, part in zip(stage.targets, found, strict=True)}
 
 
 def on_cpu(part: Tensor) -> Tensor:
@@ -166,18 +164,21 @@ def extended_features(stage: StageContext, sketches: Mapping[str, Tensor]) -> Fe
         stage: just learnt.
         sketches: module name -> Y [q, in], of gradients or of input activations.
     """
-    directions: dict[str, Tensor] = {}
-    facts: dict[str, dict[str, Any]] = {}
     bases, towers = stage.bases, stage.run.config.towers()
-    for t in stage.targets if is_main() else ():
+
+    def extend(t: Target) -> tuple[Tensor, dict[str, Any]]:
         basis = bases.load(t)
         extended = extend_basis_from_sketch(basis, sketches[t.name].to(bases.device), towers[t.tower].eps_f)
-        directions[t.name] = on_cpu(extended.basis[:, basis.shape[1] :])
-        facts[t.name] = {
-            "k_f_added": directions[t.name].shape[1],
+        added = on_cpu(extended.basis[:, basis.shape[1] :])
+        return added, {
+            "k_f_added": added.shape[1],
             "captured": extended.captured,
             "saturated": extended.saturated,
         }
+
+    found = shared_out(stage.targets, extend, "feature directions")
+    directions = {t.name: added for t, (added, _) in zip(stage.targets, found, strict=True)}
+    facts = {t.name: fact for t, (_, fact) in zip(stage.targets, found, strict=True)}
     saturated = [name for name, fact in facts.items() if fact["saturated"]]
     if saturated:
         logger.warning(

@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from mllm_keeplora.config import RunConfig, Tower, TrainConfig
-from mllm_keeplora.data.collator import ChatCollator, SampleDataset
+from mllm_keeplora.data.collator import ChatCollator, SampleDataset, ready_batch
 from mllm_keeplora.data.conversation import Sample
 from mllm_keeplora.data.records import SkippedRecord, select_evenly
 from mllm_keeplora.data.stream import Stream, TaskSpec
 from mllm_keeplora.data.video.reader import VideoReader
-from mllm_keeplora.distributed.processes import hide_bar, own_share
+from mllm_keeplora.distributed.processes import own_share
+from mllm_keeplora.distributed.progress import progress
 from mllm_keeplora.distributed.sharding import fillers
 from mllm_keeplora.modeling.adapters import Factors, Model
 from mllm_keeplora.modeling.loss import IGNORED_LABEL, Teacher
@@ -86,8 +86,9 @@ class RunContext:
     general_basis: Path | None = None
 
     def to_device(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A batch on the model's device."""
-        return {key: value.to(self.device) for key, value in batch.items()}
+        """A batch with labels on the model's device, see `ready_batch`; the host does not wait for the copy."""
+        ready = ready_batch(batch, self.model.dtype)
+        return {key: value.to(self.device, non_blocking=True) for key, value in ready.items()}
 
     def task_samples(self, task: str) -> list[Sample]:
         """A task's own training samples."""
@@ -190,8 +191,7 @@ class StageContext:
         own = own_share(rows)
         own_and_fillers = [*own, *fillers(self.run.model, own, rows[0])]
         loader = DataLoader(samples, batch_sampler=own_and_fillers, collate_fn=self.collator)
-        progress = tqdm(loader, desc="task gradients", unit="batch", disable=hide_bar(), leave=False)
-        for number, batch in enumerate(progress):
+        for number, batch in enumerate(progress("task gradients", "batches", loader)):
             if number >= len(own):
                 batch["labels"].fill_(IGNORED_LABEL)
             yield self.run.to_device(batch)

@@ -10,7 +10,6 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from mllm_keeplora.config import RunConfig
-from mllm_keeplora.distributed.processes import from_main
 from mllm_keeplora.linalg.layer_scaling import layer_scales
 from mllm_keeplora.linalg.lora_init import lora_a_from_gradient
 from mllm_keeplora.linalg.sketch import refined_directions
@@ -66,9 +65,7 @@ def _residual_rows(stage: StageContext, target: Target, sketch: Tensor, rank: in
 
 def _refine(stage: StageContext, model: Model, sketches: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The optional second pass: the projected sketch, ordered by what G really holds along it."""
-    rows = from_main(
-        lambda: per_module(stage, lambda t: _residual_rows(stage, t, sketches[t.name], len(sketches[t.name])))
-    )
+    rows = per_module(stage, lambda t: _residual_rows(stage, t, sketches[t.name], len(sketches[t.name])))
     rows = {name: span for name, span in rows.items() if len(span) > 0}
     if not rows:
         return dict(sketches)

@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor
 
+from mllm_keeplora.linalg.decompositions import thin_svd
 from mllm_keeplora.linalg.subspace import orthonormal_columns
 from mllm_keeplora.methods.base import Method, per_module
 from mllm_keeplora.methods.context import StageContext
@@ -72,6 +73,6 @@ def energy_ratio_rows(new: Tensor, old: Sequence[Tensor], ridge: float, rank: in
         bottom += z.T @ z
     root = torch.linalg.cholesky(bottom)  # L L^T = bottom; u = L^T v turns the ratio into ||Y L^-T u||^2
     whitened = torch.linalg.solve_triangular(root, y.T, upper=False).T
-    u = torch.linalg.svd(whitened, full_matrices=False).Vh[:rank].T
+    u = thin_svd(whitened)[1][:rank].T
     directions = torch.linalg.solve_triangular(root.T, u, upper=True)
     return orthonormal_columns(directions / directions.norm(dim=0)).T.contiguous()

@@ -73,11 +73,12 @@ def attach(
         lora_dropout=dropout,
         bias="none",
     )
+    # PEFT's own factors are made without storage: random numbers for them would only be overwritten.
     if isinstance(model, PeftModel):
-        model.add_adapter(adapter, config)
+        model.add_adapter(adapter, config, low_cpu_mem_usage=True)
         peft_model = model
     else:
-        peft_model = PeftModel(cast(Any, model), config, adapter_name=adapter)
+        peft_model = PeftModel(cast(Any, model), config, adapter_name=adapter, low_cpu_mem_usage=True)
     _write(peft_model, adapter, factors)
     activate(peft_model, [adapter])
     return peft_model
@@ -89,13 +90,18 @@ def _exactly(name: str) -> str:
 
 @torch.no_grad()
 def _write(model: PeftModel, adapter: str, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    for name, (a, b) in factors.items():
-        for tensor, parameter, factor in zip((a, b), factor_parameters(model, adapter, name), "AB", strict=True):
+    for name, pair in factors.items():
+        parameters = factor_parameters(model, adapter, name)
+        layer = cast(LoraLayer, model.get_base_model().get_submodule(name))
+        device = cast(nn.Linear, layer.base_layer).weight.device
+        for tensor, parameter, factor in zip(pair, parameters, "AB", strict=True):
             if tensor.shape != parameter.shape:
                 raise AdapterError(
                     f"{name}: {factor} is {tuple(tensor.shape)}, the model takes {tuple(parameter.shape)}"
                 )
-            parameter.data = tensor.detach().to(parameter.device, torch.float32).clone()
+            given = tensor.detach().to(device, torch.float32, copy=True)
+            own = {"A": layer.lora_A, "B": layer.lora_B}[factor][adapter]
+            own.weight = nn.Parameter(given, parameter.requires_grad)
 
 
 def factor_parameters(model: PeftModel, adapter: str, name: str) -> tuple[nn.Parameter, nn.Parameter]:

@@ -1,5 +1,6 @@
 """Linear layers as the model computes with them: plain or 4-bit."""
 
+import gc
 from typing import Any, TypeGuard
 
 import bitsandbytes as bnb
@@ -29,6 +30,15 @@ def computed_weight(module: nn.Module, dtype: torch.dtype = torch.float32) -> Te
         raise TypeError("4-bit layer without a quant_state: move the model to its device before reading its weights")
     dense = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
     return dense.reshape(module.out_features, module.in_features).to(dtype)
+
+
+def free_4bit_weights() -> None:
+    """Frees the memory of 4-bit models that are no longer referred to.
+
+    A `Linear4bit` and its weight refer to each other, so they stay until the garbage collector runs.
+    """
+    gc.collect()
+    torch.cuda.empty_cache()  # nothing where CUDA was never used
 
 
 def guard_linear4bit(model: torch.nn.Module) -> int:

@@ -4,6 +4,8 @@ import importlib.util
 import logging
 import os
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date
@@ -27,15 +29,18 @@ from transformers import (
     AutoProcessor,
     BitsAndBytesConfig,
     PreTrainedModel,
+    Qwen3VLVideoProcessor,
 )
+from transformers.dependency_versions_table import deps
 from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils.import_utils import is_kernels_available
 
 from mllm_keeplora.config import ConfigError, ModelConfig
 from mllm_keeplora.distributed.sharding import sharding_asked
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.modeling.adapters import ACCUMULATED
 from mllm_keeplora.modeling.families import family_of
-from mllm_keeplora.modeling.linear4bit import guard_linear4bit
+from mllm_keeplora.modeling.linear4bit import free_4bit_weights, guard_linear4bit
 from mllm_keeplora.modeling.saved_adapters import load_adapter
 from mllm_keeplora.resources import find
 from mllm_keeplora.runs.files import (
@@ -49,7 +54,7 @@ from mllm_keeplora.runs.files import (
     write_json,
     write_sealed,
 )
-from mllm_keeplora.runs.run_directory import ADAPTER_HASHES
+from mllm_keeplora.runs.run_directory import ADAPTER_HASHES, CARD, CARD_FILES
 
 logger = logging.getLogger(__name__)
 
@@ -66,22 +71,69 @@ _LOADING_ERRORS = (
     *(OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError),
     *(RuntimeError, ImportError, SafetensorError, StrictDataclassError),
 )
+# Of GPUs: Ampere, Hopper.
+CAPABILITIES = {"flash_attention_2": (8, 0), "flash_attention_3": (9, 0)}
 REMOTE_CODE = "*.py"  # fetched beside them only where model.trust_remote_code is on
 
 
 def resolve_device(config: ModelConfig) -> torch.device:
     """The device this process of a run uses: of several, each has its own CUDA device.
 
+    `auto` says it where the machine has an NVIDIA driver and torch cannot use it.
+
     Raises:
         ConfigError: device cuda without a CUDA device.
     """
-    available = torch.cuda.is_available()
-    if config.device == "cuda" and not available:
-        raise ConfigError("model.device is cuda, but torch sees no CUDA device; use model.device: cpu or auto")
-    if not available or config.device == "cpu":
+    if config.device == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        reason = _why_no_cuda()
+        if config.device == "cuda":
+            raise ConfigError(
+                "model.device is cuda, but torch sees no CUDA device"
+                + (f": {reason}" if reason else "; use model.device: cpu or auto")
+            )
+        if reason:
+            _say_on_cpu(reason)
         return torch.device("cpu")
     # Counted as accelerate does: a launcher may show each process its own device alone.
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+@lru_cache
+def _say_on_cpu(reason: str) -> None:
+    """Once a process."""
+    logger.warning(f"this run takes the CPU, though there is an NVIDIA driver: {reason}")
+
+
+def _why_no_cuda() -> str | None:
+    """Why torch cannot use the machine's NVIDIA driver, both versions, and what to do; None without a driver."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hidden is not None and hidden.strip() in ("", "-1", "NoDevFiles"):
+        return f"CUDA_VISIBLE_DEVICES is {hidden!r}, which hides every GPU; unset it, or name one, such as 0"
+    try:
+        asked = subprocess.run([tool], capture_output=True, text=True, timeout=30, check=False)
+        said = asked.stdout + asked.stderr
+    except (OSError, subprocess.TimeoutExpired) as error:
+        said = str(error)
+    driver = re.search(r"Driver Version\s*:\s*([\d.]+)", said)
+    newest = re.search(r"CUDA[A-Z ]* Version\s*:\s*([\d.]+)", said)
+    if driver is None:
+        first = (said.strip().splitlines() or ["nothing"])[0]
+        return f"nvidia-smi says {first[:200]!r}; load or install the driver, then try `nvidia-smi` again"
+    serves = f"driver {driver[1]} serves CUDA {newest[1] if newest else '(not said)'}"
+    if torch.version.cuda is None:
+        return (
+            f"{serves}, and torch {torch.__version__} is a build without CUDA; install the same version built for that "
+            "CUDA or an older one (https://pytorch.org/get-started/previous-versions)"
+        )
+    return (
+        f"{serves}, and torch {torch.__version__} is built for CUDA {torch.version.cuda}; update the driver, or "
+        "install the same torch built for a CUDA that it serves (https://pytorch.org/get-started/previous-versions)"
+    )
 
 
 def check_revision(config: ModelConfig) -> None:
@@ -107,7 +159,8 @@ def resolve_model_directory(config: ModelConfig) -> Path:
     if not directory.is_dir():
         patterns = [*MODEL_FILES, *([REMOTE_CODE] if config.trust_remote_code else [])]
         try:
-            directory = Path(snapshot_download(config.base_model, revision=config.revision, allow_patterns=patterns))
+            allowed = [*patterns, CARD]  # which says the licence
+            directory = Path(snapshot_download(config.base_model, revision=config.revision, allow_patterns=allowed))
         except (
             HfHubHTTPError,
             LocalEntryNotFoundError,
@@ -297,6 +350,39 @@ def check_weights(model: Any, info: Mapping[str, Any], what: str) -> None:
             )
 
 
+def check_attention(config: ModelConfig, device: torch.device) -> None:
+    """Looks for what an implementation of attention needs, before anything is loaded.
+
+    Raises:
+        ConfigError: its package is not installed, or the device cannot run it.
+    """
+    wanted = config.attn_implementation
+    if wanted in ("sdpa", "eager"):
+        return
+    kernels = f"pip install '{deps['kernels']}'"
+    if "/" in wanted and not is_kernels_available():
+        raise ConfigError(f"attn_implementation is {wanted}, a kernel of the hub: {kernels}, or use sdpa")
+    if wanted == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise ConfigError(
+            "attn_implementation is flash_attention_2, but flash-attn is not installed: pip install "
+            f"--no-build-isolation '.[flash-attn]'; or {kernels} and use kernels-community/flash-attn2; or use sdpa"
+        )
+    if wanted == "flash_attention_3" and importlib.util.find_spec("flash_attn_interface") is None:
+        raise ConfigError(
+            "attn_implementation is flash_attention_3, but flash_attn_interface is not installed: build it from hopper/"
+            f" in github.com/Dao-AILab/flash-attention; or {kernels} and use kernels-community/vllm-flash-attn3; or "
+            "use sdpa"
+        )
+    if device.type == "cpu":
+        raise ConfigError(f"attn_implementation is {wanted}, which needs a GPU, and this run takes the CPU; use sdpa")
+    least, found = CAPABILITIES.get(wanted, (0, 0)), torch.cuda.get_device_capability(device)
+    if found < least:
+        raise ConfigError(
+            f"attn_implementation is {wanted}, which needs a GPU of compute capability {least[0]}.{least[1]}; "
+            f"{torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}: use sdpa"
+        )
+
+
 def load_base(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
     """Loads the base model and its processor; the model is frozen and in eval mode.
 
@@ -306,15 +392,11 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
         ConfigError: an unusable model directory, device or attention implementation.
         TargetError: a model family that is not in the table.
     """
-    if config.attn_implementation == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
-        raise ConfigError(
-            "attn_implementation is flash_attention_2, but flash-attn is not installed: "
-            "pip install --no-build-isolation '.[flash-attn]', or use sdpa"
-        )
+    device = resolve_device(config)
+    check_attention(config, device)
     if config.cpu_threads is not None:
         torch.set_num_threads(config.cpu_threads)
     directory = resolve_model_directory(config)
-    device = resolve_device(config)
     trust = config.trust_remote_code
     with _explained(f"base model {directory}"):
         model_config = model_config_of(config, str(directory), trust_remote_code=trust)
@@ -330,6 +412,7 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
             dtype=DTYPES[config.compute_dtype],
             quantization_config=quantization,
             attn_implementation=config.attn_implementation,
+            allow_all_kernels=trust,
             trust_remote_code=trust,
             use_safetensors=True,
             device_map={"": device},
@@ -377,6 +460,7 @@ def load_dense(config: ModelConfig, adapter: Path | None) -> tuple[Any, Any]:
     model, processor = load_base(config)
     if config.quantization == "nf4":
         model.dequantize(DTYPES[config.compute_dtype])
+        free_4bit_weights()
     if adapter is not None:
         adapted: Any = load_adapter(model, adapter, config.base_model, may_be_untrained=True)
         model = adapted.merge_and_unload()
@@ -395,7 +479,7 @@ def load_base_processor(config: ModelConfig) -> Any:
 
 
 def load_processor(config: ModelConfig, directory: str, **options: Any) -> Any:
-    """A base model's processor, with the chat template that the settings name.
+    """A base model's processor, with the chat template and the bound on pixels that the settings name.
 
     Args:
         config: of the base model.
@@ -403,7 +487,8 @@ def load_processor(config: ModelConfig, directory: str, **options: Any) -> Any:
         options: of transformers' `from_pretrained`.
 
     Raises:
-        ConfigError: a chat template that cannot be read; tokens of images or clips that are not the model's.
+        ConfigError: a chat template that cannot be read; tokens of images or clips that are not the model's; a
+            `max_pixels` that the processor has no use for.
         TargetError: an unknown model family.
     """
     model_config = model_config_of(config, directory, **options)
@@ -414,7 +499,37 @@ def load_processor(config: ModelConfig, directory: str, **options: Any) -> Any:
         processor.chat_template = template
     if isinstance(processor.chat_template, str):
         processor.chat_template = _undated(processor.chat_template)
+    if config.max_pixels is not None:
+        _limit_pixels(processor, config.max_pixels)
     return processor
+
+
+def _limit_pixels(processor: Any, most: int) -> None:
+    """Has a processor leave pictures and frames at most so many pixels.
+
+    Raises:
+        ConfigError: a processor that gives all pictures one size, or fewer pixels than one token stands for.
+    """
+    images = processor.image_processor
+    if "image_grid_thw" not in images.model_input_names:
+        raise ConfigError(
+            f"model.max_pixels is for models that take pictures in their own size; {type(images).__name__} gives them "
+            "the size in the base's preprocessor_config.json: leave max_pixels out"
+        )
+    videos, side = processor.video_processor, images.patch_size * images.merge_size
+    if most < side**2:
+        raise ConfigError(
+            f"model.max_pixels is {most}, expected at least {side**2}: one token is {side} x {side} pixels"
+        )
+    for part in (images, videos):
+        least = min(part.size["shortest_edge"], int(most / 1.05))  # the processors keep so far above their least
+        part.size = {"shortest_edge": least, "longest_edge": part.size["longest_edge"]}
+    images.size["longest_edge"] = most
+    if isinstance(videos, Qwen3VLVideoProcessor):  # its own bound is of all frames together
+        videos.cap_pixels_per_frame = True  # type: ignore[assignment]
+        videos.max_video_tokens = most // side**2
+    else:
+        videos.size["longest_edge"] = most
 
 
 def _undated(template: str) -> str:
@@ -515,7 +630,8 @@ def save_adapter(
     quantization = quantization_config(config, family_of(model.get_base_model().config).not_quantised)
     with replaced_directory(directory) as temporary:
         model.save_pretrained(str(temporary), selected_adapters=[ACCUMULATED])
+        (temporary / CARD).unlink(missing_ok=True)  # PEFT's form, not filled in
         write_json(temporary / "quantization_config.json", quantization.to_dict() if quantization else None)
         write_json(temporary / GENERATION_CONFIG_NAME, dict(generation))
         processor.save_pretrained(str(temporary))
-        write_hashes(temporary / ADAPTER_HASHES)
+        write_hashes(temporary / ADAPTER_HASHES, CARD_FILES)

@@ -21,19 +21,20 @@ from peft.utils import CONFIG_NAME as CONFIG
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS
 from peft.utils.other import get_pattern_key
 from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mllm_keeplora.modeling.adapters import ACCUMULATED, AdapterError, Factors, attach
 from mllm_keeplora.runs.files import ArtifactError, check_hashes, check_regular, read_json
-from mllm_keeplora.runs.run_directory import ADAPTER_HASHES
+from mllm_keeplora.runs.run_directory import ADAPTER_HASHES, CARD_FILES
 
 logger = logging.getLogger(__name__)
 
 _LARGEST = 1e9  # of a rank or an alpha, far beyond any sensible one
 _PREFIX = "base_model.model."
+_OF_VISION = re.compile(r"\b(vision_tower|visual|image_tower|video_tower)\.")
 # Of a LoRA config, what W x + s B A x is made of, and what says nothing about it.
 _UNDERSTOOD = {
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"),
@@ -70,6 +71,58 @@ class StoredAdapter(NamedTuple):
     def is_untrained(self) -> bool:
         """Whether B A = 0 everywhere: it changes nothing."""
         return not any(a.any() and b.any() for a, b in self.factors.values())
+
+
+class AdapterFacts(NamedTuple):
+    """What an adapter's file says of itself; no model is needed.
+
+    Attributes:
+        ranks: module name -> rank.
+        dtype: of the factors, such as `F32`.
+    """
+
+    ranks: dict[str, int]
+    dtype: str
+
+    @property
+    def names(self) -> set[str]:
+        """Of its modules."""
+        return {*self.ranks}
+
+    @property
+    def rank(self) -> int:
+        """The largest."""
+        return max(self.ranks.values())
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all modules have one rank."""
+        return len({*self.ranks.values()}) == 1
+
+    @property
+    def vision_modules(self) -> int:
+        """How many of its modules lie in the vision tower."""
+        return sum(bool(_OF_VISION.search(name)) for name in self.ranks)
+
+
+def adapter_facts(weights: Path) -> AdapterFacts:
+    """Reads the header of adapter_model.safetensors.
+
+    Raises:
+        ArtifactError: the file is missing, damaged, or holds no factors.
+    """
+    try:
+        with safe_open(check_regular(weights), "pt") as file:
+            keys = list(file.keys())
+            slices = {key: file.get_slice(key) for key in keys if key.endswith(".lora_A.weight")}
+            ranks = {key: part.get_shape()[0] for key, part in slices.items()}
+            dtypes = {part.get_dtype() for part in slices.values()}
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"cannot read {weights}: {error}; start its run again, which writes it") from error
+    if not ranks:
+        raise ArtifactError(f"{weights} holds no factors of an adapter; start its run again, which writes it")
+    named = {key.removeprefix(_PREFIX).removesuffix(".lora_A.weight"): rank for key, rank in ranks.items()}
+    return AdapterFacts(named, " and ".join(sorted(dtypes)))
 
 
 def read_adapter(model: PreTrainedModel, directory: Path, base_model: str) -> StoredAdapter:
@@ -155,7 +208,7 @@ def _read_config(directory: Path) -> LoraConfig:
     if not (directory / CONFIG).is_file():
         raise AdapterError(f"adapter {directory} has no {CONFIG}: name the directory of a PEFT adapter")
     if (directory / ADAPTER_HASHES).exists():
-        check_hashes(directory / ADAPTER_HASHES, "start its run again, which puts its adapter together")
+        check_hashes(directory / ADAPTER_HASHES, "start its run again, which puts its adapter together", CARD_FILES)
     try:
         values = read_json(directory / CONFIG)
     except ArtifactError as error:

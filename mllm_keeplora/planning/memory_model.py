@@ -25,7 +25,7 @@ from mllm_keeplora.planning.skeleton import SampleShape
 # bitsandbytes' NF4: one scale per block of 64 weights, itself stored in 8 bits with one fp32 scale per 256.
 NF4_BLOCK, NF4_NESTED_BLOCK = 64, 256
 NF4_CODES = 4 * (16 + 256 + 1)  # both code books and the offset
-# fp32 numbers per token and word of the vocabulary at the peak of the loss: log-softmax and two gradients.
+# fp32 numbers per supervised token and word of the vocabulary at the peak of the loss: log-softmax and two gradients.
 LOGITS_FACTOR = 3
 # fp32 [n, n] matrices alive in an eigenproblem: Gram matrix, vectors, and twice that of LAPACK's workspace.
 EIGH_FACTOR = 4
@@ -149,14 +149,10 @@ class MemoryModel:
         seeing = sum(tower.hidden_states() + tower.working() for tower in vision)
         return {
             "keys and values": cache * len(language.layers),
-            "activations": batch * self._pixels + language.rows * language.hidden * 3 * self.itemsize,
+            "activations": batch * self.shape.pixels * self.itemsize
+            + language.rows * language.hidden * 3 * self.itemsize,
             "largest temporary": max(seeing, language.working(), 8 * batch * vocabulary),
         }
-
-    @property
-    def _pixels(self) -> int:
-        """Bytes of one sample's pixel values, which processors give in fp32, and of their cast."""
-        return self.shape.pixels * (4 + self.itemsize * (self.itemsize < 4))
 
     def activations(self, batch: int, seen: Seen) -> tuple[int, int]:
         """(bytes kept for the backward pass, bytes of the largest temporary beside them).
@@ -166,8 +162,8 @@ class MemoryModel:
         """
         text, tokens = self.model.config.get_text_config(), batch * self.shape.tokens
         # Embeddings, what the media's features are written into, and the last norm's fp32 copy.
-        kept = batch * self._pixels + tokens * text.hidden_size * (3 * self.itemsize + 4)
-        working = LOGITS_FACTOR * 4 * tokens * text.vocab_size
+        kept = batch * self.shape.pixels * self.itemsize + tokens * text.hidden_size * (3 * self.itemsize + 4)
+        working = LOGITS_FACTOR * 4 * batch * self.shape.supervised * text.vocab_size
         for tower in self._towers(batch, seen):
             if tower.name == "vision" and not self.config.vision.adapt:
                 kept += tower.hidden_states()

@@ -309,7 +309,10 @@ def _device(config: ModelConfig, memory_gb: float | None) -> tuple[str, int, boo
     """(what is planned for, its free bytes, whether it is the host's memory)."""
     if memory_gb is not None:
         return f"a device of {memory_gb:g} GB", int(memory_gb * GB), config.device == "cpu"
-    device = resolve_device(config)
+    try:
+        device = resolve_device(config)
+    except ConfigError as error:
+        raise ConfigError(f"{error}. --memory_gb GB plans for a card that is not here") from error
     if device.type == "cpu":
         return "free memory of this machine (CPU)", int(get_max_memory()["cpu"]), True
     name = torch.cuda.get_device_name(device)

@@ -30,6 +30,7 @@ from mllm_keeplora.modeling.loading import (
     model_config_of,
     stored_quantization,
 )
+from mllm_keeplora.modeling.loss import IGNORED_LABEL
 from mllm_keeplora.resources import find
 from mllm_keeplora.units import format_bytes, format_count
 
@@ -122,6 +123,7 @@ class SampleShape(NamedTuple):
     """The longest sample that the plan reckons with."""
 
     tokens: int  # media tokens included
+    supervised: int  # of them, those that give logits
     vision_tokens: int  # rows of the vision tower: patches of all tiles or frames, class tokens included
     pixels: int  # numbers of its pixel values
     media: Media | None  # what it shows
@@ -134,7 +136,8 @@ def sample_shape(inputs: Mapping[str, Any], model_config: Any, media: Media | No
     pixels = [torch.as_tensor(inputs[key]) for key in inputs if key.startswith("pixel_values")]
     rows = [family_of(model_config).vision_rows(values, model_config.vision_config) for values in pixels]
     numbers = sum(values.numel() for values in pixels)
-    return SampleShape(int(inputs["input_ids"].shape[-1]), sum(rows), numbers, media, source)
+    supervised = int((inputs["labels"] != IGNORED_LABEL).sum()) if "labels" in inputs else 0
+    return SampleShape(int(inputs["input_ids"].shape[-1]), supervised, sum(rows), numbers, media, source)
 
 
 def assumed_shape(processor: Any, model: PreTrainedModel, config: RunConfig) -> SampleShape:
@@ -151,7 +154,8 @@ def assumed_shape(processor: Any, model: PreTrainedModel, config: RunConfig) -> 
     inputs = prepare_questions(processor, [[Message("user", (shown, ""))]], torch.device("cpu"))
     source = f"assumed: a {what} and {ASSUMED_TEXT_TOKENS} tokens of text; the data are not there"
     shape = sample_shape(inputs, model.config, media, source)
-    return shape._replace(tokens=shape.tokens + ASSUMED_TEXT_TOKENS)
+    # All of the text may be answers, of several turns.
+    return shape._replace(tokens=shape.tokens + ASSUMED_TEXT_TOKENS, supervised=ASSUMED_TEXT_TOKENS)
 
 
 def longest_shape(
@@ -165,4 +169,5 @@ def longest_shape(
         sample = max(drawn, key=lambda s: sum(len(message.text) for message in s.messages))
         source = f"{task}, record {sample.id!r}: the longest text of {RECORDS_SAMPLED} records a task"
         shapes.append(sample_shape(collator([sample]), model.config, next(iter(sample.kinds), None), source))
-    return max(shapes, key=lambda shape: (shape.tokens, shape.vision_tokens))
+    longest = max(shapes, key=lambda shape: (shape.tokens, shape.vision_tokens))
+    return longest._replace(supervised=max(shape.supervised for shape in shapes))

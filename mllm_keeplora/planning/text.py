@@ -2,8 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
+from mllm_keeplora.continual.saved_run import load_run
 from mllm_keeplora.planning.plan import Plan, needed
+from mllm_keeplora.runs.run_directory import RunDirectory
 from mllm_keeplora.units import GB, format_count
 
 
@@ -105,9 +108,11 @@ def _general_lines(plan: Plan) -> Iterator[str]:
     if general.share:
         said.append(f"{general.beside(batch)} beside each {batch} of a task's, by {general.distil}")
     if general.budget is not None:
-        said.append(f"budget {general.budget:g} nats a token")
+        said.append(f"each stage scaled down to raise the divergence by at most {general.budget:g} nats a token")
     if said:
         yield f"  general samples: {'; '.join(said)}"
+    if RunDirectory(Path(config.run_dir)).config.is_file() and (note := load_run(config.run_dir).guard_note()):
+        yield f"  so far: {note}"
 
 
 def _row(name: str, samples: str, probe: str, epochs: str, steps: str, questions: str) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mllm_keeplora.distributed.processes import process_index, sum_of_all
 from mllm_keeplora.modeling.loss import supervised_positions
+from mllm_keeplora.modeling.precision import exact_products
 from mllm_keeplora.modeling.targets import Target
 from mllm_keeplora.probes.gradients import Batches, GradientError, module_generator
 from mllm_keeplora.probes.hooks import hooked
@@ -42,29 +43,34 @@ def sketch_inputs(
         GradientError: a module that no token reaches, or inputs with NaN.
     """
     device = next(model.parameters()).device
+    exact_products(device)
     sums = {t.name: torch.zeros(columns[t.name], t.in_features, device=device) for t in targets}
     tokens = dict.fromkeys(sums, 0)
-    generators = {name: module_generator(seed, f"{process_index()}/{name}") for name in sums}
-    mask: list[Tensor] = []  # the current batch's; empty for a batch that only keeps a collective going
+    generators = {name: module_generator(seed, f"{process_index()}/{name}", device) for name in sums}
+    # Of the current batch: the shape of its mask, and which rows it keeps; empty for one that only keeps a collective
+    # going. The host waits for the device once a batch, to know their number.
+    kept: list[tuple[torch.Size, Tensor]] = []
 
     def add(name: str, _: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         """Adds what a module is about to read [.., in] to its sketch; a hook before its forward."""
-        if not mask:
+        if not kept:
             return
-        inputs = arguments[0]
+        inputs, (shape, places) = arguments[0], kept[0]
         rows = inputs.reshape(-1, inputs.shape[-1])
-        if inputs.shape[:-1] == mask[0].shape:
-            rows = rows[mask[0].flatten().bool()]
-        omega = torch.randn(len(rows), columns[name], generator=generators[name])
+        if inputs.shape[:-1] == shape:
+            rows = rows[places]
+        omega = torch.randn(len(rows), columns[name], generator=generators[name], device=device)
         with torch.autocast(device.type, enabled=False):
-            sums[name] += omega.to(device).T @ rows.float()
+            sums[name] += omega.T @ rows.float()
         tokens[name] += len(rows)
 
     model.eval()
     with hooked(model, {name: partial(add, name) for name in sums}, "before"):
         for batch in batches():
-            mask[:] = [batch["attention_mask"]] if supervised_positions(batch["labels"]).any() else []
-            model(**{key: value for key, value in batch.items() if key != "labels"})
+            mask = batch["attention_mask"] * supervised_positions(batch["labels"]).any()
+            places = mask.flatten().nonzero().squeeze(1)
+            kept[:] = [(mask.shape, places)] if len(places) else []
+            model(**{key: value for key, value in batch.items() if key not in ("labels", "shift_labels")})
     return {name: _mean(name, sums[name], tokens[name]) for name in sums}
 
 

@@ -26,9 +26,11 @@ from mllm_keeplora.distributed.processes import sum_of_all
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.modeling.adapters import without_dropout
 from mllm_keeplora.modeling.loss import summed_token_loss, supervised_positions
+from mllm_keeplora.modeling.precision import exact_products
 from mllm_keeplora.modeling.targets import Target
 from mllm_keeplora.probes.hooks import hooked
 
+CPU = torch.device("cpu")
 Batches = Callable[[], Iterable[Mapping[str, Any]]]
 
 
@@ -36,15 +38,16 @@ class GradientError(KeepLoRAError, RuntimeError):
     """A probe pass that cannot give a usable gradient."""
 
 
-def module_generator(seed: int, name: str) -> torch.Generator:
-    """A CPU generator that depends on (seed, module name) and nothing else, so order does not matter."""
+def module_generator(seed: int, name: str, device: torch.device = CPU) -> torch.Generator:
+    """A generator on a device that depends on (seed, module name) and nothing else, so order does not matter."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def gaussian_probe(target: Target, columns: int, seed: int) -> Tensor:
-    """Omega [out, q] fp32, standard normal."""
-    return torch.randn(target.out_features, columns, generator=module_generator(seed, target.name))
+def gaussian_probe(target: Target, columns: int, seed: int, device: torch.device = CPU) -> Tensor:
+    """Omega [out, q] fp32, standard normal, drawn where it is used; kinds of devices draw different numbers."""
+    generator = module_generator(seed, target.name, device)
+    return torch.randn(target.out_features, columns, generator=generator, device=device)
 
 
 def sketch_gradients(
@@ -71,7 +74,7 @@ def sketch_gradients(
     device = next(model.parameters()).device
     sketches = {}
     for t in targets:
-        omega = gaussian_probe(t, columns[t.name], seed)
+        omega = gaussian_probe(t, columns[t.name], seed, device)
         sketches[t.name] = _ThinGradient(device, columns[t.name], t.in_features, left=omega)
     return _probe_pass(model, sketches, batches)
 
@@ -147,6 +150,7 @@ class _Watch(torch.autograd.Function):
 
 
 def _probe_pass(model: nn.Module, sums: Mapping[str, _ThinGradient], batches: Batches) -> dict[str, Tensor]:
+    exact_products(next(model.parameters()).device)  # in this pass, and in the decompositions of what it finds
     model.train()  # transformers checkpoints activations in train() only
     try:
         watchers = {name: thin.watch for name, thin in sums.items()}
@@ -158,17 +162,22 @@ def _probe_pass(model: nn.Module, sums: Mapping[str, _ThinGradient], batches: Ba
 
 
 def _accumulate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> int:
-    """Back-propagates the summed token losses of the batches; returns the number of supervised tokens."""
-    tokens = 0
+    """Back-propagates the summed token losses of the batches; returns the number of supervised tokens.
+
+    The host waits for the device once, at the end.
+    """
+    device = next(model.parameters()).device
+    tokens, losses = torch.zeros((), dtype=torch.long, device=device), torch.zeros((), device=device)
     for batch in batches:
         loss = summed_token_loss(model, batch)
-        if not torch.isfinite(loss):
-            raise GradientError(
-                f"the loss of a probe batch is {loss.item()}: check the data and the learning rate of the last stage"
-            )
         loss.backward()
-        tokens += int(supervised_positions(batch["labels"]).sum())
-    return tokens
+        losses += loss.detach()
+        tokens += supervised_positions(batch["labels"]).sum()
+    if not torch.isfinite(losses):
+        raise GradientError(
+            f"the loss of the probe batches is {losses.item()}: check the data and the learning rate of the last stage"
+        )
+    return int(tokens)
 
 
 def _mean_gradients(sums: Mapping[str, Tensor], tokens: int) -> dict[str, Tensor]:

@@ -3,7 +3,8 @@
 import json
 import logging
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from mllm_keeplora.config import ModelConfig, Tower
-from mllm_keeplora.distributed.processes import hide_bar, own_share, wait_for_everyone
+from mllm_keeplora.distributed.processes import own_share, wait_for_everyone
+from mllm_keeplora.distributed.progress import progress
 from mllm_keeplora.linalg.subspace import principal_basis
 from mllm_keeplora.modeling.families import TargetError
 from mllm_keeplora.modeling.linear4bit import computed_weight
+from mllm_keeplora.modeling.precision import exact_products
 from mllm_keeplora.modeling.targets import Target
 from mllm_keeplora.runs.files import ArtifactError, check_regular, save_tensors
 
@@ -48,6 +50,14 @@ class ProtectedBases:
             parts += _read_if_there(path, target.name, self.device)
         return torch.cat(parts, dim=1)
 
+    def sizes(self, target: Target) -> tuple[int, int, int]:
+        """(k_w, k_g, k_f), of which the files' headers alone are read."""
+        weight = self.weight_files.get(target.name)
+        k_w = [] if weight is None else _columns_if_there(weight, "basis")
+        k_g = [] if self.general_file is None else _columns_if_there(self.general_file, target.name)
+        k_f = [k for path in self.feature_files for k in _columns_if_there(path, target.name)]
+        return sum(k_w), sum(k_g), sum(k_f)
+
     def general_basis(self, target: Target) -> Tensor:
         """Directions of general inputs beside U_w, [in, k_g] fp32; [in, 0] where none are protected."""
         found = _read_if_there(self.general_file, target.name, self.device) if self.general_file else []
@@ -71,9 +81,21 @@ def _read(path: Path, name: str, device: torch.device) -> Tensor:
 def _read_if_there(path: Path, name: str, device: torch.device) -> list[Tensor]:
     """The tensor of that name, or nothing: a stage adds no directions to a module that its data do not
     reach."""
+    with _opened(path, device) as file:
+        return [file.get_tensor(name)] if name in file.keys() else []  # noqa: SIM118
+
+
+def _columns_if_there(path: Path, name: str) -> list[int]:
+    """How many columns that tensor has, likewise."""
+    with _opened(path, torch.device("cpu")) as file:
+        return [file.get_slice(name).get_shape()[1]] if name in file.keys() else []  # noqa: SIM118
+
+
+@contextmanager
+def _opened(path: Path, device: torch.device) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            return [file.get_tensor(name)] if name in file.keys() else []  # noqa: SIM118
+            yield file
     except (FileNotFoundError, SafetensorError) as error:
         raise ArtifactError(f"cannot read {path}: {error}; delete it to have it computed again") from error
 
@@ -119,11 +141,13 @@ def weight_basis_files(
     Raises:
         ArtifactError: something else than a file in a basis's place.
         TargetError: a weight with NaN or infinite values.
+        PrecisionError: a device whose fp32 products are not.
     """
+    exact_products(next(model.parameters()).device)
     files = {t.name: weight_basis_file(directory, t.name, eps_w[t.tower]) for t in targets}
     wait_for_everyone()  # nobody looks at what another one is writing
     missing = [target for target in own_share(targets) if not _is_sound(files[target.name], target)]
-    for target in tqdm(missing, desc="weight bases", unit="module", disable=hide_bar() if missing else True):
+    for target in progress("weight bases", "modules", missing):
         weight = computed_weight(model.get_submodule(target.name))
         if not torch.isfinite(weight).all():
             raise TargetError(

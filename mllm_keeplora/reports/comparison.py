@@ -1,7 +1,7 @@
 """Finished runs over one stream side by side, from their directories: one page, one picture, one table.
 
 Runs with one label (their method) and different seeds become one line: mean and standard error over the
-seeds. A label with one run keeps that run's numbers, with the standard error that its test questions give;
+seeds. A label with one run keeps that run's numbers, with the 95 % interval that its test questions give;
 changes and ratios (BWT, forgetting, retention) compare two answers to the same question and have none there.
 """
 
@@ -18,17 +18,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mllm_keeplora.continual.saved_run import load_run
-from mllm_keeplora.evaluation.metrics import Estimate, mean_of_scores, mean_over_seeds
-from mllm_keeplora.reports.figures import chart_style, picture_style, plot_estimates, png, start_at_zero, styles, svg
+from mllm_keeplora.data.video.reader import VideoReader
+from mllm_keeplora.evaluation.metrics import Estimate, mean_over_seeds
+from mllm_keeplora.reports.answers import Section, difference_sections
+from mllm_keeplora.reports.figures import chart_style, method_styles, picture_style, plot_intervals, png, svg
+from mllm_keeplora.reports.intervals import Interval, around, mean_of_intervals
 from mllm_keeplora.reports.page import Charts, render, score_charts, write_atomically
 from mllm_keeplora.reports.results import ReportError, Results, names_of, read_results, score_of, written
-from mllm_keeplora.reports.tables import METRICS, TEXT_WIDTH, shorten, with_error
+from mllm_keeplora.reports.tables import METRICS, TEXT_WIDTH, points, shorten, with_error, with_limits
 
 PAGE, PICTURE = "comparison.html", "comparison.png"
 COMPARED = ("mft", "last", "bwt", "forgetting")
 LEARNT, GENERAL = "tasks learnt so far", "general benchmarks"  # curves beside those of each task
-ERRORS = """Several runs: mean and standard error over their seeds.
-One run: the standard error of its test questions, where there is one."""
+ERRORS = """Several runs: mean ± standard error over their seeds.
+One run: in brackets the 95 % interval that its test questions give, where there is one."""
 LABEL_WIDTH = 36  # characters of a label in the table and in the picture
 # Decide no number, or are compared otherwise (seeds are averaged over, data by their hashes).
 NOT_COMPARED = {"run_dir", "cache_dir", "report_to", "seed", "stream", "data_root"}
@@ -47,8 +50,12 @@ class Run(NamedTuple):
 class Group:
     """The runs of one label.
 
+    The limits of an `Interval` are those of 95 % where there is one run, and of one standard error over the seeds
+    otherwise.
+
     Attributes:
         label: what they are called.
+        method: their method.
         seeds: one a run.
         metrics: those of `COMPARED`, and `kept`, the mean of the next.
         kept: general benchmark -> share of the base's score that is left at the end.
@@ -56,10 +63,18 @@ class Group:
     """
 
     label: str
+    method: str
     seeds: tuple[int, ...]
-    metrics: dict[str, Estimate]
-    kept: dict[str, Estimate]
-    curves: dict[str, list[Estimate]]
+    metrics: dict[str, Interval]
+    kept: dict[str, Interval]
+    curves: dict[str, list[Interval]]
+
+    def shown(self, interval: Interval, *, signed: bool = False) -> str:
+        """A number of this group in % or points, with its limits."""
+        if len(self.seeds) == 1:
+            return points(interval.value) if signed else with_limits(interval)
+        error = None if None in interval else interval.high - interval.value  # type: ignore[operator]
+        return with_error(Estimate(interval.value, error), signed=signed)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -104,18 +119,18 @@ def check_comparable(runs: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _alone(run: Run) -> Group:
-    """One run, with the standard errors that its questions give to means of scores."""
+    """One run, with the intervals that its questions give to means of scores."""
     tasks, general, rows = run.retention["tasks"], run.retention["general"], run.retention["rows"]
     curves = {name: [score_of(row, name) for row in rows] for name in (*tasks, *general)}
-    curves[LEARNT] = [mean_of_scores([curves[name][j] for name in tasks[:j]]) for j in range(len(rows))]
-    curves[GENERAL] = [mean_of_scores([curves[name][j] for name in general]) for j in range(len(rows))]
+    curves[LEARNT] = [mean_of_intervals([curves[name][j] for name in tasks[:j]]) for j in range(len(rows))]
+    curves[GENERAL] = [mean_of_intervals([curves[name][j] for name in general]) for j in range(len(rows))]
     values = run.retention["metrics"]
-    kept = {name: Estimate(values["retention"].get(name), None) for name in general}
-    metrics = {key: Estimate(values[key], None) for key in COMPARED}
-    metrics["mft"] = mean_of_scores([curves[name][i] for i, name in enumerate(tasks, start=1)])
-    metrics["last"] = mean_of_scores([curves[name][-1] for name in tasks])
-    metrics["kept"] = mean_of_scores(list(kept.values()))
-    return Group(run.label, (run.seed,), metrics, kept, curves)
+    kept = {name: Interval(values["retention"].get(name), None, None) for name in general}
+    metrics = {key: Interval(values[key], None, None) for key in COMPARED}
+    metrics["mft"] = mean_of_intervals([curves[name][i] for i, name in enumerate(tasks, start=1)])
+    metrics["last"] = mean_of_intervals([curves[name][-1] for name in tasks])
+    metrics["kept"] = mean_of_intervals(list(kept.values()))
+    return Group(run.label, run.retention["method"], (run.seed,), metrics, kept, curves)
 
 
 def _over_seeds(runs: Sequence[Group]) -> Group:
@@ -125,13 +140,19 @@ def _over_seeds(runs: Sequence[Group]) -> Group:
             f"cannot compare: two runs are {label!r} with seed {twice[0]}; a mean over seeds would count one "
             "twice: leave one out"
         )
-    metrics = {key: mean_over_seeds([run.metrics[key] for run in runs]) for key in runs[0].metrics}
-    kept = {name: mean_over_seeds([run.kept[name] for run in runs]) for name in runs[0].kept}
+    if len(runs) == 1:
+        return runs[0]
+    metrics = {key: _mean([run.metrics[key] for run in runs]) for key in runs[0].metrics}
+    kept = {name: _mean([run.kept[name] for run in runs]) for name in runs[0].kept}
     curves = {
-        name: [mean_over_seeds(stage) for stage in zip(*(run.curves[name] for run in runs), strict=True)]
+        name: [_mean(stage) for stage in zip(*(run.curves[name] for run in runs), strict=True)]
         for name in runs[0].curves
     }
-    return Group(label, seeds, metrics, kept, curves)
+    return Group(label, runs[0].method, seeds, metrics, kept, curves)
+
+
+def _mean(runs: Sequence[Interval]) -> Interval:
+    return around(mean_over_seeds([Estimate(run.value, None) for run in runs]))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -151,8 +172,9 @@ def compare_runs(directories: Sequence[Path], out: Path) -> list[Group]:
     check_data(found)
     labelled = list(zip(labels_of(found), found, strict=True))
     groups = grouped([Run(label, seed_of(results), results.retention) for label, results in labelled])
+    answers = _differences(groups, labelled)
     write_atomically(out / PICTURE, draw_comparison(groups))
-    write_atomically(out / PAGE, _page(groups, labelled).encode())
+    write_atomically(out / PAGE, _page(groups, labelled, answers).encode(errors="replace"))
     return groups
 
 
@@ -208,24 +230,35 @@ def plot_over_stages(axes: Axes, groups: Sequence[Group], curve: str) -> None:
     """One line a group with its standard errors: LEARNT or GENERAL over the stages."""
     names = ["base", *(f"{i} {shorten(name, 14)}" for i, name in enumerate(groups[0].curves, start=1))]
     stages = range(curve == LEARNT, len(groups[0].curves[curve]))  # nothing is learnt before stage 1
-    for group, style in zip(groups, styles(len(groups)), strict=True):
-        label, estimates = shorten(group.label, LABEL_WIDTH), group.curves[curve][stages.start :]
-        plot_estimates(axes, stages, estimates, label=label, **style)
+    for group, style in zip(groups, looks(groups), strict=True):
+        label, found = shorten(group.label, LABEL_WIDTH), group.curves[curve][stages.start :]
+        plot_intervals(axes, stages, found, label=label, clip_on=False, **style)
     axes.set_xticks(stages, [names[i] for i in stages], rotation=30, ha="right", rotation_mode="anchor")
     axes.set_ylabel("mean score, %")
-    start_at_zero(axes)
+    _whole(axes.set_ylim, axes.get_ylim())
 
 
 def plot_plasticity_retention(axes: Axes, groups: Sequence[Group]) -> None:
     """What a method can learn (MFT) against what it keeps of the base; better is right and up."""
-    for group, style in zip(groups, styles(len(groups)), strict=True):
+    for group, style in zip(groups, looks(groups), strict=True):
         both = np.array([group.metrics["mft"], group.metrics["kept"]], dtype=float)  # None becomes NaN
-        (x, x_error), (y, y_error) = 100 * both[..., None]
-        axes.errorbar(x, y, y_error, x_error, label=shorten(group.label, LABEL_WIDTH), capsize=2, **style)
+        (x, x_low, x_high), (y, y_low, y_high) = 100 * both
+        errors: dict[str, Any] = {"xerr": [[x - x_low], [x_high - x]], "yerr": [[y - y_low], [y_high - y]]}
+        label = shorten(group.label, LABEL_WIDTH)
+        axes.errorbar([x], [y], **errors, label=label, capsize=2, clip_on=False, **style)
     axes.set(xlabel="MFT: score right after learning, %", ylabel="general ability kept, %")
-    start_at_zero(axes)
-    axes.margins(x=0.15)
-    axes.locator_params(axis="x", nbins=6)
+    _whole(axes.set_ylim, axes.get_ylim())
+    _whole(axes.set_xlim, axes.get_xlim())
+
+
+def _whole(set_limits: Callable[[float, float], object], drawn: tuple[float, float]) -> None:
+    """An axis from 0 to 100 %, or above where scores are: a part of it would make small differences look large."""
+    set_limits(0, 100 if drawn[1] < 110 else drawn[1])
+
+
+def looks(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """How each group is drawn: a method has its own colour."""
+    return method_styles([group.method for group in groups])
 
 
 def _panels(groups: Sequence[Group]) -> Mapping[str, Callable[[Axes], None]]:
@@ -270,7 +303,7 @@ def panel_charts(groups: Sequence[Group]) -> Charts:
 def format_comparison(groups: Sequence[Group]) -> str:
     """The metrics of every group as plain text, at most `TEXT_WIDTH` columns."""
     table = metric_table(groups).rename(index=partial(shorten, width=LABEL_WIDTH)).rename_axis(None)
-    title = "Runs side by side, in % and points, ± standard error"
+    title = "Runs side by side, in % and points"
     return "\n".join([title, "", table.to_string(line_width=TEXT_WIDTH), "", ERRORS])
 
 
@@ -280,17 +313,40 @@ def metric_table(groups: Sequence[Group]) -> pd.DataFrame:
     for group in groups:
         row = {"method": group.label, "runs": str(len(group.seeds))}
         for key in COMPARED:
-            row[METRICS[key][0]] = with_error(group.metrics[key], signed=key == "bwt")
-        rows.append(row | {f"{shorten(n, 40)} kept": with_error(kept) for n, kept in group.kept.items()})
+            row[METRICS[key][0]] = group.shown(group.metrics[key], signed=key == "bwt")
+        rows.append(row | {f"{shorten(n, 40)} kept": group.shown(kept) for n, kept in group.kept.items()})
     return pd.DataFrame(rows).set_index("method")
 
 
-def _page(groups: Sequence[Group], runs: Sequence[tuple[str, Results]]) -> str:
+def short_names(groups: Sequence[Group]) -> list[str]:
+    """What the groups are called where room is short: their method, numbered where several have it."""
+    methods = [group.label.split(": ")[0] for group in groups]
+    return [
+        f"{method} {methods[: place + 1].count(method)}" if methods.count(method) > 1 else method
+        for place, method in enumerate(methods)
+    ]
+
+
+def _differences(groups: Sequence[Group], labelled: Sequence[tuple[str, Results]]) -> list[Section]:
+    """Questions that the first runs of the groups answer differently in the end."""
+    by_label: dict[str, Results] = {}
+    for label, results in labelled:
+        by_label.setdefault(label, results)
+    runs = {short: by_label[group.label] for short, group in zip(short_names(groups), groups, strict=True)}
+    config = load_run(next(iter(runs.values())).directory.path).config
+    reader = VideoReader(config.video, Path(config.cache_dir))
+    try:
+        return difference_sections(runs, reader)
+    finally:
+        reader.close()
+
+
+def _page(groups: Sequence[Group], runs: Sequence[tuple[str, Results]], answers: Sequence[Section]) -> str:
     labels, results = zip(*runs, strict=True)
     retention = results[0].retention
     curves = {name: [group.curves[name] for group in groups] for name in names_of(retention)}
     scores = [
-        {"task": name, "method": group.label} | {f"stage {i}": with_error(e) for i, e in enumerate(curve)}
+        {"task": name, "method": group.label} | {f"stage {i}": group.shown(e) for i, e in enumerate(curve)}
         for name, found in curves.items()
         for group, curve in zip(groups, found, strict=True)
     ]
@@ -299,12 +355,14 @@ def _page(groups: Sequence[Group], runs: Sequence[tuple[str, Results]]) -> str:
     return render(
         "comparison.html.j2",
         retention=retention,
-        styles=styles(len(groups)),
+        styles=looks(groups),
         metrics=metric_table(groups),
         meanings=[METRICS[key] for key in COMPARED],
         errors=ERRORS,
         panels=panel_charts(groups),
-        score_charts=score_charts(retention, curves),
+        score_charts=score_charts(retention, curves, looks(groups)),
+        short=short_names(groups),
+        answers=answers,
         scores=pd.DataFrame(scores).set_index("task"),
         # Runs of one label differ in no setting.
         settings=settings[~settings.index.duplicated()].T.rename_axis("setting"),

@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from itertools import count
 from typing import Any, cast
 
 import matplotlib
@@ -18,10 +19,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from mllm_keeplora.continual.stage import LEAKAGE_TOLERANCE
-from mllm_keeplora.evaluation.metrics import Estimate
+from mllm_keeplora.reports.intervals import Interval
 from mllm_keeplora.reports.results import Json, names_of, score_of
 from mllm_keeplora.reports.tables import percent, shorten, stage_label
 
@@ -33,6 +34,12 @@ HEAT = LinearSegmentedColormap.from_list("heat", ["#f7fafc", "#d7e8f1", "#a9d0e3
 GENERAL_GAP = 0.35  # between tasks and general benchmarks, in cells
 MARKED_DEPTHS = 16  # deeper towers are drawn as lines without markers
 LOSS_POINTS = 240  # a wider curve would only repeat pixels
+# Curves of a training, where the run has them.
+TRAINING = {"loss": "loss", "grad_norm": "gradient norm before clipping", "learning_rate": "learning rate"}
+LOGARITHMIC = ("loss", "grad_norm")
+LEAST_SHARE = 1e-6  # of the largest value: what is smaller, zero included, is drawn at the foot of a logarithmic axis
+# Owners of the colours, in the order of `styles`.
+METHODS = ("keeplora", "lora", "inflora", "olora", "gpm", "replay", "ewc", "loda", "joint", "zero_shot")
 LEAKAGE_FLOOR = 1e-10  # smaller values, zero included, are drawn at the foot of the logarithmic axis
 
 STYLE: dict[Any, Any] = {
@@ -77,10 +84,10 @@ def svg(axes: Axes, label: str) -> Markup:
     return Markup(f'<svg role="img" aria-label="{escape(label)}" viewBox="0 0 {width:g} {height:g}">{body}')
 
 
-def styles(count: int) -> list[Json]:
-    """How each of `count` curves is drawn; hollow and dashed where colours repeat."""
+def styles(number: int) -> list[Json]:
+    """How each of so many curves is drawn; hollow and dashed where colours repeat."""
     found = []
-    for index in range(count):
+    for index in range(number):
         colour, repeats = COLOURS[index % len(COLOURS)], index >= len(COLOURS)
         face, line = ("white", "--") if repeats else (colour, "-")
         marker = MARKERS[index % len(MARKERS)]
@@ -88,9 +95,25 @@ def styles(count: int) -> list[Json]:
     return found
 
 
-def plot_estimates(axes: Axes, xs: Iterable[float], estimates: Sequence[Estimate], **style: Any) -> None:
-    """A curve in % with its standard errors; it breaks where a value is undefined."""
-    values, errors = 100 * np.array(list(estimates), dtype=float).T  # None becomes NaN
+def method_styles(methods: Sequence[str]) -> list[Json]:
+    """How curves are drawn that belong to methods: a method has its own colour on every page.
+
+    Of several curves of one method (other settings) the first has it; the others have those of methods that are not
+    there.
+    """
+    owned = {method: METHODS.index(method) for method in methods if method in METHODS}
+    taken = frozenset(owned.values())
+    free = (place for place in count() if place not in taken)
+    places = [owned.pop(method) if method in owned else None for method in methods]
+    found = [next(free) if place is None else place for place in places]
+    looks = styles(1 + max(found))
+    return [looks[place] for place in found]
+
+
+def plot_intervals(axes: Axes, xs: Iterable[float], intervals: Sequence[Interval], **style: Any) -> None:
+    """A curve in % with the limits of its values; it breaks where a value is undefined."""
+    values, lows, highs = 100 * np.array(list(intervals), dtype=float).T  # None becomes NaN
+    errors = np.array([values - lows, highs - values])
     axes.errorbar(list(xs), values, yerr=errors, capsize=2, elinewidth=1, **style)
 
 
@@ -136,17 +159,20 @@ def _chart(xlabel: str) -> Axes:
 
 
 @chart_style()
-def score_chart(name: str, curves: Sequence[Sequence[Estimate]], own: int | None) -> Markup:
-    """Scores over the stages with their standard errors, one curve a run.
+def score_chart(
+    name: str, curves: Sequence[Sequence[Interval]], own: int | None, looks: Sequence[Json] | None = None
+) -> Markup:
+    """Scores over the stages with their limits, one curve a run.
 
     Args:
         name: what the scores are of.
         curves: a score for each stage, the base first.
+        looks: how the curves are drawn, of `method_styles`.
         own: the stage in which the task is learnt, marked by a line.
     """
     axes = _chart("after stage")
-    for curve, style in zip(curves, styles(len(curves)), strict=True):
-        plot_estimates(axes, range(len(curve)), curve, markersize=4, clip_on=False, **style)
+    for curve, style in zip(curves, looks or styles(len(curves)), strict=True):
+        plot_intervals(axes, range(len(curve)), curve, markersize=4, clip_on=False, **style)
     axes.set_xlim(-0.25, len(curves[0]) - 0.75)  # whole, though the base was not measured
     if own is not None:
         axes.axvline(own, color=OWN_COLOUR, linestyle="--", linewidth=1)
@@ -156,12 +182,38 @@ def score_chart(name: str, curves: Sequence[Sequence[Estimate]], own: int | None
 
 
 @chart_style()
-def loss_chart(stage: str, curve: Sequence[Sequence[float]], highest: float) -> Markup:
-    """Training loss over the steps; `highest` is the top of the axis, so that stages compare."""
-    axes = _chart("step")
-    axes.plot(*thinned(curve).T, color=COLOURS[0])
-    axes.set_ylim(0, highest)
-    return svg(axes, f"training loss of stage {stage}")
+def training_chart(stage: str, curves: Mapping[str, Sequence[Sequence[float]]], ranges: Mapping[str, Any]) -> Markup:
+    """Training loss, gradient norm and learning rate over the steps, each on an axis of its own.
+
+    Args:
+        stage: its label.
+        curves: key of `TRAINING` -> points [step, value]; those that are there are drawn.
+        ranges: key -> least and largest value over all stages, so that stages compare.
+    """
+    height = 0.28 + 1.25 * len(curves)  # inches, as all of these
+    figure = Figure(figsize=(3.6, height))
+    tops = [(height - 1.25 * (number + 1) + 0.1) / height for number in range(len(curves))]
+    found = [figure.add_axes((0.15, top, 0.83, 0.9 / height)) for top in tops]
+    for axes, (key, points) in zip(found, curves.items(), strict=True):
+        steps, values = thinned(points).T
+        low, high = ranges[key]
+        if key in LOGARITHMIC:
+            floor = max(low, high * LEAST_SHARE)
+            axes.plot(steps, values.clip(floor), color=COLOURS[0])
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
+            axes.set_ylim(floor / 1.5, high * 1.5)
+        else:
+            axes.plot(steps, values, color=COLOURS[0])
+            axes.set_ylim(0, 1.08 * high or 1.0)
+            axes.yaxis.set_major_locator(MaxNLocator(3))
+            axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_title(TRAINING[key], loc="left", fontsize=8)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.tick_params(labelbottom=axes is found[-1])
+    found[-1].set_xlabel("step")
+    return svg(found[-1], f"{', '.join(TRAINING[key] for key in curves)} of stage {stage}")
 
 
 def thinned(curve: Sequence[Sequence[float]]) -> np.ndarray:
@@ -185,15 +237,12 @@ def time_chart(seconds: pd.DataFrame) -> Markup:
     return svg(axes, "seconds of each phase in each stage")
 
 
-# Quantities over depth: column of `module_frame` -> title and note. The modules of one depth are averaged; of
-# their leakage the largest is shown.
-PANELS = {
-    "k_w": ("k_w", "directions protected for the base's weights, mean"),
-    "k_f": ("k_f", "directions protected for learnt tasks, mean"),
-    "protected": ("protected share", "(k_w + k_g + k_f) / in_features, mean"),
-    "rank": ("rank", "directions the stage could train, mean"),
-    "lambda": ("lambda", "layer scale, mean"),
-    "leakage": ("max leakage", "||dW M|| / ||dW||, largest, log scale; dashed: the bound 1e-6"),
+# What the input directions of a layer are used for: column of `module_frame` -> words and colour.
+ROOM = {
+    "k_w": ("base protected", COLOURS[0]),
+    "k_g": ("general inputs protected", COLOURS[3]),
+    "k_f": ("past tasks protected", COLOURS[5]),
+    "rank": ("learnt here", OWN_COLOUR),
 }
 
 
@@ -205,26 +254,49 @@ def module_frame(manifest: Mapping[str, Any]) -> pd.DataFrame:
     return modules.assign(protected=modules[["k_w", "k_g", "k_f"]].sum(axis=1) / modules["in_features"])
 
 
-def over_depth(modules: pd.DataFrame, column: str) -> pd.DataFrame:
-    """A quantity by depth (index) and stage (columns); modules without a depth are left out."""
-    places = modules.groupby(["depth", "stage"], sort=False)[column]
-    return (places.max() if column == "leakage" else places.mean()).unstack().sort_index()
+def room_left(modules: pd.DataFrame) -> pd.Series:
+    """The share of each module's input directions that is neither protected nor learnt in the stage."""
+    return 1 - modules[[*ROOM]].sum(axis=1) / modules["in_features"]
 
 
 @chart_style()
-def layer_chart(tower: str, column: str, modules: pd.DataFrame) -> Markup:
-    """A quantity over the depth of a tower, one curve a stage."""
-    axes, curves = _chart("depth"), over_depth(modules, column)
-    if column == "leakage":
-        curves = curves.clip(lower=LEAKAGE_FLOOR)
-        axes.axhline(LEAKAGE_TOLERANCE, color=OWN_COLOUR, linestyle="--", linewidth=1)
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:.0e}")
-    for stage, style in zip(curves, styles(curves.shape[1]), strict=True):
-        size = 4 if len(curves) <= MARKED_DEPTHS else 0
-        axes.plot(curves.index, curves[stage], markersize=size, clip_on=False, **style)
-    if column == "leakage":
-        axes.set_ylim(LEAKAGE_FLOOR, max(10 * LEAKAGE_TOLERANCE, axes.get_ylim()[1]))
-    else:
-        start_at_zero(axes, 1.0 if column in ("lambda", "protected") else 0.0)
-    return svg(axes, f"{column} over the depth of the {tower} tower")
+def room_chart(tower: str, stage: str, modules: pd.DataFrame) -> Markup:
+    """What the input directions of a tower's layers are used for in one stage, in % over the depth.
+
+    Modules of one depth are averaged; those without a depth are left out.
+    """
+    axes, shares = _chart("depth"), modules[[*ROOM]].div(modules["in_features"], axis=0)
+    by_depth = 100 * shares.groupby(modules["depth"]).mean()
+    bottom = np.zeros(len(by_depth))
+    for column, (_, colour) in ROOM.items():
+        axes.bar(by_depth.index, by_depth[column], 0.8, bottom, color=colour)
+        bottom = bottom + by_depth[column].to_numpy()
+    axes.set_ylim(0, 100)
+    axes.yaxis.set_major_formatter("{x:g}%")
+    return svg(axes, f"use of the input directions of the {tower} tower in stage {stage}")
+
+
+@chart_style()
+def scale_chart(tower: str, modules: pd.DataFrame) -> Markup:
+    """The layer scale (E5) over the depth of a tower; it is the same in every stage."""
+    axes, scales = _chart("depth"), modules.groupby("depth")["lambda"].mean()
+    axes.plot(scales.index, scales, color=COLOURS[0], marker="o", markersize=_marker(scales), clip_on=False)
+    start_at_zero(axes, 1.0)
+    return svg(axes, f"layer scale over the depth of the {tower} tower")
+
+
+@chart_style()
+def leakage_chart(tower: str, modules: pd.DataFrame) -> Markup:
+    """How far updates reach what is protected: the largest of all stages and modules of a depth."""
+    axes = _chart("depth")
+    largest = modules.groupby("depth")["leakage"].max().clip(lower=LEAKAGE_FLOOR)
+    axes.axhline(LEAKAGE_TOLERANCE, color=OWN_COLOUR, linestyle="--", linewidth=1)
+    axes.plot(largest.index, largest, color=COLOURS[0], marker="o", markersize=_marker(largest), clip_on=False)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:.0e}")
+    axes.set_ylim(LEAKAGE_FLOOR, max(10 * LEAKAGE_TOLERANCE, axes.get_ylim()[1]))
+    return svg(axes, f"largest leakage over the depth of the {tower} tower")
+
+
+def _marker(curve: pd.Series) -> int:
+    return 4 if len(curve) <= MARKED_DEPTHS else 0

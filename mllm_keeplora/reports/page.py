@@ -4,6 +4,8 @@ It is a pure function of the files in a run directory: it can be written again a
 for byte the same. Prose and tables are in `report.html.j2`.
 """
 
+import base64
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from mllm_keeplora.continual.saved_run import SavedRun
-from mllm_keeplora.evaluation.metrics import Estimate, mean_of_scores
+from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.reports import figures
+from mllm_keeplora.reports.answers import Section, cut, run_sections
+from mllm_keeplora.reports.intervals import Interval, interval_of, mean_of_intervals
 from mllm_keeplora.reports.results import Json, Results, names_of, read_results, score_of, written
 from mllm_keeplora.reports.tables import (
     duration,
+    limits,
     matrix_csv,
     metric_frame,
     number,
@@ -32,6 +37,7 @@ from mllm_keeplora.runs.files import atomic_path, read_json
 from mllm_keeplora.runs.run_directory import RunDirectory
 
 Charts = list[tuple[str, str, Markup]]  # title, note, figure
+LEAKAGE_NOTE = "||dW M|| / ||dW||, of all stages and modules of a depth; dashed: the bound"
 
 
 def write_report(run: SavedRun) -> None:
@@ -43,11 +49,15 @@ def write_report(run: SavedRun) -> None:
         ReportError: the run lacks something (see `read_results`); nothing is written.
         WriteError: a file cannot be written (disk full, no permission); earlier versions stay as they were.
     """
-    results = read_results(run)
+    results, reader = read_results(run), VideoReader(run.config.video, Path(run.config.cache_dir))
     directory, name = results.directory, results.directory.path.resolve().name
     write_atomically(directory.matrix_table, matrix_csv(results.retention).encode())
     write_atomically(directory.matrix_picture, figures.matrix_picture(results.retention, name))
-    write_atomically(directory.report, _page(results, name).encode())
+    try:
+        page = _page(results, name, run_sections(results, reader), run.guard_note())
+    finally:
+        reader.close()
+    write_atomically(directory.report, page.encode(errors="replace"))
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -57,7 +67,10 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def render(template: str, **values: Any) -> str:
-    """Fills a page template of this folder. Autoescape is on for the whole page: its text comes from data."""
+    """Fills a page template of this folder. Autoescape is on for the whole page: its text comes from data.
+
+    The one script that a page may run is the filter of answers, which the page's policy names by its hash.
+    """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -65,9 +78,11 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {f.__name__: f for f in (percent, number, duration, shown, stage_label)}
-    environment.filters["breakable"] = _breakable
-    return environment.get_template(template).render(**values)
+    environment.filters |= {f.__name__: f for f in (percent, number, duration, shown, stage_label, limits, cut)}
+    environment.filters |= {"breakable": _breakable, "interval": interval_of}
+    script = (Path(__file__).parent / "filter.js.j2").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template(template).render(**values, script=Markup(script), script_hash=digest)
 
 
 def _breakable(name: str) -> Markup:
@@ -75,10 +90,11 @@ def _breakable(name: str) -> Markup:
     return Markup("_<wbr>" if len(name) > 8 else "_").join(name.split("_"))
 
 
-def _page(results: Results, name: str) -> str:
+def _page(results: Results, name: str, answers: Sequence[Section], guard_note: str) -> str:
     retention, manifests = results.retention, results.manifests
     rows, trained = retention["rows"], [manifest for manifest in manifests if manifest["modules"]]
     curves = {name: [score_of(row, name) for row in rows] for name in names_of(retention)}
+    looks = figures.method_styles([retention["method"]])
     modules = {stage_label(manifest): figures.module_frame(manifest) for manifest in trained}
     seconds = _seconds(manifests)
     return render(
@@ -86,19 +102,22 @@ def _page(results: Results, name: str) -> str:
         name=name,
         retention=retention,
         manifests=manifests,
-        base_score=mean_of_scores([curves[name][0] for name in retention["tasks"]]).value,
-        largest_error=max((score.stderr or 0.0 for curve in curves.values() for score in curve), default=0.0),
+        base_score=mean_of_intervals([curves[name][0] for name in retention["tasks"]]).value,
+        widest=max((h - w for c in curves.values() for _, w, h in c if w is not None and h is not None), default=0.0),
+        means=[mean_of_intervals([score_of(row, name) for name in retention["general"]]) for row in rows],
+        answers=answers,
+        guard_note=guard_note,
         subset_note=subset_note(retention),
         metrics=metric_frame(retention),
-        score_charts=score_charts(retention, {name: [curve] for name, curve in curves.items()}),
+        score_charts=score_charts(retention, {name: [curve] for name, curve in curves.items()}, looks),
         shares=_shares(retention),
         guards=_guards(manifests),
         energies=_energies(results.directory),
         replies=_general_replies(results.directory),
-        styles=figures.styles(len(trained)),
         modules=modules,
+        room=figures.ROOM,
         towers=_tower_charts(modules),
-        loss_charts=_loss_charts(manifests),
+        training_charts=_training_charts(manifests),
         counts=_counts(manifests),
         phases=list(zip(seconds, figures.styles(seconds.shape[1]), strict=True)),
         time_chart=figures.time_chart(seconds),
@@ -108,12 +127,15 @@ def _page(results: Results, name: str) -> str:
     )
 
 
-def score_charts(retention: Mapping[str, Any], curves: Mapping[str, Sequence[Sequence[Estimate]]]) -> Charts:
+def score_charts(
+    retention: Mapping[str, Any], curves: Mapping[str, Sequence[Sequence[Interval]]], looks: Sequence[Json]
+) -> Charts:
     """A chart over the stages for each task and each general benchmark.
 
     Args:
         retention: what was learnt, and in which stage.
         curves: task or benchmark -> curves, each a score for each stage, the base first.
+        looks: how the curves are drawn.
     """
     own_stages = {row["task"]: row["stage"] for row in retention["rows"]}
     charts = []
@@ -121,28 +143,48 @@ def score_charts(retention: Mapping[str, Any], curves: Mapping[str, Sequence[Seq
         own = own_stages.get(name)
         note = "not learnt yet" if own is None else f"learnt in stage {own}"
         note = "general benchmark" if name in retention["general"] else note
-        charts.append((name, note, figures.score_chart(name, curves[name], own)))
+        charts.append((name, note, figures.score_chart(name, curves[name], own, looks)))
     return charts
 
 
-def _loss_charts(manifests: Sequence[Json]) -> Charts:
-    """The training loss of each stage, on one scale."""
-    curves = {stage_label(m): [point for point in m["loss"] if point[1] is not None] for m in manifests}
-    highest = max((loss for curve in curves.values() for _, loss in curve), default=1.0)
+def _training_charts(manifests: Sequence[Json]) -> Charts:
+    """The training of each stage: loss, gradient norm and learning rate, on one scale for all stages."""
+    found: dict[str, dict[str, list[list[float]]]] = {}
+    for manifest in manifests:
+        curves = {key: [p for p in manifest.get(key, []) if p[1] is not None] for key in figures.TRAINING}
+        if any(curves.values()):
+            found[stage_label(manifest)] = {key: points for key, points in curves.items() if points}
+    values = {key: [v for curves in found.values() for _, v in curves.get(key, [])] for key in figures.TRAINING}
+    ranges = {key: (min(found), max(found)) for key, found in values.items() if found}
     return [
-        (stage, f"{curve[0][1]:.3g} to {curve[-1][1]:.3g}", figures.loss_chart(stage, curve, highest))
-        for stage, curve in curves.items()
-        if curve
+        (stage, _loss_note(curves.get("loss", [])), figures.training_chart(stage, curves, ranges))
+        for stage, curves in found.items()
     ]
 
 
+def _loss_note(loss: Sequence[Sequence[float]]) -> str:
+    return f"loss {loss[0][1]:.3g} to {loss[-1][1]:.3g}" if loss else ""
+
+
 def _tower_charts(modules: Mapping[str, pd.DataFrame]) -> dict[str, Charts]:
-    """Each tower's quantities over depth, one curve a stage."""
+    """What each tower's layers are used for, a chart a stage; its layer scales and largest leakage."""
     towers = pd.concat(modules, names=["stage"]).groupby("tower", sort=False) if modules else []
-    return {
-        tower: [(*words, figures.layer_chart(tower, column, found)) for column, words in figures.PANELS.items()]
-        for tower, found in towers
-    }
+    charts: dict[str, Charts] = {}
+    for tower, found in towers:
+        charts[tower] = [
+            (stage, f"room left: {_range(figures.room_left(own))} %", figures.room_chart(tower, stage, own))
+            for stage, own in found.groupby("stage", sort=False)
+        ]
+        charts[tower] += [
+            ("Layer scale", "how far a layer may move, in every stage", figures.scale_chart(tower, found)),
+            ("Largest leakage", LEAKAGE_NOTE, figures.leakage_chart(tower, found)),
+        ]
+    return charts
+
+
+def _range(shares: pd.Series) -> str:
+    """The least and the largest of single modules, in %."""
+    return f"{percent(shares.min())} to {percent(shares.max())}"
 
 
 def _shares(retention: Mapping[str, Any]) -> pd.DataFrame:

@@ -12,7 +12,7 @@ from typing import Any
 from mllm_keeplora.config import flatten
 from mllm_keeplora.continual.saved_run import SavedRun
 from mllm_keeplora.errors import KeepLoRAError
-from mllm_keeplora.evaluation.metrics import Estimate
+from mllm_keeplora.reports.intervals import Interval, interval_of
 from mllm_keeplora.runs.files import ArtifactError, read_json
 from mllm_keeplora.runs.manifests import SCHEMA_VERSION
 from mllm_keeplora.runs.run_directory import RunDirectory
@@ -104,10 +104,10 @@ def names_of(retention: Mapping[str, Any]) -> list[str]:
     return [*retention["tasks"], *retention["general"]]
 
 
-def score_of(row: Mapping[str, Any], name: str) -> Estimate:
+def score_of(row: Mapping[str, Any], name: str) -> Interval:
     """A cell of the matrix; undefined where it was not measured (a task appended to the stream later)."""
-    score = row["scores"].get(name) or {}
-    return Estimate(score.get("value"), score.get("stderr"))
+    score = row["scores"].get(name)
+    return Interval(None, None, None) if score is None else interval_of(score)
 
 
 def written(settings: Mapping[str, Any]) -> dict[str, str]:

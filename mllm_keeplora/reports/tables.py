@@ -5,6 +5,8 @@ Scores are fractions and are shown in percent, differences of scores in percenta
 """
 
 import math
+import re
+import textwrap
 from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any
@@ -13,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from mllm_keeplora.evaluation.metrics import Estimate
+from mllm_keeplora.reports.intervals import Interval
 from mllm_keeplora.reports.results import names_of, score_of
 from mllm_keeplora.units import format_bytes
 
@@ -76,8 +79,8 @@ def shown(cell: str | float | None) -> str:
     """A number, or what was made of one, as the cell of a page's table."""
     if isinstance(cell, bool | np.bool):
         return "yes" if cell else ""
-    if isinstance(cell, str):  # breaks nowhere but before a standard error
-        return cell.replace(" ", "\N{NO-BREAK SPACE}").replace("\N{NO-BREAK SPACE}±", " ±")
+    if isinstance(cell, str):  # breaks nowhere but before a standard error or limits
+        return re.sub("\N{NO-BREAK SPACE}(?=[±(])", " ", cell.replace(" ", "\N{NO-BREAK SPACE}"))
     return number(cell)
 
 
@@ -85,6 +88,24 @@ def with_error(estimate: Estimate, *, signed: bool = False) -> str:
     """An estimate in %, with its standard error where that is known."""
     error = "" if estimate.stderr is None else f" ± {percent(estimate.stderr)}"
     return (points if signed else percent)(estimate.value) + error
+
+
+def limits(interval: Interval) -> str:
+    """The limits of an interval in %; where they are more than 2 points apart in whole numbers, rounded outward.
+
+    Empty where they are not known.
+    """
+    if interval.low is None or interval.high is None:
+        return ""
+    low, high = 100 * interval.low, 100 * interval.high
+    if high - low > 2:
+        return f"{math.floor(low + 1e-9)}\N{EN DASH}{math.ceil(high - 1e-9)}"
+    return f"{low:.1f}\N{EN DASH}{high:.1f}".replace("100.0", "100")
+
+
+def with_limits(interval: Interval) -> str:
+    """A number in % with its limits, where they are known."""
+    return f"{percent(interval.value)} ({limits(interval)})" if limits(interval) else percent(interval.value)
 
 
 def shorten(text: object, width: int) -> str:
@@ -121,8 +142,8 @@ def matrix_csv(retention: Mapping[str, Any]) -> str:
     return pd.DataFrame(lines, columns=header, dtype=object).to_csv(index=False, lineterminator="\n")
 
 
-def format_table(retention: Mapping[str, Any]) -> str:
-    """The accuracy matrix and the metrics as plain text, at most `TEXT_WIDTH` columns.
+def format_table(retention: Mapping[str, Any], note: str = "") -> str:
+    """The accuracy matrix and the metrics as plain text, at most `TEXT_WIDTH` columns; then a note.
 
     Columns carry the names where all of them fit; otherwise T1, T2, .. and G1, .. with a legend.
     """
@@ -142,7 +163,7 @@ def format_table(retention: Mapping[str, Any]) -> str:
     method = shorten(retention["method"], 20)
     title = f"Accuracy after each stage, in % (method {method}; * task learnt in that stage)"
     metrics = "\n".join("{:<10} {:>7} {:<6} {}".format(*row) for row in metric_frame(retention).itertuples())
-    parts = filter(None, [title, text, legend, subset_note(retention), metrics])
+    parts = filter(None, [title, text, legend, subset_note(retention), metrics, textwrap.fill(note, TEXT_WIDTH)])
     return "\n".join(map(str.rstrip, "\n\n".join(parts).splitlines()))
 
 
@@ -159,8 +180,22 @@ def metric_frame(retention: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def subset_note(retention: Mapping[str, Any]) -> str:
-    """What the scores leave out; empty where every question was asked. Older runs do not say."""
+    """What the scores leave out; empty where every question was asked after every stage. Older runs do not say."""
     limits = retention.get("limits", {})
     kinds = {"task": "each task", "general": "each general benchmark"}
     parts = [f"{limits[kind]} of {name}" for kind, name in kinds.items() if limits.get(kind) is not None]
-    return f"A subset: scores are of the first questions alone, {' and '.join(parts)}." if parts else ""
+    notes = [f"A subset: scores are of the first questions alone, {' and '.join(parts)}."] if parts else []
+    rows = retention.get("rows", [])
+    appended = [n for n in names_of(retention) if any(score_of(row, n).value is None for row in rows)] if rows else []
+    if appended:
+        notes.append(
+            f"Not measured after every stage: {shorten(', '.join(appended), 60)}; nor is what needs it (-). The same "
+            "command with --backfill true measures it."
+        )
+    return " ".join(notes)
+
+
+def format_numbers(found: Mapping[str, Mapping[str, float]]) -> str:
+    """What lmms-eval gives for each task, as plain text: a line for each number, in lmms-eval's own unit."""
+    rows = [(task, name, number(value)) for task, numbers in found.items() for name, value in numbers.items()]
+    return pd.DataFrame(rows, columns=["task", "", "value"]).to_string(index=False)

@@ -68,6 +68,7 @@ def replaced_directory(path: Path) -> Iterator[Path]:
             remove(leftover)
         temporary.mkdir(parents=True)
         yield temporary
+        _open_up(temporary)
         if path.exists():
             path.rename(old)
         temporary.rename(path)
@@ -77,6 +78,23 @@ def replaced_directory(path: Path) -> Iterator[Path]:
         for leftover in (temporary, old):
             with suppress(OSError):
                 remove(leftover)
+
+
+@contextmanager
+def umask_kept(path: Path) -> Iterator[None]:
+    """Gives a new file the mode that the umask leaves: safetensors writes 0600, whatever that is."""
+    path.touch()
+    mode = path.stat().st_mode & 0o777
+    yield
+    path.chmod(mode)
+
+
+def _open_up(folder: Path) -> None:
+    """The same for all files in a folder that was just made."""
+    mode = folder.stat().st_mode & 0o666
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(mode)
 
 
 def _temporary(path: Path, kind: str) -> Path:
@@ -143,6 +161,23 @@ def read_json(path: Path) -> Any:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
 
 
+def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSONL file.
+
+    Raises:
+        ArtifactError: the file is no regular file; or names the line that is no JSON object.
+    """
+    for row, line in enumerate(check_regular(path).read_bytes().split(b"\n"), start=1):
+        if line:
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ArtifactError(f"{path}, line {row} is not valid JSON: it was edited or truncated") from error
+            if not isinstance(value, dict):
+                raise ArtifactError(f"{path}, line {row} holds a {type(value).__name__}, not an object: it was edited")
+            yield value
+
+
 def _no_number(text: str) -> NoReturn:
     raise ValueError(f"{text} is no JSON")
 
@@ -180,7 +215,7 @@ def _seal(value: Mapping[str, Any]) -> str:
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Writes named tensors as safetensors, atomically, with what the file's header is to say."""
-    with atomic_path(path) as temporary:
+    with atomic_path(path) as temporary, umask_kept(temporary):
         save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary, metadata)
 
 
@@ -263,23 +298,24 @@ def hash_files(root: Path, skip: tuple[str, ...] = ()) -> dict[str, str]:
     return {str(name): sha256_file(path) for name, path in found.items() if name.parts[0] not in skip}
 
 
-def write_hashes(path: Path) -> None:
-    """Writes the hashes of all other files in its folder."""
-    write_sealed(path, {"files": hash_files(path.parent, skip=(path.name,))})
+def write_hashes(path: Path, skip: tuple[str, ...] = ()) -> None:
+    """Writes the hashes of all other files in its folder, but for those that may be edited."""
+    write_sealed(path, {"files": hash_files(path.parent, skip=(path.name, *skip))})
 
 
-def check_hashes(path: Path, remedy: str) -> None:
+def check_hashes(path: Path, remedy: str, skip: tuple[str, ...] = ()) -> None:
     """Compares a folder with what `write_hashes` wrote into it.
 
     Args:
         path: of the file with the hashes.
         remedy: what to do about a file that was changed.
+        skip: files that may be edited, or be added.
 
     Raises:
         ArtifactError: a file of the folder was changed, removed or added.
     """
     expected, found = read_sealed(path, remedy)["files"], hash_files(path.parent, skip=(path.name,))
-    for name in sorted({*expected, *found}):
+    for name in sorted({*expected, *found} - {*skip}):
         if expected.get(name) != found.get(name):
             raise ArtifactError(
                 f"{path.parent / name}: hash {str(expected.get(name))[:12]} expected by {path.name}, found "

@@ -5,7 +5,7 @@ RUN/
   eval_tasks/             lmms-eval task files of the stream
   general/                what the base answered to the general prompts, and how far its inputs are protected
   stages/NN-TASK/         one folder a stage: `StageDirectory`
-  adapter/                what all stages have learnt, as one PEFT adapter
+  adapter/                what all stages have learnt, as one PEFT adapter with a model card
   retention.json          the accuracy matrix and its metrics
   report.html, accuracy_matrix.png, accuracy_matrix.csv
   tensorboard/NN-TASK/    training logs
@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ADAPTER_HASHES = "hashes.json"
+# Of an adapter's folder, what people may edit: its model card, and the picture in that.
+CARD, CARD_PICTURE = "README.md", "accuracy_matrix.png"
+CARD_FILES = (CARD, CARD_PICTURE)
 # What a phase of a stage leaves: `<stem>.safetensors` for tensors, `<stem>.json` for facts.
 PHASE_STEMS = {
     "probe": "lora_a",
@@ -135,6 +138,31 @@ class RunDirectory:
     def adapter_hashes(self) -> Path:
         """The hashes of all other files in its folder."""
         return self.adapter / ADAPTER_HASHES
+
+    @property
+    def card(self) -> Path:
+        """The adapter's model card."""
+        return self.adapter / CARD
+
+    @property
+    def card_picture(self) -> Path:
+        """The accuracy matrix as a picture, for the card."""
+        return self.adapter / CARD_PICTURE
+
+    @property
+    def edit(self) -> Path:
+        """How an adapter was made of a run's stages, where this is no run of its own (`keeplora edit`)."""
+        return self.path / "edit.json"
+
+    @property
+    def edit_replies(self) -> Path:
+        """Folder of what such an adapter was asked and replied."""
+        return self.path / "evaluation"
+
+    @property
+    def other_tasks(self) -> Path:
+        """Folder of what was measured on tasks of lmms-eval that the stream does not have (`keeplora evaluate`)."""
+        return self.path / "lmms_eval"
 
     @property
     def retention(self) -> Path:

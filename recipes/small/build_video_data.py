@@ -6,6 +6,7 @@
     <out>/<task>/json_row/{test_questions,test_answers}.json      single questions, paired by position
     <out>/<task>/videos/{train,test}/*.mp4
     <out>/motions/...                                             the general benchmark has no training half
+    <out>/motions/{general.json,videos/general/*.mp4}             general samples: other clips, for `general.samples`
 
 Test questions are balanced over the kinds of question. The same seed writes the same bytes. The folder
 appears in one rename, so it is whole or absent.
@@ -37,6 +38,7 @@ from mllm_keeplora.recipes.small.draw_video import Clip, Pixels
 TRAIN_CLIPS = 1000  # a task
 TEST_QUESTIONS = 200  # a task
 GENERAL_QUESTIONS = 304  # a multiple of the kinds of question
+GENERAL_SAMPLES = 256
 
 
 def main() -> None:
@@ -69,6 +71,7 @@ def write_all(root: Path, seed: int = SEED) -> None:
     """Writes the whole stream into an empty folder."""
     halves: list[tuple[str, str, Draw[Clip], int]] = [
         ("motions", "test", draw_video.asked_scene, GENERAL_QUESTIONS),
+        ("motions", "general", draw_video.asked_scene, GENERAL_SAMPLES),
         ("drift", "train", digit_drawer(draw_video.drift, seed, offset=0), TRAIN_CLIPS),
         ("drift", "test", digit_drawer(draw_video.drift, seed, offset=TRAIN_CLIPS), TEST_QUESTIONS),
     ]
@@ -82,7 +85,9 @@ def write_all(root: Path, seed: int = SEED) -> None:
             rows = root / task / "json_row"
             rows.mkdir(exist_ok=True)
             if half == "train":
-                _write_training(rows, task, questions)
+                write_json(rows / "train_data.json", _conversations(task, "train", questions))
+            elif half == "general":
+                write_json(root / task / "general.json", _conversations(task, "videos/general", questions))
             else:
                 _write_test(rows, questions)
 
@@ -101,16 +106,16 @@ def _write_clips(
     return questions
 
 
-def _write_training(folder: Path, task: str, questions: list[list[Question]]) -> None:
-    records = [
+def _conversations(task: str, folder: str, questions: list[list[Question]]) -> list[dict[str, Any]]:
+    """What is asked about each clip, in the LLaVA form."""
+    return [
         {
             "id": f"{task}-{index:05d}",
-            "video": f"train/{index:05d}.mp4",
+            "video": f"{folder}/{index:05d}.mp4",
             "conversations": conversation(asked, "<video>"),
         }
         for index, asked in enumerate(questions)
     ]
-    write_json(folder / "train_data.json", records)
 
 
 def _write_test(folder: Path, questions: list[list[Question]]) -> None:

@@ -163,3 +163,25 @@ def test_factors_are_read_back_as_copies(nf4_model: Any) -> None:
     with torch.no_grad():
         factor_parameters(adapted, STAGE, name)[1].zero_()
     assert torch.equal(copied, factors[name][1])
+
+
+def test_attaching_draws_no_random_numbers_for_what_it_overwrites(
+    nf4_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither for the first adapter nor for one beside it; PEFT's own start would be drawn, written, and lost."""
+    filled: list[int] = []
+    for name in ("kaiming_uniform_", "zeros_", "normal_"):
+        own = getattr(torch.nn.init, name)
+
+        def fill(tensor: torch.Tensor, *args: Any, own: Any = own, **kwargs: Any) -> torch.Tensor:
+            filled.append(0 if tensor.is_meta else tensor.numel())
+            return own(tensor, *args, **kwargs)
+
+        monkeypatch.setattr(torch.nn.init, name, fill)
+    factors = random_factors(all_targets(nf4_model))
+    state = torch.get_rng_state()
+    adapted = attach(attach(nf4_model, ACCUMULATED, factors, ones(factors)), STAGE, factors, ones(factors))
+    assert sum(filled) == 0 and torch.equal(torch.get_rng_state(), state)
+    assert not any(p.is_meta for p in adapted.parameters())
+    assert adapted.peft_config[STAGE].init_lora_weights is True  # as a stock adapter says it
+    assert not any(p.requires_grad for p in adapted.parameters())

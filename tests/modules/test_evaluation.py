@@ -740,3 +740,41 @@ def test_differences_name_task_and_both_scores(tmp_path: Path) -> None:
     fresh = {**run.scores, "tools": {**run.scores["tools"], "native": 0.25}}
     (line,) = leaderboard.find_differences(run.scores, fresh)
     assert line.startswith("tools: 0.5 in the run") and "0.25 here" in line
+
+
+@pytest.mark.parametrize("n, native_max", [(200, 1.0), (200, 100.0), (5000, 1.0)])
+def test_what_differing_batches_explain_is_no_difference_on_a_gpu(n: int, native_max: float) -> None:
+    """A question of a hundred either way; not a score that is another model's, nor fewer questions."""
+
+    def scores(right: float, asked: int = n) -> dict[str, Any]:
+        value = right / n
+        return {
+            "a": {"value": value, "native": value * native_max, "native_max": native_max, "stderr": None, "n": asked}
+        }
+
+    inside = scores(0.8 * n)
+    near, far = scores(0.8 * n - (0.02 * n) ** 0.5), scores(0.8 * n - 4 * (0.02 * n) ** 0.5)
+    for flips in (False, True):
+        assert leaderboard.find_differences(inside, inside, flips) == []
+        assert len(leaderboard.find_differences(inside, far, flips)) == 1
+        assert len(leaderboard.find_differences(inside, scores(0.8 * n, n - 1), flips)) == 1
+    assert leaderboard.find_differences(inside, near, flips=True) == []
+    assert len(leaderboard.find_differences(inside, near)) == 1
+    assert "differing batches explain" in leaderboard.find_differences(inside, far, flips=True)[0]
+
+
+@pytest.mark.parametrize(
+    "settings, cuda, flips",
+    [
+        ({}, False, False),
+        ({}, True, True),  # auto takes the GPU
+        ({"device": "cpu"}, True, False),
+        ({"compute_dtype": "bfloat16", "device": "cpu"}, False, True),
+    ],
+)
+def test_replies_are_compared_exactly_in_fp32_on_a_cpu_alone(
+    settings: dict[str, Any], cuda: bool, flips: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert leaderboard.replies_may_flip(ModelConfig(**settings)) == flips

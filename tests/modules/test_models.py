@@ -1,8 +1,11 @@
 """Loading: both towers 4-bit, guarded, frozen; bad directories named."""
 
+import gc
 import json
 import os
+import re
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,17 +16,20 @@ import torch
 import trl
 from safetensors.torch import load_file, save_file
 
-from mllm_keeplora.config import ConfigError, ModelConfig
+from mllm_keeplora.config import ConfigError, ModelConfig, RunConfig
+from mllm_keeplora.modeling import loading
 from mllm_keeplora.modeling.families import FAMILIES
-from mllm_keeplora.modeling.linear4bit import computed_weight
+from mllm_keeplora.modeling.linear4bit import computed_weight, free_4bit_weights
 from mllm_keeplora.modeling.loading import (
     base_model_hash,
     check_media_tokens,
     known_base_hash,
     load_base,
     load_base_processor,
+    resolve_device,
     resolve_model_directory,
 )
+from mllm_keeplora.planning.plan import make_plan
 from mllm_keeplora.planning.skeleton import build_processor, build_skeleton, describe_weights
 from tests.modules.conftest import all_targets, batch, model_config
 from tests.modules.tiny_families import BUILDERS
@@ -88,15 +94,110 @@ def test_a_base_model_that_is_nowhere_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
 def test_cuda_without_a_device_is_an_error(tiny_llava: Path) -> None:
+    config = ModelConfig(base_model=str(tiny_llava), device="cuda")
     with pytest.raises(ConfigError, match="sees no CUDA device"):
-        load_base(ModelConfig(base_model=str(tiny_llava), device="cuda"))
+        load_base(config)
+    with pytest.raises(ConfigError, match=r"sees no CUDA device.*--memory_gb GB plans for a card that is not here"):
+        make_plan(RunConfig(model=config))
 
 
-def test_missing_flash_attention_says_how_to_get_it(tiny_llava: Path) -> None:
-    with pytest.raises(ConfigError, match=r"flash-attn is not installed.*\[flash-attn\]"):
-        load_base(
-            ModelConfig(base_model=str(tiny_llava), attn_implementation="flash_attention_2", compute_dtype="bfloat16")
-        )
+# As nvidia-smi writes it: of drivers 550 and 595, and without a driver.
+SMI = "| NVIDIA-SMI 550.54.15   Driver Version: 550.54.15   CUDA Version: 12.4 |"
+NEW_SMI = "| NVIDIA-SMI 595.20   KMD Version: 595.20   Driver Version : 595.20   CUDA UMD Version: 13.2 |"
+NO_DRIVER = "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver."
+
+
+@pytest.mark.parametrize(
+    "says, built_for, hidden, expected",
+    [
+        (
+            SMI,
+            "13.0",
+            None,
+            "driver 550.54.15 serves CUDA 12.4, and torch .* is built for CUDA 13.0; update the driver",
+        ),
+        (NEW_SMI, None, None, "driver 595.20 serves CUDA 13.2, and torch .* is a build without CUDA; install"),
+        (NO_DRIVER, "13.0", "0", "couldn't communicate with the NVIDIA driver.*install the driver"),
+        (SMI, "13.0", "", "CUDA_VISIBLE_DEVICES is '', which hides every GPU; unset it"),
+    ],
+)
+def test_a_driver_that_torch_cannot_use_is_said(
+    says: str,
+    built_for: str | None,
+    hidden: str | None,
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """By auto, which goes on, once; and by cuda, which does not."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f'#!/bin/sh\necho "{says}"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if hidden is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    loading._say_on_cpu.cache_clear()
+    for _ in range(2):
+        assert resolve_device(ModelConfig()) == torch.device("cpu")
+    [said] = [record.message for record in caplog.records if "NVIDIA driver: " in record.message]
+    assert re.search(expected, said) and "takes the CPU" in said
+    with pytest.raises(ConfigError, match=f"sees no CUDA device: .*{expected}"):
+        resolve_device(ModelConfig(device="cuda"))
+    assert resolve_device(ModelConfig(device="cpu")) == torch.device("cpu")
+
+
+def test_a_machine_without_a_driver_says_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device(ModelConfig()) == torch.device("cpu") and not caplog.records
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("flash_attention_2", r"flash-attn is not installed: .*\[flash-attn\].*kernels-community/flash-attn2"),
+        ("flash_attention_3", r"flash_attn_interface is not installed: build it .*kernels-community/vllm-flash-attn3"),
+        ("kernels-community/flash-attn2", r"a kernel of the hub: pip install 'kernels>=[\d.]+,<[\d.]+'"),
+    ],
+)
+def test_missing_kernels_of_attention_say_how_to_get_them(tiny_llava: Path, name: str, message: str) -> None:
+    config = ModelConfig(base_model=str(tiny_llava), attn_implementation=name, compute_dtype="bfloat16")
+    with pytest.raises(ConfigError, match=message):
+        load_base(config)
+
+
+@pytest.mark.parametrize(
+    "name, device, capability, message",
+    [
+        ("flash_attention_2", "cpu", None, "needs a GPU, and this run takes the CPU"),
+        ("kernels-community/flash-attn2", "cpu", None, "needs a GPU, and this run takes the CPU"),
+        ("flash_attention_2", "cuda", (7, 5), r"compute capability 8.0; Some GPU has 7.5: use sdpa"),
+        ("flash_attention_3", "cuda", (8, 9), r"compute capability 9.0; Some GPU has 8.9"),
+        ("flash_attention_2", "cuda", (8, 0), None),
+        ("flash_attention_3", "cuda", (9, 0), None),
+        ("kernels-community/flash-attn2", "cuda", (7, 5), None),  # it says itself what it runs on
+        ("sdpa", "cpu", None, None),
+    ],
+)
+def test_a_device_that_cannot_run_a_kernel_is_named(
+    name: str, device: str, capability: Any, message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr(loading, "is_kernels_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    config = ModelConfig(attn_implementation=name, compute_dtype="bfloat16")
+    if message is None:
+        loading.check_attention(config, torch.device(device))
+        return
+    with pytest.raises(ConfigError, match=message):
+        loading.check_attention(config, torch.device(device))
 
 
 def test_the_hash_follows_the_content_not_the_place(tiny_llava: Path, tmp_path: Path) -> None:
@@ -360,3 +461,29 @@ def test_a_template_that_writes_the_date_writes_one_date(tiny_llava: Path, tmp_p
     (directory / own.name).write_text("{{ strftime_now(form) }}")
     with pytest.raises(ConfigError, match="writes today's date"):
         load_base_processor(model_config(directory, "none"))
+
+
+def test_dead_4_bit_weights_are_freed_before_others_take_their_place(
+    tiny_llava: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They form a cycle, which waits for a garbage collection: an export would hold both models."""
+    loaded, base = [], load_base
+
+    def keep_track(config: ModelConfig) -> Any:
+        model, processor = base(config)
+        loaded.extend(weakref.ref(m.weight) for m in model.modules() if isinstance(m, bnb.nn.Linear4bit))
+        return model, processor
+
+    monkeypatch.setattr(loading, "load_base", keep_track)
+    gc.disable()
+    try:
+        model, _ = loading.load_dense(model_config(tiny_llava, "nf4"), None)
+        assert len(loaded) > 10 and not any(weight() is not None for weight in loaded)
+        loaded.clear()
+        model, _ = keep_track(model_config(tiny_llava, "nf4"))
+        del model
+        assert any(weight() is not None for weight in loaded)  # else the cycle is gone, and with it the need
+        free_4bit_weights()
+        assert not any(weight() is not None for weight in loaded)
+    finally:
+        gc.enable()

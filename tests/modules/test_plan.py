@@ -29,7 +29,7 @@ from mllm_keeplora.config import (
     TrainConfig,
 )
 from mllm_keeplora.continual.run_stream import run_stream
-from mllm_keeplora.data.collator import ChatCollator
+from mllm_keeplora.data.collator import ChatCollator, ready_batch
 from mllm_keeplora.methods.base import method_names
 from mllm_keeplora.modeling.adapters import STAGE, attach
 from mllm_keeplora.modeling.adapters import activate as activate_adapters
@@ -148,7 +148,7 @@ def test_activations_are_what_autograd_keeps(family: str, dtype: str, bases: Any
     config = config_of(bases(family))
     config = replace(config, model=replace(config.model, compute_dtype=dtype))
     model, processor = load_base(config.model)
-    batch = ChatCollator(processor, None, reader())(samples(media_files, media)[:1])
+    batch = ready_batch(ChatCollator(processor, None, reader())(samples(media_files, media)[:1]), model.dtype)
     memory = memory_of(config, batch, media)
     pixels = sum(batch[key].nbytes for key in ("pixel_values", "pixel_values_videos") if key in batch)
     model.train()

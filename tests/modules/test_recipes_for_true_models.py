@@ -14,6 +14,7 @@ from transformers import ProcessorMixin
 
 from mllm_keeplora.config import ConfigError, ModelConfig, RunConfig, parse_config
 from mllm_keeplora.data.collator import ChatCollator, render_prompt
+from mllm_keeplora.methods.base import load_method
 from mllm_keeplora.modeling.loading import load_base, load_processor
 from mllm_keeplora.planning.plan import make_plan
 from mllm_keeplora.planning.text import format_plan
@@ -23,7 +24,7 @@ from tests.conversations import Turn, ask, sample
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "recipes/configs"
 PATHS = [path for kind in ("vqa", "video") for path in sorted((CONFIGS / kind).glob("*.yaml"))]
-TRUE = [path for path in PATHS if not path.stem.startswith("small")]
+TRUE = [path for path in PATHS if not path.stem.startswith("sm")]  # the small ones and smollm2
 HARDWARE = sorted((CONFIGS / "hardware").glob("*.yaml"))
 VICUNA = "recipes/templates/vicuna_v1.jinja"
 SYSTEM = (
@@ -40,6 +41,11 @@ def in_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def settings(*configs: Path) -> RunConfig:
     return parse_config("", configs[0], [part for path in configs for part in ("--config", str(path))])
+
+
+@pytest.mark.parametrize("path", TRUE, ids=lambda p: p.stem)
+def test_a_recipe_for_a_gpu_does_not_run_on_a_cpu_in_silence(path: Path) -> None:
+    assert settings(path).model.device == "cuda"
 
 
 def global_batch(config: RunConfig, processes: int = 1) -> int:
@@ -88,14 +94,21 @@ def test_hardware_changes_no_global_batch(path: Path) -> None:
             assert changed.language == plain.language
 
 
-def test_the_small_recipe_with_general_samples_differs_from_the_default_in_what_it_says() -> None:
-    found, default = (asdict(settings(CONFIGS / f"vqa/{name}.yaml")) for name in ("small_general", "small"))
-    assert {name for name in default if found[name] != default[name]} == {
-        *("run_dir", "method_options", "language", "vision", "general")
-    }
-    for tower in ("language", "vision"):
-        assert found[tower] == {**default[tower], "gamma": 1.0}
-    assert found["method_options"] == {"features_from": "activations"}
+@pytest.mark.parametrize("path", PATHS, ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_a_recipe_says_which_form_of_the_method_it_has(path: Path) -> None:
+    header = "\n".join(line for line in path.read_text().splitlines() if line.startswith("#"))
+    small = path not in TRUE
+    says, other = ("paper", "general") if not small else ("general", "paper")
+    assert f"methods/{other}.yaml" in header and f"methods/{says}.yaml" not in header
+    assert ("The paper's form." in header) != ("KeepLoRA with general samples" in header) == small
+
+    def of(*files: Path) -> dict[str, Any]:
+        found = settings(path, *files)
+        samples = "some" if found.general.samples != "none" else "none"
+        same_samples = replace(found, general=replace(found.general, samples=samples))
+        return {**asdict(same_samples), "method_options": asdict(load_method(found))}
+
+    assert of(CONFIGS / f"methods/{says}.yaml") == of() != of(CONFIGS / f"methods/{other}.yaml")
 
 
 @pytest.mark.parametrize("path", [p for p in TRUE if p.stem.startswith("llava15")], ids=lambda p: p.stem)

@@ -3,16 +3,22 @@
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from peft import PeftModel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Dataset
 
 from mllm_keeplora.config import TrainConfig
+from mllm_keeplora.continual import trainer as trainer_module
 from mllm_keeplora.continual.trainer import COMPLETE, TrainingError, last_complete_checkpoint, train_stage
+from mllm_keeplora.data.collator import ready_batch
 from mllm_keeplora.modeling.adapters import ACCUMULATED, STAGE, activate, attach, factor_parameters
 from mllm_keeplora.modeling.loading import load_base
+from mllm_keeplora.modeling.loss import answers_alone
+from mllm_keeplora.probes.gradients import sketch_gradients
 from mllm_keeplora.runs.files import WriteError
 from tests.modules.conftest import all_targets, batch, model_config
 
@@ -146,6 +152,44 @@ def test_nan_stops_the_training(tiny_llava: Path, tmp_path: Path, where: str) ->
         message = "a gradient is not finite at step 1"
     with pytest.raises(TrainingError, match=message):
         train(model, tmp_path)
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for the device: numbers read, and sizes that depend on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        by_mask = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        self.count += by_mask or name in ("_local_scalar_dense", "nonzero", "masked_select", "equal")
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_waits_for_the_device_in_no_forward_of_ours(tiny_llava: Path, tmp_path: Path) -> None:
+    """Beside what transformers' own forward waits for; and once in an optimizer step, whatever is accumulated."""
+    model, inputs = prepare(tiny_llava), ready_batch(collate([0, 1, 2, 3]), torch.float32)
+    with Waits() as own:
+        model(**inputs, num_items_in_batch=3).loss.backward()
+    forward, found = own.count, {}
+    for accumulated in (1, 3):
+        model = prepare(tiny_llava)
+        # What a worker process makes on the CPU is no wait.
+        with mock.patch.object(trainer_module, "_collated", lambda *_: dict(inputs)), Waits() as waits:
+            train(model, tmp_path / str(accumulated), max_steps=1, gradient_accumulation_steps=accumulated)
+        found[accumulated] = waits.count
+    assert found[3] - found[1] == 2 * forward
+    base, steps = load_base(model_config(tiny_llava, "nf4"))[0], {}
+    for number in (1, 3):
+        batches = [answers_alone(batch(3, seed)) for seed in range(number)]
+        with Waits() as waits:
+            sketch_gradients(
+                base, all_targets(base), {t.name: 2 for t in all_targets(base)}, lambda batches=batches: batches, 0
+            )
+        steps[number] = waits.count
+    assert steps[3] - steps[1] == 2 * forward
 
 
 def all_targets_of(model: PeftModel) -> list[str]:

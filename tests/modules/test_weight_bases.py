@@ -14,7 +14,13 @@ from safetensors.torch import load_file, save_file
 from mllm_keeplora.modeling.families import TargetError
 from mllm_keeplora.modeling.loading import load_base
 from mllm_keeplora.modeling.targets import Target, find_targets
-from mllm_keeplora.probes.protected_bases import weight_basis_file, weight_basis_files, weight_basis_size
+from mllm_keeplora.probes import protected_bases
+from mllm_keeplora.probes.protected_bases import (
+    ProtectedBases,
+    weight_basis_file,
+    weight_basis_files,
+    weight_basis_size,
+)
 from mllm_keeplora.runs.files import ArtifactError, sha256_file
 from tests.modules.conftest import model_config
 
@@ -138,3 +144,20 @@ def test_a_base_with_nan_in_a_weight_is_named(bases: Bases, tmp_path: Path, valu
     finally:
         with torch.no_grad():
             weight[0, 0] = kept
+
+
+def test_sizes_are_read_from_headers(bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As wide as what is loaded: with all three parts, a module that a stage did not reach, and nothing protected."""
+    _, (first, second), files = bases
+    general, features = tmp_path / "general.safetensors", tmp_path / "features.safetensors"
+    save_file({t.name: torch.zeros(t.in_features, 3) for t in (first, second)}, general)
+    save_file({first.name: torch.zeros(first.in_features, 5)}, features)
+    whole = ProtectedBases(files, general, [features, features], torch.device("cpu"))
+    none = ProtectedBases({}, None, [], torch.device("cpu"))
+    widths = [bases.load(t).shape[1] for bases in (whole, none) for t in (first, second)]
+    monkeypatch.setattr(protected_bases, "_read_if_there", None)  # what reads a whole tensor
+    found = [bases.sizes(t) for bases in (whole, none) for t in (first, second)]
+    assert [sum(sizes) for sizes in found] == widths
+    assert found[0][1:] == (3, 10) and found[1][1:] == (3, 0) and found[2] == found[3] == (0, 0, 0)
+    with pytest.raises(ArtifactError, match="cannot read .*delete it to have it computed again"):
+        ProtectedBases({first.name: tmp_path / "gone"}, None, [], torch.device("cpu")).sizes(first)

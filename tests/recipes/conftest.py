@@ -1,7 +1,10 @@
 """Two-task streams cut from the small ones, and the recipes run on them as commands, as a user does."""
 
+import contextlib
+import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -78,7 +81,8 @@ def build_video(root: Path, train: int, test: int, general: int) -> None:
     """Builds the small video stream by its own script, with so many clips and questions."""
     script = (
         "from mllm_keeplora.recipes.small import build_video_data as b; "
-        f"b.TRAIN_CLIPS, b.TEST_QUESTIONS, b.GENERAL_QUESTIONS = {train}, {test}, {general}; b.main()"
+        f"b.TRAIN_CLIPS, b.TEST_QUESTIONS, b.GENERAL_QUESTIONS = {train}, {test}, {general}; "
+        f"b.GENERAL_SAMPLES = {general}; b.main()"
     )
     subprocess.run([sys.executable, "-c", script, "--out", str(root)], cwd=ROOT, check=True)
 
@@ -89,11 +93,33 @@ def checked(done: subprocess.CompletedProcess[str]) -> subprocess.CompletedProce
     return done
 
 
+def run_example(card: str, shown: Path, folder: Path) -> tuple[str, str]:
+    """What the example on a model card prints, run as written in a folder, and what the card says that it prints.
+
+    Args:
+        card: its text.
+        shown: the picture or the clip that the first question of the last task is about.
+        folder: an empty one; the process is moved there while the example runs.
+    """
+    [code] = re.findall(r"^```python\n(.*?)^```", card, flags=re.S | re.M)
+    [name] = re.findall(r"^`(picture\.png|clip\.mp4)` stands for", card, flags=re.M)
+    [said] = re.findall(r"this prints\n`(.*)`", card)
+    shutil.copy(shown, folder / name)
+    printed = io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(printed):
+        exec(compile(code, "card", "exec"), {})
+    return printed.getvalue().strip(), said
+
+
+PAPER = "recipes/configs/methods/paper.yaml"
+
+
 @dataclass
 class Recipe:
-    """recipes/vqa.py on a stream of its own, with settings small enough for a test."""
+    """recipes/vqa.py on a stream of its own, in the paper's form, with settings small enough for a test."""
 
     script: ClassVar[str] = "recipes/vqa.py"
+    config: ClassVar[str] = "recipes/configs/vqa/small.yaml"
     general: ClassVar[str] = "scenes"
 
     directory: Path
@@ -134,7 +160,8 @@ class Recipe:
             "vision.rank": 4,
         }
         options = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-        return [sys.executable, self.script, *options, *arguments]
+        configs = ("--config", self.config, "--config", PAPER)
+        return [sys.executable, self.script, *configs, *options, *arguments]
 
     def environment(self) -> dict[str, str]:
         """One thread, offline."""
@@ -168,6 +195,7 @@ class VideoRecipe(Recipe):
     """recipes/video.py, likewise."""
 
     script: ClassVar[str] = "recipes/video.py"
+    config: ClassVar[str] = "recipes/configs/video/small.yaml"
     general: ClassVar[str] = "motions"
 
     tasks: tuple[str, ...] = VIDEO_TASKS

@@ -18,6 +18,7 @@ from sklearn.linear_model import RidgeClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from mllm_keeplora.data.records import load_records
 from mllm_keeplora.recipes.small import base_training, build_video_data, draw, draw_video, train_video_base
 from tests import forked
 from tests.recipes.conftest import ROOT, TEST, TRAIN, build_video
@@ -177,6 +178,16 @@ def test_test_records_are_paired_by_position(built: Path, task: str) -> None:
     assert all(set(record) == {"video_name", "question", "question_id"} for record in asked)
     assert all(set(answer) == {"answer"} for answer in answers)
     assert all((built / task / "videos" / f"{record['video_name']}.mp4").is_file() for record in asked)
+
+
+def test_general_samples_are_other_clips_than_the_tested(built: Path) -> None:
+    samples, _ = load_records(built / "motions/general.json", built / "motions", answered=False, checker=None)
+    assert len(samples) == ASKED and build_video_data.GENERAL_SAMPLES >= 128
+
+    def clips(half: str) -> set[bytes]:
+        return {path.read_bytes() for path in (built / "motions/videos" / half).iterdir()}
+
+    assert len(clips("general")) == ASKED and not clips("general") & clips("test")
 
 
 def test_clips_are_h264_and_keep_what_was_drawn(tmp_path: Path) -> None:

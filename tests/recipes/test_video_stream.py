@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.forked import run, run_together
-from tests.recipes.conftest import KEEPLORA, TEST, VIDEO_TASKS, VideoRecipe, checked
+from tests.recipes.conftest import KEEPLORA, ROOT, TEST, VIDEO_TASKS, VideoRecipe, checked, run_example
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +90,17 @@ def test_chat_gives_the_evaluated_reply(finished: VideoRecipe) -> None:
     command = [*KEEPLORA[1:], "chat", finished.run_dir, "--video", clip]
     done = run([*command, "--max-new-tokens", "4", question["question"]])
     assert done.stdout.strip() == json.loads(replies[0])["reply"], done.stderr
+
+
+def test_the_cards_example_answers_about_a_clip_as_the_run_did(finished: VideoRecipe, tmp_path: Path) -> None:
+    replies = (finished.run_dir / "stages/02-lamps/evaluation/lamps.jsonl").read_text().splitlines()
+    first = json.loads(replies[0])
+    [clip] = [part["path"] for part in first["doc"]["asked"][0]["content"] if part["type"] == "video"]
+    shutil.copytree(ROOT / "recipes/small/video_base", tmp_path / "recipes/small/video_base")
+    card = (finished.run_dir / "adapter/README.md").read_text()
+    printed, said = run_example(card, Path(clip), tmp_path)
+    assert printed == said == first["reply"]
+    assert "pipeline_tag: video-text-to-text" in card
 
 
 def test_the_export_answers_like_the_run(finished: VideoRecipe, tmp_path: Path) -> None:

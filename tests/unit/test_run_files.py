@@ -10,9 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from mllm_keeplora.data.video.cache import FrameCache
 from mllm_keeplora.runs.files import (
     ArtifactError,
     WriteError,
@@ -441,3 +444,29 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(WriteError, match="name another"), only_run(tmp_path / "file" / ".lock"):
         pass
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "JSON": lambda path: write_json(path, {}),
+    "tensors": lambda path: save_tensors(path, {"a": torch.zeros(1)}),
+    "a folder": lambda path: written_folder(path / "inside.safetensors"),
+    "frames": lambda path: FrameCache(path.parent, 10**9).store(path.stem, np.zeros((1, 2, 2, 3), np.uint8), {}),
+}
+
+
+def written_folder(path: Path) -> None:
+    with replaced_directory(path.parent) as folder:
+        save_file({"a": torch.zeros(1)}, folder / path.name)  # as PEFT and transformers write
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
+@pytest.mark.parametrize("kind", WRITERS)
+def test_files_have_the_mode_that_the_umask_leaves(kind: str, umask: int, tmp_path: Path) -> None:
+    """safetensors writes 0600 by itself, which shuts out all others that share a cache or a run."""
+    before = os.umask(umask)
+    try:
+        WRITERS[kind](tmp_path / "one.safetensors")
+        files = [path for path in tmp_path.rglob("*") if path.is_file()]
+        assert [path.stat().st_mode & 0o777 for path in files] == [0o666 & ~umask]
+    finally:
+        os.umask(before)

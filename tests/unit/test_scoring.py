@@ -24,7 +24,7 @@ def load_module(path: Path) -> ModuleType:
     return module
 
 
-utils = load_module(TEMPLATES / "utils.py")
+utils, rule_checks = load_module(TEMPLATES / "utils.py"), load_module(TEMPLATES / "follows.py")
 
 
 @pytest.mark.parametrize(
@@ -57,6 +57,39 @@ def test_a_list_of_answers_accepts_each() -> None:
     assert utils.doc_to_target({"answer_bbox": "[0,0,1,1]"}) == "[0,0,1,1]"
 
 
+@pytest.mark.parametrize(
+    ("rules", "right", "wrong"),
+    [
+        ({"word": "He"}, ["He", "It is He.", "(He)"], ["he", "The", "Helium", ""]),
+        ({"word": "12"}, ["12", "7 + 5 = 12."], ["112", "120", "12th"]),
+        ({"word": "bird", "without": "fish"}, ["A bird.", "a bird, not fishy"], ["a fish", "no bird but a fish", ""]),
+        ({"times": ["Sea", 3]}, ["sea sea sea", "Sea, sea and SEA."], ["sea sea", "sea seas sea", "sea " * 4]),
+        ({"at_most_words": 3}, ["one", "a b c"], ["a b c d", ""]),
+        ({"items": 3}, ["a, b, c", "a,b,c."], ["a, b", "a, b, c, d", "a, b\nc, d", ""]),
+        ({"bullets": 2}, ["* a\n* b", "Here:\n\n- a\n- b"], ["* a", "*a\n*b", "* a\n* b\n* c", ""]),
+        ({"numbered": 2}, ["1. a\n2. b", "Here:\n1) a\n2) b"], ["1. a", "a 1. b 2. c", ""]),
+        (
+            {"json_keys": ["a", "b"]},
+            ['{"a": 1, "b": 2, "c": 3}', '```json\n{"a": 1, "b": 2}\n```'],
+            ['{"a": 1}', '["a", "b"]', '{"a": 1, "b"', "", "[" * 100_000],
+        ),
+        ({"begins": "Every"}, ["Every day", "\n Everyone"], ["every day", "On Every"]),
+        ({"ends": "That is all."}, ["Rain. That is all.\n"], ["That is all", "That is all. No."]),
+        ({"upper": True}, ["RAIN FALLS, 3 TIMES."], ["RAIN falls", "rain", "3", ""]),
+    ],
+)
+def test_follows_is_all_rules_of_the_record(rules: dict[str, Any], right: list[str], wrong: list[str]) -> None:
+    doc = {"question_id": 1, "rules": rules}
+    assert [reply for reply in right if rule_checks.follows(doc, [reply]) != {"follows": 1}] == []
+    assert [reply for reply in wrong if rule_checks.follows(doc, [reply]) != {"follows": 0}] == []
+
+
+@pytest.mark.parametrize("rules", [{}, None, "word", ["word"], {"words": "a"}, {"word": "a", "size": 3}])
+def test_follows_refuses_rules_that_it_does_not_know(rules: Any) -> None:
+    with pytest.raises(ValueError, match="question_id 7: rules is .* expected an object with some of word, "):
+        rule_checks.follows({"question_id": 7, "rules": rules}, ["a"])
+
+
 def test_contains_refuses_an_empty_answer() -> None:
     with pytest.raises(ValueError, match="question_id 7"):
         utils.contains({"question_id": 7, "answer": " "}, ["anything"])
@@ -78,6 +111,7 @@ def test_every_metric_has_its_function_and_reports_its_own_name() -> None:
         reply = "[0.0,0.0,1.0,1.00]" if path.stem == "coin_grounding" else "A"
         # GQA's truths are in lower case.
         doc["answer"] = "a" if path.stem in ("coin_gqa", "dcl_fin") else "A"
+        doc["rules"] = {"word": "A"}
         score = getattr(load_module(TEMPLATES / f"{module}.py"), function)(doc, [reply])
         captioned = {path.stem: {"caption": "A", "references": ["A"]}}
         assert score == (captioned if module == "captions" else {path.stem: 1.0})

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from mllm_keeplora.runs.files import umask_kept
+
 logger = logging.getLogger(__name__)
 
 Frames = NDArray[np.uint8]  # [T, H, W, 3], RGB
@@ -74,7 +76,8 @@ class FrameCache:
             self._room -= size
             # Not synced to the disk, which would take longer than decoding: the checksum finds what a power
             # cut tears.
-            save_file({"frames": frames}, temporary, metadata=metadata)
+            with umask_kept(temporary):
+                save_file({"frames": frames}, temporary, metadata=metadata)
             temporary.replace(path)
         except (OSError, SafetensorError) as error:
             self._broken = True

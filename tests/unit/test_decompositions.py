@@ -1,0 +1,97 @@
+"""A solver that fails is tried again in fp64 on the CPU; what neither gives is an error, and nothing else is hidden."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mllm_keeplora.errors import KeepLoRAError
+from mllm_keeplora.linalg.decompositions import DecompositionError, symmetric_eigen, thin_svd
+from mllm_keeplora.linalg.lora_init import lora_a_from_gradient
+from mllm_keeplora.linalg.subspace import orthonormality_error, principal_basis
+
+# As torch says it of cuSOLVER and MAGMA; the last is silent.
+FAILURES: dict[str, Any] = {
+    "no convergence": torch.linalg.LinAlgError(
+        "linalg.eigh: The algorithm failed to converge because the input matrix is ill-conditioned or has too many "
+        "repeated eigenvalues (error code: 4095)."
+    ),
+    "cusolver": RuntimeError("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnXsyevd(...)`"),
+    "magma": RuntimeError("MAGMA eigh : the algorithm did not converge"),
+    "silent": None,
+}
+
+
+@pytest.fixture(params=FAILURES)
+def failing_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """fp32 decompositions fail; the dtypes that were tried."""
+    tried: list[torch.dtype] = []
+    error = FAILURES[request.param]
+    for name in ("eigh", "svd"):
+        own = getattr(torch.linalg, name)
+
+        def decompose(matrix: Tensor, own: Any = own, **settings: Any) -> Any:
+            tried.append(matrix.dtype)
+            if matrix.dtype == torch.float64:
+                return own(matrix, **settings)
+            if error is not None:
+                raise error
+            return [torch.full_like(part, math.nan) for part in own(matrix, **settings)]
+
+        monkeypatch.setattr(torch.linalg, name, decompose)
+    return tried
+
+
+def test_the_result_is_that_of_the_device(failing_device: list[torch.dtype]) -> None:
+    """The basis of a weight (eigh) and A (svd), beside what they are where nothing fails."""
+    torch.manual_seed(0)
+    weight, gradient = torch.randn(24, 40), torch.randn(12, 40)
+    basis, a = principal_basis(weight, 0.6), lora_a_from_gradient(gradient, torch.zeros(40, 0), 4)
+    assert set(failing_device) == {torch.float32, torch.float64}
+    u = torch.linalg.svd(weight.double()).Vh[: basis.shape[1]].T.float()
+    assert torch.linalg.matrix_norm(u @ u.T - basis @ basis.T, 2) < 1e-5
+    assert basis.dtype == a.dtype == torch.float32 and orthonormality_error(basis) < 1e-6
+    v = torch.linalg.svd(gradient.double()).Vh[:4].float()
+    assert torch.linalg.matrix_norm(v.T @ v - a.T @ a, 2) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (3, 8), (8, 3), (0, 5)])
+def test_shapes_are_those_of_the_library(shape: tuple[int, int], failing_device: list[torch.dtype]) -> None:
+    values, rows = thin_svd(torch.randn(shape))
+    assert values.shape == (min(shape),) and rows.shape == (min(shape), shape[1])
+
+
+def test_what_fp64_cannot_do_either_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(matrix: Tensor) -> Any:
+        raise torch.linalg.LinAlgError(f"no convergence in {matrix.dtype}")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    with pytest.raises(DecompositionError, match=r"\[3, 3\] with entries up to 2.0e\+00.*cpu no.*float32.*float64"):
+        symmetric_eigen(2 * torch.eye(3))
+    monkeypatch.setattr(torch.linalg, "eigh", lambda m: (m[0], m * (math.nan if m.dtype == torch.float32 else 1.1)))
+    with pytest.raises(DecompositionError, match="orthonormal up to 2.1e-01 alone"):
+        symmetric_eigen(torch.eye(3))
+    assert issubclass(DecompositionError, KeepLoRAError)
+
+
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("CUDA out of memory"), RuntimeError("shapes differ")])
+def test_other_errors_stay_what_they_are(error: RuntimeError, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too little memory is said with what lowers it."""
+
+    def fail(matrix: Tensor) -> Any:
+        raise error
+
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    with pytest.raises(type(error)) as raised:
+        symmetric_eigen(torch.eye(3))
+    assert raised.value is error
+
+
+def test_where_nothing_fails_the_bits_are_the_librarys() -> None:
+    matrix = torch.randn(20, 20)
+    values, vectors = symmetric_eigen(matrix @ matrix.T)
+    expected = torch.linalg.eigh(matrix @ matrix.T)
+    assert torch.equal(values, expected.eigenvalues) and torch.equal(vectors, expected.eigenvectors)
+    assert torch.equal(thin_svd(matrix)[1], torch.linalg.svd(matrix, full_matrices=False).Vh)
