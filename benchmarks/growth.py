@@ -44,8 +44,8 @@ from mllm_keeplora.continual.stage import check_no_leakage
 from mllm_keeplora.evaluation.answer import generation_settings, inference_state
 from mllm_keeplora.linalg.subspace import orthonormal_complement
 from mllm_keeplora.modeling.adapters import ACCUMULATED, STAGE, activate, attach, detach
-from mllm_keeplora.modeling.fused_past import past_in_base
 from mllm_keeplora.modeling.loading import save_adapter
+from mllm_keeplora.modeling.low_rank import one_low_rank_path
 from mllm_keeplora.runs.files import save_tensors
 
 RANK = 16
@@ -183,8 +183,8 @@ class AfterStages:
     def begin_training(self) -> None:
         """Attaches the stage's own adapter with B = 0, as `learn` does; `fold` takes it off."""
         attach(self.model, STAGE, self.start, self.stage.scales)
-        beside = self.training.enter_context(past_in_base(self.model, [ACCUMULATED]))
-        activate(self.model, [*beside, STAGE], STAGE, "B")
+        activate(self.model, [ACCUMULATED, STAGE], STAGE, "B")
+        self.training.enter_context(one_low_rank_path(self.model))
         self.model.train()
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad])
 

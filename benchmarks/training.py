@@ -9,9 +9,9 @@ its content does not change the time.
 
 The adapter of the earlier stages takes one of three forms, whose functions are equal up to rounding:
 
-    beside     beside the layer, rank T r: two more products a token and direction
-    inside     `modeling.fused_past`: W + B A is made anew from the 4-bit weight in either direction. A stage
-               trains so where the base computes in fp32; elsewhere this is the same as `beside`
+    beside     beside the layer by PEFT, rank T r: two more products a token and direction
+    joined     `modeling.low_rank`: one path with the stage's own factors; where the base computes in fp32 and
+               there are tokens enough, W + B A is made anew from the 4-bit weight in either direction
     dense      W + B A is kept in the compute dtype: no 4-bit weight any more
 """
 
@@ -44,13 +44,13 @@ from mllm_keeplora.modeling.adapters import (
     attach,
     attach_accumulated,
 )
-from mllm_keeplora.modeling.fused_past import past_in_base
 from mllm_keeplora.modeling.linear4bit import computed_weight
 from mllm_keeplora.modeling.loading import DTYPES
+from mllm_keeplora.modeling.low_rank import one_low_rank_path
 from mllm_keeplora.modeling.targets import Target
 
-Form = Literal["beside", "inside", "dense"]
-FORMS: tuple[Form, ...] = ("beside", "inside", "dense")
+Form = Literal["beside", "joined", "dense"]
+FORMS: tuple[Form, ...] = ("beside", "joined", "dense")
 STAGES = (4, 16)
 
 
@@ -96,7 +96,7 @@ class Step:
         device: torch.device,
         trains: Trainable = "B",
         stages: int = 0,
-        form: Form = "beside",
+        form: Form = "joined",
         settings: ModelConfig | None = None,
         optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
     ) -> None:
@@ -111,10 +111,10 @@ class Step:
         start = random_factors(self.targets, size.rank, "stage", device)
         self.model = attach(attach_accumulated(base, earlier), STAGE, start, dict.fromkeys(start, 1.0))
         beside = [ACCUMULATED] if earlier else []
-        if form == "inside":  # never left: the model is thrown away as it is
-            self.inside = past_in_base(self.model, beside)
-            beside = self.inside.__enter__()
         activate(self.model, [*beside, STAGE], STAGE, trains)
+        if form != "beside":  # never left: the model is thrown away as it is
+            self.path = one_low_rank_path(self.model)
+            self.path.__enter__()
         self.model.train()
         self.batch = random_batch(size.shape, size.batch, size.length, device)
         self.batch["pixel_values"] = self.batch["pixel_values"].to(DTYPES[settings.compute_dtype])
@@ -154,7 +154,7 @@ def more_arithmetic(targets: list[Target], size: Size, stages: int, form: Form) 
     tokens = size.batch * size.length
     weights = sum(t.in_features * t.out_features for t in targets)
     widths = sum(t.in_features + t.out_features for t in targets)
-    a_rank = {"beside": widths * tokens, "inside": min(weights, widths * tokens), "dense": 0}
+    a_rank = {"beside": widths * tokens, "joined": min(weights, widths * tokens), "dense": 0}
     return 1 + a_rank[form] * stages * size.rank / (weights * tokens)
 
 

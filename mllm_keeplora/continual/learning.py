@@ -25,8 +25,8 @@ from mllm_keeplora.modeling.adapters import (
     detach,
     read_factors,
 )
-from mllm_keeplora.modeling.fused_past import past_in_base
 from mllm_keeplora.modeling.loss import reply_logits
+from mllm_keeplora.modeling.low_rank import one_low_rank_path
 from mllm_keeplora.runs.files import load_tensors
 from mllm_keeplora.runs.record import Outcome
 from mllm_keeplora.runs.run_directory import StageDirectory
@@ -98,8 +98,7 @@ def _train(
     if not start.replaces_past and not torch.equal(before, _first_logits(stage, adapted)):
         raise StageError(f"{stage.name}: attaching the new adapter changed the output although B = 0")
     directory = run.directory.stage(stage.number, stage.task.name)
-    with past_in_base(adapted, past) as beside:
-        activate(adapted, [*beside, STAGE], STAGE, method.trains)
+    with one_low_rank_path(adapted):
         account = train_stage(
             adapted,
             SampleDataset(stage.samples),

@@ -15,9 +15,8 @@ def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 @torch.no_grad()
-def computed_weight(module: nn.Module) -> Tensor:
-    """The weight the layer multiplies by, [out, in] fp32; dequantised for a 4-bit layer, which is left as it
-    is.
+def computed_weight(module: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight the layer multiplies by, [out, in]; dequantised for a 4-bit layer, which is left as it is.
 
     Raises:
         TypeError: not a linear layer, or a 4-bit one whose weight has not been quantised yet.
@@ -26,11 +25,11 @@ def computed_weight(module: nn.Module) -> Tensor:
         raise TypeError(f"expected a linear layer, got {type(module).__name__}")
     weight: Any = module.weight
     if not isinstance(weight, Params4bit):
-        return weight.detach().float()
+        return weight.detach().to(dtype)
     if weight.quant_state is None:
         raise TypeError("4-bit layer without a quant_state: move the model to its device before reading its weights")
     dense = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
-    return dense.reshape(module.out_features, module.in_features).float()
+    return dense.reshape(module.out_features, module.in_features).to(dtype)
 
 
 def free_4bit_weights() -> None:
