@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import mllm_keeplora  # noqa: F401  # its guards come before the libraries they guard
@@ -46,6 +46,8 @@ COUNTED = replace(TRUE, layers=1, vision_layers=2, vocabulary=512)
 SMALL = Shape(TRUE.hidden // SMALLER, TRUE.intermediate // SMALLER, 1, 4, 128, 512, 2, 2, 112, 512)
 # The counter knows addmm alone.
 ADDMM = {torch.ops.aten.addmm_: lambda c, a, b, **_: 2 * a[0] * a[1] * b[1]}
+Dtype = Literal["float32", "bfloat16"]
+DTYPES_TRIED: tuple[Dtype, ...] = ("float32", "bfloat16")
 PATHS = {"one path": one_low_rank_path, "PEFT": nullcontext}
 
 
@@ -92,7 +94,7 @@ def adapted(base: Any, rank: int, past_rank: int) -> Any:
     return model.train()
 
 
-def counted(shape: Shape, dtype: str, past_rank: int, path: Any) -> Counts:
+def counted(shape: Shape, dtype: Dtype, past_rank: int, path: Any) -> Counts:
     """What forward and backward of both towers cost; the last vision layer takes no part."""
     # Fake parameters cannot be moved to the device on which they lie.
     with FakeTensorMode(), patch.object(nn.Module, "to", lambda self, *args, **kwargs: self):
@@ -107,7 +109,7 @@ def counted(shape: Shape, dtype: str, past_rank: int, path: Any) -> Counts:
         return Counts(counter.operations, counter.bytes, flops.get_total_flops())
 
 
-def counted_rows(shape: Shape, dtype: str) -> list[Row]:
+def counted_rows(shape: Shape, dtype: Dtype) -> list[Row]:
     """A row per rank of the past."""
     found = {(name, r): counted(shape, dtype, r, path) for name, path in PATHS.items() for r in (0, *PAST_RANKS)}
     rows = []
@@ -136,7 +138,7 @@ def in_words(counts: Counts) -> str:
     return f"{counts.operations} operations, {counts.bytes / 1e9:.4g} GB, {counts.flops / 1e12:.4g} TFLOP"
 
 
-def timed_rows(shape: Shape, dtype: str, options: Options) -> list[Row]:
+def timed_rows(shape: Shape, dtype: Dtype, options: Options) -> list[Row]:
     """A row per rank of the past."""
     settings = ModelConfig("random", compute_dtype=dtype)
     batch = random_batch(shape, SAMPLES, LENGTH // SMALLER, torch.device("cpu"))
@@ -181,7 +183,7 @@ def cpu_seconds(steps: dict[Any, Callable[[], None]], repeats: int) -> dict[Any,
 def rows(options: Options) -> list[Row]:
     """Row 12."""
     found = []
-    for dtype in ("float32", "bfloat16"):
+    for dtype in DTYPES_TRIED:
         found += counted_rows(TINY if options.quick else COUNTED, dtype)
         found += timed_rows(TINY if options.quick else SMALL, dtype, options)
     return found

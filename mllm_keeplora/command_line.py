@@ -62,6 +62,17 @@ class OptionParser(argparse.ArgumentParser):
         to = self if group is None else group
         to.add_argument(f"--{name}", metavar="VALUE", help=text, **{"default": argparse.SUPPRESS, **options})
 
+    def add_read(self, flags: Mapping[str, str]) -> None:
+        """Options that the command has taken out of the command line already, for `--help` and messages.
+
+        Args:
+            flags: name, followed by that of its value if it takes one (`memory_gb GB`) -> text for `--help`.
+        """
+        for flag, text in flags.items():
+            name, _, value = flag.partition(" ")
+            kind: dict[str, Any] = {"metavar": value} if value else {"action": "store_true"}
+            self.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **kind)
+
     def add_settings(self, kind: type, prefix: str = "", elsewhere: Mapping[str, str] | None = None) -> None:
         """An option for every setting of a dataclass and of the groups in it, as its docstring describes them.
 
@@ -163,9 +174,9 @@ def with_underscores(argv: Sequence[str]) -> list[str]:
 
 
 def _options_of(parser: argparse.ArgumentParser) -> list[str]:
-    """Without their dashes; those too that the usage alone names, since the command reads them itself."""
+    """Without their dashes."""
     options = [name for action in parser._actions for name in action.option_strings]
-    return [name[2:] for name in [*options, *re.findall(r"--[a-z_]+", parser.usage or "")] if name[:2] == "--"]
+    return [name[2:] for name in options if name[:2] == "--"]
 
 
 # --------------------------------------------------------------------------------------------------

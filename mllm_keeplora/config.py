@@ -520,7 +520,7 @@ def parse_config(
     default_config: Path,
     argv: Sequence[str] | None = None,
     prog: str = "keeplora run",
-    flags: str = "",
+    flags: Mapping[str, str] | None = None,
 ) -> RunConfig:
     """Reads the settings of a run: those of the files that `--config` names, then those of the command line.
 
@@ -531,13 +531,15 @@ def parse_config(
         default_config: YAML file that is read where `--config` names none.
         argv: the command line; None takes the process's own.
         prog: the command, for `--help` and messages.
-        flags: further options that the command takes, for `--help` and messages.
+        flags: further options, which the command has read already, as `OptionParser.add_read` takes them.
 
     Raises:
         SystemExit: after `--help`.
         ConfigError: an unknown key, a value of the wrong kind or out of range, or a file that cannot be read.
     """
-    parser = OptionParser(prog, description, f"[--config FILE ...] {flags}")
+    flags = flags or {}
+    parser = OptionParser(prog, description, " ".join(["[--config FILE ...]", *(f"[--{flag}]" for flag in flags)]))
+    parser.add_read(flags)
     text = f"YAML file with settings; of several the later wins (default: {default_config})"
     parser.add_argument("--config", action="append", metavar="FILE", help=text)
     parser.add_settings(RunConfig)

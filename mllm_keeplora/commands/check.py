@@ -19,6 +19,8 @@ from mllm_keeplora.command_line import OptionParser
 from mllm_keeplora.config import ModelConfig, RunConfig, VideoConfig, parse_config
 from mllm_keeplora.settings import build
 
+READ = {"all": "list every bad record, not the first ten of a file"}
+
 
 def main(argv: Sequence[str]) -> int:
     """The command line."""
@@ -46,12 +48,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _config_of_run(argv: Sequence[str]) -> RunConfig:
-    return parse_config(__doc__, Path("recipes/configs/vqa/small.yaml"), argv, "keeplora check", "[--all]")
+    return parse_config(__doc__, Path("recipes/configs/vqa/small.yaml"), argv, "keeplora check", READ)
 
 
 def _config_of_stream(argv: Sequence[str]) -> tuple[RunConfig, bool]:
     """The settings of a run on that stream, and whether a model was named."""
     parser = OptionParser("keeplora check", __doc__, "--config RUN.yaml | STREAM.yaml [--data_root FOLDER] [--all]")
+    parser.add_read(READ)
     parser.add_argument("stream", help="the stream's YAML")
     parser.add_setting("data_root", str | None, "folder of the data, if not the YAML's own", default=None)
     parser.add_setting("cache_dir", str, "as of the run (default: %(default)s)", default=RunConfig().cache_dir)

@@ -4,7 +4,8 @@
     keeplora plan --config FILE.yaml --memory_gb 24      fails where the run does not fit 24 GB
 
 No weights are loaded and nothing is written, but for a base model that is built from packages. It takes the settings
-of `keeplora run`; `keeplora run --plan` is the same.
+of `keeplora run`, and refuses what that refuses before it loads a model; data and weights may yet be missing.
+`keeplora run --plan` is the same.
 """
 
 import argparse
@@ -17,13 +18,15 @@ from mllm_keeplora.config import ConfigError, RunConfig, parse_config
 from mllm_keeplora.settings import Range
 
 MemoryGB = Annotated[float, Range(0, 1_000_000, "(]")]
+PLAN = "print what the run will need, and do not begin it: keeplora plan"
+MEMORY_GB = "compare the plan with a card that is not here, of so many GB (default: the device that the run would use)"
 
 
 def main(argv: Sequence[str]) -> None:
     """The command line."""
     flags, settings = parse_flags(["--plan", *argv])
     default = Path("recipes/configs/vqa/small.yaml")
-    config = parse_config(__doc__, default, settings, "keeplora plan", "[--memory_gb GB]")
+    config = parse_config(__doc__, default, settings, "keeplora plan", {"memory_gb GB": MEMORY_GB})
     print_plan(config, flags.memory_gb)
 
 
@@ -51,12 +54,14 @@ def print_plan(config: RunConfig, memory_gb: float | None) -> None:
     """Prints what a run will need.
 
     Raises:
+        KeepLoRAError: what the run would refuse before it loads a model.
         PlanError: it does not fit the device's memory; after printing.
     """
-    from mllm_keeplora.planning.plan import check_fits, make_plan
+    from mllm_keeplora.planning.plan import check_fits, check_run, make_plan
     from mllm_keeplora.planning.text import format_plan
     from mllm_keeplora.recipes.small.streams import build_small_base
 
+    check_run(config, memory_gb)
     build_small_base(config.model.base_model)
     plan = make_plan(config, memory_gb)
     print(format_plan(plan), flush=True)

@@ -21,7 +21,7 @@ from mllm_keeplora.data.collator import ChatCollator, decoded, join_batches
 from mllm_keeplora.data.conversation import MediaFile, Message, Sample
 from mllm_keeplora.data.preflight import Preflight
 from mllm_keeplora.data.records import load_records, read_records, select_evenly
-from mllm_keeplora.data.stream import Stream
+from mllm_keeplora.data.stream import Stream, named_paths
 from mllm_keeplora.distributed.processes import (
     from_main,
     gather,
@@ -52,7 +52,7 @@ from mllm_keeplora.modeling.loss import (
 from mllm_keeplora.modeling.targets import Target
 from mllm_keeplora.probes.activations import sketch_inputs
 from mllm_keeplora.probes.protected_bases import ProtectedBases
-from mllm_keeplora.resources import find, shipped
+from mllm_keeplora.resources import find, is_there, shipped
 from mllm_keeplora.runs.files import (
     found_hash,
     load_tensors,
@@ -124,7 +124,7 @@ def _without_last_answers(sample: Sample) -> Sample:
 def check_unwatched(asked: Sequence[Sample], stream: Stream) -> None:
     """Refuses prompts that a test file of the stream asks about the same picture: what is kept is not to be measured.
 
-    Stock benchmarks are not looked at: their data may yet have to come.
+    Stock benchmarks and files that are not there are not looked at: their data may yet have to come.
 
     Raises:
         ConfigError: names the first such prompt and where it is asked.
@@ -135,7 +135,7 @@ def check_unwatched(asked: Sequence[Sample], stream: Stream) -> None:
         by_text.setdefault(_words(prompt.messages), []).append(prompt)
     for spec in stream.specs:
         test = stream.test_file(spec)
-        if test is None:
+        if test is None or not all(map(is_there, named_paths(stream, spec))):
             continue
         root, answers = stream.test_media_root(spec), stream.answers_file(spec)
         read, _ = read_records(test, root, answers=answers, allow_text_only=True, extracted=stream.extracted)

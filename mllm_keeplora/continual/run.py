@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from accelerate.logging import get_logger
 
 from mllm_keeplora.config import ConfigError, RunConfig, config_from_dict
@@ -83,14 +84,12 @@ class Run:
                 is no directory of a run.
             WriteError: the run directory cannot be written.
         """
-        start_processes(cpu=resolve_device(config.model).type == "cpu")
-        method = load_method(config)
+        device = resolve_device(config.model)
+        start_processes(cpu=device.type == "cpu")
         root = Path(config.data_root) if config.data_root else None
         stream = load_stream(Path(config.stream), root, cache_dir=config.cache_dir)
-        _check_folders(config, stream)
+        method = check_before(config, stream, device)
         directory = RunDirectory(Path(config.run_dir))
-        _check_train_settings(config, stream)
-        _check_general(config, stream, method)
         with lost_processes_explained(), _held(directory):
             history = from_main(lambda: _begin(config, stream, directory))
             yield cls(config, stream, method, history)
@@ -140,9 +139,32 @@ class Run:
         detach(model)
 
 
+def check_before(config: RunConfig, stream: Stream, device: torch.device) -> Method:
+    """Refuses what no run can use, before one has written anything or loaded a model; `keeplora plan` asks the same.
+
+    Args:
+        config: settings.
+        stream: of these; where its data are missing, nothing is said of them.
+        device: that the run uses.
+
+    Returns:
+        The method.
+
+    Raises:
+        ConfigError: settings that cannot be used, or not together.
+        RecordError: general samples or test questions that cannot be read.
+        ArtifactError: a run directory that holds something else.
+    """
+    method = load_method(config)
+    _check_folders(config, stream)
+    _check_ours(RunDirectory(Path(config.run_dir)))
+    _check_train_settings(config, stream, device)
+    _check_general(config, stream, method)
+    return method
+
+
 def _begin(config: RunConfig, stream: Stream, directory: RunDirectory) -> History:
     """The history, and the files that other commands read; written also for a finished run: data may have moved."""
-    _check_ours(directory)
     for folder in (directory.path, Path(config.cache_dir)):
         remove_temporaries(folder)
     history = History.read(config, stream, directory)
@@ -161,8 +183,10 @@ def _check_ours(directory: RunDirectory) -> None:
             f"run_dir {directory.path} holds an adapter that was made of another run's stages; name an empty or a new "
             "one"
         )
+    if directory.stages.is_dir() or not directory.path.is_dir():
+        return
     found = sorted(path.name for path in directory.path.iterdir() if path != directory.lock)
-    if not found or directory.stages.is_dir():
+    if not found:
         return
     try:
         config_from_dict(read_json(directory.config), directory.config)
@@ -208,7 +232,7 @@ def _held(directory: RunDirectory) -> Iterator[None]:
         yield
 
 
-def _check_train_settings(config: RunConfig, stream: Stream) -> None:
+def _check_train_settings(config: RunConfig, stream: Stream, device: torch.device) -> None:
     """Settings of every task, before any of them has cost anything."""
     tasks = [task.name for task in stream.tasks]
     for name in config.train_overrides:
@@ -216,7 +240,7 @@ def _check_train_settings(config: RunConfig, stream: Stream) -> None:
             raise ConfigError(f"train_overrides names {name!r}, no task of the stream ({', '.join(tasks)})")
     check_loggers(config.report_to)
     for name in tasks:
-        check_settings(config.train_for(name), resolve_device(config.model))
+        check_settings(config.train_for(name), device)
 
 
 def _check_general(config: RunConfig, stream: Stream, method: Method) -> None:

@@ -84,7 +84,7 @@ class _AdaptedLinear(torch.autograd.Function):
         x_wanted, a_trains, b_trains, _ = ctx.needs_input_grad
         a, b = joined.beside(ctx.inside)
         dy = gradients[0].reshape(-1, gradients[0].shape[-1])
-        du = dy @ b if x_wanted or a_trains else None
+        du: Any = dy @ b if x_wanted or a_trains else None
         dx = (dy @ joined.weight(ctx.inside)).addmm_(du, a.to(dy.dtype)).view(ctx.shape) if x_wanted else None
         d_own_a = (du[:, -r:].T @ x).float() if a_trains else None
         d_own_b = (dy.T @ u).float().mul_(joined.scale) if b_trains else None
@@ -120,7 +120,7 @@ def one_low_rank_path(model: PeftModel) -> Iterator[None]:
     try:
         for layer in layers:
             if names := _active(layer):
-                layer.forward = _forward(layer, names[-1], *_join(layer, names, kept))  # type: ignore[method-assign]
+                layer.forward = _forward(layer, names[-1], *_join(layer, names, kept))
         yield
     finally:
         for layer in layers:

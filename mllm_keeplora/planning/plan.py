@@ -22,10 +22,12 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from mllm_keeplora.config import ConfigError, ModelConfig, RunConfig, TrainConfig, config_from_dict
+from mllm_keeplora.continual.history import History
+from mllm_keeplora.continual.run import check_before
 from mllm_keeplora.data.conversation import Sample
 from mllm_keeplora.data.record_files import HubTable
 from mllm_keeplora.data.records import read_records, select_evenly
-from mllm_keeplora.data.stream import GeneralSpec, Stream, TaskSpec, load_stream
+from mllm_keeplora.data.stream import GeneralSpec, Stream, TaskSpec, load_stream, named_paths
 from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.distributed.sharding import sharding_asked
 from mllm_keeplora.errors import KeepLoRAError
@@ -38,7 +40,7 @@ from mllm_keeplora.modeling.targets import Target, left_out, targets_of
 from mllm_keeplora.planning import skeleton
 from mllm_keeplora.planning.memory_model import MemoryModel, optimizer_state
 from mllm_keeplora.probes.protected_bases import weight_basis_directory, weight_basis_file, weight_basis_size
-from mllm_keeplora.resources import find
+from mllm_keeplora.resources import find, is_there
 from mllm_keeplora.runs.files import read_json
 from mllm_keeplora.runs.run_directory import RunDirectory
 from mllm_keeplora.units import GB
@@ -190,6 +192,31 @@ def make_plan(config: RunConfig, memory_gb: float | None = None) -> Plan:
     )
 
 
+def check_run(config: RunConfig, memory_gb: float | None = None) -> None:
+    """Refuses what the run itself would refuse before it loads a model, as far as data and weights are there.
+
+    A run directory with stages is compared with the settings where an earlier run has hashed the base.
+
+    Args:
+        config: settings.
+        memory_gb: memory of a card that is not here; None takes the device that the run would use.
+
+    Raises:
+        ConfigError, StreamError, RecordError, ArtifactError: as `Run.open`.
+    """
+    root = Path(config.data_root) if config.data_root else None
+    stream = load_stream(Path(config.stream), root, check_files=False, cache_dir=config.cache_dir)
+    device = torch.device("cpu") if memory_gb is not None else _own_device(config.model)
+    general = config.general
+    if general.given and general.samples != "builtin" and not is_there(find(general.samples)):
+        general = replace(general, samples="builtin", media_root=None)  # the file may yet come, as other data may
+    check_before(replace(config, general=general), stream, device)
+    directory = RunDirectory(Path(config.run_dir))
+    there = all(is_there(path) for spec in stream.specs for path in named_paths(stream, spec))
+    if there and directory.stages.is_dir() and _known_hash(config) is not None:
+        History.read(config, stream, directory)
+
+
 def read_training(stream: Stream) -> dict[str, list[Sample]]:
     """The records of the tasks whose training files are there; images and clips are not opened."""
     found = {}
@@ -309,14 +336,18 @@ def _device(config: ModelConfig, memory_gb: float | None) -> tuple[str, int, boo
     """(what is planned for, its free bytes, whether it is the host's memory)."""
     if memory_gb is not None:
         return f"a device of {memory_gb:g} GB", int(memory_gb * GB), config.device == "cpu"
-    try:
-        device = resolve_device(config)
-    except ConfigError as error:
-        raise ConfigError(f"{error}. --memory_gb GB plans for a card that is not here") from error
+    device = _own_device(config)
     if device.type == "cpu":
         return "free memory of this machine (CPU)", int(get_max_memory()["cpu"]), True
     name = torch.cuda.get_device_name(device)
     return f"free memory of {name}", int(torch.cuda.mem_get_info(device)[0]), False
+
+
+def _own_device(config: ModelConfig) -> torch.device:
+    try:
+        return resolve_device(config)
+    except ConfigError as error:
+        raise ConfigError(f"{error}. --memory_gb GB plans for a card that is not here") from error
 
 
 def needed(memory: MemoryModel) -> int:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from operator import attrgetter
 from pathlib import Path
@@ -28,8 +29,11 @@ from mllm_keeplora.config import (
     TowerConfig,
     TrainConfig,
 )
+from mllm_keeplora.continual.run import Run
 from mllm_keeplora.continual.run_stream import run_stream
 from mllm_keeplora.data.collator import ChatCollator, ready_batch
+from mllm_keeplora.data.stream import load_stream
+from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.methods.base import method_names
 from mllm_keeplora.modeling.adapters import STAGE, attach
 from mllm_keeplora.modeling.adapters import activate as activate_adapters
@@ -42,6 +46,7 @@ from mllm_keeplora.planning.plan import (
     PROBING,
     PlanError,
     check_fits,
+    check_run,
     find_fitting,
     make_plan,
     measured_rates,
@@ -58,6 +63,7 @@ from mllm_keeplora.planning.skeleton import (
 from mllm_keeplora.planning.text import _general_lines, format_plan
 from mllm_keeplora.probes.gradients import _ThinGradient
 from mllm_keeplora.probes.hooks import hooked
+from mllm_keeplora.runs.files import ArtifactError
 from mllm_keeplora.units import GB, format_bytes, format_count
 from tests import forked
 from tests.clips import write_clip
@@ -408,6 +414,54 @@ def test_a_plan_before_and_after_a_run(bases: Any, media_files: Path, tmp_path: 
     assert "(exact;" in format_plan(again) and "minutes" in format_plan(again)
     other = replace(config, train=replace(config.train, per_device_train_batch_size=4))
     assert make_plan(other).rates is None
+    check_run(config)  # what the run itself continues
+    with pytest.raises(ArtifactError, match="was written with other settings .*seed"):
+        check_run(replace(config, seed=7))
+    assert tree(tmp_path) == after
+
+
+def others_folder(config: RunConfig) -> RunConfig:
+    folder = Path(config.run_dir)
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("mine")
+    return config
+
+
+def asked_by_the_test(config: RunConfig) -> RunConfig:
+    stream = load_stream(Path(config.stream))
+    samples = GeneralConfig(samples=str(stream.test_file(stream.tasks[0])), media_root=str(stream.data_root))
+    return replace(config, general=samples)
+
+
+UNUSABLE: dict[str, Callable[[RunConfig], RunConfig]] = {
+    "method": lambda c: replace(c, method="kept"),
+    "option of a method": lambda c: replace(c, method_options={"features_form": "activations"}),
+    "run_dir that holds the data": lambda c: replace(c, run_dir=str(Path(c.stream).parent)),
+    "run_dir below a file": lambda c: replace(c, run_dir=f"{c.stream}/run"),
+    "run_dir of somebody's own": others_folder,
+    "logger": lambda c: replace(c, report_to=["tensorbord"]),
+    "optimizer": lambda c: replace(c, train=TrainConfig(optim="adamm")),
+    "settings of no task": lambda c: replace(c, train_overrides={"birds": {"max_steps": 3}}),
+    "budget of one adapter": lambda c: replace(c, method="ewc", general=GeneralConfig("builtin", budget=0.1)),
+    "prompts that a test asks": asked_by_the_test,
+}
+
+
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_the_plan_refuses_what_the_run_refuses(kind: str, bases: Any, media_files: Path, tmp_path: Path) -> None:
+    """In the same words, and without a trace."""
+    folders = {"run_dir": str(tmp_path / "run"), "cache_dir": str(tmp_path / "cache")}
+    config = config_of(bases("llava"), stream=str(write_stream(tmp_path, media_files, "image")), **folders)
+    check_run(config)
+    config = UNUSABLE[kind](config)
+    before = tree(tmp_path)
+    with pytest.raises(KeepLoRAError) as by_plan:
+        check_run(config)
+    assert tree(tmp_path) == before
+    with pytest.raises(KeepLoRAError) as by_run, Run.open(config):
+        raise AssertionError("opened")
+    assert (type(by_plan.value), str(by_plan.value)) == (type(by_run.value), str(by_run.value))
+    assert tree(tmp_path) == before
 
 
 def test_without_weights_and_data_the_plan_says_what_it_assumed(bases: Any, tmp_path: Path) -> None:

@@ -86,9 +86,25 @@ def test_a_commands_help_shows_how_to_call_it(name: str, capsys: pytest.CaptureF
     assert re.search(rf"^    keeplora {name}( |$)", help_of(name, capsys), re.M)
 
 
-def test_the_flags_of_a_run_are_in_its_help(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "[--plan [--memory_gb GB]]" in help_of("run", capsys)
-    assert "[--memory_gb GB]" in help_of("plan", capsys)
+@pytest.mark.parametrize(
+    ("argv", "listed"),
+    [
+        (["run"], {"--plan": "do not begin it", "--memory_gb GB": "of so many GB"}),
+        (["plan"], {"--memory_gb GB": "of so many GB"}),
+        (["check"], {"--all": "every bad record"}),
+        (["check", "--config", "none.yaml"], {"--all": "every bad record"}),
+    ],
+)
+def test_what_a_command_reads_itself_is_listed_with_what_it_does(
+    argv: list[str], listed: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([*argv, "--help"])
+    text = capsys.readouterr().out
+    options = text[text.index("\noptions:\n") :].partition("\n\n")[0]
+    for option, meaning in listed.items():
+        assert re.search(rf"^  {option}\s+\S", options, re.M), options
+        assert meaning in re.sub(r"\s+", " ", options)
 
 
 def test_the_version_is_said(capsys: pytest.CaptureFixture[str]) -> None:
