@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from mllm_keeplora.command_line import INTERRUPTED
 from mllm_keeplora.commands.main import main
 from mllm_keeplora.continual.saved_run import load_run
 from mllm_keeplora.reports import trackers
-from tests.recipes.conftest import ROOT
+from tests.recipes.conftest import ROOT, Recipe
 
 PAGE = (ROOT / "docs/tutorial.md").read_text()
 # A file with its name in the line before, or commands.
@@ -83,10 +84,11 @@ class Tutorial:
 
 
 def test_the_tutorial_works_as_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With a Ctrl-C in the first run, after which the same command is given again, as the page says."""
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished.directory.parent / "weight_cache", "cache")  # of the same base
     stages: list[Any] = []
 
     def interrupt_once(_: Any, matrix: dict[str, Any]) -> None:
