@@ -1,4 +1,4 @@
-"""The Dockerfile without Docker: what it copies is there and enough, and its commands are those of scripts/_setup.sh."""
+"""The Dockerfile without Docker: what it copies is there and enough, its commands are those of scripts/_setup.sh."""
 
 import json
 import os
