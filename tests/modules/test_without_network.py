@@ -20,7 +20,7 @@ from mllm_keeplora.evaluation.errors import EvaluationError
 from mllm_keeplora.evaluation.judge import load_judge
 from mllm_keeplora.evaluation.lmms_model import KeepLoRAModel
 from mllm_keeplora.evaluation.task_files import ScoredTask
-from mllm_keeplora.modeling.loading import load_base
+from mllm_keeplora.modeling.loading import load_base, load_processor
 from mllm_keeplora.reports.publishing import _upload
 
 CLOSED = "http://127.0.0.1:9"
@@ -132,16 +132,20 @@ def test_a_judge_that_cannot_be_fetched(tmp_path: Path) -> None:
     assert type(caught.value).__name__ == "JudgeError"
 
 
-def test_a_benchmark_whose_data_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_benchmark_whose_data_cannot_be_fetched(tiny_llava: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An lmms-eval task on data of the hub; lmms-eval tries again as well, whose pauses are left out."""
     monkeypatch.setattr("tenacity.nap.time.sleep", lambda _: None)
     Path("tasks").mkdir()
     task = {"task": "far", "dataset_path": "nobody/benchmark", "test_split": "test", "output_type": "generate_until"}
     task |= {"doc_to_text": "q", "doc_to_target": "a", "metric_list": [{"metric": "exact_match"}]}
     Path("tasks/far.yaml").write_text(yaml.safe_dump(task))
+    processor = load_processor(ModelConfig(), str(tiny_llava))
+    model = KeepLoRAModel(torch.nn.Linear(1, 1), processor)
     entry = ScoredTask("far", "general", "far", "exact_match", 1.0)
     with pytest.raises(EvaluationError, match=r"far failed with.*nobody/benchmark.*folder HF_HOME.*`general`"):
-        score._run_lmms_eval(lambda: KeepLoRAModel(torch.nn.Linear(1, 1), None), [entry], Path("tasks"), False, 1, 1)
+        score._run_lmms_eval(
+            lambda: KeepLoRAModel(torch.nn.Linear(1, 1), processor), [entry], Path("tasks"), False, 1, 1
+        )
 
 
 def test_a_push_that_reaches_nothing(tmp_path: Path) -> None:
