@@ -3,8 +3,10 @@
     keeplora chat runs/vqa_small --image photo.png "What is shown?"
     keeplora chat runs/vqa_small --image photo.png                      asks until an empty line
     keeplora chat runs/video_small --video clip.mp4 "What happens?"
+    keeplora chat runs/dcl --task Med --image scan.png "Is the heart enlarged?"
 
-The prompt is that of training and evaluation, and answers are decoded greedily, as there.
+The prompt is that of training and evaluation, and answers are decoded greedily, as there. `--task` adds to each
+question what the stream adds to those of that task in evaluation.
 """
 
 import sys
@@ -24,6 +26,7 @@ def main(argv: Sequence[str]) -> None:
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--image", type=Path, help="what the questions are about; without it, text alone")
     shown.add_argument("--video", type=Path, help="a clip instead, sampled as the run sampled its clips")
+    parser.add_argument("--task", help="a task of the stream: adds to questions what is added to its own")
     parser.add_setting("max_new_tokens", NewTokens, "longest answer, in tokens (default: %(default)s)", default=128)
     given = parser.read(argv)
 
@@ -32,9 +35,10 @@ def main(argv: Sequence[str]) -> None:
 
     run = load_run(given.run)
     media = _open(run, given.image, given.video)
+    suffix = _suffix(run, given.task)
     model, processor = run.load_model()
     for question in _questions(given.question):
-        print(answer(model, processor, question, media, given.max_new_tokens), flush=True)
+        print(answer(model, processor, question + suffix, media, given.max_new_tokens), flush=True)
 
 
 def _open(run: Any, image: Path | None, video: Path | None) -> Any:
@@ -43,6 +47,23 @@ def _open(run: Any, image: Path | None, video: Path | None) -> Any:
     if video is not None:
         return run.reader().read(video)
     return None if image is None else load_image(image)
+
+
+def _suffix(run: Any, task: str | None) -> str:
+    """What is added to every question; without a task nothing is, and a stream that adds something is told of."""
+    from mllm_keeplora.data.stream import StreamError
+
+    try:
+        stream = run.stream(check_files=False)
+    except StreamError:
+        if task is not None:
+            raise
+        return ""  # the stream's YAML is not needed to ask a question
+    if task is not None:
+        return str(stream.question_suffix(task))
+    if adding := [spec.name for spec in stream.specs if stream.question_suffix(spec.name)]:
+        print(f"asked as it is; --task adds what the stream adds to questions of {', '.join(adding)}", file=sys.stderr)
+    return ""
 
 
 def _questions(given: str | None) -> Iterator[str]:

@@ -9,7 +9,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from mllm_keeplora.continual.saved_run import SavedRun, load_run
 from mllm_keeplora.data.collator import ChatCollator, ready_batch
-from mllm_keeplora.data.records import OTHER_ANSWERS, load_records
+from mllm_keeplora.data.records import load_records
 from mllm_keeplora.evaluation.answer import generation_settings
 from mllm_keeplora.modeling.linear4bit import free_4bit_weights
 from mllm_keeplora.modeling.loading import DTYPES, load_dense
@@ -65,13 +65,11 @@ def merge(run: SavedRun, dtype: torch.dtype) -> Any:
 def _test_batches(run: SavedRun, processor: Any, questions: int) -> list[dict[str, Tensor]]:
     stream = run.stream()
     task = stream.tasks[-1]
-    asked = task.test_prompt_suffix
-    suffix = asked if isinstance(asked, str) else asked[OTHER_ANSWERS]
     samples, _ = load_records(
         stream.source(task.test),
         stream.test_media_root(task),
         answers=stream.answers_file(task),
-        prompt_suffix=task.prompt_suffix + suffix,
+        prompt_suffix=stream.question_suffix(task.name),
         allow_text_only=task.allow_text_only,
         checker=None,
         extracted=stream.extracted,

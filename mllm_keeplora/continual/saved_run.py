@@ -107,14 +107,17 @@ class SavedRun:
         file = self.directory.edit
         return read_sealed(file, "make the adapter again") if file.exists() else None
 
-    def stream(self) -> Stream:
-        """The stream that the run was given; its YAML and its data have to be where they were.
+    def stream(self, *, check_files: bool = True) -> Stream:
+        """The stream that the run was given; its YAML has to be where it was.
+
+        Args:
+            check_files: whether its data have to be there, too.
 
         Raises:
             StreamError: they are not.
         """
         root = Path(self.config.data_root) if self.config.data_root else None
-        return load_stream(Path(self.config.stream), root, cache_dir=self.config.cache_dir)
+        return load_stream(Path(self.config.stream), root, check_files=check_files, cache_dir=self.config.cache_dir)
 
     def reader(self) -> VideoReader:
         """Decodes clips as the run did; nothing is cached."""
@@ -131,17 +134,20 @@ class SavedRun:
         image: Image.Image | str | Path | None = None,
         video: str | Path | None = None,
         max_new_tokens: int = 128,
+        task: str | None = None,
     ) -> str:
         """The model's greedy answer, prompted as in training; the model is loaded at the first question.
 
         Args:
-            question: text of the user's turn, with whatever the stream adds to questions.
+            question: text of the user's turn.
             image: what it is about, opened or as a file.
             video: a clip's file in place of an image, sampled as the run sampled its clips.
             max_new_tokens: longest answer, in tokens.
+            task: of the stream; what the stream adds to this task's questions is added. None adds nothing.
 
         Raises:
             ArtifactError, ConfigError, AdapterError: see `load_model`.
+            StreamError: the stream is not where it was, or has no such task.
             KeepLoRAError: a picture or a clip that cannot be read, or a question that cannot be asked this model.
         """
         shown: Any = image
@@ -149,8 +155,9 @@ class SavedRun:
             shown = self.reader().read(Path(video))
         elif isinstance(image, str | Path):
             shown = load_image(Path(image))
+        suffix = self.stream(check_files=False).question_suffix(task) if task is not None else ""
         model, processor = self.model
-        return answer(model, processor, question, shown, max_new_tokens)
+        return answer(model, processor, question + suffix, shown, max_new_tokens)
 
     @cached_property
     def matrix(self) -> pd.DataFrame:

@@ -205,11 +205,12 @@ def with_suffixes(sample: Sample, suffix: str) -> Sample:
     return replace(sample, messages=tuple(messages))
 
 
-def suffix_for(suffix: str | Mapping[str, str], answer: object) -> str:
-    """What is added to a question in evaluation alone; see `TaskSpec.test_prompt_suffix`."""
+def suffix_for(suffix: str | Mapping[str, str], answer: object | None = None) -> str:
+    """What is added to a question in evaluation alone; see `TaskSpec.test_prompt_suffix`. None: no known answer."""
     if isinstance(suffix, str):
         return suffix
-    return suffix.get(str(answer), suffix[OTHER_ANSWERS])
+    other = suffix[OTHER_ANSWERS]
+    return other if answer is None else suffix.get(str(answer), other)
 
 
 def select_evenly(n: int, fraction: float, cap: int | None = None) -> list[int]:

@@ -32,7 +32,7 @@ from mllm_keeplora.config import ConfigError, NewTokens
 from mllm_keeplora.data.conversation import Sample
 from mllm_keeplora.data.preflight import IMAGES_ONLY, Preflight
 from mllm_keeplora.data.record_files import EXTRACTED, RECORD_SUFFIXES, HubTable, content_hash
-from mllm_keeplora.data.records import OTHER_ANSWERS, SkippedRecord, load_records, named_media
+from mllm_keeplora.data.records import OTHER_ANSWERS, SkippedRecord, load_records, named_media, suffix_for
 from mllm_keeplora.errors import KeepLoRAError, did_you_mean
 from mllm_keeplora.resources import find, is_there
 from mllm_keeplora.runs.files import file_state
@@ -211,6 +211,18 @@ class Stream:
     def specs(self) -> tuple[TaskSpec | GeneralSpec, ...]:
         """The tasks, then the general benchmarks."""
         return (*self.tasks, *self.general)
+
+    def question_suffix(self, name: str) -> str:
+        """What evaluation adds to a question of a task or benchmark if its answer is not known.
+
+        Raises:
+            StreamError: the stream has none of that name.
+        """
+        for spec in self.specs:
+            if spec.name == name:
+                return spec.prompt_suffix + (suffix_for(spec.test_prompt_suffix) if isinstance(spec, TaskSpec) else "")
+        named = ", ".join(spec.name for spec in self.specs)
+        raise StreamError(f"the stream {self.name} has no task {shown(name)}; it has {named}")
 
     def train_file(self, task: TaskSpec) -> Path | HubTable:
         """The task's training records."""

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -36,6 +36,7 @@ CASES = [(family, media) for family in FAMILIES for media in FAMILIES[family].vi
 MAIN_MEDIA: dict[str, Media] = {
     name: "video" if "video" in family.vision_layers else "image" for name, family in FAMILIES.items()
 }
+IN_BF16 = ("qwen2_5_vl",)  # what the default suite runs; --slow runs them all
 
 
 @pytest.fixture(scope="session")
@@ -231,8 +232,8 @@ def test_an_image_family_refuses_clips(family: str, tiny: Any, media_root: Path)
         ChatCollator(processor, None, reader())(samples(media_root, "video"))
 
 
-def write_stream(root: Path, data: Path, media: Media) -> Path:
-    """A stream of one task, as files."""
+def write_stream(root: Path, data: Path, media: Media, tasks: Sequence[str] = ("colours",)) -> Path:
+    """A stream of these tasks, all with the same samples, as files."""
     suffix = "png" if media == "image" else "mp4"
     train = [
         {
@@ -256,13 +257,12 @@ def write_stream(root: Path, data: Path, media: Media) -> Path:
     (root / "test.json").write_text(json.dumps(test))
     (root / "media").symlink_to(data)
     task = {
-        "name": "colours",
         "train": "train.json",
         "media_root": "media",
         "metric": "exact",
         "max_new_tokens": 2,
     }
-    stream = {"name": "tiny", "data_root": str(root), "tasks": [{**task, **entry}]}
+    stream = {"name": "tiny", "data_root": str(root), "tasks": [{"name": name, **task, **entry} for name in tasks]}
     (root / "stream.yaml").write_text(yaml.safe_dump(stream))
     return root / "stream.yaml"
 
@@ -313,3 +313,38 @@ def test_a_whole_stage(family: str, tiny: Any, media_root: Path, tmp_path: Path,
     again = ChatCollator(stored, None, reader())(samples(media_root, media)[:2])
     assert torch.equal(again["input_ids"], batch["input_ids"])
     assert GenerationConfig.from_pretrained(tmp_path / "run/adapter").eos_token_id == [2]
+
+
+@pytest.mark.parametrize("family", [pytest.param(f, marks=[] if f in IN_BF16 else pytest.mark.slow) for f in FAMILIES])
+def test_two_stages_in_bf16(family: str, tiny: Any, media_root: Path, tmp_path: Path, one_thread: None) -> None:
+    """As a GPU computes; activations computed again in the backward pass are the same ones."""
+    stream = write_stream(tmp_path, media_root, MAIN_MEDIA[family], ("colours", "again"))
+    tower = TowerConfig(rank=2)
+    found = {}
+    for checkpointing in (False, True):
+        config = RunConfig(
+            run_dir=str(tmp_path / f"run_{checkpointing}"),
+            stream=str(stream),
+            model=ModelConfig(base_model=str(tiny(family)), device="cpu", compute_dtype="bfloat16"),
+            language=tower,
+            vision=tower,
+            probe=ProbeConfig(fraction=1.0, columns_per_rank=4, batch_size=3, refine=True),
+            train=TrainConfig(
+                max_steps=3,
+                per_device_train_batch_size=2,
+                learning_rate=1e-2,
+                activation_checkpointing=checkpointing,
+            ),
+            cache_dir=str(tmp_path / "cache"),
+            report_to=[],
+        )
+        run_stream(config)
+        run = load_run(config.run_dir)
+        assert [manifest["task"] for manifest in run.manifests] == [None, "colours", "again"]
+        assert max(module["leakage"] for manifest in run.manifests for module in manifest["modules"]) <= 1e-6
+        found[checkpointing] = read_adapter(run.adapter)
+    assert {len(a) for a, _ in found[True].values()} == {4}
+    for name, (a, b) in found[True].items():
+        again_a, again_b = found[False][name]
+        assert torch.equal(a, again_a) and torch.equal(b, again_b), name
+        assert b[:, :2].any() and b[:, 2:].any(), name
