@@ -143,9 +143,7 @@ def test_a_benchmark_whose_data_cannot_be_fetched(tiny_llava: Path, monkeypatch:
     model = KeepLoRAModel(torch.nn.Linear(1, 1), processor)
     entry = ScoredTask("far", "general", "far", "exact_match", 1.0)
     with pytest.raises(EvaluationError, match=r"far failed with.*nobody/benchmark.*folder HF_HOME.*`general`"):
-        score._run_lmms_eval(
-            lambda: KeepLoRAModel(torch.nn.Linear(1, 1), processor), [entry], Path("tasks"), False, 1, 1
-        )
+        score._run_lmms_eval(lambda: model, [entry], Path("tasks"), False, 1, 1)
 
 
 def test_a_push_that_reaches_nothing(tmp_path: Path) -> None:
