@@ -136,7 +136,7 @@ def measure_qwen(device_type: str, quick: bool) -> dict[str, Any]:
         for _ in range(2):  # the first one allocates and tunes
             started = time.perf_counter()
             loss = model(**batch).loss
-            value = float(loss)  # waits for the device
+            value = float(loss.detach())  # waits for the device
             forward = time.perf_counter()
             loss.backward()
             if device.type == "cuda":
