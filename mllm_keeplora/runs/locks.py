@@ -15,8 +15,8 @@ logger = logging.getLogger(__name__)
 # What NFS without a lock service, Lustre without `-o flock` and FUSE answer in place of a lock.
 NOT_SUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 SECOND_RUN = (
-    "a second run in this run_dir would not be noticed, and both would write over each other's files; start none there, "
-    "on no machine, before this one has ended"
+    "a second run in this run_dir would not be noticed, and both would write over each other's files; start none there "
+    "on any machine before this one has ended"
 )
 HELD = (errno.EACCES, errno.EAGAIN)  # POSIX allows both
 

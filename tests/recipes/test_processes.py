@@ -176,6 +176,14 @@ def test_prompts_of_past_tasks_get_the_same_replies(one: Compared, two: Compared
     assert len(one.seen[0]["recalled"]["replies"]) == 5
 
 
+def test_layers_are_gathered_once_for_all_tokens_of_an_evaluation(one: Compared, two: Compared) -> None:
+    """The process that has nothing to answer helps to gather, and then rests."""
+    for seen in (*one.seen, *two.seen):
+        short, long = seen["told"]
+        assert long["collectives"] == short["collectives"]
+    assert [[told["runs"] for told in seen["told"]] for seen in (*one.seen, *two.seen)] == [[4, 24], [4, 24], [0, 0]]
+
+
 @pytest.mark.parametrize("limit", [7, 1])
 def test_no_question_is_lost_or_asked_twice(one: Compared, two: Compared, limit: int) -> None:
     row = two.seen[0][f"row_{limit}"]
