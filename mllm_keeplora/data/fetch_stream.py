@@ -139,7 +139,7 @@ def _explain(hub: Hub, error: Exception) -> str:
     message = (str(cause).splitlines() or ["no message"])[0]
     return (
         f"it cannot be read ({type(cause).__name__}: {message}); files that have arrived are kept: see to "
-        f"the network, then {_AGAIN}"
+        f"the network, then {_AGAIN}; or fetch where there is a network and copy the folder"
     )
 
 

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mllm_keeplora.config import JudgeConfig
 from mllm_keeplora.data.records import clean_question
 from mllm_keeplora.distributed.progress import progress
-from mllm_keeplora.errors import KeepLoRAError
+from mllm_keeplora.errors import KeepLoRAError, without_network
 from mllm_keeplora.evaluation.answer import greedy, own_stop_tokens
 from mllm_keeplora.evaluation.metrics import summarize
 from mllm_keeplora.evaluation.score import Score
@@ -225,7 +225,8 @@ def _judge_directory(settings: JudgeConfig) -> Path:
             directory = Path(snapshot_download(settings.judge, revision=settings.revision, allow_patterns=MODEL_FILES))
         except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
             raise JudgeError(
-                f"judge {settings.judge!r} is neither a directory here nor a hub model that can be fetched: {error}"
+                f"judge {settings.judge!r} is neither a directory here nor a hub model that can be fetched: {error}; "
+                f"{without_network(settings.judge)}"
             ) from error
     if not (directory / "config.json").is_file() or not any(directory.glob("*.safetensors")):
         raise JudgeError(

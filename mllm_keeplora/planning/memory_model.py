@@ -156,7 +156,7 @@ class MemoryModel:
     def _evaluation(self) -> dict[str, int]:
         """Keys and values of prompt and answer, and the forward of the prompt."""
         batch, vocabulary = self.config.evaluation.batch_size, self.model.config.get_text_config().vocab_size
-        language, *vision = self._towers(batch, "B")
+        language, *vision = self.towers(batch, "B")
         key_width = language.linears[language.family.keys].out_features
         cache = 2 * (language.rows + batch * self.new_tokens) * key_width * self.itemsize
         seeing = sum(tower.hidden_states() + tower.working() for tower in vision)
@@ -177,7 +177,7 @@ class MemoryModel:
         # Embeddings, what the media's features are written into, and the last norm's fp32 copy.
         kept = batch * self.shape.pixels * self.itemsize + tokens * text.hidden_size * (3 * self.itemsize + 4)
         working = LOGITS_FACTOR * 4 * batch * self.shape.supervised * text.vocab_size
-        for tower in self._towers(batch, seen):
+        for tower in self.towers(batch, seen):
             if tower.name == "vision" and not self.config.vision.adapt:
                 kept += tower.hidden_states()
             elif self.config.train.activation_checkpointing:
@@ -188,20 +188,20 @@ class MemoryModel:
                 working = max(working, tower.working())
         return kept, working
 
-    def _towers(self, batch: int, seen: Seen) -> list["_Tower"]:
+    def towers(self, batch: int, seen: Seen) -> list["TowerMemory"]:
         """The language tower, and the vision tower where the sample shows something."""
         family, shape = family_of(self.model.config), self.shape
         towers: list[tuple[Tower, str, int]] = [("language", family.language_layers, shape.tokens)]
         if shape.media is not None:
             towers.append(("vision", family.vision_layers[shape.media], shape.vision_tokens))
         return [
-            _Tower(self, family, name, list(self.model.get_submodule(layers).children()), rows, batch, seen)
+            TowerMemory(self, family, name, list(self.model.get_submodule(layers).children()), rows, batch, seen)
             for name, layers, rows in towers
         ]
 
 
 @dataclass(frozen=True)
-class _Tower:
+class TowerMemory:
     """What a tower's layers leave behind and work with for one batch, in bytes."""
 
     memory: MemoryModel

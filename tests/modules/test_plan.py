@@ -333,14 +333,14 @@ def test_probe_passes_are_the_methods(method: str, bases: Any, media_files: Path
     assert measured_rates(config, "of another base") is None
     rates, passes = measured_rates(config, "of the base"), PASSES.get(method, 0)
     assert rates is not None
-    assert rates[1:] == (2.0, 12.0 / (4 * passes) if passes else 0.0, 1.5)
+    assert rates[1:] == (2.0, 12.0 / (4 * passes) if passes else 0.0, 1.5, 0.0, 0.0)
 
     plan = replace(make_plan(config, memory_gb=1.0), rates=rates)
     [work] = plan.work
     learns = method != "zero_shot"
     assert (work.probe_passes, work.probe_samples, work.steps) == (passes, 4 * learns, 1 * learns)
     # One step, and the rows before and after it with two questions each.
-    assert plan.seconds() == pytest.approx(2.0 * learns + 12.0 * bool(passes) + 2 * 2 * 1.5)
+    assert plan.seconds(rates) == pytest.approx(2.0 * learns + 12.0 * bool(passes) + 2 * 2 * 1.5)
     text = format_plan(plan)
     assert ("a probe sample" in text) == (f"{passes} x 4" in text) == bool(passes)
 
@@ -420,7 +420,7 @@ def test_a_plan_before_and_after_a_run(bases: Any, media_files: Path, tmp_path: 
     plan = make_plan(config)
     text = format_plan(plan)
     assert tree(tmp_path) == before
-    assert "no measured rate" in text and "0 of 26 cached" in text and "colours, record" in text
+    assert "nothing measured" in text and "0 of 26 cached" in text and "colours, record" in text
     [work] = plan.work
     assert (work.samples, work.probe_samples, work.questions) == (4, 4, 2)
 
@@ -570,6 +570,9 @@ def test_the_flags_are_no_settings() -> None:
     flags, rest = parse_flags(["--plan", "--seed", "3", "--memory_gb", "24"])
     assert (flags.plan, flags.memory_gb, rest) == (True, 24.0, ["--seed", "3"])
     assert parse_flags(["--seed", "3"])[1] == ["--seed", "3"]
+    assert parse_flags(["--measure", "--plan"])[0].measure
+    with pytest.raises(ConfigError, match="--measure: it goes with --plan"):
+        parse_flags(["--measure"])
     for wrong in (["--memory_gb", "24"], ["--plan", "--memory_gb", "much"], ["--plan", "--memory_gb", "0"]):
         with pytest.raises(ConfigError, match="memory_gb"):
             parse_flags(wrong)
