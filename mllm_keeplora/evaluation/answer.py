@@ -12,7 +12,6 @@ from mllm_keeplora.data.chat_template import ChatForm, chat_form
 from mllm_keeplora.data.collator import prepare_questions
 from mllm_keeplora.data.conversation import Message
 from mllm_keeplora.data.video.reader import Clip
-from mllm_keeplora.distributed.sharding import is_sharded
 from mllm_keeplora.evaluation.errors import LogitsError
 
 
@@ -99,7 +98,7 @@ def generate_replies(
     """One greedy reply for each row of `inputs`, without the token that ended it.
 
     Args:
-        model: in eval mode.
+        model: in eval mode; one that is sharded is `gathered`.
         processor: the model's.
         form: the processor's.
         inputs: of `prepare_questions`.
@@ -115,7 +114,6 @@ def generate_replies(
             **inputs,
             generation_config=settings,
             logits_processor=LogitsProcessorList([_FiniteLogits()]),
-            synced_gpus=is_sharded(model),
         )
     replies = sequences[:, inputs["input_ids"].shape[1] :].tolist()
     ends = [next((at for at, token in enumerate(reply) if token in stops), None) for reply in replies]

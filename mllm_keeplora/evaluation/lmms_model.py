@@ -26,7 +26,7 @@ from mllm_keeplora.data.conversation import Message, Part, Role
 from mllm_keeplora.data.images import load_image
 from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.distributed.progress import progress
-from mllm_keeplora.distributed.sharding import fillers
+from mllm_keeplora.distributed.sharding import gathered
 from mllm_keeplora.evaluation.answer import generate_replies, inference_state
 from mllm_keeplora.evaluation.errors import EvaluationError
 from mllm_keeplora.runs.run_directory import ADAPTER_HASHES
@@ -36,7 +36,6 @@ logger = logging.getLogger(__name__)
 # lmms-eval's own LLaVA wrapper generates this many tokens where a task names no limit.
 DEFAULT_MAX_NEW_TOKENS = 1024
 _VIDEO_PREFIX = "video_"
-_NO_QUESTION = [Message("user", ("?",))]
 # Sampling settings that stock tasks carry; a greedy decoder allows only the values that mean greedy.
 GREEDY_SETTINGS: Mapping[str, tuple[Any, ...]] = {
     "do_sample": (False, None),
@@ -145,9 +144,9 @@ class KeepLoRAModel(lmms):
         """
         answers: dict[int, str] = {}
         self._beyond_context: Counter[str] = Counter()
-        with inference_state(self.model), progress("answering", "questions", total=len(requests)) as bar:
-            batches = list(self._batches(requests))
-            for batch in [*batches, *fillers(self.model, batches, batches[-1] if batches else [])]:
+        bar = progress("answering", "questions", total=len(requests))
+        with gathered(self.model), inference_state(self.model), bar:
+            for batch in self._batches(requests):
                 replies = self._answer([requests[index] for index in batch])
                 answers.update(zip(batch, replies, strict=True))
                 bar.update(len(batch))
@@ -181,10 +180,6 @@ class KeepLoRAModel(lmms):
                 yield indices[start : start + self.batch_size]
 
     def _answer(self, batch: list[Instance]) -> list[str]:
-        if not batch:  # a process without questions runs a sharded model's layers for the others' sake
-            inputs = prepare_questions(self.processor, [_NO_QUESTION], self.device, self.form)
-            generate_replies(self.model, self.processor, self.form, inputs, 1)
-            return []
         questions = []
         for request in batch:
             _, doc_to_messages, _, doc_id, task, split = request.args

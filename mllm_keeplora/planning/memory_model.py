@@ -47,6 +47,7 @@ class MemoryModel:
     stages: int  # of the stream; the last one holds the largest accumulated adapter
     new_tokens: int  # most tokens generated for an answer
     on_cpu: bool  # the model lies in host memory, where a stage's host copies count too
+    spread: int = 1  # processes that hold a share of the language layers each, in place of all of them
 
     @cached_property
     def method(self) -> Method:
@@ -82,19 +83,31 @@ class MemoryModel:
 
     def phases(self) -> dict[str, dict[str, int]]:
         """Phase -> item -> bytes."""
-        packed, rest = base_bytes(self.model, self.config.model)
-        base = {"base, 4-bit layers": packed, "base, compute dtype": rest}
+        base, spread, answering = self._bases()
         adapter = 4 * self.stages * self.factors() * (2 if self.on_cpu else 1)
         return {
             "weight bases": {**base, "largest temporary": self._decomposition()},
-            "probe": {**base, "accumulated adapter": adapter, **self._probe()},
-            "train": {**base, "accumulated adapter": adapter - 4 * self.factors(), **self._train()},
-            "evaluation": {**base, "accumulated adapter": adapter, **self._evaluation()},
+            "probe": {**spread, "accumulated adapter": adapter, **self._probe()},
+            "train": {**spread, "accumulated adapter": adapter - 4 * self.factors(), **self._train()},
+            "evaluation": {**answering, "accumulated adapter": adapter, **self._evaluation()},
         }
 
     def peak(self) -> int:
         """Largest sum of a phase."""
         return max(sum(items.values()) for items in self.phases().values())
+
+    def _bases(self) -> list[dict[str, int]]:
+        """The base: whole, spread with one language layer gathered, and gathered wholly beside this process's share."""
+        layers = self.model.get_submodule(family_of(self.model.config).language_layers)
+        whole = base_bytes(self.model, self.config.model)
+        shared = base_bytes(self.model, self.config.model, layers)
+        sizes = [whole, whole, whole]
+        if self.spread > 1:
+            shares = [size // self.spread for size in shared]
+            one = [size // len(list(layers.children())) for size in shared]
+            spread = [w - s + own + o for w, s, own, o in zip(whole, shared, shares, one, strict=True)]
+            sizes[1:] = [spread, [w + own for w, own in zip(whole, shares, strict=True)]]
+        return [{"base, 4-bit layers": packed, "base, compute dtype": rest} for packed, rest in sizes]
 
     def _decomposition(self) -> int:
         """E1 on the layer that needs most: the dequantised weight in fp32, its eigenproblem, the basis."""
@@ -286,18 +299,26 @@ def optimizer_state(name: str) -> int:
     return next((size for part, size in _OPTIMIZER_STATE.items() if part in name), 8)
 
 
-def base_bytes(model: PreTrainedModel, config: ModelConfig) -> tuple[int, int]:
-    """(bytes of the 4-bit layers, bytes of everything that stays in the compute dtype) of the loaded base."""
-    itemsize = DTYPES[config.compute_dtype].itemsize
+def base_bytes(model: PreTrainedModel, config: ModelConfig, part: nn.Module | None = None) -> tuple[int, int]:
+    """(bytes of the 4-bit layers, bytes of everything that stays in the compute dtype) of the loaded base, or a part.
+
+    Args:
+        model: without weights.
+        config: how it is loaded.
+        part: module of the model; None for all of it.
+    """
+    part, itemsize = model if part is None else part, DTYPES[config.compute_dtype].itemsize
+    own = {id(parameter) for parameter in part.parameters()}
     apart = tuple(f"{name}." for name in family_of(model.config).not_quantised)
     packed = {
         id(module.weight): nf4_bytes(module.weight.numel())
         for name, module in model.named_modules()
         # Exactly nn.Linear: the output layer of nn.MultiheadAttention, a subclass, is left as it is.
         if config.quantization == "nf4" and type(module) is nn.Linear and not f"{name}.".startswith(apart)
+        if id(module.weight) in own
     }
-    rest = sum(p.numel() * itemsize for p in model.parameters() if id(p) not in packed)
-    return sum(packed.values()), rest + sum(b.nbytes for b in model.buffers())
+    rest = sum(p.numel() * itemsize for p in part.parameters() if id(p) not in packed)
+    return sum(packed.values()), rest + sum(b.nbytes for b in part.buffers())
 
 
 def nf4_bytes(numbers: int) -> int:

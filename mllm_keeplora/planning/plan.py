@@ -4,7 +4,8 @@ The base model is built without weights from its config, its layers are found as
 everything else is arithmetic on shapes. The plan opens the config, the processor, the headers of the weights
 and (where the data are there) the records and one sample a task. It writes nothing.
 
-Numbers are those of one process.
+Numbers are those of one process. A base that is spread over several is whole in the phases that need it whole: weight
+bases and evaluation.
 """
 
 import math
@@ -29,6 +30,7 @@ from mllm_keeplora.data.record_files import HubTable
 from mllm_keeplora.data.records import read_records, select_evenly
 from mllm_keeplora.data.stream import GeneralSpec, Stream, TaskSpec, load_stream, named_paths
 from mllm_keeplora.data.video.reader import VideoReader
+from mllm_keeplora.distributed.processes import num_processes
 from mllm_keeplora.distributed.sharding import sharding_asked
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.linalg.sketch import HELD_OUT_SHARE
@@ -172,9 +174,10 @@ def make_plan(config: RunConfig, memory_gb: float | None = None) -> Plan:
     device, available, on_cpu = _device(config.model, memory_gb)
     new_tokens = max(spec.max_new_tokens for spec in stream.specs)
     base_hash = _known_hash(config)
+    spread = num_processes() if sharding_asked() else 1
     return Plan(
         weights=skeleton.describe_weights(config.model, model),
-        memory=MemoryModel(model, targets, config, shape, len(stream.tasks), new_tokens, on_cpu),
+        memory=MemoryModel(model, targets, config, shape, len(stream.tasks), new_tokens, on_cpu, spread),
         excluded=left_out(model, targets, config),
         work=[_work(run, number) for number in range(1, len(stream.tasks) + 1)],
         general={spec.name: _questions(stream, spec, config) for spec in stream.general},
@@ -378,14 +381,11 @@ def check_fits(plan: Plan) -> None:
 def warn_of_memory(config: RunConfig) -> None:
     """Compares a run's peak with its device before it begins: what is only estimated stops no run that may fit.
 
-    A plan that cannot be made says nothing here: the run refuses the same settings in its own words. Nor is one
-    compared whose base is spread over several devices.
+    A plan that cannot be made says nothing here: the run refuses the same settings in its own words.
 
     Raises:
         PlanError: the peak is more than `IMPOSSIBLE` times what is free.
     """
-    if sharding_asked():
-        return
     try:
         plan = make_plan(config)
     except KeepLoRAError:

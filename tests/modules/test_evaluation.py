@@ -38,7 +38,6 @@ from mllm_keeplora.continual.saved_run import load_run
 from mllm_keeplora.data.stream import GeneralSpec, Stream, TaskSpec
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.eval import leaderboard
-from mllm_keeplora.evaluation import lmms_model
 from mllm_keeplora.evaluation.answer import inference_state
 from mllm_keeplora.evaluation.errors import EvaluationError
 from mllm_keeplora.evaluation.lmms_model import KeepLoRAModel
@@ -405,24 +404,6 @@ def ask(live: tuple[Any, Any], messages: Any = None, **settings: Any) -> str:
 
 def test_a_process_without_questions_answers_none(live: tuple[Any, Any]) -> None:
     assert KeepLoRAModel(*live).generate_until([]) == []
-
-
-@pytest.mark.parametrize("questions, others", [(0, 2), (1, 3), (2, 2)])
-def test_a_sharded_model_runs_as_often_as_that_of_others(
-    live: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, questions: int, others: int
-) -> None:
-    """A process with fewer questions, or none, fills up; its own answers stay."""
-    runs: list[int] = []
-    reply = ask(live, max_new_tokens=3)
-    monkeypatch.setattr(lmms_model, "fillers", lambda _, batches, filler: [filler] * (others - len(batches)))
-    generate = lmms_model.generate_replies
-    monkeypatch.setattr(lmms_model, "generate_replies", lambda *args: runs.append(1) or generate(*args))
-    wrapper = KeepLoRAModel(*live)
-    wrapper.task_dict = {"t": {"test": {0: {}, 1: {}}}}
-    messages = [{"role": "user", "content": [{"type": "text", "text": QUESTIONS[1]}]}]
-    requests = [Request(number, messages, {"max_new_tokens": 3}) for number in range(questions)]
-    assert wrapper.generate_until(requests) == [reply] * questions
-    assert len(runs) == others
 
 
 def test_max_new_tokens_and_until_are_honoured(live: tuple[Any, Any]) -> None:

@@ -56,6 +56,7 @@ from mllm_keeplora.planning.plan import (
 from mllm_keeplora.planning.skeleton import (
     ASSUMED_TEXT_TOKENS,
     assumed_shape,
+    build_processor,
     build_skeleton,
     describe_weights,
     sample_shape,
@@ -145,6 +146,31 @@ def test_the_skeleton_has_the_bytes_and_the_targets_of_the_loaded_model(family: 
     assert targets == targets_of(model, config, media)
     linears = sum(isinstance(module, nn.Linear) for module in model.modules())
     assert len(targets) + sum(left_out(skeleton, targets, config).values()) == linears
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+def test_a_spread_base_is_whole_in_an_evaluation_alone(family: str, quantization: str, bases: Any) -> None:
+    """Beside the share that a process keeps; in training one layer of the two is gathered at a time."""
+    config = config_of(bases(family), model=ModelConfig(str(bases(family)), device="cpu", quantization=quantization))
+    skeleton = build_skeleton(config.model)
+    shape = assumed_shape(build_processor(config.model), skeleton, config)
+    alone = MemoryModel(skeleton, targets_of(skeleton, config, {"image"}), config, shape, 1, 4, on_cpu=True)
+    layers = skeleton.get_decoder().layers
+    assert len(layers) == 2
+    shared = sum(base_bytes(skeleton, config.model, layers))
+    assert shared == sum(sum(base_bytes(skeleton, config.model, layer)) for layer in layers) > 0
+
+    def base(spread: int) -> dict[str, int]:
+        phases = replace(alone, spread=spread).phases()
+        return {name: sum(n for item, n in items.items() if item.startswith("base")) for name, items in phases.items()}
+
+    whole = sum(base_bytes(skeleton, config.model))
+    assert base(1) == dict.fromkeys(("weight bases", "probe", "train", "evaluation"), whole)
+    for spread in (2, 8):
+        training = pytest.approx(whole - shared + shared / spread + shared / 2, abs=4)
+        answering = pytest.approx(whole + shared / spread, abs=4)
+        assert base(spread) == {"weight bases": whole, "probe": training, "train": training, "evaluation": answering}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
