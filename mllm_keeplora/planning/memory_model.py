@@ -101,7 +101,7 @@ class MemoryModel:
         layers = self.model.get_submodule(family_of(self.model.config).language_layers)
         whole = base_bytes(self.model, self.config.model)
         shared = base_bytes(self.model, self.config.model, layers)
-        sizes = [whole, whole, whole]
+        sizes: list[Sequence[int]] = [whole, whole, whole]
         if self.spread > 1:
             shares = [size // self.spread for size in shared]
             one = [size // len(list(layers.children())) for size in shared]
