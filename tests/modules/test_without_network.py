@@ -1,7 +1,7 @@
 """Where nothing answers under the hub's address: one line while its client tries again, and an error that helps."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +78,21 @@ COMMANDS: dict[str, tuple[Callable[[], list[str]], list[str]]] = {
 }
 
 
+@pytest.fixture
+def hub_lines() -> Iterator[list[str]]:
+    """What the hub's client says behind the filter; pytest's own handler does not reach it in every order of tests."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    logger.addHandler(handler)
+    yield lines
+    logger.removeHandler(handler)
+
+
 @pytest.mark.parametrize("what", COMMANDS)
 def test_a_command_says_once_that_nothing_answers_and_what_to_do(
-    what: str, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    what: str, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, hub_lines: list[str]
 ) -> None:
     arguments, expected = COMMANDS[what]
     try:
@@ -91,7 +103,7 @@ def test_a_command_says_once_that_nothing_answers_and_what_to_do(
     captured = capfd.readouterr()
     said = captured.out + captured.err
     assert all(text in said for text in expected), said
-    lines = [line.getMessage() for line in caplog.records] + said.splitlines()
+    lines = [*hub_lines, *said.splitlines()]
     assert not [line for line in lines if "Retrying in" in line or "thrown while requesting" in line]
     assert sum("the Hugging Face hub does not answer" in line.getMessage() for line in caplog.records) <= 1
 
@@ -103,21 +115,13 @@ def test_the_one_line_names_the_reason(caplog: pytest.LogCaptureFixture) -> None
     assert "Connection refused" in line
 
 
-def test_other_lines_of_the_hubs_client_stay() -> None:
+def test_other_lines_of_the_hubs_client_stay(hub_lines: list[str]) -> None:
     """Such as how long it waits by the hub's own wish."""
     with pytest.raises(SystemExit):
         main(["nothing"])
-    records: list[logging.LogRecord] = []
-    handler = logging.Handler()
-    handler.emit = records.append  # type: ignore[method-assign]
-    logger = logging.getLogger("huggingface_hub.utils._http")
-    logger.addHandler(handler)
-    try:
-        for text in ("'x' thrown while requesting GET y", "Retrying in 1s [Retry 1/5].", "Rate limited. Waiting 301s"):
-            logger.warning(text)
-    finally:
-        logger.removeHandler(handler)
-    assert [record.getMessage() for record in records] == ["Rate limited. Waiting 301s"]
+    for text in ("'x' thrown while requesting GET y", "Retrying in 1s [Retry 1/5].", "Rate limited. Waiting 301s"):
+        logging.getLogger("huggingface_hub.utils._http").warning(text)
+    assert hub_lines == ["Rate limited. Waiting 301s"]
 
 
 def test_weights_that_cannot_be_fetched() -> None:
