@@ -416,7 +416,7 @@ def test_a_sharded_model_runs_as_often_as_that_of_others(
     reply = ask(live, max_new_tokens=3)
     monkeypatch.setattr(lmms_model, "fillers", lambda _, batches, filler: [filler] * (others - len(batches)))
     generate = lmms_model.generate_replies
-    monkeypatch.setattr(lmms_model, "generate_replies", lambda *args: runs.append(1) or generate(*args))
+    monkeypatch.setattr(lmms_model, "generate_replies", lambda *args, **rules: runs.append(1) or generate(*args))
     wrapper = KeepLoRAModel(*live)
     wrapper.task_dict = {"t": {"test": {0: {}, 1: {}}}}
     messages = [{"role": "user", "content": [{"type": "text", "text": QUESTIONS[1]}]}]
