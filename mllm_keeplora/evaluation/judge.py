@@ -261,7 +261,7 @@ def _judge_missing(judge: Judge, verdicts: "_Verdicts", replies: Sequence[Reply]
     missing = [reply for key, reply in unique.items() if key not in verdicts.texts]
     logger.info(f"{len(replies)} replies, {len(unique)} different, {len(missing)} to judge")
     # Longest first: running out of memory shows at once.
-    missing.sort(key=lambda reply: len("".join(reply)), reverse=True)
+    missing.sort(key=lambda reply: len(reply.question + reply.truth + reply.reply), reverse=True)
     try:
         with progress("judging", "replies", total=len(missing)) as bar:
             for start in range(0, len(missing), batch_size):
