@@ -17,7 +17,6 @@ Doc = dict[str, Any]
 Caption = dict[str, Any]
 
 
-
 def captions(doc: Doc, replies: list[str]) -> dict[str, Caption]:
     """The reply, cut to 300 characters, and what it is compared with; scored by `corpus_score`.
 

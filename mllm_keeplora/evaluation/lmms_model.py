@@ -250,9 +250,7 @@ class KeepLoRAModel(lmms):
             )
         most = self._fitting
         parts = range(0, len(batch), most)
-        return [
-            reply for at in parts for reply in self._generate(batch[at : at + most], conversations[at : at + most])
-        ]
+        return [reply for at in parts for reply in self._generate(batch[at : at + most], conversations[at : at + most])]
 
     def _generate_together(self, batch: list[_Question], conversations: list[list[Message]]) -> list[str]:
         decoding = _read_decoding(batch[0].first.args[2])
