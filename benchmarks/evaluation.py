@@ -208,8 +208,8 @@ def vga_row(config: RunConfig, options: Options) -> Row:
     ours, theirs = (statistics.median(seconds[name]) for name in ("ours", "theirs"))
     return Row(
         8,
-        f"{count} questions about pictures of {VGA[0]}x{VGA[1]}, JPEG, the small base in fp32, batch {VGA_BATCH}; beside "
-        "lmms-eval's `llava_hf_chat` in process",
+        f"{count} questions about pictures of {VGA[0]}x{VGA[1]}, JPEG, the small base in fp32, batch {VGA_BATCH}; "
+        "beside lmms-eval's `llava_hf_chat` in process",
         f"{ours:.1f} s, {count / ours:.0f} questions/s",
         f"{theirs:.1f} s, {count / theirs:.0f} questions/s",
         f"{faster} times as fast, equal scores",

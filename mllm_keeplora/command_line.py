@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import cache
 from importlib.metadata import requires
 from pathlib import Path
 from types import NoneType, UnionType
@@ -235,6 +236,8 @@ def _prepare() -> None:
     logging.getLogger("mllm_keeplora").setLevel(logging.INFO)
     for handler in logging.getLogger().handlers:
         handler.addFilter(_without_rank)
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own, and would say all twice
+    logging.getLogger("huggingface_hub.utils._http").addFilter(_no_retry)
     # transformers deprecates a property that bitsandbytes' integration still reads; a user cannot act on it.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
@@ -243,6 +246,19 @@ def _without_rank(record: logging.LogRecord) -> bool:
     """accelerate's logger puts the process before every line; the main one alone writes any."""
     record.msg = str(record.msg).removeprefix("[RANK 0] ")
     return True
+
+
+def _no_retry(record: logging.LogRecord) -> bool:
+    """The hub's client writes two lines for each of its six tries: one stands for all; waits that it names stay."""
+    what, tried, _ = record.getMessage().partition(" thrown while requesting ")
+    if tried:
+        _say_retries(what)
+    return not (tried or what.startswith("Retrying in "))
+
+
+@cache
+def _say_retries(what: str) -> None:
+    logging.getLogger(__name__).warning(f"the Hugging Face hub does not answer ({what}); trying again for a while")
 
 
 def _end(line: str, status: int = 2) -> NoReturn:

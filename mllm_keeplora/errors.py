@@ -12,6 +12,20 @@ class ConfigError(KeepLoRAError, ValueError):
     """A setting that cannot be used; the message names it and says what it should be."""
 
 
+def without_network(repo: str, kind: str = "model") -> str:
+    """What to do where the hub cannot be reached: a sentence's end.
+
+    Args:
+        repo: its id on the hub.
+        kind: model or dataset.
+    """
+    option = "" if kind == "model" else f" --repo-type {kind}"
+    return (
+        f"without a network, fetch it where there is one (hf download {repo}{option} --local-dir FOLDER), copy the "
+        "folder and name it in place of the id"
+    )
+
+
 def did_you_mean(name: str, known: Iterable[str], dashes: str = "") -> str:
     """` (did you mean 'train.learning_rate'?)` for a name that is close to a known one or begins it, else "".
 

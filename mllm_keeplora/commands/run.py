@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from mllm_keeplora.commands.plan import MEMORY_GB, PLAN, parse_flags, print_plan
+from mllm_keeplora.commands.plan import FLAGS, PLAN, parse_flags, print_plan
 from mllm_keeplora.config import RunConfig, parse_config
 from mllm_keeplora.runs.run_directory import RunDirectory
 
@@ -27,9 +27,9 @@ def main(argv: Sequence[str], default_config: Path = Path("recipes/configs/vqa/s
         default_config: settings where `--config` names none.
     """
     flags, settings = parse_flags(argv)
-    config = parse_config(__doc__, default_config, settings, flags={"plan": PLAN, "memory_gb GB": MEMORY_GB})
+    config = parse_config(__doc__, default_config, settings, flags={"plan": PLAN, **FLAGS})
     if flags.plan:
-        print_plan(config, flags.memory_gb)
+        print_plan(config, flags)
     else:
         _run(config)
 

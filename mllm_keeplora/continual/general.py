@@ -32,7 +32,7 @@ from mllm_keeplora.distributed.processes import (
     sum_of_all,
 )
 from mllm_keeplora.distributed.progress import progress
-from mllm_keeplora.distributed.sharding import fillers
+from mllm_keeplora.distributed.sharding import fillers, gathered
 from mllm_keeplora.evaluation.answer import greedy_replies, inference_state
 from mllm_keeplora.linalg.sketch import extend_basis_from_sketch
 from mllm_keeplora.methods.base import Method
@@ -217,12 +217,12 @@ def _ask(run: RunContext, model: Model, asked: Sequence[Sample], new_tokens: int
     size = run.config.evaluation.batch_size
     order = sorted(range(len(asked)), key=lambda i: sum(len(message.text) for message in asked[i].messages))
     rows = [order[start : start + size] for start in range(0, len(order), size)]
-    shared, own = own_share(rows), dict[int, str]()
-    with_fillers = [*shared, *fillers(model, shared, rows[0])]  # a sharded model answers on all processes or on none
-    for number, row in enumerate(progress("own replies", "batches", with_fillers)):
-        conversations = [decoded(asked[i].messages, run.reader) for i in row]
-        said = greedy_replies(model, run.processor, conversations, new_tokens)
-        own |= dict(zip(row, said, strict=True)) if number < len(shared) else {}
+    own: dict[int, str] = {}
+    with gathered(model):
+        for row in progress("own replies", "batches", own_share(rows)):
+            conversations = [decoded(asked[i].messages, run.reader) for i in row]
+            said = greedy_replies(model, run.processor, conversations, new_tokens)
+            own |= dict(zip(row, said, strict=True))
     every = {i: reply for part in gather(own) for i, reply in part.items()}
     return [every[i] for i in range(len(asked))]
 

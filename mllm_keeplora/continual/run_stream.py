@@ -118,7 +118,7 @@ def _run_missing_stages(run: Run, after_stage: AfterStage) -> None:
         task = run.history.task_name(number)
         if task is None:
             logger.info("stage 0: measuring the starting model")
-            _measure_start(run, past)
+            measure_start(run, past)
         else:
             logger.info(f"stage {number} of {len(run.stream.tasks)}: {task}")
             past = run_stage(run, number, past)
@@ -140,7 +140,7 @@ def _say_other_process_count(run: Run) -> None:
         )
 
 
-def _measure_start(run: Run, past: Factors) -> None:
+def measure_start(run: Run, past: Factors) -> None:
     """Row 0: what the starting model can do."""
     with run.stage(0) as stage:
         stage.evaluate(stage.current_model(past))

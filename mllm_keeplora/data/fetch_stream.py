@@ -4,7 +4,6 @@ Files that have arrived whole are kept after an interruption, the others are beg
 too: without them the next call would download them again.
 """
 
-import fcntl
 import os
 import shutil
 import tarfile
@@ -36,6 +35,7 @@ from mllm_keeplora.data.stream import (
 from mllm_keeplora.distributed.progress import progress
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.runs.files import atomic_path, file_state
+from mllm_keeplora.runs.locks import is_held
 from mllm_keeplora.units import format_bytes
 
 # Longer ones first: .tar.gz is not a .gz.
@@ -91,9 +91,11 @@ def _alone(root: Path) -> Iterator[None]:
     root.mkdir(parents=True, exist_ok=True)
     with (root / ".fetch.lock").open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise FetchError(f"another command is fetching to {root}; wait for its end") from error
+            held = is_held(lock, f"a second fetch to {root} would remove what this one has begun; start none meanwhile")
+        except OSError as error:
+            raise FetchError(f"{root} cannot be locked: {error}; name another data_root") from error
+        if held:
+            raise FetchError(f"another command is fetching to {root}; wait for its end")
         for leftover in (root / ".cache" / "huggingface" / "download").rglob("*.incomplete"):
             leftover.unlink(missing_ok=True)
         yield
@@ -137,7 +139,7 @@ def _explain(hub: Hub, error: Exception) -> str:
     message = (str(cause).splitlines() or ["no message"])[0]
     return (
         f"it cannot be read ({type(cause).__name__}: {message}); files that have arrived are kept: see to "
-        f"the network, then {_AGAIN}"
+        f"the network, then {_AGAIN}; or fetch where there is a network and copy the folder"
     )
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mllm_keeplora.errors import KeepLoRAError
+from mllm_keeplora.errors import KeepLoRAError, without_network
 from mllm_keeplora.regular_files import irregular_kind
 from mllm_keeplora.runs.files import atomic_path
 
@@ -260,8 +260,8 @@ def _hub_rows(table: HubTable, extracted: Path) -> Iterator[Any]:
         ).with_format("arrow")
     except (DatasetsError, HfHubHTTPError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise RecordError(
-            f"{table} cannot be read ({type(error).__name__}: {error}); see to its id, config, split and revision, to "
-            "the network, or log in by `hf auth login`"
+            f"{table} cannot be read ({type(error).__name__}: {error}); see to its id, config, split and revision, or "
+            f"log in by `hf auth login`; {without_network(table.dataset, 'dataset')}"
         ) from error
     missing = [name for name in table.columns.values() if name not in loaded.column_names]
     if missing:

@@ -1,16 +1,17 @@
 """The frozen base spread over the processes (FSDP2), for bases that leave a GPU no room for its work.
 
 Only the language model's layers are spread. They hold most of a base, and every process runs them in every forward. The
-vision tower stays whole, since batches of text alone leave it out. A layer is gathered when it runs and freed
-afterwards.
+vision tower stays whole, since batches of text alone leave it out. In training and probes a layer is gathered when it
+runs and freed afterwards, so processes must run the layers equally often; hence the filler batches of probes. Where
+replies are generated, each token would gather all layers again: `gathered` keeps them whole meanwhile.
 
 The LoRA factors stay whole on every process, and DDP adds their gradients up. So stages, files and results are those of
-DDP. Processes must run the layers equally often, hence the filler batches of probes and evaluations. Each process still
-loads the whole 4-bit base before it gives its share away.
+DDP. Each process still loads the whole 4-bit base before it gives its share away.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from bitsandbytes.nn.modules import Params4bit
@@ -42,6 +43,25 @@ def shard_base(model: Any) -> None:
 def is_sharded(model: nn.Module) -> bool:
     """Whether processes must run the model's layers together."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Keeps the layers of a sharded model whole on every process, which then runs them as often as it likes.
+
+    All processes enter together; each leaves when it is done. It costs one gathering of every layer, and memory for the
+    whole base.
+    """
+    layers = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    try:
+        for layer in layers:
+            layer.set_reshard_after_forward(False, recurse=False)
+            layer.unshard()
+        yield
+    finally:
+        for layer in layers:
+            layer.set_reshard_after_forward(True, recurse=False)
+            layer.reshard()
 
 
 def fillers(model: nn.Module, batches: Sequence[T], filler: T) -> list[T]:

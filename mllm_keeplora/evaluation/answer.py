@@ -13,7 +13,6 @@ from mllm_keeplora.data.chat_template import ChatForm, chat_form
 from mllm_keeplora.data.collator import prepare_questions
 from mllm_keeplora.data.conversation import Message
 from mllm_keeplora.data.video.reader import Clip
-from mllm_keeplora.distributed.sharding import is_sharded
 from mllm_keeplora.evaluation.errors import LogitsError
 from mllm_keeplora.evaluation.settled import CUT_MARK
 
@@ -141,7 +140,7 @@ def generate_replies(
     """One greedy reply for each row of `inputs`, without the token that ended it.
 
     Args:
-        model: in eval mode.
+        model: in eval mode; one that is sharded is `gathered`.
         processor: the model's.
         form: the processor's.
         inputs: of `prepare_questions`.
@@ -161,7 +160,6 @@ def generate_replies(
             generation_config=settings,
             logits_processor=LogitsProcessorList([_FiniteLogits()]),
             stopping_criteria=StoppingCriteriaList([enough]),
-            synced_gpus=is_sharded(model),
         )
     replies = sequences[:, inputs["input_ids"].shape[1] :].tolist()
     ends = [next((at for at, token in enumerate(reply) if token in stops), len(reply)) for reply in replies]

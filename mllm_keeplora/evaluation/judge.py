@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mllm_keeplora.config import JudgeConfig
 from mllm_keeplora.data.records import clean_question
 from mllm_keeplora.distributed.progress import progress
-from mllm_keeplora.errors import KeepLoRAError
+from mllm_keeplora.errors import KeepLoRAError, without_network
 from mllm_keeplora.evaluation.answer import greedy, own_stop_tokens
 from mllm_keeplora.evaluation.metrics import summarize
 from mllm_keeplora.evaluation.score import Score
@@ -172,8 +172,8 @@ def _wanted_replies(
     cut = {task for (_, task), replies in cells.items() if task in names and any(reply.cut for reply in replies)}
     if cut:
         raise JudgeError(
-            f"{', '.join(sorted(cut))}: replies end by {CUT_MARK!r} where their own score was settled, so a judge would "
-            "read less than the model would have said. Leave the tasks out by --tasks, or give them the metric "
+            f"{', '.join(sorted(cut))}: replies end by {CUT_MARK!r} where their own score was settled, so a judge "
+            "would read less than the model would have said. Leave the tasks out by --tasks, or give them the metric "
             "'vista_match', whose replies are whole, and run again"
         )
     return [reply for (_, task), replies in cells.items() if task in names for reply in replies]
@@ -235,7 +235,8 @@ def _judge_directory(settings: JudgeConfig) -> Path:
             directory = Path(snapshot_download(settings.judge, revision=settings.revision, allow_patterns=MODEL_FILES))
         except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
             raise JudgeError(
-                f"judge {settings.judge!r} is neither a directory here nor a hub model that can be fetched: {error}"
+                f"judge {settings.judge!r} is neither a directory here nor a hub model that can be fetched: {error}; "
+                f"{without_network(settings.judge)}"
             ) from error
     if not (directory / "config.json").is_file() or not any(directory.glob("*.safetensors")):
         raise JudgeError(

@@ -28,7 +28,7 @@ from mllm_keeplora.data.conversation import Message, Part, Role
 from mllm_keeplora.data.images import FORMATS, load_image
 from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.distributed.progress import progress
-from mllm_keeplora.distributed.sharding import fillers, is_sharded
+from mllm_keeplora.distributed.sharding import gathered
 from mllm_keeplora.evaluation.answer import generate_replies, inference_state
 from mllm_keeplora.evaluation.errors import EvaluationError
 from mllm_keeplora.evaluation.settled import settled
@@ -40,7 +40,6 @@ logger = logging.getLogger(__name__)
 # lmms-eval's own LLaVA wrapper generates this many tokens where a task names no limit.
 DEFAULT_MAX_NEW_TOKENS = 1024
 _VIDEO_PREFIX = "video_"
-_NO_QUESTION = [Message("user", ("?",))]
 # Sampling settings that stock tasks carry; a greedy decoder allows only the values that mean greedy.
 GREEDY_SETTINGS: Mapping[str, tuple[Any, ...]] = {
     "do_sample": (False, None),
@@ -166,9 +165,9 @@ class KeepLoRAModel(lmms):
         answers: dict[int, str] = {}
         self._beyond_context: Counter[str] = Counter()
         self._fitting = self.batch_size
-        with inference_state(self.model), progress("answering", "questions", total=len(requests)) as bar:
-            batches = list(self._batches(requests))
-            for batch in [*batches, *fillers(self.model, batches, batches[-1] if batches else [])]:
+        bar = progress("answering", "questions", total=len(requests))
+        with gathered(self.model), inference_state(self.model), bar:
+            for batch in self._batches(requests):
                 for question, reply in zip(batch, self._answer(batch), strict=True):
                     answers.update(dict.fromkeys(question.asking, reply))
                     bar.update(len(question.asking))
@@ -218,10 +217,6 @@ class KeepLoRAModel(lmms):
         return document
 
     def _answer(self, batch: list[_Question]) -> list[str]:
-        if not batch:  # a process without questions runs a sharded model's layers for the others' sake
-            inputs = prepare_questions(self.processor, [_NO_QUESTION], self.device, self.form)
-            generate_replies(self.model, self.processor, self.form, inputs, 1)
-            return []
         conversations = []
         for question in batch:
             request = question.first
@@ -238,8 +233,7 @@ class KeepLoRAModel(lmms):
             try:
                 return self._generate_together(batch, conversations)
             except torch.cuda.OutOfMemoryError:
-                # Processes of a sharded model have to run its layers equally often.
-                if len(batch) == 1 or is_sharded(self.model):
+                if len(batch) == 1:
                     raise
             # Not in the handler: its traceback holds the tensors.
             torch.cuda.empty_cache()

@@ -19,6 +19,7 @@ from unittest import mock
 import numpy as np
 import torch
 from huggingface_hub import get_token, is_offline_mode
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import ImageFile
 from tqdm import tqdm
 
@@ -32,6 +33,10 @@ from mllm_keeplora.evaluation.task_files import ScoredTask, scored_tasks, write_
 
 # lmms-eval's and our mean of the same per-sample scores differ by the order of summation only.
 MEAN_TOLERANCE = 1e-9
+_OFFLINE = (
+    ". Without a network, evaluate once where there is one, and copy its folder HF_HOME to here; or take the "
+    "benchmarks whose data are missing out of `general` in the stream"
+)
 
 
 class Score(TypedDict):
@@ -368,7 +373,8 @@ def _run_lmms_eval(
         except Exception as error:
             cause = _cause(error)
             tasks = ", ".join(entry.name for entry in entries)
-            raise EvaluationError(f"evaluating {tasks} failed with {type(cause).__name__}: {cause}") from error
+            remedy = _OFFLINE if isinstance(cause, ConnectionError | LocalEntryNotFoundError) else ""
+            raise EvaluationError(f"evaluating {tasks} failed with {type(cause).__name__}: {cause}{remedy}") from error
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -3,15 +3,15 @@
 A reply may end there. Each rule belongs to one scoring function of eval/tasks, and may say no where it could say yes,
 never the other way. `tests/unit/test_settled.py` holds every scoring function to it.
 
-Scores without a rule never settle: those that look at a whole reply (`follows`), that a later word can undo (MLLM-DCL's,
-which count "Unanswerable" as wrong wherever it stands), or whose replies a judge reads (CL-VISTA's `vista_match`).
+Scores without a rule never settle: those that look at a whole reply (`follows`), that a later word can undo
+(MLLM-DCL's, which count "Unanswerable" as wrong wherever it stands), or whose replies a judge reads (CL-VISTA's
+`vista_match`).
 """
 
 import re
 import string
 import unicodedata
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from mllm_keeplora.evaluation.task_files import SCORED_BY, Document, accepted_answers
 

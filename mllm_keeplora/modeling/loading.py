@@ -37,7 +37,7 @@ from transformers.utils.import_utils import is_kernels_available
 
 from mllm_keeplora.config import ConfigError, ModelConfig
 from mllm_keeplora.distributed.sharding import sharding_asked
-from mllm_keeplora.errors import KeepLoRAError
+from mllm_keeplora.errors import KeepLoRAError, without_network
 from mllm_keeplora.modeling.adapters import ACCUMULATED
 from mllm_keeplora.modeling.families import family_of
 from mllm_keeplora.modeling.linear4bit import free_4bit_weights, guard_linear4bit
@@ -170,7 +170,7 @@ def resolve_model_directory(config: ModelConfig) -> Path:
         ) as error:
             raise ConfigError(
                 f"model.base_model {config.base_model!r} is neither a directory here nor a hub "
-                f"model that can be fetched: {error}"
+                f"model that can be fetched: {error}; {without_network(config.base_model)}"
             ) from error
         if config.revision is None:
             _say_commit(config.base_model, directory.name)

@@ -47,6 +47,7 @@ class MemoryModel:
     stages: int  # of the stream; the last one holds the largest accumulated adapter
     new_tokens: int  # most tokens generated for an answer
     on_cpu: bool  # the model lies in host memory, where a stage's host copies count too
+    spread: int = 1  # processes that hold a share of the language layers each, in place of all of them
 
     @cached_property
     def method(self) -> Method:
@@ -82,19 +83,31 @@ class MemoryModel:
 
     def phases(self) -> dict[str, dict[str, int]]:
         """Phase -> item -> bytes."""
-        packed, rest = base_bytes(self.model, self.config.model)
-        base = {"base, 4-bit layers": packed, "base, compute dtype": rest}
+        base, spread, answering = self._bases()
         adapter = 4 * self.stages * self.factors() * (2 if self.on_cpu else 1)
         return {
             "weight bases": {**base, "largest temporary": self._decomposition()},
-            "probe": {**base, "accumulated adapter": adapter, **self._probe()},
-            "train": {**base, "accumulated adapter": adapter - 4 * self.factors(), **self._train()},
-            "evaluation": {**base, "accumulated adapter": adapter, **self._evaluation()},
+            "probe": {**spread, "accumulated adapter": adapter, **self._probe()},
+            "train": {**spread, "accumulated adapter": adapter - 4 * self.factors(), **self._train()},
+            "evaluation": {**answering, "accumulated adapter": adapter, **self._evaluation()},
         }
 
     def peak(self) -> int:
         """Largest sum of a phase."""
         return max(sum(items.values()) for items in self.phases().values())
+
+    def _bases(self) -> list[dict[str, int]]:
+        """The base: whole, spread with one language layer gathered, and gathered wholly beside this process's share."""
+        layers = self.model.get_submodule(family_of(self.model.config).language_layers)
+        whole = base_bytes(self.model, self.config.model)
+        shared = base_bytes(self.model, self.config.model, layers)
+        sizes = [whole, whole, whole]
+        if self.spread > 1:
+            shares = [size // self.spread for size in shared]
+            one = [size // len(list(layers.children())) for size in shared]
+            spread = [w - s + own + o for w, s, own, o in zip(whole, shared, shares, one, strict=True)]
+            sizes[1:] = [spread, [w + own for w, own in zip(whole, shares, strict=True)]]
+        return [{"base, 4-bit layers": packed, "base, compute dtype": rest} for packed, rest in sizes]
 
     def _decomposition(self) -> int:
         """E1 on the layer that needs most: the dequantised weight in fp32, its eigenproblem, the basis."""
@@ -143,7 +156,7 @@ class MemoryModel:
     def _evaluation(self) -> dict[str, int]:
         """Keys and values of prompt and answer, and the forward of the prompt."""
         batch, vocabulary = self.config.evaluation.batch_size, self.model.config.get_text_config().vocab_size
-        language, *vision = self._towers(batch, "B")
+        language, *vision = self.towers(batch, "B")
         key_width = language.linears[language.family.keys].out_features
         cache = 2 * (language.rows + batch * self.new_tokens) * key_width * self.itemsize
         seeing = sum(tower.hidden_states() + tower.working() for tower in vision)
@@ -164,7 +177,7 @@ class MemoryModel:
         # Embeddings, what the media's features are written into, and the last norm's fp32 copy.
         kept = batch * self.shape.pixels * self.itemsize + tokens * text.hidden_size * (3 * self.itemsize + 4)
         working = LOGITS_FACTOR * 4 * batch * self.shape.supervised * text.vocab_size
-        for tower in self._towers(batch, seen):
+        for tower in self.towers(batch, seen):
             if tower.name == "vision" and not self.config.vision.adapt:
                 kept += tower.hidden_states()
             elif self.config.train.activation_checkpointing:
@@ -175,20 +188,20 @@ class MemoryModel:
                 working = max(working, tower.working())
         return kept, working
 
-    def _towers(self, batch: int, seen: Seen) -> list["_Tower"]:
+    def towers(self, batch: int, seen: Seen) -> list["TowerMemory"]:
         """The language tower, and the vision tower where the sample shows something."""
         family, shape = family_of(self.model.config), self.shape
         towers: list[tuple[Tower, str, int]] = [("language", family.language_layers, shape.tokens)]
         if shape.media is not None:
             towers.append(("vision", family.vision_layers[shape.media], shape.vision_tokens))
         return [
-            _Tower(self, family, name, list(self.model.get_submodule(layers).children()), rows, batch, seen)
+            TowerMemory(self, family, name, list(self.model.get_submodule(layers).children()), rows, batch, seen)
             for name, layers, rows in towers
         ]
 
 
 @dataclass(frozen=True)
-class _Tower:
+class TowerMemory:
     """What a tower's layers leave behind and work with for one batch, in bytes."""
 
     memory: MemoryModel
@@ -286,18 +299,26 @@ def optimizer_state(name: str) -> int:
     return next((size for part, size in _OPTIMIZER_STATE.items() if part in name), 8)
 
 
-def base_bytes(model: PreTrainedModel, config: ModelConfig) -> tuple[int, int]:
-    """(bytes of the 4-bit layers, bytes of everything that stays in the compute dtype) of the loaded base."""
-    itemsize = DTYPES[config.compute_dtype].itemsize
+def base_bytes(model: PreTrainedModel, config: ModelConfig, part: nn.Module | None = None) -> tuple[int, int]:
+    """(bytes of the 4-bit layers, bytes of everything that stays in the compute dtype) of the loaded base, or a part.
+
+    Args:
+        model: without weights.
+        config: how it is loaded.
+        part: module of the model; None for all of it.
+    """
+    part, itemsize = model if part is None else part, DTYPES[config.compute_dtype].itemsize
+    own = {id(parameter) for parameter in part.parameters()}
     apart = tuple(f"{name}." for name in family_of(model.config).not_quantised)
     packed = {
         id(module.weight): nf4_bytes(module.weight.numel())
         for name, module in model.named_modules()
         # Exactly nn.Linear: the output layer of nn.MultiheadAttention, a subclass, is left as it is.
         if config.quantization == "nf4" and type(module) is nn.Linear and not f"{name}.".startswith(apart)
+        if id(module.weight) in own
     }
-    rest = sum(p.numel() * itemsize for p in model.parameters() if id(p) not in packed)
-    return sum(packed.values()), rest + sum(b.nbytes for b in model.buffers())
+    rest = sum(p.numel() * itemsize for p in part.parameters() if id(p) not in packed)
+    return sum(packed.values()), rest + sum(b.nbytes for b in part.buffers())
 
 
 def nf4_bytes(numbers: int) -> int:

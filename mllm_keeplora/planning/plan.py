@@ -4,7 +4,8 @@ The base model is built without weights from its config, its layers are found as
 everything else is arithmetic on shapes. The plan opens the config, the processor, the headers of the weights
 and (where the data are there) the records and one sample a task. It writes nothing.
 
-Numbers are those of one process.
+Numbers are those of one process. A base that is spread over several is whole in the phases that need it whole: weight
+bases and evaluation.
 """
 
 import math
@@ -29,6 +30,7 @@ from mllm_keeplora.data.record_files import HubTable
 from mllm_keeplora.data.records import read_records, select_evenly
 from mllm_keeplora.data.stream import GeneralSpec, Stream, TaskSpec, load_stream, named_paths
 from mllm_keeplora.data.video.reader import VideoReader
+from mllm_keeplora.distributed.processes import num_processes
 from mllm_keeplora.distributed.sharding import sharding_asked
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.linalg.sketch import HELD_OUT_SHARE
@@ -39,6 +41,7 @@ from mllm_keeplora.modeling.loading import known_base_hash, resolve_device
 from mllm_keeplora.modeling.targets import Target, left_out, targets_of
 from mllm_keeplora.planning import skeleton
 from mllm_keeplora.planning.memory_model import MemoryModel, optimizer_state
+from mllm_keeplora.planning.time_model import Rates
 from mllm_keeplora.probes.protected_bases import weight_basis_directory, weight_basis_file, weight_basis_size
 from mllm_keeplora.resources import find, is_there
 from mllm_keeplora.runs.files import read_json
@@ -85,15 +88,6 @@ class Work(NamedTuple):
     questions: int | None  # of the test file
 
 
-class Rates(NamedTuple):
-    """Seconds measured in an earlier run."""
-
-    run: Path
-    step: float  # of the optimizer
-    probe: float  # a sample in a probe pass, the decompositions after it included; 0 without passes
-    question: float  # of an evaluation
-
-
 @dataclass(frozen=True)
 class Plan:
     """What a run will need."""
@@ -104,7 +98,7 @@ class Plan:
     work: Sequence[Work]
     general: Mapping[str, int | None]  # general benchmark -> its questions, None where not known
     cached_bases: Mapping[str, int]  # module name -> k of the weight bases that are cached already
-    rates: Rates | None
+    rates: Rates | None  # measured
     device: str  # what the memory was compared with
     available: int  # its free bytes
 
@@ -113,14 +107,15 @@ class Plan:
         """Of every task and general benchmark; None where not known."""
         return [*(work.questions for work in self.work), *self.general.values()]
 
-    def seconds(self) -> float | None:
-        """Of all stages and evaluations; None where a rate or a number is not known."""
-        if self.rates is None or None in self.questions or any(None in work for work in self.work):
+    def seconds(self, rates: Rates) -> float | None:
+        """Of all stages and evaluations; None where a number is not known."""
+        if None in self.questions or any(None in work for work in self.work):
             return None
         rows, asked = len(self.work) + 1, sum(n or 0 for n in self.questions)
         steps = sum(work.steps or 0 for work in self.work)
         probed = sum(work.probe_passes * (work.probe_samples or 0) for work in self.work)
-        return steps * self.rates.step + probed * self.rates.probe + rows * asked * self.rates.question
+        once = len(self.work) * rates.stage + rates.weight_bases
+        return steps * rates.step + probed * rates.probe + rows * asked * rates.question + once
 
     def disk(self) -> dict[str, float]:
         """What the run's files and its cache hold at most -> bytes."""
@@ -179,9 +174,10 @@ def make_plan(config: RunConfig, memory_gb: float | None = None) -> Plan:
     device, available, on_cpu = _device(config.model, memory_gb)
     new_tokens = max(spec.max_new_tokens for spec in stream.specs)
     base_hash = _known_hash(config)
+    spread = num_processes() if sharding_asked() else 1
     return Plan(
         weights=skeleton.describe_weights(config.model, model),
-        memory=MemoryModel(model, targets, config, shape, len(stream.tasks), new_tokens, on_cpu),
+        memory=MemoryModel(model, targets, config, shape, len(stream.tasks), new_tokens, on_cpu, spread),
         excluded=left_out(model, targets, config),
         work=[_work(run, number) for number in range(1, len(stream.tasks) + 1)],
         general={spec.name: _questions(stream, spec, config) for spec in stream.general},
@@ -285,7 +281,8 @@ def measured_rates(config: RunConfig, base_hash: str | None) -> Rates | None:
         manifests = [read_json(file) for file in files if file.exists()]
         rates = [stage_rates(m, passes) for m in manifests if _comparable(m, config, base_hash)]
         if rates:
-            return Rates(run, *(median(column) for column in zip(*rates, strict=True)))
+            # Decompositions are in the seconds of a probe sample.
+            return Rates(f"measured by {run}", *(median(column) for column in zip(*rates, strict=True)))
     return None
 
 
@@ -384,14 +381,11 @@ def check_fits(plan: Plan) -> None:
 def warn_of_memory(config: RunConfig) -> None:
     """Compares a run's peak with its device before it begins: what is only estimated stops no run that may fit.
 
-    A plan that cannot be made says nothing here: the run refuses the same settings in its own words. Nor is one
-    compared whose base is spread over several devices.
+    A plan that cannot be made says nothing here: the run refuses the same settings in its own words.
 
     Raises:
         PlanError: the peak is more than `IMPOSSIBLE` times what is free.
     """
-    if sharding_asked():
-        return
     try:
         plan = make_plan(config)
     except KeepLoRAError:

@@ -6,6 +6,14 @@ from pathlib import Path
 
 from mllm_keeplora.continual.saved_run import load_run
 from mllm_keeplora.planning.plan import Plan, needed
+from mllm_keeplora.planning.time_model import (
+    CARDS,
+    DECOMPOSITIONS,
+    LAUNCH_SECONDS,
+    PRODUCTS,
+    TRAFFIC,
+    TimeModel,
+)
 from mllm_keeplora.runs.run_directory import RunDirectory
 from mllm_keeplora.units import GB, format_count
 
@@ -120,17 +128,43 @@ def _row(name: str, samples: str, probe: str, epochs: str, steps: str, questions
 
 
 def _time_lines(plan: Plan) -> Iterator[str]:
-    rates, total = plan.rates, plan.seconds()
-    if rates is None:
-        yield "time         no measured rate: no finished stage on this base with these settings"
+    if plan.rates is None:
+        yield from _card_lines(plan)
         return
+    rates, total = plan.rates, plan.seconds(plan.rates)
     probe = f" {rates.probe:.3g} s a probe sample," if rates.probe else ""
     step, question = f"{rates.step:.3g} s a step,", f" {rates.question:.3g} s a question"
-    yield f"time         {step}{probe}{question} (measured by {rates.run})"
+    yield f"time         {step}{probe}{question} ({rates.source})"
     if total is None:
-        yield "             no total: the data are not there, or a stock benchmark's size is not known"
+        yield f"             {_NO_TOTAL}"
     else:
         yield f"             about {total / 60:.0f} minutes; weight bases and checking the data come on top"
+
+
+def _card_lines(plan: Plan) -> Iterator[str]:
+    """Nothing is measured yet: what data sheets say of cards, with what is assumed of them."""
+    yield "time         nothing measured with these settings (--measure does that here); by arithmetic:"
+    yield "  " + _card_row("card", "step, s", "probe, s", "question, s", "stage, s", "bases, min", "run, h")
+    for card in CARDS:
+        rates = TimeModel(plan.memory).rates(card)
+        total = plan.seconds(rates)
+        cells = (f"{value:.3g}" for value in (rates.step, rates.probe, rates.question, rates.stage))
+        hours = "?" if total is None else f"{total / 3600:.2g}"
+        yield "  " + _card_row(card.name, *cells, f"{rates.weight_bases / 60:.1f}", hours)
+    yield (
+        f"  assumed: {PRODUCTS:.0%} of the peak in products, {DECOMPOSITIONS:.0%} in decompositions, "
+        f"{TRAFFIC:.0%} of the bandwidth, {LAUNCH_SECONDS * 1e6:g} us a launch;"
+    )
+    yield "           samples and answers as long as the longest; reading and checking the data come on top"
+    if plan.seconds(rates) is None:
+        yield f"           {_NO_TOTAL}"
+
+
+_NO_TOTAL = "no total: the data are not there, or a stock benchmark's size is not known"
+
+
+def _card_row(name: str, *cells: str) -> str:
+    return f"{name:12s}" + "".join(f"{cell:>13s}" for cell in cells)
 
 
 def _known(number: int | None) -> str:

@@ -6,7 +6,12 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: its client's, without network
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    OfflineModeIsEnabled,
+)
 
 from mllm_keeplora.continual.edits import edit
 from mllm_keeplora.continual.saved_run import SavedRun
@@ -81,6 +86,11 @@ def _upload(folder: Path, repo: str, private: bool, files: dict[str, int]) -> st
         said = " ".join(str(error).split())
         raise PushError(
             f"{repo} cannot be written: {said}. Log in by `hf auth login`, or set HF_TOKEN to a token that may write"
+        ) from error
+    except HTTPError as error:
+        raise PushError(
+            f"{repo} cannot be written: {type(error).__name__}: {error}. See to the network and push again, or copy "
+            "the run to a machine that has one and push there"
         ) from error
     return str(commit.commit_url)
 

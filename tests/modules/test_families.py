@@ -54,14 +54,18 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="session")
 def media_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four images and four clips of noise, of two sizes."""
     root = tmp_path_factory.mktemp("media")
+    write_media(root)
+    return root
+
+
+def write_media(root: Path) -> None:
+    """Four images and four clips of noise, of two sizes."""
     rng = np.random.default_rng(0)
     for number in range(4):
         shape = (64, 64, 3) if number % 2 else (48, 80, 3)
         Image.fromarray(rng.integers(0, 255, shape, dtype=np.uint8)).save(root / f"{number}.png")
         write_clip(root / f"{number}.mp4", list(rng.integers(0, 255, (12, *shape), dtype=np.uint8)))
-    return root
 
 
 def samples(root: Path, media: Media) -> list[Sample]:

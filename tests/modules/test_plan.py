@@ -56,6 +56,7 @@ from mllm_keeplora.planning.plan import (
 from mllm_keeplora.planning.skeleton import (
     ASSUMED_TEXT_TOKENS,
     assumed_shape,
+    build_processor,
     build_skeleton,
     describe_weights,
     sample_shape,
@@ -145,6 +146,31 @@ def test_the_skeleton_has_the_bytes_and_the_targets_of_the_loaded_model(family: 
     assert targets == targets_of(model, config, media)
     linears = sum(isinstance(module, nn.Linear) for module in model.modules())
     assert len(targets) + sum(left_out(skeleton, targets, config).values()) == linears
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+def test_a_spread_base_is_whole_in_an_evaluation_alone(family: str, quantization: str, bases: Any) -> None:
+    """Beside the share that a process keeps; in training one layer of the two is gathered at a time."""
+    config = config_of(bases(family), model=ModelConfig(str(bases(family)), device="cpu", quantization=quantization))
+    skeleton = build_skeleton(config.model)
+    shape = assumed_shape(build_processor(config.model), skeleton, config)
+    alone = MemoryModel(skeleton, targets_of(skeleton, config, {"image"}), config, shape, 1, 4, on_cpu=True)
+    layers = skeleton.get_decoder().layers
+    assert len(layers) == 2
+    shared = sum(base_bytes(skeleton, config.model, layers))
+    assert shared == sum(sum(base_bytes(skeleton, config.model, layer)) for layer in layers) > 0
+
+    def base(spread: int) -> dict[str, int]:
+        phases = replace(alone, spread=spread).phases()
+        return {name: sum(n for item, n in items.items() if item.startswith("base")) for name, items in phases.items()}
+
+    whole = sum(base_bytes(skeleton, config.model))
+    assert base(1) == dict.fromkeys(("weight bases", "probe", "train", "evaluation"), whole)
+    for spread in (2, 8):
+        training = pytest.approx(whole - shared + shared / spread + shared / 2, abs=4)
+        answering = pytest.approx(whole + shared / spread, abs=4)
+        assert base(spread) == {"weight bases": whole, "probe": training, "train": training, "evaluation": answering}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -307,14 +333,14 @@ def test_probe_passes_are_the_methods(method: str, bases: Any, media_files: Path
     assert measured_rates(config, "of another base") is None
     rates, passes = measured_rates(config, "of the base"), PASSES.get(method, 0)
     assert rates is not None
-    assert rates[1:] == (2.0, 12.0 / (4 * passes) if passes else 0.0, 1.5)
+    assert rates[1:] == (2.0, 12.0 / (4 * passes) if passes else 0.0, 1.5, 0.0, 0.0)
 
     plan = replace(make_plan(config, memory_gb=1.0), rates=rates)
     [work] = plan.work
     learns = method != "zero_shot"
     assert (work.probe_passes, work.probe_samples, work.steps) == (passes, 4 * learns, 1 * learns)
     # One step, and the rows before and after it with two questions each.
-    assert plan.seconds() == pytest.approx(2.0 * learns + 12.0 * bool(passes) + 2 * 2 * 1.5)
+    assert plan.seconds(rates) == pytest.approx(2.0 * learns + 12.0 * bool(passes) + 2 * 2 * 1.5)
     text = format_plan(plan)
     assert ("a probe sample" in text) == (f"{passes} x 4" in text) == bool(passes)
 
@@ -394,7 +420,7 @@ def test_a_plan_before_and_after_a_run(bases: Any, media_files: Path, tmp_path: 
     plan = make_plan(config)
     text = format_plan(plan)
     assert tree(tmp_path) == before
-    assert "no measured rate" in text and "0 of 26 cached" in text and "colours, record" in text
+    assert "nothing measured" in text and "0 of 26 cached" in text and "colours, record" in text
     [work] = plan.work
     assert (work.samples, work.probe_samples, work.questions) == (4, 4, 2)
 
@@ -544,6 +570,9 @@ def test_the_flags_are_no_settings() -> None:
     flags, rest = parse_flags(["--plan", "--seed", "3", "--memory_gb", "24"])
     assert (flags.plan, flags.memory_gb, rest) == (True, 24.0, ["--seed", "3"])
     assert parse_flags(["--seed", "3"])[1] == ["--seed", "3"]
+    assert parse_flags(["--measure", "--plan"])[0].measure
+    with pytest.raises(ConfigError, match="--measure: it goes with --plan"):
+        parse_flags(["--measure"])
     for wrong in (["--memory_gb", "24"], ["--plan", "--memory_gb", "much"], ["--plan", "--memory_gb", "0"]):
         with pytest.raises(ConfigError, match="memory_gb"):
             parse_flags(wrong)

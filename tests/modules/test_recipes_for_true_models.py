@@ -20,6 +20,7 @@ from mllm_keeplora.planning.plan import make_plan
 from mllm_keeplora.planning.text import format_plan
 from mllm_keeplora.units import GB
 from tests.conversations import Turn, ask, sample
+from tests.recipes import test_tutorial
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "recipes/configs"
@@ -140,6 +141,21 @@ def test_the_guides_run_for_ones_own_data_fits_its_card(llava_7b: Path, tmp_path
     config = settings(tmp_path / "my_run.yaml")
     plan = make_plan(replace(config, model=replace(config.model, base_model=str(llava_7b))), 24.0)
     assert plan.memory.peak() / GB * 1.12 < 24
+
+
+def test_the_tutorial_quotes_the_plan_of_its_run(
+    llava_7b: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, text, commands in test_tutorial.STEPS.findall(test_tutorial.PAGE):
+        if "keeplora plan" in commands:
+            break
+        if name:
+            test_tutorial.write(Path(name), text)
+    config = settings(Path("my_run.yaml"))
+    plan = make_plan(replace(config, model=replace(config.model, base_model=str(llava_7b))), 24.0)
+    [quoted] = re.findall(r"^  peak .*$", test_tutorial.PAGE, re.M)
+    assert quoted in format_plan(plan).splitlines()
 
 
 # Prompts

@@ -8,30 +8,40 @@ Next to OUT lies what all compared runs share: the A that all train with, writte
 import json
 import os
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mllm_keeplora.command_line import command
 from mllm_keeplora.config import RunConfig, parse_config
-from mllm_keeplora.continual.general import recall
+from mllm_keeplora.continual.general import _ask, recall
 from mllm_keeplora.continual.learning import as_factors, learn
 from mllm_keeplora.continual.run import Run
+from mllm_keeplora.continual.run_stream import _measure_start, run_stage
 from mllm_keeplora.continual.stage import StageError
 from mllm_keeplora.continual.trainer import FiniteGradients
-from mllm_keeplora.distributed.processes import from_main, start_processes, wait_for_everyone
+from mllm_keeplora.distributed.processes import SHARD_FLAG, from_main, start_processes, wait_for_everyone
+from mllm_keeplora.distributed.sharding import is_sharded
+from mllm_keeplora.evaluation import answer
+from mllm_keeplora.evaluation.lmms_model import KeepLoRAModel
 from mllm_keeplora.evaluation.score import evaluate_row
 from mllm_keeplora.methods.base import Method
-from mllm_keeplora.methods.context import StageContext
+from mllm_keeplora.methods.context import RunContext, StageContext
+from mllm_keeplora.modeling.adapters import Factors
 from mllm_keeplora.modeling.loss import IGNORED_LABEL
 from mllm_keeplora.runs.files import load_tensors, save_tensors
+from mllm_keeplora.runs.record import Outcome, Phase, StageRecord
 
 RANK = int(os.environ.get("RANK", "0"))
 # Batches of 8: one process reads them all; of two, the second has images, text alone, or nothing.
 PROBES = {"three_batches": range(24), "text_on_one": range(24, 40), "one_batch": range(8)}
 LIMITS = (7, 1)  # questions that two processes cannot share evenly, or at all
+LENGTHS = (2, 12)  # tokens of a reply
 
 
 def sketches(stage: StageContext) -> dict[str, torch.Tensor]:
@@ -74,6 +84,48 @@ def train(
     return found, {**seen, "steps": learnt.facts["steps"], "repeated": learnt.facts["repeated_samples"]}
 
 
+class Collectives(TorchDispatchMode):
+    """Counts what processes tell each other."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.namespace == "c10d"
+        return func(*args, **(kwargs or {}))
+
+
+def told_for_replies(run: RunContext) -> list[dict[str, int]]:
+    """Runs of the first language layer and collectives, for replies of 2 and of 12 tokens, asked in both ways.
+
+    A second process has nothing to answer.
+    """
+    counts, layer = [], run.model.get_decoder().layers[0]
+    asked = [sample for sample in run.records["charts"][0] if not sample.media][:1]
+    never = mock.patch.object(answer, "stop_tokens", lambda model, *_: [model.config.get_text_config().vocab_size - 1])
+    for length in LENGTHS:
+        runs: list[int] = []
+        hook = layer.register_forward_hook(lambda *_, runs=runs: runs.append(1))
+        with never, Collectives() as told:
+            _ask(run, run.model, asked, length)
+            wrapper = KeepLoRAModel(run.model, run.processor)
+            wrapper.task_dict = {"t": {"test": dict.fromkeys(range(2), {})}}
+            wrapper.generate_until([Question(number, length) for number in range(1 - RANK)])
+        hook.remove()
+        counts.append({"runs": len(runs), "collectives": told.count})
+    return counts
+
+
+class Question:
+    """What `generate_until` reads of lmms-eval's requests."""
+
+    task_name = "t"
+
+    def __init__(self, doc_id: int, length: int) -> None:
+        messages = [{"role": "user", "content": [{"type": "text", "text": "What is shown?"}]}]
+        self.doc_id = doc_id
+        self.args = ("question", lambda doc: messages, {"max_new_tokens": length}, doc_id, "t", "test")
+
+
 def compare(config: RunConfig, out: Path) -> None:
     """Everything that must agree between one process and several."""
     with Run.open(config) as run:
@@ -86,6 +138,7 @@ def compare(config: RunConfig, out: Path) -> None:
         found |= trained | {f"own_A/{name}": a for name, a in own.items()}
         _, seen["uneven"] = train(uneven, method, shared)
         seen["recalled"] = recall(uneven, context.model).facts
+        seen["told"] = told_for_replies(context)
         for limit in LIMITS:
             folder = Path(config.run_dir) / f"limit_{limit}"
             ask = partial(evaluate_row, context.model, context.processor, run.stream, run.directory.task_files)
@@ -100,6 +153,41 @@ def of_main(own: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]
     return load_tensors(path)
 
 
+def families(out: Path) -> None:
+    """All stages of every config in a folder, one after the other; what this process computed in each phase.
+
+    A config's name says whether the base is spread.
+    """
+    for path in sorted(out.glob("*.yaml")):
+        os.environ[SHARD_FLAG] = str(path.stem.endswith("fsdp"))
+        found: dict[str, torch.Tensor] = {}
+        with mock.patch.object(StageRecord, "phase", recording(found)), Run.open(RunConfig.read(path)) as run:
+            past: Factors = {}
+            _measure_start(run, past)
+            for number in range(1, len(run.stream.tasks) + 1):
+                past = run_stage(run, number, past)
+            bases = run.stage_context(number, past).bases
+            found |= {f"M/{t.name}": bases.load(t) for t in run.context.targets}
+            sharded = is_sharded(run.context.model)
+        save_tensors(out / f"{path.stem}-{RANK}.safetensors", found, {"sharded": str(sharded)})
+
+
+def recording(found: dict[str, torch.Tensor]) -> Any:
+    """`StageRecord.phase`, which gives all processes the main one's outcome, with each one's own written down."""
+    phase = StageRecord.phase
+
+    def recorded(self: StageRecord, name: str, compute: Callable[[], Outcome], key: str = "") -> Phase:
+        def computed() -> Outcome:
+            outcome = compute()
+            stage = self.directory.path.name
+            found.update({f"{stage}/{name}/{tensor}": t.clone() for tensor, t in (outcome.tensors or {}).items()})
+            return outcome
+
+        return phase(self, name, computed, key)
+
+    return recorded
+
+
 def fail(config: RunConfig, out: Path) -> None:
     """One process cannot go on while the other waits for it."""
     if RANK == 1:
@@ -108,11 +196,17 @@ def fail(config: RunConfig, out: Path) -> None:
 
 
 def main() -> None:
-    job, out, default, *arguments = sys.argv[1:]
+    job, out, *rest = sys.argv[1:]
     with command():
-        config = parse_config("", Path(default), arguments)
-        start_processes(cpu=True)
-        {"compare": compare, "fail": fail}[job](config, Path(out))
+        if job == "families":
+            # The next config needs the group again.
+            with mock.patch("mllm_keeplora.continual.run.end_processes", wait_for_everyone):
+                families(Path(out))
+        else:
+            default, *arguments = rest
+            config = parse_config("", Path(default), arguments)
+            start_processes(cpu=True)
+            {"compare": compare, "fail": fail}[job](config, Path(out))
 
 
 if __name__ == "__main__":

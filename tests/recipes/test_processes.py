@@ -5,10 +5,13 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -176,6 +179,14 @@ def test_prompts_of_past_tasks_get_the_same_replies(one: Compared, two: Compared
     assert len(one.seen[0]["recalled"]["replies"]) == 5
 
 
+def test_layers_are_gathered_once_for_all_tokens_of_an_evaluation(one: Compared, two: Compared) -> None:
+    """The process that has nothing to answer helps to gather, and then rests."""
+    for seen in (*one.seen, *two.seen):
+        short, long = seen["told"]
+        assert long["collectives"] == short["collectives"]
+    assert [[told["runs"] for told in seen["told"]] for seen in (*one.seen, *two.seen)] == [[4, 24], [4, 24], [0, 0]]
+
+
 @pytest.mark.parametrize("limit", [7, 1])
 def test_no_question_is_lost_or_asked_twice(one: Compared, two: Compared, limit: int) -> None:
     row = two.seen[0][f"row_{limit}"]
@@ -263,6 +274,75 @@ def test_a_killed_run_continues_to_the_same_result(killed: Recipe, doubled: Reci
     for done in run_together(again.command(*HALF)[1:]):
         assert "not continued" not in checked(done).stderr
     assert stage_files(again) == stage_files(doubled)
+
+
+class Node:
+    """A launcher with one process of two, as each of two machines has it, over loopback."""
+
+    def __init__(self, recipe: Recipe, rank: int, port: int) -> None:
+        file, self.log = recipe.directory / f"node-{rank}.log", ""
+        recipe.directory.mkdir(parents=True, exist_ok=True)
+        machine = ["--num_machines", "2", "--machine_rank", str(rank), "--num_processes", "2"]
+        main = ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
+        command = [*LAUNCH, "recipes/accelerate/ddp_cpu.yaml", *machine, *main, *recipe.command(*HALF)[1:]]
+        with file.open("w") as log:
+            self.process = psutil.Popen(command, cwd=ROOT, env=recipe.environment(), stdout=log, stderr=log)
+        self._file = file
+
+    def end(self, seconds: float) -> int:
+        """Its exit status; what it wrote is in `log` then."""
+        status = int(self.process.wait(seconds))
+        self.log = self._file.read_text()
+        return status
+
+    def kill(self) -> None:
+        """As a machine ends that loses its power: the launcher and all that it started, at once."""
+        if self.process.is_running():
+            for process in (self.process, *self.process.children(recursive=True)):
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            self.process.wait()
+
+
+@pytest.fixture
+def nodes() -> Iterator[Callable[[Recipe], list[Node]]]:
+    """Starts both launchers of a run; whatever is left of them ends with the test."""
+    started: list[Node] = []
+
+    def start(recipe: Recipe) -> list[Node]:
+        port = int(ranks(2)[0]["MASTER_PORT"])
+        both = [Node(recipe, rank, port) for rank in range(2)]
+        started.extend(both)
+        return both
+
+    yield start
+    for node in started:
+        node.kill()
+
+
+@pytest.mark.slow  # four launchers
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_run_over_two_machines_survives_the_loss_of_one(
+    doubled: Recipe, data_root: Path, tmp_path: Path, nodes: Callable[[Recipe], list[Node]], lost: int
+) -> None:
+    """The other ends with a message, and the same two commands again end in the bits of a run that lost none."""
+    recipe = Recipe(tmp_path, data_root, TASKS[:1])
+    both = nodes(recipe)
+    checkpoint = recipe.run_dir / "stages" / "01-digits" / "checkpoints" / "checkpoint-3" / "complete"
+    deadline = time.monotonic() + 240
+    while not checkpoint.exists() and both[lost].process.is_running() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert checkpoint.exists()
+    both[lost].kill()
+    other = both[1 - lost]
+    assert other.end(120) != 0
+    assert "another process of the run has ended" in other.log
+    assert len(manifests(recipe)) == 1, "the stage was to be in its middle"
+
+    again = nodes(recipe)
+    assert [node.end(240) for node in again] == [0, 0], again[0].log
+    assert "not continued" not in again[0].log
+    assert stage_files(recipe) == stage_files(doubled)
 
 
 def test_a_run_goes_on_with_another_number_of_processes(killed: Recipe, tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_a_commands_help_shows_how_to_call_it(name: str, capsys: pytest.CaptureF
     ("argv", "listed"),
     [
         (["run"], {"--plan": "do not begin it", "--memory_gb GB": "of so many GB"}),
-        (["plan"], {"--memory_gb GB": "of so many GB"}),
+        (["plan"], {"--memory_gb GB": "of so many GB", "--measure": "run here in a temporary folder"}),
         (["check"], {"--all": "every bad record"}),
         (["check", "--config", "none.yaml"], {"--all": "every bad record"}),
     ],

@@ -131,7 +131,7 @@ GOOD_STREAMS = st.builds(
 )
 ARGUMENTS = st.lists(
     st.tuples(
-        st.sampled_from([*OPTIONS, *OPTIONS, "config", "plan", "memory_gb", "train", "x", "seeds", ""]),
+        st.sampled_from([*OPTIONS, *OPTIONS, "config", "plan", "memory_gb", "measure", "train", "x", "seeds", ""]),
         st.sampled_from(["--{} {}", "--{}={}", "{}={}", "--{}", "{}", "-{} {}"]),
         TEXT | NUMBERS.filter(lambda value: value != 10**400).map(repr) | VALUES.map(dumped),
     ),

@@ -123,6 +123,15 @@ def test_a_run_compares_its_plan_with_the_device(
     assert ("GB are there (free memory of this machine (CPU))" in caplog.text) == (outcome == "warns")
 
 
+def test_a_base_that_is_spread_is_planned_in_shares(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = make_plan(config).memory.phases()
+    monkeypatch.setattr(planning, "sharding_asked", lambda: True)
+    monkeypatch.setattr(planning, "num_processes", lambda: 4)
+    shares = make_plan(config).memory.phases()
+    item = "base, 4-bit layers"
+    assert shares["train"][item] < whole["train"][item] < shares["evaluation"][item]
+
+
 def test_a_plan_that_cannot_be_made_leaves_the_word_to_the_run(
     config: RunConfig, caplog: pytest.LogCaptureFixture
 ) -> None:

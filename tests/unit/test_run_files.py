@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mllm_keeplora.data.fetch_stream import FetchError
+from mllm_keeplora.data.fetch_stream import _alone as fetch_alone
 from mllm_keeplora.data.video.cache import FrameCache
 from mllm_keeplora.runs.files import (
     ArtifactError,
@@ -428,16 +431,53 @@ def test_a_run_is_held_by_one_process(tmp_path: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_warned_of(
-    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def refusing_locks(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     def refuse(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
-    with only_run(tmp_path / ".lock"):
-        assert "without locks" in caplog.text
+
+
+WITHOUT_LOCKS = [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL]
+
+
+@pytest.mark.parametrize("number", WITHOUT_LOCKS)
+def test_a_file_system_without_locks_is_warned_of(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    refusing_locks(monkeypatch, number)
+    for held, what in (
+        (only_run(tmp_path / "run/.lock"), "a second run in this run_dir would not be noticed"),
+        (fetch_alone(tmp_path / "data"), "a second fetch to .* would remove what this one has begun"),
+    ):
+        caplog.clear()
+        with held:
+            [warning] = caplog.messages
+        assert re.search(f"{tmp_path}/.*without locks .{os.strerror(number)}.: {what}", warning)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EAGAIN])
+def test_a_lock_that_another_holds_is_no_missing_one(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """POSIX allows both answers, and network file systems give the rarer one."""
+    refusing_locks(monkeypatch, number)
+    with pytest.raises(ArtifactError, match="another process is running"), only_run(tmp_path / ".lock"):
+        pass
+    with pytest.raises(FetchError, match="another command is fetching"), fetch_alone(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EDEADLK])
+def test_a_lock_that_fails_otherwise_stays_an_error(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not called another process's, which nobody would find."""
+    refusing_locks(monkeypatch, number)
+    with pytest.raises(WriteError, match=f"cannot be locked: .*{os.strerror(number)}"), only_run(tmp_path / ".lock"):
+        pass
+    with pytest.raises(FetchError, match=f"cannot be locked: .*{os.strerror(number)}"), fetch_alone(tmp_path):
+        pass
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
