@@ -11,16 +11,18 @@ CIDEr goes up to 10, so the score can exceed 100; published scores lie far below
 import statistics
 from typing import Any
 
+from mllm_keeplora.evaluation.settled import CAPTION_CHARACTERS
+
 Doc = dict[str, Any]
 Caption = dict[str, Any]
 
-# KeepLoRA's UCIT runner cuts replies to this many characters; HiDe-LLaVA's and MCITlib's have no cut.
-MAX_CHARACTERS = 300
-
 
 def captions(doc: Doc, replies: list[str]) -> dict[str, Caption]:
-    """The reply, cut to 300 characters, and what it is compared with; scored by `corpus_score`."""
-    return {"captions": {"caption": replies[0][:MAX_CHARACTERS], "references": doc["references"]}}
+    """The reply, cut to 300 characters, and what it is compared with; scored by `corpus_score`.
+
+    So KeepLoRA's UCIT runner has it; HiDe-LLaVA's and MCITlib's have no cut.
+    """
+    return {"captions": {"caption": replies[0][:CAPTION_CHARACTERS], "references": doc["references"]}}
 
 
 def captions_uncut(doc: Doc, replies: list[str]) -> dict[str, Caption]:

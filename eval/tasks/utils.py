@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from mllm_keeplora.data.images import load_image
-from mllm_keeplora.evaluation.task_files import ASKED, COPY_COLUMN
+from mllm_keeplora.evaluation.task_files import ASKED, COPY_COLUMN, accepted_answers
 
 Doc = dict[str, Any]
 
@@ -76,12 +76,6 @@ def _shown(parts: list[dict[str, str]]) -> Iterator[dict[str, Any]]:
 def doc_to_target(doc: Doc) -> str:
     """The reference answer, or all that are accepted."""
     return " | ".join(accepted_answers(doc))
-
-
-def accepted_answers(doc: Doc) -> list[str]:
-    """The record's answer, or its answers where it lists several (MLLM-ACL's OCR)."""
-    answer = doc.get("answer", doc.get("answer_bbox"))  # the latter in CoIN's Grounding
-    return [str(text) for text in answer] if isinstance(answer, list) else [str(answer)]
 
 
 def exact(doc: Doc, replies: list[str]) -> dict[str, float]:

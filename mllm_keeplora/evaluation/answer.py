@@ -1,18 +1,23 @@
 """Greedy answers to conversations, as training taught them: the same prompts, ended by the same tokens."""
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from PIL import Image
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from mllm_keeplora.data.chat_template import ChatForm, chat_form
 from mllm_keeplora.data.collator import prepare_questions
 from mllm_keeplora.data.conversation import Message
 from mllm_keeplora.data.video.reader import Clip
 from mllm_keeplora.evaluation.errors import LogitsError
+from mllm_keeplora.evaluation.settled import CUT_MARK
+
+# Tokens between two looks at what has been said. A character is spread over at most 4.
+LOOK_EVERY = 8
 
 
 class _FiniteLogits(LogitsProcessor):
@@ -26,6 +31,38 @@ class _FiniteLogits(LogitsProcessor):
                 "too large. Look at the losses of its training, and take another adapter or a lower learning rate"
             )
         return scores
+
+
+class _Settled(StoppingCriteria):
+    """Ends the reply of a row when its score is settled.
+
+    Looked at is the text that a reply has had in common with itself since the last look: the last tokens can still
+    become another text, where they are parts of a character. So nothing ends before the second look.
+
+    Attributes:
+        ends: row -> tokens of its reply, for those that were ended here.
+    """
+
+    def __init__(self, tokenizer: Any, prompt: int, rules: Sequence[Callable[[str], bool] | None]) -> None:
+        self.ends: dict[int, int] = {}
+        self._tokenizer, self._prompt = tokenizer, prompt
+        self._open = {row: ("", rule) for row, rule in enumerate(rules) if rule is not None}
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Which rows [batch] of the token ids [batch, tokens] have ended."""
+        length = input_ids.shape[1] - self._prompt
+        if length % LOOK_EVERY == 0 and self._open:
+            replies = input_ids[list(self._open), self._prompt :].tolist()
+            texts = self._tokenizer.batch_decode(replies, skip_special_tokens=True)
+            for (row, (before, rule)), text in zip(list(self._open.items()), texts, strict=True):
+                if rule(os.path.commonprefix([before, text]).strip()):
+                    self.ends[row] = length
+                    del self._open[row]
+                else:
+                    self._open[row] = (text, rule)
+        done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        done[list(self.ends)] = True
+        return done
 
 
 @contextmanager
@@ -93,7 +130,12 @@ def greedy_replies(
 
 
 def generate_replies(
-    model: Any, processor: Any, form: ChatForm, inputs: dict[str, Any], max_new_tokens: int
+    model: Any,
+    processor: Any,
+    form: ChatForm,
+    inputs: dict[str, Any],
+    max_new_tokens: int,
+    settled: Sequence[Callable[[str], bool] | None] = (),
 ) -> list[str]:
     """One greedy reply for each row of `inputs`, without the token that ended it.
 
@@ -103,22 +145,29 @@ def generate_replies(
         form: the processor's.
         inputs: of `prepare_questions`.
         max_new_tokens: longest reply, in tokens.
+        settled: whether the beginning of a row's reply is enough, in which case the reply may end there, by `CUT_MARK`.
+            None, or no more rules: the reply is whole.
 
     Raises:
         LogitsError: the model gives no numbers to choose a token by.
     """
     tokenizer = processor.tokenizer
     stops = stop_tokens(model, tokenizer, form)
+    enough = _Settled(tokenizer, inputs["input_ids"].shape[1], settled)
     with greedy(model, stops, tokenizer.pad_token_id, max_new_tokens) as settings:
         sequences = model.generate(
             **inputs,
             generation_config=settings,
             logits_processor=LogitsProcessorList([_FiniteLogits()]),
+            stopping_criteria=StoppingCriteriaList([enough]),
         )
     replies = sequences[:, inputs["input_ids"].shape[1] :].tolist()
-    ends = [next((at for at, token in enumerate(reply) if token in stops), None) for reply in replies]
-    kept = [reply[:end] for reply, end in zip(replies, ends, strict=True)]
-    return [str(text) for text in tokenizer.batch_decode(kept, skip_special_tokens=True)]
+    ends = [next((at for at, token in enumerate(reply) if token in stops), len(reply)) for reply in replies]
+    # What had ended anyway by then is whole.
+    cut = {row: end for row, end in enough.ends.items() if end <= ends[row] and end < max_new_tokens}
+    kept = [reply[: cut.get(row, end)] for row, (reply, end) in enumerate(zip(replies, ends, strict=True))]
+    texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
+    return [f"{text}{CUT_MARK}" if row in cut else str(text) for row, text in enumerate(texts)]
 
 
 def stop_tokens(model: Any, tokenizer: Any, form: ChatForm) -> list[int]:

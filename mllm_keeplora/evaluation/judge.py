@@ -33,6 +33,8 @@ from mllm_keeplora.errors import KeepLoRAError, without_network
 from mllm_keeplora.evaluation.answer import greedy, own_stop_tokens
 from mllm_keeplora.evaluation.metrics import summarize
 from mllm_keeplora.evaluation.score import Score
+from mllm_keeplora.evaluation.settled import CUT_MARK, RULES
+from mllm_keeplora.evaluation.task_files import SCORED_BY
 from mllm_keeplora.modeling.linear4bit import guard_linear4bit
 from mllm_keeplora.modeling.loading import DTYPES, MODEL_FILES, base_model_hash, check_weights, nf4_config
 from mllm_keeplora.runs.files import ArtifactError, atomic_path, read_json, read_json_lines, sha256_json, write_json
@@ -69,11 +71,12 @@ class Reply(NamedTuple):
     question: str
     truth: str
     reply: str
+    cut: bool = False  # ended where the task's own score was settled
 
     @property
     def key(self) -> str:
         """Hash of the content: equal replies to a question, in any stage, are judged once."""
-        return sha256_json(list(self))
+        return sha256_json([self.question, self.truth, self.reply])
 
 
 Cells = dict[tuple[int, str], list[Reply]]
@@ -166,6 +169,13 @@ def _wanted_replies(
             f"no replies of {', '.join(silent)} in {run.stages}: expected */evaluation/<task>.jsonl, "
             "which a run writes as it evaluates; copy them with the run, or evaluate again"
         )
+    cut = {task for (_, task), replies in cells.items() if task in names and any(reply.cut for reply in replies)}
+    if cut:
+        raise JudgeError(
+            f"{', '.join(sorted(cut))}: replies end by {CUT_MARK!r} where their own score was settled, so a judge "
+            "would read less than the model would have said. Leave the tasks out by --tasks, or give them the metric "
+            "'vista_match', whose replies are whole, and run again"
+        )
     return [reply for (_, task), replies in cells.items() if task in names for reply in replies]
 
 
@@ -252,7 +262,7 @@ def _judge_missing(judge: Judge, verdicts: "_Verdicts", replies: Sequence[Reply]
     missing = [reply for key, reply in unique.items() if key not in verdicts.texts]
     logger.info(f"{len(replies)} replies, {len(unique)} different, {len(missing)} to judge")
     # Longest first: running out of memory shows at once.
-    missing.sort(key=lambda reply: len("".join(reply)), reverse=True)
+    missing.sort(key=lambda reply: len(reply.question + reply.truth + reply.reply), reverse=True)
     try:
         with progress("judging", "replies", total=len(missing)) as bar:
             for start in range(0, len(missing), batch_size):
@@ -372,4 +382,5 @@ def _read_reply(line: Mapping[str, Any], path: Path) -> Reply:
         question, truth, reply = line["doc"]["text"], line["target"], line["reply"]
     except (KeyError, TypeError) as error:
         raise ArtifactError(f"{path}: expected lines with doc.text, target and reply, no {error}") from error
-    return Reply(clean_question(str(question)), str(truth), str(reply))
+    cut = str(reply).endswith(CUT_MARK) and line["doc"].get(SCORED_BY) in RULES
+    return Reply(clean_question(str(question)), str(truth), str(reply), cut)

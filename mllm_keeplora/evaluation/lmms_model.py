@@ -1,11 +1,13 @@
 """The model that lmms-eval talks to: batched greedy answers of a live or a saved model, errors never
 swallowed.
 
-Differs from lmms-eval's own wrappers in three ways that matter for measuring retention: it takes a 4-bit base
-and a PEFT adapter, it answers in batches, and a failed generation stops the evaluation. The stock wrappers
-log the error and return an empty answer, so that an out-of-memory reads as forgetting.
+Differs from lmms-eval's own wrappers in four ways that matter for measuring retention: it takes a 4-bit base
+and a PEFT adapter, it answers in batches, a reply may end where its score is settled, and a failed generation stops
+the evaluation. The stock wrappers log the error and return an empty answer, so that an out-of-memory reads as
+forgetting.
 """
 
+import json
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,12 +25,14 @@ from mllm_keeplora.config import VideoConfig
 from mllm_keeplora.data.chat_template import chat_form, render
 from mllm_keeplora.data.collator import prepare_questions
 from mllm_keeplora.data.conversation import Message, Part, Role
-from mllm_keeplora.data.images import load_image
+from mllm_keeplora.data.images import FORMATS, load_image
 from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.distributed.progress import progress
 from mllm_keeplora.distributed.sharding import gathered
 from mllm_keeplora.evaluation.answer import generate_replies, inference_state
 from mllm_keeplora.evaluation.errors import EvaluationError
+from mllm_keeplora.evaluation.settled import settled
+from mllm_keeplora.evaluation.task_files import ASKED, COPY_COLUMN, Document
 from mllm_keeplora.runs.run_directory import ADAPTER_HASHES
 
 logger = logging.getLogger(__name__)
@@ -51,6 +55,21 @@ class _Decoding(NamedTuple):
 
     max_new_tokens: int
     until: tuple[str, ...]
+
+
+class _Question(NamedTuple):
+    """What is generated once: one request, or several of a task that show and ask the same.
+
+    Attributes:
+        asking: the requests' places among all.
+        first: one of them.
+        documents: of those that a run's copies of test files ask; others are left alone until they are shown, since
+            media of theirs would be decoded.
+    """
+
+    asking: list[int]
+    first: Instance
+    documents: list[Document]
 
 
 @contextmanager
@@ -136,20 +155,22 @@ class KeepLoRAModel(lmms):
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Answers every request, in the order given.
 
-        Batches hold questions of one task and one decoding setting, longest first: so a task's answers do not
-        depend on which other tasks are evaluated with it, and running out of memory shows at once.
+        Batches hold questions of one task and one decoding setting, those that show and ask most first: so a task's
+        answers do not depend on which other tasks are evaluated with it, and running out of memory shows at once.
+        Then batches are halved.
 
         Raises:
             EvaluationError: naming the task and documents whose answer could not be generated.
         """
         answers: dict[int, str] = {}
         self._beyond_context: Counter[str] = Counter()
+        self._fitting = self.batch_size
         bar = progress("answering", "questions", total=len(requests))
         with gathered(self.model), inference_state(self.model), bar:
             for batch in self._batches(requests):
-                replies = self._answer([requests[index] for index in batch])
-                answers.update(zip(batch, replies, strict=True))
-                bar.update(len(batch))
+                for question, reply in zip(batch, self._answer(batch), strict=True):
+                    answers.update(dict.fromkeys(question.asking, reply))
+                    bar.update(len(question.asking))
         for task, count in self._beyond_context.items():
             logger.warning(
                 f"task {task!r}: {count} questions are longer than the {self._context} tokens that the base model was "
@@ -169,33 +190,73 @@ class KeepLoRAModel(lmms):
         """Refused: a prompt that depends on earlier answers."""
         raise EvaluationError("model 'keeplora' answers generate_until tasks only, not multi-round tasks")
 
-    def _batches(self, requests: list[Instance]) -> Iterator[list[int]]:
-        groups: dict[tuple[str, _Decoding], list[int]] = defaultdict(list)
+    def _batches(self, requests: list[Instance]) -> Iterator[list[_Question]]:
+        groups: dict[tuple[str, _Decoding], dict[str, _Question]] = defaultdict(dict)
         for index, request in enumerate(requests):
             with _named(request.task_name, [request.doc_id]):
-                groups[request.task_name, _read_decoding(request.args[2])].append(index)
-        for indices in groups.values():
-            indices.sort(key=lambda index: len(requests[index].args[0]), reverse=True)
-            for start in range(0, len(indices), self.batch_size):
-                yield indices[start : start + self.batch_size]
+                questions = groups[request.task_name, _read_decoding(request.args[2])]
+                document = self._own_document(request)
+                key = str(index) if document is None else json.dumps(document[ASKED])
+                question = questions.setdefault(key, _Question([], request, []))
+                question.asking.append(index)
+                question.documents.extend([] if document is None else [document])
+        for group in groups.values():
+            ordered = sorted(group.values(), key=_extent, reverse=True)
+            for start in range(0, len(ordered), self.batch_size):
+                yield ordered[start : start + self.batch_size]
 
-    def _answer(self, batch: list[Instance]) -> list[str]:
-        questions = []
-        for request in batch:
-            _, doc_to_messages, _, doc_id, task, split = request.args
-            with _named(task, [doc_id]):
-                messages = doc_to_messages(self.task_dict[task][split][doc_id])
-                questions.append(_read_messages(messages, self.reader))
-                render(self.processor, questions[-1], self.form)  # what cannot be asked is named by itself
-        with _named(batch[0].task_name, [request.doc_id for request in batch]):
-            return self._generate(batch[0].task_name, questions, _read_decoding(batch[0].args[2]))
+    def _documents(self, request: Instance) -> Any:
+        _, _, _, _, task, split = request.args
+        return self.task_dict[task][split]
 
-    def _generate(self, task: str, questions: list[list[Message]], decoding: _Decoding) -> list[str]:
-        inputs = prepare_questions(self.processor, questions, self.device, self.form)
-        too_long = int((inputs["attention_mask"].sum(dim=1) > self._context).sum())
-        if too_long:
-            self._beyond_context[task] += too_long
-        replies = generate_replies(self.model, self.processor, self.form, inputs, decoding.max_new_tokens)
+    def _own_document(self, request: Instance) -> Document | None:
+        documents = self._documents(request)
+        if COPY_COLUMN not in (getattr(documents, "column_names", None) or ()):
+            return None
+        document: Document = documents[request.doc_id]
+        return document
+
+    def _answer(self, batch: list[_Question]) -> list[str]:
+        conversations = []
+        for question in batch:
+            request = question.first
+            with _named(request.task_name, [request.doc_id]):
+                document = question.documents[0] if question.documents else self._documents(request)[request.doc_id]
+                conversations.append(_read_messages(request.args[1](document), self.reader))
+                render(self.processor, conversations[-1], self.form)  # what cannot be asked is named by itself
+        with _named(batch[0].first.task_name, [question.first.doc_id for question in batch]):
+            return self._generate(batch, conversations)
+
+    def _generate(self, batch: list[_Question], conversations: list[list[Message]]) -> list[str]:
+        """The replies to a batch; where the device has too little memory for it, in parts."""
+        if len(batch) <= self._fitting:
+            try:
+                return self._generate_together(batch, conversations)
+            except torch.cuda.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+            # Not in the handler: its traceback holds the tensors.
+            torch.cuda.empty_cache()
+            self._fitting = len(batch) // 2
+            logger.warning(
+                f"task {batch[0].first.task_name!r}: the device has too little memory for {len(batch)} questions "
+                f"together; from here on they are {self._fitting}. Set evaluation.batch_size to that"
+            )
+        most = self._fitting
+        parts = range(0, len(batch), most)
+        return [reply for at in parts for reply in self._generate(batch[at : at + most], conversations[at : at + most])]
+
+    def _generate_together(self, batch: list[_Question], conversations: list[list[Message]]) -> list[str]:
+        decoding = _read_decoding(batch[0].first.args[2])
+        inputs = prepare_questions(self.processor, conversations, self.device, self.form)
+        too_long = (inputs["attention_mask"].sum(dim=1) > self._context).tolist()
+        rules = [None if decoding.until else settled(question.documents) for question in batch]
+        replies = generate_replies(
+            self.model, self.processor, self.form, inputs, decoding.max_new_tokens, settled=rules
+        )
+        for question, long in zip(batch, too_long, strict=True):
+            if long:
+                self._beyond_context[question.first.task_name] += len(question.asking)
         return [_cut(reply, decoding.until) for reply in replies]
 
 
@@ -309,6 +370,22 @@ def _read_part(item: Mapping[str, Any], reader: VideoReader | None) -> Part:
     raise ValueError(
         f"expected a text, an image or a whole clip, found {kind} {source!r} ({', '.join(map(str, item))})"
     )
+
+
+def _extent(question: _Question) -> tuple[int, int]:
+    """Pixels shown, where that is known before they are decoded, and characters asked."""
+    asked = question.documents[0][ASKED] if question.documents else []
+    files = [part["path"] for message in asked for part in message["content"] if part["type"] == "image"]
+    return sum(map(_pixels, files)), len(question.first.args[0])
+
+
+def _pixels(path: str) -> int:
+    """Of a picture, by the file's head; 0 for one that cannot be read, which is said when it is shown."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return image.width * image.height
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return 0
 
 
 def _cut(reply: str, until: tuple[str, ...]) -> str:

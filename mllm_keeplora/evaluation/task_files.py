@@ -30,8 +30,8 @@ TEMPLATES = shipped("eval/tasks")
 INDEX_FILE = "tasks.json"
 # Of the copy of a test file; eval/tasks/utils.py reads it.
 COPY_COLUMN = "record"
-# Key of a question's messages.
-ASKED = "asked"
+# Keys of a question's messages, and of the name of its score.
+ASKED, SCORED_BY = "asked", "scored_by"
 
 Document = dict[str, Any]
 
@@ -196,7 +196,7 @@ def _read_documents(
 
 
 def _documents(spec: TaskSpec | GeneralSpec, record: Record, sample: Sample) -> Iterator[Document]:
-    """One for each question: `asked` is what the model is given, suffixes included.
+    """One for each question: `asked` is what the model is given, suffixes included, `scored_by` its metric.
 
     `question_id`, `text`, `answer`, `image` and `video` are LLaVA's test form, in which rules are written; a record of
     that form keeps its own.
@@ -218,7 +218,13 @@ def _documents(spec: TaskSpec | GeneralSpec, record: Record, sample: Sample) -> 
         reference = answer.text if isinstance(document["answer"], list) else document["answer"]
         test_suffix = suffix_for(spec.test_prompt_suffix, reference) if isinstance(spec, TaskSpec) else ""
         asked[-1] = with_suffix(asked[-1], test_suffix)
-        yield {**document, ASKED: [_message(message) for message in asked]}
+        yield {**document, ASKED: [_message(message) for message in asked], SCORED_BY: spec.metric}
+
+
+def accepted_answers(document: Document) -> list[str]:
+    """The record's answer, or its answers where it lists several (MLLM-ACL's OCR)."""
+    answer = document.get("answer", document.get("answer_bbox"))  # the latter in CoIN's Grounding
+    return [str(text) for text in answer] if isinstance(answer, list) else [str(answer)]
 
 
 def _message(message: Message) -> dict[str, Any]:

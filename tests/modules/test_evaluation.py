@@ -22,7 +22,7 @@ import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image, ImageFile
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -35,13 +35,18 @@ from transformers import (
 
 from mllm_keeplora.config import EvaluationConfig, ModelConfig, RunConfig
 from mllm_keeplora.continual.saved_run import load_run
+from mllm_keeplora.data.chat_template import chat_form
+from mllm_keeplora.data.collator import prepare_questions
+from mllm_keeplora.data.conversation import Message
 from mllm_keeplora.data.stream import GeneralSpec, Stream, TaskSpec
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.eval import leaderboard
-from mllm_keeplora.evaluation.answer import inference_state
+from mllm_keeplora.evaluation import lmms_model
+from mllm_keeplora.evaluation.answer import LOOK_EVERY, _Settled, generate_replies, inference_state
 from mllm_keeplora.evaluation.errors import EvaluationError
 from mllm_keeplora.evaluation.lmms_model import KeepLoRAModel
 from mllm_keeplora.evaluation.score import evaluate_row
+from mllm_keeplora.evaluation.settled import CUT_MARK
 from mllm_keeplora.evaluation.task_files import read_index, write_task_files
 from mllm_keeplora.modeling.loading import base_model_hash, load_base
 from mllm_keeplora.resources import shipped
@@ -287,7 +292,7 @@ def test_failed_generation_stops_the_evaluation(
     def fail_late(**inputs: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == 2:
+        if calls >= 2:  # for a single question, too
             raise torch.cuda.OutOfMemoryError("no memory left")
         return generate(**inputs)
 
@@ -759,3 +764,162 @@ def test_replies_are_compared_exactly_in_fp32_on_a_cpu_alone(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert leaderboard.replies_may_flip(ModelConfig(**settings)) == flips
+
+
+# --- What is generated, and how little of it ---
+
+
+def long_stream(root: Path, answers: dict[int, str] | None = None) -> Stream:
+    """A task each of three scores, with room for replies that are longer than any answer."""
+    write_data(root, 6, answers)
+    shared: dict[str, Any] = {"train": "test.json", "test": "test.json", "max_new_tokens": 40}
+    return Stream("long", root, tuple(TaskSpec(m, metric=m, **shared) for m in ("exact", "contains", "dcl_med")))
+
+
+def test_replies_that_end_where_their_score_is_settled_score_as_whole_ones(
+    live: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def row(answers: dict[int, str] | None = None) -> tuple[dict[str, Any], dict[str, list[str]]]:
+        stream = long_stream(tmp_path / "data", answers)
+        write_task_files(stream, tmp_path / "tasks")
+        return evaluate(live, stream, tmp_path), {t.name: read_replies(tmp_path, t.name) for t in stream.tasks}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lmms_model, "settled", lambda documents: None)
+        _, said = row()
+        # Of right answers one is a whole reply, one begins a reply, one is in its middle.
+        words = [reply.split() for reply in said["exact"]]
+        answers = {0: said["exact"][0], 1: " ".join(words[1][:3]), 2: " ".join(words[2][9:12])}
+        expected, whole = row(answers)
+    found, ended = row(answers)
+    assert found == expected and 0 < found["exact"]["value"] < found["contains"]["value"] < 1
+    for name, cut in (("exact", {1, 2, 3, 4, 5}), ("contains", {1, 2}), ("dcl_med", set())):
+        assert {n for n, reply in enumerate(ended[name]) if reply.endswith(CUT_MARK)} <= cut
+        for full, short in zip(whole[name], ended[name], strict=True):
+            assert full == short or full.startswith(short.removesuffix(CUT_MARK)) and len(short) < len(full)
+    assert sum(reply.endswith(CUT_MARK) for replies in ended.values() for reply in replies) > 3
+
+
+TEXTS = ["日本語の文章です、長い。", "😀👩‍👩‍👧 and é, е́ ё", "a" * 40]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_rule_sees_only_what_later_tokens_leave_as_it_is(text: str) -> None:
+    """Tokens of single bytes: of a character that is not yet whole, a tokenizer makes others."""
+    backend = Tokenizer(models.BPE({c: n for n, c in enumerate(pre_tokenizers.ByteLevel.alphabet())}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert len(tokens) > 3 * LOOK_EVERY and tokenizer.decode(tokens) == text
+    seen: list[str] = []
+    looking = _Settled(tokenizer, 2, [None, lambda begun: bool(seen.append(begun))])
+    for end in range(1, len(tokens) + 1):
+        done = looking(torch.tensor([[0, 0, *tokens[:end]]] * 2), torch.zeros(0))
+        assert done.tolist() == [False, False]
+    assert len(seen) == len(tokens) // LOOK_EVERY and len(seen[-1]) > 4
+    assert all(text.startswith(begun) for begun in seen)
+
+
+def test_a_reply_that_ends_by_itself_is_not_marked(live: tuple[Any, Any]) -> None:
+    """Neither one that the model ended before it was looked at, nor one that is as long as it may be."""
+    model, processor = live
+    form = chat_form(processor)
+    asked = [[Message("user", (question,))] for question in QUESTIONS]
+    inputs = prepare_questions(processor, asked, model.device, form)
+    with inference_state(model):
+        for length in (LOOK_EVERY, 40):
+            whole = generate_replies(model, processor, form, inputs, length)
+            ended = generate_replies(model, processor, form, inputs, length, settled=[lambda _: True] * len(asked))
+            for full, short in zip(whole, ended, strict=True):
+                tokens = len(processor.tokenizer(full, add_special_tokens=False)["input_ids"])
+                assert short == full if tokens < LOOK_EVERY or length <= LOOK_EVERY else short.endswith(CUT_MARK)
+
+
+def test_what_shows_and_asks_the_same_is_generated_once(
+    live: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each record keeps its own reference answer, and other pictures with the same words are asked for themselves."""
+    records = write_data(tmp_path / "data", 4)
+    again = [{**records[n], "question_id": 9, "answer": answer} for n, answer in ((0, "x"), (1, "y"))]
+    elsewhere = {**records[0], "image": records[1]["image"]}
+    (tmp_path / "data" / "test.json").write_text(json.dumps([*records, *again, elsewhere]))
+    stream = Stream("t", tmp_path / "data", (TaskSpec("t", "test.json", "test.json", "exact", max_new_tokens=4),))
+    write_task_files(stream, tmp_path / "tasks")
+    rows: list[int] = []
+    generate = lmms_model.generate_replies
+
+    def counted(model: Any, processor: Any, form: Any, inputs: Any, *rest: Any, **rules: Any) -> list[str]:
+        rows.append(len(inputs["input_ids"]))
+        return generate(model, processor, form, inputs, *rest, **rules)
+
+    monkeypatch.setattr(lmms_model, "generate_replies", counted)
+    assert evaluate(live, stream, tmp_path)["t"]["n"] == 7
+    replies = read_replies(tmp_path, "t")
+    assert sum(rows) == 5 and replies[4:6] == replies[:2] and replies[6] != replies[0]
+
+
+def test_questions_that_show_most_come_first_and_answers_in_order(
+    live: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_data(tmp_path / "data", 6)
+    sizes = [(32, 32), (64, 32), (128, 64), (64, 64), (16, 16), (256, 64)]
+    for number, size in enumerate(sizes):
+        path = tmp_path / "data" / "images" / f"{number}.png"
+        Image.open(path).resize(size).save(path)
+    stream = Stream("t", tmp_path / "data", (TaskSpec("t", "test.json", "test.json", "exact", max_new_tokens=4),))
+    write_task_files(stream, tmp_path / "tasks")
+    asked: list[int] = []
+    prepare = lmms_model.prepare_questions
+
+    def seen(processor: Any, questions: Any, *rest: Any) -> Any:
+        asked.extend(part.width * part.height for messages in questions for part in messages[-1].parts[:1])
+        return prepare(processor, questions, *rest)
+
+    monkeypatch.setattr(lmms_model, "prepare_questions", seen)
+    evaluate(live, stream, tmp_path, batch_size=2)
+    assert asked == sorted((width * height for width, height in sizes), reverse=True)
+    together = read_replies(tmp_path, "t")
+    evaluate(live, stream, tmp_path, batch_size=1)
+    assert together == read_replies(tmp_path, "t") and len(set(together)) > 2
+
+
+def short_of_memory(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
+    """A device that takes `most` questions together; the sizes of all batches that it is given."""
+    rows: list[int] = []
+    generate = lmms_model.generate_replies
+
+    def refusing(model: Any, processor: Any, form: Any, inputs: Any, *rest: Any, **rules: Any) -> list[str]:
+        rows.append(len(inputs["input_ids"]))
+        if rows[-1] > most:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return generate(model, processor, form, inputs, *rest, **rules)
+
+    monkeypatch.setattr(lmms_model, "generate_replies", refusing)
+    return rows
+
+
+def test_batches_that_the_device_has_no_memory_for_are_halved(
+    live: tuple[Any, Any],
+    stream: Stream,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    settings: dict[str, Any] = {"names": ["birds"], "batch_size": 7}
+    expected = evaluate(live, stream, tmp_path, **settings)
+    replies = read_replies(tmp_path, "birds")
+    rows = short_of_memory(monkeypatch, 2)
+    assert evaluate(live, stream, tmp_path, **settings) == expected
+    assert read_replies(tmp_path, "birds") == replies
+    assert rows == [7, 3, *[1] * 7]
+    said = [record.message for record in caplog.records if "too little memory" in record.message]
+    assert len(said) == 2 and "evaluation.batch_size" in said[0]
+
+
+def test_memory_that_is_too_little_for_one_question_stops_the_evaluation(
+    live: tuple[Any, Any], stream: Stream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short_of_memory(monkeypatch, 0)
+    with pytest.raises(EvaluationError, match="OutOfMemoryError"):
+        evaluate(live, stream, tmp_path)

@@ -251,7 +251,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[Message]]]:
         return seen[-1]
 
     monkeypatch.setattr(lmms_model, "_read_messages", recorded)
-    monkeypatch.setattr(lmms_model, "generate_replies", lambda *args: reply(*args[:-1], 2))
+    monkeypatch.setattr(lmms_model, "generate_replies", lambda *args, **rules: reply(*args[:-1], 2))
     yield seen
 
 

@@ -29,6 +29,8 @@ from mllm_keeplora.evaluation.judge import (
     parse_verdict,
 )
 from mllm_keeplora.evaluation.metrics import summarize
+from mllm_keeplora.evaluation.settled import CUT_MARK
+from mllm_keeplora.evaluation.task_files import SCORED_BY
 from mllm_keeplora.runs.files import ArtifactError
 
 TEMPLATE = (
@@ -326,6 +328,27 @@ def test_runs_without_replies_are_refused_before_the_judge_is_loaded(tmp_path: P
         path.unlink()
     with pytest.raises(JudgeError, match="no replies of birds in .*stages.*evaluation"):
         judge_run(run, settings(tmp_path / "no judge"), tasks)
+
+
+@pytest.mark.parametrize(
+    ("metric", "ending", "refused"),
+    [("exact", CUT_MARK, True), ("exact", "[...", False), ("vista_match", CUT_MARK, False), (None, CUT_MARK, False)],
+)
+def test_replies_that_ended_where_their_score_was_settled_are_not_judged(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: str | None, ending: str, refused: bool
+) -> None:
+    run = write_run(tmp_path)
+    file = run / "stages" / "01-birds" / "evaluation" / "tools.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines[1] |= {"reply": f"a cat {ending}", "doc": {**lines[1]["doc"], SCORED_BY: metric}}
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    Asked(monkeypatch, lambda reply: '{"score": 3}')
+    judge_run(run, settings(tiny), ["birds"])
+    if refused:
+        with pytest.raises(JudgeError, match=r"^tools: replies end by ' \[\.\.\.\]'.*vista_match"):
+            judge_run(run, settings(tiny))
+    else:
+        judge_run(run, settings(tiny))
 
 
 def test_unknown_tasks_and_unfinished_runs_are_refused(tmp_path: Path) -> None:
