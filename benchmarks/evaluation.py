@@ -158,7 +158,7 @@ def row(run: CompleteRun, seconds: dict[str, list[float]]) -> Row:
 
 def vga_stream(config: RunConfig, root: Path, questions: int) -> Stream:
     """The questions about scenes, on pictures of VGA size."""
-    scenes = load_stream(config.stream).data_root / "scenes"
+    scenes = load_stream(Path(config.stream)).data_root / "scenes"
     records = json.loads((scenes / "test.json").read_text())[:questions]
     for record in records:
         drawn = root / record["image"]
@@ -177,7 +177,7 @@ def vga_row(config: RunConfig, options: Options) -> Row:
     from lmms_eval.models.chat.llava_hf import LlavaHf
 
     base, scores = config.model.base_model, {}
-    model, processor = load_base(ModelConfig(base_model=base, quantization="none", device=options.device.type))
+    model, processor = load_base(ModelConfig(base_model=base, quantization="none"))
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         stream = vga_stream(config, root, 8 if options.quick else VGA_QUESTIONS)
