@@ -22,7 +22,7 @@ from mllm_keeplora.config import RunConfig, parse_config
 from mllm_keeplora.continual.general import _ask, recall
 from mllm_keeplora.continual.learning import as_factors, learn
 from mllm_keeplora.continual.run import Run
-from mllm_keeplora.continual.run_stream import _measure_start, run_stage
+from mllm_keeplora.continual.run_stream import measure_start, run_stage
 from mllm_keeplora.continual.stage import StageError
 from mllm_keeplora.continual.trainer import FiniteGradients
 from mllm_keeplora.distributed.processes import SHARD_FLAG, from_main, start_processes, wait_for_everyone
@@ -163,7 +163,7 @@ def families(out: Path) -> None:
         found: dict[str, torch.Tensor] = {}
         with mock.patch.object(StageRecord, "phase", recording(found)), Run.open(RunConfig.read(path)) as run:
             past: Factors = {}
-            _measure_start(run, past)
+            measure_start(run, past)
             for number in range(1, len(run.stream.tasks) + 1):
                 past = run_stage(run, number, past)
             bases = run.stage_context(number, past).bases
