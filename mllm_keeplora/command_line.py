@@ -24,6 +24,7 @@ from mllm_keeplora.errors import ConfigError, KeepLoRAError, did_you_mean
 from mllm_keeplora.settings import expected, hints_of, typed
 from mllm_keeplora.yaml_files import parse_yaml
 
+_NAME_ERRORS = (errno.ENAMETOOLONG, errno.ELOOP)
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 _REQUIRED = "required"
 INTERRUPTED = 130  # the exit status that shells give to Ctrl-C
@@ -188,9 +189,9 @@ def _options_of(parser: argparse.ArgumentParser) -> list[str]:
 def command() -> Iterator[None]:
     """Prepares the process for a command, and ends it with one line where that line is all a user needs.
 
-    A `KeepLoRAError`, a full disk and a missing package end with status 2, Ctrl-C with 130. Where nobody reads the
-    output any more (`| head`) it ends without a word, with 141. Any other error keeps its traceback. Whatever is slow
-    to import is to be imported inside.
+    A `KeepLoRAError`, a full disk, a name that no file can have and a missing package end with status 2, Ctrl-C with
+    130. Where nobody reads the output any more (`| head`) it ends without a word, with 141. Any other error keeps its
+    traceback. Whatever is slow to import is to be imported inside.
     """
     _prepare()
     try:
@@ -214,6 +215,8 @@ def command() -> Iterator[None]:
             raise
         _end(f"error: {error.name} is not installed; pip install 'mllm-keeplora[{extra}]' brings it")
     except OSError as error:
+        if error.errno in _NAME_ERRORS:
+            _end(f"error: {error}; name another")
         if error.errno not in _DISK_ERRORS:
             raise
         _end(f"error: {error}; make room (or fix the permission) and run the same command again")

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from mllm_keeplora.command_line import OptionParser
 from mllm_keeplora.errors import ConfigError as ConfigError  # known by this module's name everywhere
 from mllm_keeplora.errors import did_you_mean
-from mllm_keeplora.resources import find
+from mllm_keeplora.resources import find, unusable
 from mllm_keeplora.settings import Range, build, check_settings, flat_settings, hints_of, shown, typed
 from mllm_keeplora.yaml_files import read_yaml
 
@@ -40,9 +40,9 @@ def _require(condition: bool, message: str) -> None:
 # Settings that are paths, by their dotted names.
 _PATHS = (
     *("run_dir", "stream", "data_root", "initial_adapter", "cache_dir"),
-    *("model.base_model", "model.chat_template", "general.media_root"),
+    *("model.base_model", "model.chat_template", "general.samples", "general.media_root"),
 )
-_FILES = ("stream", "model.chat_template")  # those that are files; the others are folders
+_FILES = ("stream", "model.chat_template", "general.samples")  # those that are files; the others are folders
 
 
 def _check_paths(prefix: str, settings: Any) -> None:
@@ -62,6 +62,8 @@ def _check_path(name: str, path: str | None) -> None:
             not (variable or path.startswith("~")),
             f"{name} is {shown(path)}; ~ and variables are not written out here, name the path itself",
         )
+        reason = unusable(path)
+        _require(reason is None, f"{name} {shown(path)} cannot be read: {reason}; name another")
         _require(name in _FILES or not os.path.isfile(path), f"{name} is {shown(path)}, a file; name a folder")  # noqa: PTH113
 
 

@@ -1,5 +1,6 @@
 """Files that come along with the package, in a checkout and in an installed wheel alike."""
 
+import errno
 import os
 from importlib.resources import files
 from pathlib import Path
@@ -28,6 +29,15 @@ def find(path: str | Path) -> Path:
         return own
     found = shipped(str(path))
     return found if found.exists() else own
+
+
+def unusable(path: str | Path) -> str | None:
+    """Why no file or folder can have a path: a name that is too long, links in a circle; None where one can."""
+    try:
+        os.stat(path)  # noqa: PTH116
+    except OSError as error:
+        return error.strerror if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) else None
+    return None
 
 
 def is_there(path: Path) -> bool:

@@ -175,12 +175,6 @@ def _begin(config: RunConfig, stream: Stream, directory: RunDirectory) -> Histor
 
 def _check_ours(directory: RunDirectory) -> None:
     """A folder of somebody's own is not written into, nor one where a file is in a folder's place."""
-    try:
-        directory.path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        pass  # a new one; whether it can be made shows when it is locked
-    except OSError as error:
-        raise ArtifactError(f"run_dir {directory.path} cannot be read: {error}; name another") from error
     for folder in (directory.stages, directory.task_files, directory.logs):
         if folder.exists() and not folder.is_dir():
             raise ArtifactError(f"{folder} is a file, expected a folder; put the folder back, or remove the file")

@@ -34,7 +34,7 @@ from mllm_keeplora.data.preflight import IMAGES_ONLY, Preflight
 from mllm_keeplora.data.record_files import EXTRACTED, RECORD_SUFFIXES, HubTable, content_hash
 from mllm_keeplora.data.records import OTHER_ANSWERS, SkippedRecord, load_records, named_media, suffix_for
 from mllm_keeplora.errors import KeepLoRAError, did_you_mean
-from mllm_keeplora.resources import find, is_there
+from mllm_keeplora.resources import find, is_there, unusable
 from mllm_keeplora.runs.files import file_state
 from mllm_keeplora.settings import Range, check_settings, shown
 from mllm_keeplora.yaml_files import read_yaml
@@ -238,7 +238,7 @@ class Stream:
             return self.data_root / named
         table = HubTable(**named)
         folder = self.data_root / table.dataset
-        return replace(table, dataset=str(folder)) if folder.is_dir() else table
+        return replace(table, dataset=str(folder)) if is_there(folder) and folder.is_dir() else table
 
     def answers_file(self, spec: TaskSpec | GeneralSpec) -> Path | None:
         """Path of the answers to the test questions; None where these lie in the test file itself."""
@@ -393,6 +393,8 @@ def _build_stream(document: object, data_root: Path | None) -> Stream:
         raise StreamError(
             f"data_root is {shown(root)}; expected the folder that holds the data, here or in the run YAML"
         )
+    if reason := unusable(root):
+        raise StreamError(f"data_root {shown(str(root))} cannot be read: {reason}; name another")
     return Stream(
         name=values["name"],
         data_root=Path(root),
@@ -516,6 +518,8 @@ def _check_inside(spec: TaskSpec | GeneralSpec, key: str, value: str) -> None:
         raise StreamError(
             f"{spec.name!r}: {key} is {shown(value)}, which leaves the data root; give a path relative to it"
         )
+    if reason := unusable(value):
+        raise StreamError(f"{spec.name!r}: {key} {shown(value)} cannot be read: {reason}; name another")
 
 
 def _check_files(stream: Stream) -> None:

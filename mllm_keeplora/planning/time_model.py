@@ -140,15 +140,12 @@ class TimeModel:
         """Both towers and the loss; a vision tower that is not adapted needs no backward pass."""
         costs = []
         for tower in self.memory.towers(batch, seen):
+            there = self._layer(tower)
+            # To the inputs alone: no gradient of a weight, and A x is not computed again.
+            back = there._replace(exact=0, moved=2 * there.moved, launches=2 * there.launches)
             adapted = tower.name == "language" or self.memory.config.vision.adapt
-            ways = forward + 2 * backward if adapted else 1  # a backward pass launches and moves twice as much
-            products = forward + backward if adapted else 1
-            layer = self._layer(tower)
-            costs.append(
-                total([layer._replace(products=0, exact=0)], ways * len(tower.layers))
-                ._replace(products=products * len(tower.layers) * layer.products)
-                ._replace(exact=forward * len(tower.layers) * layer.exact)
-            )
+            ways, number = (forward, backward) if adapted else (1, 0), len(tower.layers)
+            costs += [total([there], ways[0] * number), total([back], ways[1] * number)]
         supervised = batch * self.memory.shape.supervised if backward else batch
         return total([*costs, self._words(supervised, passes=1 + backward)])
 

@@ -103,7 +103,8 @@ def media_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config_of(base: Path, **settings: Any) -> RunConfig:
     tower = TowerConfig(rank=8)
     model = ModelConfig(base_model=str(base), device="cpu")
-    return replace(RunConfig(model=model, language=tower, vision=tower, report_to=[]), **settings)
+    nowhere = "runs/of_no_test"  # a run that lies in the default one would be spoken of
+    return replace(RunConfig(run_dir=nowhere, model=model, language=tower, vision=tower, report_to=[]), **settings)
 
 
 def memory_of(config: RunConfig, batch: dict[str, Any], media: Media) -> MemoryModel:

@@ -221,6 +221,14 @@ def test_a_folder_that_is_no_run_is_said_to_be_none(
     assert f"{tmp_path} is no directory of a run: it holds no config.json" in message
 
 
+@pytest.mark.parametrize("name", ["leaderboard", "export", "chat", "compare", "edit", "push", "evaluate"])
+def test_a_folder_that_cannot_be_is_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "circle").symlink_to("circle")
+    long = refused(name, "x" * 300, *REQUIRED[name][1:], capsys=capsys)
+    assert long.startswith("error: ") and "File name too long" in long and "name another" in long
+    assert "is no directory of a run" in refused(name, str(tmp_path / "circle"), *REQUIRED[name][1:], capsys=capsys)
+
+
 def test_a_wrong_method_is_refused_before_data_are_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

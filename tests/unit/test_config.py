@@ -103,6 +103,24 @@ def test_a_path_that_a_shell_was_to_complete_is_refused(tmp_path: Path, name: st
         parse(tmp_path, "seed: 0", f"--{name}", path)
 
 
+PATHS = [
+    *("run_dir", "stream", "data_root", "initial_adapter", "cache_dir"),
+    *("model.base_model", "model.chat_template", "general.samples", "general.media_root"),
+]
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "a/" * 3000, "circle/run"])
+@pytest.mark.parametrize("name", PATHS)
+def test_a_path_that_nothing_can_have_is_refused(
+    name: str, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also before a plan, which says nothing of what is not there yet: this never will be."""
+    monkeypatch.chdir(tmp_path)
+    Path("circle").symlink_to("circle")
+    with pytest.raises(ConfigError, match=f"{name} .* cannot be read: (File name too long|Too many levels)"):
+        parse(tmp_path, "seed: 0", f"--{name}", path)
+
+
 @pytest.mark.parametrize(
     "name", ["run_dir", "data_root", "initial_adapter", "cache_dir", "model.base_model", "general.media_root"]
 )
