@@ -10,14 +10,14 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import Dataset
-from transformers import ProcessorMixin
+from transformers import InternVLProcessor, ProcessorMixin
 
 from mllm_keeplora.data.chat_template import ChatForm, ProcessorError, Segment, chat_form, render
 from mllm_keeplora.data.conversation import MediaFile, Message, Part, Sample
 from mllm_keeplora.data.images import ImageError, load_image
 from mllm_keeplora.data.video.reader import Clip, VideoError, VideoReader
 from mllm_keeplora.errors import KeepLoRAError
-from mllm_keeplora.modeling.families import EQUAL_LENGTHS
+from mllm_keeplora.modeling.families import EQUAL_LENGTHS, Media
 from mllm_keeplora.modeling.loss import IGNORED_LABEL, answers_alone
 
 
@@ -51,12 +51,16 @@ def render_prompt(processor: ProcessorMixin, messages: Sequence[Message]) -> str
     return "".join(segment.text for segment in render(processor, messages, chat_form(processor)))
 
 
+# What processors make of prompts: `_pad` makes these of whole samples.
+_OF_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+
+
 def process_media(
     processor: ProcessorMixin,
     images: Sequence[Sequence[Image.Image]],
     clips: Sequence[Clip],
     text: Sequence[str] | None = None,
-    **settings: Any,
+    order: Sequence[Media] = (),
 ) -> dict[str, Any]:
     """The processor's model inputs for images, clips and the prompts that show them.
 
@@ -68,7 +72,7 @@ def process_media(
         images: of each message, in order.
         clips: likewise.
         text: prompts, None for the media alone.
-        **settings: for the tokenizer (padding_side).
+        order: for the media alone, where images and clips are mixed: the kind of each, as prompts would show them.
 
     Raises:
         ProcessorError: a clip for a processor that takes none; clips of different length for one that takes
@@ -77,10 +81,15 @@ def process_media(
     if clips and not getattr(processor, "video_token", None):
         raise ProcessorError(f"{type(processor).__name__} takes no video; expected a base model of a video family")
     _check_lengths(processor, clips)
+    settings: dict[str, Any] = {}
     if clips:
         settings["videos"] = [clip.frames for clip in clips]
         settings["video_metadata"] = [_describe_clip(clip) for clip in clips]
         settings["do_sample_frames"] = False
+    alone = text is None
+    if alone and isinstance(processor, InternVLProcessor):  # puts frames between images, as a text names them
+        kinds = order or [*("image" for group in images for _ in group), *("video" for _ in clips)]
+        text = ["".join(getattr(processor, f"{kind}_token") for kind in kinds)]
     if text is not None:
         settings |= {"text": list(text), "padding": True}
     shown: list[Any] = [list(group) for group in images if group]
@@ -91,9 +100,10 @@ def process_media(
     # Left to guess, some take a picture or clip of a height of 1 or 3 for one with its channels first.
     settings["input_data_format"] = "channels_last"
     try:
-        return dict(processor(images=shown or None, return_tensors="pt", **settings))
+        inputs = dict(processor(images=shown or None, return_tensors="pt", **settings))
     except ValueError as error:
         raise ProcessorError(f"{type(processor).__name__} refuses its input: {error}") from error
+    return {key: value for key, value in inputs.items() if not (alone and key in _OF_TEXT)}
 
 
 def _check_lengths(processor: ProcessorMixin, clips: Sequence[Clip]) -> None:
@@ -220,7 +230,8 @@ class ChatCollator:
             if rendered:
                 media_inputs = self._encode(samples, rendered, images, clips)
             else:
-                media_inputs = process_media(self.processor, images, clips) if any(images) or clips else {}
+                order = [file.kind for sample in samples for file in sample.media]
+                media_inputs = process_media(self.processor, images, clips, order=order) if order else {}
         except ProcessorError as error:
             names = ", ".join(f"{sample.id!r}" for sample in samples if sample.media)
             raise ProcessorError(f"sample {names}: {error}") from error
@@ -311,9 +322,7 @@ def _encode(
     encoded = [
         _encode_sample(processor, segments, [ids.get(id(segment)) for segment in segments]) for segments in rendered
     ]
-    # Made for these prompts alone; `_pad` makes those of whole samples.
-    text_keys = {"token_type_ids", "mm_token_type_ids"}
-    return encoded, {key: value for key, value in inputs.items() if key not in text_keys}
+    return encoded, {key: value for key, value in inputs.items() if key not in _OF_TEXT}
 
 
 def _encode_sample(

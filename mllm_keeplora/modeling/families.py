@@ -30,7 +30,9 @@ def _all_layers(config: Any) -> int:
 
 def _patches(pixels: Tensor, vision_config: Any) -> int:
     """Of pictures [.., channels, height, width]."""
-    height, width = (side // int(vision_config.patch_size) for side in pixels.shape[-2:])
+    size = vision_config.patch_size  # of InternVL a height and a width
+    sides = (size, size) if isinstance(size, int) else size
+    height, width = (side // patch for side, patch in zip(pixels.shape[-2:], sides, strict=True))
     return pixels.shape[:-3].numel() * height * width
 
 
@@ -129,6 +131,12 @@ FAMILIES: dict[str, ModelFamily] = {
             fused=("qkv",),
             clips_of_any_length=True,
             head_norms={"self_attn.q_norm": "self_attn.q_proj", "self_attn.k_norm": "self_attn.k_proj"},
+        ),
+        # InternVL3 in transformers' form: it shows the frames of a clip as images of one tile.
+        ModelFamily(
+            "internvl",
+            dict.fromkeys(("image", "video"), "model.vision_tower.encoder.layer"),
+            writers=("projection_layer", "fc2", "o_proj", "down_proj"),
         ),
     )
 }

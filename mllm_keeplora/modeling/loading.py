@@ -280,7 +280,8 @@ def check_media_tokens(model_config: Any, processor: Any, directory: str) -> Non
     size = model_config.get_text_config().vocab_size
     for kind in family_of(model_config).vision_layers:
         token = getattr(processor, f"{kind}_token", None)
-        if token is None:  # said where such a medium is to be shown
+        # Without one it is said where such a medium is to be shown; InternVL shows clips by the token of images.
+        if token is None or not hasattr(model_config, f"{kind}_token_id"):
             continue
         expected = getattr(model_config, f"{kind}_token_id", None)
         found = processor.tokenizer(token, add_special_tokens=False)["input_ids"]

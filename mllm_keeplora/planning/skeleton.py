@@ -56,12 +56,17 @@ def build_skeleton(config: ModelConfig) -> PreTrainedModel:
 def skeleton_of(model_config: Any, config: ModelConfig) -> PreTrainedModel:
     """A model of that config without weights; its buffers are real."""
     with init_empty_weights(include_buffers=False):
-        return AutoModelForImageTextToText.from_config(
+        model: PreTrainedModel = AutoModelForImageTextToText.from_config(
             model_config,
             dtype=DTYPES[config.compute_dtype],
             attn_implementation="eager" if config.attn_implementation == "eager" else "sdpa",
             trust_remote_code=config.trust_remote_code,
         )
+    # What ties embeddings and lm_head is undone without weights. Where the language model's own config does not tie
+    # them, as InternVL3-8B's, its weights hold both, and loading keeps them apart whatever the whole config says.
+    if model_config.tie_word_embeddings and model_config.get_text_config().tie_word_embeddings:
+        model.tie_weights()
+    return model
 
 
 def build_processor(config: ModelConfig) -> Any:

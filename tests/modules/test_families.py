@@ -23,7 +23,7 @@ from mllm_keeplora.data.conversation import MediaFile, Message, Sample
 from mllm_keeplora.data.images import load_image
 from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.modeling.families import FAMILIES, Media, family_of
-from mllm_keeplora.modeling.loading import load_base
+from mllm_keeplora.modeling.loading import load_base, load_dense
 from mllm_keeplora.modeling.targets import find_targets
 from mllm_keeplora.probes.gradients import gaussian_probe, sketch_gradients
 from tests.clips import write_clip
@@ -187,7 +187,8 @@ def test_media_in_later_turns(family: str, media: Media, tiny: Any, media_root: 
     collator = ChatCollator(processor, None, reader())
     samples_ = [several(media_root, media, 0), several(media_root, media, 2)]
     samples_.append(Sample("text", samples_[0].messages[:2]))
-    batch = collator(samples_)
+    batch, again = collator(samples_), collator(samples_)  # the second from the tokens that are kept
+    assert batch.keys() == again.keys() and all(torch.equal(batch[key], again[key]) for key in batch)
     alone = [collator([one]) for one in samples_]
     with torch.no_grad():
         together = model(**batch).logits
@@ -313,6 +314,8 @@ def test_a_whole_stage(family: str, tiny: Any, media_root: Path, tmp_path: Path,
         found = PeftModel.from_pretrained(base, str(tmp_path / "run/adapter")).eval()(**batch).logits
     assert torch.equal(found, expected)
     assert not torch.equal(found, untouched)
+    dense, _ = load_dense(config.model, tmp_path / "run/adapter")  # as an export writes it
+    torch.testing.assert_close(dense(**batch).logits.detach(), expected, rtol=1e-3, atol=1e-4)
     stored = AutoProcessor.from_pretrained(tmp_path / "run/adapter")
     again = ChatCollator(stored, None, reader())(samples(media_root, media)[:2])
     assert torch.equal(again["input_ids"], batch["input_ids"])

@@ -166,8 +166,9 @@ def test_a_thin_picture_is_not_taken_for_one_with_its_channels_first(
 ) -> None:
     processor, picture = processors[family], noise(height, width)
     found = pixel_values(process_media(processor, [[Image.fromarray(picture)]], []))
+    tiles = {"crop_to_patches": True} if family == "internvl" else {}
     told = processor.image_processor(
-        picture.transpose(2, 0, 1), input_data_format="channels_first", return_tensors="pt"
+        picture.transpose(2, 0, 1), input_data_format="channels_first", return_tensors="pt", **tiles
     )
     assert torch.equal(found, pixel_values(told))
 
@@ -187,7 +188,7 @@ def test_a_thin_clip_is_not_taken_for_one_with_its_channels_first(
             do_sample_frames=False,
             return_tensors="pt",
         )
-        assert torch.equal(found, pixel_values(told))
+        assert torch.equal(found.view_as(pixel_values(told)), pixel_values(told))
 
 
 def test_what_a_processor_refuses_names_the_sample(processors: dict[str, Any], tmp_path: Path) -> None:

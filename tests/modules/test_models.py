@@ -422,8 +422,8 @@ def test_a_base_that_is_stored_in_nf4_is_the_same_model(tiny_llava: Path, nf4_mo
 @pytest.mark.parametrize("wrong", ["config", "tokenizer", "beyond"])
 def test_media_tokens_of_another_model_are_refused(family: str, kind: str, wrong: str) -> None:
     config, processor = BUILDERS[family]()
-    if kind not in FAMILIES[family].vision_layers:
-        return
+    if kind not in FAMILIES[family].vision_layers or not hasattr(config, f"{kind}_token_id"):
+        return  # InternVL's clips are written with the token of images
     check_media_tokens(config, processor, "base")
     token = getattr(processor, f"{kind}_token")
     if wrong == "config":

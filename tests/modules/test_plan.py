@@ -18,6 +18,7 @@ import yaml
 from huggingface_hub.errors import OfflineModeIsEnabled
 from PIL import Image
 from torch import nn
+from transformers import AutoModelForImageTextToText
 
 from mllm_keeplora.commands.run import parse_flags
 from mllm_keeplora.config import (
@@ -69,7 +70,7 @@ from mllm_keeplora.units import GB, format_bytes, format_count
 from tests import forked
 from tests.clips import write_clip
 from tests.modules.test_families import MAIN_MEDIA, reader, samples, write_stream
-from tests.modules.tiny_families import save_tiny
+from tests.modules.tiny_families import BUILDERS, save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 # The formula against the bytes that autograd really keeps. On models this small what it rounds up
@@ -147,6 +148,22 @@ def test_the_skeleton_has_the_bytes_and_the_targets_of_the_loaded_model(family: 
     assert targets == targets_of(model, config, media)
     linears = sum(isinstance(module, nn.Linear) for module in model.modules())
     assert len(targets) + sum(left_out(skeleton, targets, config).values()) == linears
+
+
+@pytest.mark.parametrize("tied", [(True, True), (True, False), (False, False)])
+def test_embeddings_are_planned_as_often_as_they_are_loaded(tied: tuple[bool, bool], tmp_path: Path) -> None:
+    """InternVL3-8B's whole config ties them to lm_head by default, its language model's does not, and it has both."""
+    model_config, processor = BUILDERS["internvl"]()
+    model_config.tie_word_embeddings, model_config.text_config.tie_word_embeddings = tied
+    model = AutoModelForImageTextToText.from_config(model_config)
+    if not all(tied):
+        model.lm_head.weight = nn.Parameter(torch.randn(model.lm_head.weight.shape))
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    config = config_of(tmp_path, model=ModelConfig(str(tmp_path), device="cpu", quantization="none"))
+    loaded, _ = load_base(config.model)
+    held = sum(t.nbytes for t in (*loaded.parameters(), *loaded.buffers()))
+    assert sum(base_bytes(build_skeleton(config.model), config.model)) == held
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])

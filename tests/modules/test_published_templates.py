@@ -21,7 +21,7 @@ from mllm_keeplora.modeling.families import FAMILIES
 from mllm_keeplora.modeling.loading import load_processor
 from mllm_keeplora.resources import find
 from tests.clips import write_clip
-from tests.modules.tiny_families import BUILDERS, QWEN_FRAME
+from tests.modules.tiny_families import BUILDERS, INTERNVL_FRAME, INTERNVL_NAMES, QWEN_FRAME
 
 PUBLISHED = Path(__file__).parents[1] / "published_templates"
 TRL = Path(trl.__file__).parent / "chat_templates"
@@ -54,34 +54,38 @@ CASES = [
     Case("Video-LLaVA-7B-hf", "video_llava", "</s>", " "),
     Case("Qwen2.5-VL-7B-Instruct", "qwen2_5_vl", "<|im_end|>"),
     Case("Qwen3-VL-8B-Instruct", "qwen3_vl", "<|im_end|>"),
+    Case("InternVL3-hf", "internvl", "<|im_end|>"),
 ]
 FILMED = [
     case for case in CASES if "<video>" in (PUBLISHED / f"{case.template}.jinja").read_text() or "Qwen" in case[0]
 ]
 
 
-def characters(first: Sequence[str]) -> PreTrainedTokenizerFast:
+def characters(first: Sequence[str], named: dict[str, str] | None = None) -> PreTrainedTokenizerFast:
     """One token a character, white space too: nothing that a template writes is lost."""
     letters = [chr(code) for code in range(32, 127)] + ["\n"]
     special = list(dict.fromkeys([*first, *SPECIAL]))
     vocabulary = {token: number for number, token in enumerate([*special, *letters])}
     backend = Tokenizer(models.BPE(vocabulary, merges=[], unk_token="<unk>"))
-    named = dict.fromkeys(("<pad>", "<s>", "</s>", "<unk>"))
+    others = [token for token in special if token not in ("<pad>", "<s>", "</s>", "<unk>")]
+    # A processor's names for tokens take the place of the list.
+    extra: Any = {**named, **{f"token_{n}": token for n, token in enumerate(others)}} if named else None
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
-        additional_special_tokens=[token for token in special if token not in named],
+        **({"extra_special_tokens": extra} if named else {"additional_special_tokens": others}),
     )
 
 
 def processor_of(case: Case) -> Any:
     _, processor = BUILDERS[case.family]()
     first = ["<pad>", "<s>", "</s>", "<unk>", processor.image_token]
-    first += [processor.video_token, *QWEN_FRAME] if getattr(processor, "video_token", None) else []
-    processor.tokenizer = characters(first)
+    if getattr(processor, "video_token", None):
+        first += [processor.video_token, *(INTERNVL_FRAME if case.family == "internvl" else QWEN_FRAME)]
+    processor.tokenizer = characters(first, INTERNVL_NAMES if case.family == "internvl" else None)
     processor.chat_template = (PUBLISHED / f"{case.template}.jinja").read_text()
     return processor
 
@@ -138,8 +142,9 @@ def runs(batch: dict[str, torch.Tensor], processor: Any) -> list[str]:
 
 
 def text(processor: Any, ids: Sequence[int]) -> str:
-    """With each placeholder once, however many tokens it takes."""
+    """With each placeholder once, however many tokens it takes, without what a processor puts around them."""
     tokens = processor.tokenizer.convert_ids_to_tokens(list(ids))
+    tokens = [token for token in tokens if token not in INTERNVL_FRAME]
     shown = {processor.image_token, getattr(processor, "video_token", None)}
     return "".join(
         token for before, token in zip([None, *tokens], tokens, strict=False) if token not in shown or token != before
@@ -210,6 +215,14 @@ def test_a_clip_in_a_later_turn_beside_an_image(case: Case, files: dict[str, Pat
     assert torch.equal(batch["input_ids"][:, :length], asked["input_ids"])
     for key in asked.keys() - {"input_ids", "attention_mask", "mm_token_type_ids"}:
         assert torch.equal(torch.as_tensor(batch[key]), torch.as_tensor(asked[key])), key
+
+
+def test_the_older_template_of_internvl_is_told(files: dict[str, Path]) -> None:
+    """It writes `<image>`, in whose place its processor today puts nothing."""
+    processor = processor_of(Case("InternVL3-converted", "internvl", "<|im_end|>"))
+    messages = (Message("user", (image(files), "What?")), Message("assistant", ("A cat.",)))
+    with pytest.raises(ProcessorError, match="sample 's': the image token '<IMG_CONTEXT>' comes 0 times .*expected 1"):
+        ChatCollator(processor)([Sample("s", messages)])
 
 
 def test_a_template_without_a_place_for_clips_is_told(files: dict[str, Path]) -> None:

@@ -9,6 +9,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForImageTextToText,
     CLIPImageProcessor,
+    GotOcr2ImageProcessor,
+    InternVLConfig,
+    InternVLProcessor,
+    InternVLVideoProcessor,
     LlavaConfig,
     LlavaNextConfig,
     LlavaNextImageProcessor,
@@ -40,6 +44,15 @@ PINPOINTS = [[64, 128], [128, 64], [128, 128]]
 LLAVA_TOKENS = {"image": "<image>", "video": "<video>"}
 QWEN_TOKENS = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
 QWEN_FRAME = ("<|vision_start|>", "<|vision_end|>")
+INTERNVL_TOKENS = {"image": "<IMG_CONTEXT>", "video": "<video>"}
+INTERNVL_FRAME = ("<img>", "</img>")
+# What InternVL's processor asks its tokenizer for.
+INTERNVL_NAMES = {
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<IMG_CONTEXT>",
+    "video_token": "<video>",
+}
 # Qwen3-VL writes the time of each pair of frames into the prompt.
 WORDS = [
     "USER:",
@@ -55,10 +68,13 @@ WORDS = [
     "left",
     "right",
     "seconds",
+    *(f"Frame{number}:" for number in range(1, 17)),  # InternVL3 numbers those of a clip
 ]
 
 
-def _tokenizer(media_tokens: dict[str, str], extra: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+def _tokenizer(
+    media_tokens: dict[str, str], extra: tuple[str, ...] = (), named: dict[str, str] | None = None
+) -> PreTrainedTokenizerFast:
     special = ["<pad>", "<s>", "</s>", "<unk>", *media_tokens.values(), *extra]
     vocabulary = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*special, *WORDS])}, unk_token="<unk>"))
     vocabulary.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -69,6 +85,7 @@ def _tokenizer(media_tokens: dict[str, str], extra: tuple[str, ...] = ()) -> Pre
         eos_token="</s>",
         unk_token="<unk>",
         additional_special_tokens=[*media_tokens.values(), *extra],
+        **({"extra_special_tokens": named} if named else {}),
     )
 
 
@@ -272,6 +289,22 @@ def _qwen3_vl() -> tuple[Any, Any]:
     )
 
 
+def _internvl() -> tuple[Any, Any]:
+    tokenizer = _tokenizer(INTERNVL_TOKENS, INTERNVL_FRAME, INTERNVL_NAMES)
+    side = {"height": SIZE, "width": SIZE}
+    processor = InternVLProcessor(
+        image_processor=GotOcr2ImageProcessor(size=side, max_patches=4),
+        video_processor=InternVLVideoProcessor(size=side),
+        tokenizer=tokenizer,
+        image_seq_length=(SIZE // PATCH // 2) ** 2,
+        chat_template=_template("<IMG_CONTEXT>", "<video>"),
+    )
+    vision = {**_clip(), "model_type": "internvl_vision", "attention_bias": True}
+    text = _text("qwen2", len(tokenizer))
+    config = InternVLConfig(vision_config=vision, text_config=text, image_token_id=4, tie_word_embeddings=False)
+    return config, processor
+
+
 BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "llava": _llava,
     "llava_next": _llava_next,
@@ -280,6 +313,7 @@ BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "llava_next_video": _llava_next_video,
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen3_vl": _qwen3_vl,
+    "internvl": _internvl,
 }
 
 
