@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import Dataset
-from transformers import InternVLProcessor, ProcessorMixin
+from transformers import Gemma3Processor, InternVLProcessor, ProcessorMixin
 
 from mllm_keeplora.data.chat_template import ChatForm, ProcessorError, Segment, chat_form, render
 from mllm_keeplora.data.conversation import MediaFile, Message, Part, Sample
@@ -97,6 +98,9 @@ def process_media(
     # not of the conversation: what an image takes may not depend on questions that come later.
     if "batch_num_images" not in processor.image_processor.model_input_names:
         shown = [image for group in shown for image in group]
+    if text is not None and shown and isinstance(processor, Gemma3Processor):  # asks for those of each prompt
+        flat = iter(shown)
+        shown = [list(islice(flat, prompt.count(processor.image_token))) for prompt in text]
     # Left to guess, some take a picture or clip of a height of 1 or 3 for one with its channels first.
     settings["input_data_format"] = "channels_last"
     try:
@@ -362,7 +366,8 @@ def _tokenise(processor: ProcessorMixin, text: str) -> list[int]:
 # What a batch fills up where its samples differ in length or in the number of their tiles, and with what; a pad token
 # stands in `input_ids`.
 _FILLED = {
-    **{"attention_mask": 0, "labels": IGNORED_LABEL, "mm_token_type_ids": 0, "pixel_values": 0},
+    **{"attention_mask": 0, "labels": IGNORED_LABEL, "token_type_ids": 0, "mm_token_type_ids": 0},
+    "pixel_values": 0,
     **{"logits_to_keep": 0, "shift_labels": IGNORED_LABEL},
 }
 
@@ -410,7 +415,9 @@ def _pad(encoded: Sequence[_EncodedSample], processor: ProcessorMixin, *, left: 
         attention_mask[row, place] = 1
         labels[row, place] = torch.where(sample.supervised, ids, IGNORED_LABEL)
     batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-    if "mm_token_type_ids" in processor.model_input_names:
-        # Tells Qwen's models which positions are image or video, from which they compute 3-D positions.
-        batch["mm_token_type_ids"] = torch.tensor(processor.create_mm_token_type_ids(input_ids.tolist()))
+    # Tells Qwen's models which positions are image or video, from which they compute 3-D positions, and Gemma 3, whose
+    # image tokens see each other both ways.
+    name = "token_type_ids" if isinstance(processor, Gemma3Processor) else "mm_token_type_ids"
+    if name in processor.model_input_names:
+        batch[name] = torch.tensor(processor.create_mm_token_type_ids(input_ids.tolist()))
     return batch

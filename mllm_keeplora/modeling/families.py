@@ -138,6 +138,14 @@ FAMILIES: dict[str, ModelFamily] = {
             dict.fromkeys(("image", "video"), "model.vision_tower.encoder.layer"),
             writers=("projection_layer", "fc2", "o_proj", "down_proj"),
         ),
+        # Its vision tower is a SigLIP, all of which is read. Its projector's weight is no linear layer.
+        ModelFamily(
+            "gemma3",
+            {"image": _CLIP},
+            used_vision_layers=_all_layers,
+            vision_rows=_patches,
+            head_norms={"self_attn.q_norm": "self_attn.q_proj", "self_attn.k_norm": "self_attn.k_proj"},
+        ),
     )
 }
 

@@ -28,6 +28,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     BitsAndBytesConfig,
+    Gemma3Processor,
     PreTrainedModel,
     Qwen3VLVideoProcessor,
 )
@@ -279,7 +280,9 @@ def check_media_tokens(model_config: Any, processor: Any, directory: str) -> Non
     """
     size = model_config.get_text_config().vocab_size
     for kind in family_of(model_config).vision_layers:
-        token = getattr(processor, f"{kind}_token", None)
+        # Gemma 3's processor takes its tokens for images from one that stands in a prompt for all of them.
+        written = processor.tokenizer if isinstance(processor, Gemma3Processor) else processor
+        token = getattr(written, f"{kind}_token", None)
         # Without one it is said where such a medium is to be shown; InternVL shows clips by the token of images.
         if token is None or not hasattr(model_config, f"{kind}_token_id"):
             continue

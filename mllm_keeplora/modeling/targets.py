@@ -74,7 +74,13 @@ def find_targets(
         if protect_projector and targets:
             kinds = tuple(kind for kind in family.vision_layers if kind in media)
             for projector in family.projectors:
-                targets += _linears_below(model, projector, "vision", depth - 1, depth, kinds)
+                found = _linears_below(model, projector, "vision", depth - 1, depth, kinds)
+                if not found:
+                    raise TargetError(
+                        f"{config.model_type} has no linear layer in its projector {projector}, which cannot be "
+                        "adapted; set projector: frozen"
+                    )
+                targets += found
     if "language" in patterns:
         depth = int(config.get_text_config().num_hidden_layers)
         targets += _tower_targets(model, "language", family.language_layers, depth, patterns["language"], ())

@@ -22,7 +22,7 @@ from mllm_keeplora.data.collator import ChatCollator, ProcessorError, join_batch
 from mllm_keeplora.data.conversation import MediaFile, Message, Sample
 from mllm_keeplora.data.images import load_image
 from mllm_keeplora.data.video.reader import VideoReader
-from mllm_keeplora.modeling.families import FAMILIES, Media, family_of
+from mllm_keeplora.modeling.families import FAMILIES, Media, TargetError, family_of
 from mllm_keeplora.modeling.loading import load_base, load_dense
 from mllm_keeplora.modeling.targets import find_targets
 from mllm_keeplora.probes.gradients import gaussian_probe, sketch_gradients
@@ -157,7 +157,7 @@ def test_training_and_evaluation_give_the_model_the_same(
     asked = prepare_questions(processor, [ask(turns_of(one)[0].question, shown)], torch.device("cpu"))
     length = asked["input_ids"].shape[1]
     assert torch.equal(batch["input_ids"][:, :length], asked["input_ids"])
-    for key in asked.keys() - {"input_ids", "attention_mask", "mm_token_type_ids"}:
+    for key in asked.keys() - {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}:
         assert torch.equal(torch.as_tensor(batch[key]), torch.as_tensor(asked[key])), key
     supervised = batch["input_ids"][0][batch["labels"][0] != -100]
     assert processor.tokenizer.convert_ids_to_tokens(supervised.tolist()) == ["red", "</s>"]
@@ -214,7 +214,7 @@ def test_a_question_in_a_later_turn_is_asked_as_it_was_learnt(
     length = asked["input_ids"].shape[1]
     assert torch.equal(learnt["input_ids"][:, :length], asked["input_ids"])
     assert processor.tokenizer.convert_ids_to_tokens(learnt["input_ids"][0, length:].tolist()) == ["red", "</s>"]
-    for key in asked.keys() - {"input_ids", "attention_mask", "mm_token_type_ids"}:
+    for key in asked.keys() - {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}:
         assert torch.equal(torch.as_tensor(learnt[key]), torch.as_tensor(asked[key])), key
 
 
@@ -228,6 +228,24 @@ def opened(message: Message) -> Message:
         for part in message.parts
     ]
     return Message(message.role, tuple(parts))
+
+
+def test_a_projector_without_linear_layers_cannot_be_protected(tiny: Any) -> None:
+    """Gemma 3's is one bare weight: left out in silence, it would be no protected projector."""
+    model, _ = load_base(model_config(tiny("gemma3"), "none"))
+    with pytest.raises(TargetError, match="gemma3 has no linear layer in its projector model.multi_modal_projector"):
+        find_targets(model, BOTH_TOWERS, media=["image"], protect_projector=True)
+
+
+def test_gemma_3_is_told_which_tokens_see_each_other_both_ways(tiny: Any, media_root: Path) -> None:
+    """Those of images, in what is learnt and in what is asked, padded on either side."""
+    _, processor = load_base(model_config(tiny("gemma3"), "none"))
+    shown = samples(media_root, "image")[:2]
+    learnt = ChatCollator(processor)(shown)
+    questions = [ask(turns_of(one)[0].question, load_image(one.media[0].path)) for one in shown]
+    for inputs in (learnt, prepare_questions(processor, questions, torch.device("cpu"))):
+        soft = processor.tokenizer.convert_tokens_to_ids("<image_soft_token>")
+        assert torch.equal(inputs["token_type_ids"] == 1, inputs["input_ids"] == soft)
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if "video" not in FAMILIES[f].vision_layers])

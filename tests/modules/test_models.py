@@ -425,11 +425,13 @@ def test_media_tokens_of_another_model_are_refused(family: str, kind: str, wrong
     if kind not in FAMILIES[family].vision_layers or not hasattr(config, f"{kind}_token_id"):
         return  # InternVL's clips are written with the token of images
     check_media_tokens(config, processor, "base")
-    token = getattr(processor, f"{kind}_token")
+    # Gemma 3's processor takes the tokens that the model replaces from its tokenizer.
+    holder = processor.tokenizer if family == "gemma3" else processor
+    token = getattr(holder, f"{kind}_token")
     if wrong == "config":
         setattr(config, f"{kind}_token_id", 1)
     elif wrong == "tokenizer":
-        setattr(processor, f"{kind}_token", "what is")
+        setattr(holder, f"{kind}_token", "what is")
     else:
         config.get_text_config().vocab_size = processor.tokenizer.convert_tokens_to_ids(token)
     with pytest.raises(ConfigError, match=rf"base: its processor writes .* for {kind}s, .*expected one token, the"):

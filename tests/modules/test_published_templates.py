@@ -21,11 +21,20 @@ from mllm_keeplora.modeling.families import FAMILIES
 from mllm_keeplora.modeling.loading import load_processor
 from mllm_keeplora.resources import find
 from tests.clips import write_clip
-from tests.modules.tiny_families import BUILDERS, INTERNVL_FRAME, INTERNVL_NAMES, QWEN_FRAME
+from tests.modules.tiny_families import (
+    BUILDERS,
+    GEMMA_FRAME,
+    GEMMA_NAMES,
+    GEMMA_TOKENS,
+    INTERNVL_FRAME,
+    INTERNVL_NAMES,
+    QWEN_FRAME,
+)
 
 PUBLISHED = Path(__file__).parents[1] / "published_templates"
 TRL = Path(trl.__file__).parent / "chat_templates"
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|begin_of_text|>"]
+SPECIAL += ["<start_of_turn>", "<end_of_turn>"]
 CPU = torch.device("cpu")
 
 
@@ -55,6 +64,7 @@ CASES = [
     Case("Qwen2.5-VL-7B-Instruct", "qwen2_5_vl", "<|im_end|>"),
     Case("Qwen3-VL-8B-Instruct", "qwen3_vl", "<|im_end|>"),
     Case("InternVL3-hf", "internvl", "<|im_end|>"),
+    Case("gemma-3-it", "gemma3", "<end_of_turn>"),
 ]
 FILMED = [
     case for case in CASES if "<video>" in (PUBLISHED / f"{case.template}.jinja").read_text() or "Qwen" in case[0]
@@ -85,7 +95,9 @@ def processor_of(case: Case) -> Any:
     first = ["<pad>", "<s>", "</s>", "<unk>", processor.image_token]
     if getattr(processor, "video_token", None):
         first += [processor.video_token, *(INTERNVL_FRAME if case.family == "internvl" else QWEN_FRAME)]
-    processor.tokenizer = characters(first, INTERNVL_NAMES if case.family == "internvl" else None)
+    if case.family == "gemma3":
+        first[4:] = [*GEMMA_TOKENS.values(), *GEMMA_FRAME]
+    processor.tokenizer = characters(first, {"internvl": INTERNVL_NAMES, "gemma3": GEMMA_NAMES}.get(case.family))
     processor.chat_template = (PUBLISHED / f"{case.template}.jinja").read_text()
     return processor
 
@@ -144,11 +156,12 @@ def runs(batch: dict[str, torch.Tensor], processor: Any) -> list[str]:
 def text(processor: Any, ids: Sequence[int]) -> str:
     """With each placeholder once, however many tokens it takes, without what a processor puts around them."""
     tokens = processor.tokenizer.convert_ids_to_tokens(list(ids))
-    tokens = [token for token in tokens if token not in INTERNVL_FRAME]
+    tokens = [token for token in tokens if token not in (*INTERNVL_FRAME, *GEMMA_TOKENS.values(), GEMMA_FRAME[1])]
     shown = {processor.image_token, getattr(processor, "video_token", None)}
-    return "".join(
+    found = "".join(
         token for before, token in zip([None, *tokens], tokens, strict=False) if token not in shown or token != before
     )
+    return found.replace(f"\n\n{GEMMA_FRAME[0]}\n\n", GEMMA_FRAME[0])
 
 
 def test_answers_and_their_ends_are_learnt_and_nothing_else(case: Case, files: dict[str, Path]) -> None:
@@ -179,7 +192,9 @@ def own_rendering(processor: Any, messages: Sequence[Message], *, prompt: bool) 
     for message in messages:
         parts = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in message.parts]
         chat.append({"role": message.role, "content": parts})
-    if "selectattr" not in processor.chat_template and "content in message" not in processor.chat_template:
+    if all(
+        reading not in processor.chat_template for reading in ("selectattr", "content in message", "item in message")
+    ):
         for message in chat:
             message["content"] = "".join(part.get("text", "<image>\n") for part in message["content"])
     rendered: str = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)

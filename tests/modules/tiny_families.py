@@ -9,6 +9,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForImageTextToText,
     CLIPImageProcessor,
+    Gemma3Config,
+    Gemma3ImageProcessor,
+    Gemma3Processor,
     GotOcr2ImageProcessor,
     InternVLConfig,
     InternVLProcessor,
@@ -46,6 +49,13 @@ QWEN_TOKENS = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
 QWEN_FRAME = ("<|vision_start|>", "<|vision_end|>")
 INTERNVL_TOKENS = {"image": "<IMG_CONTEXT>", "video": "<video>"}
 INTERNVL_FRAME = ("<img>", "</img>")
+GEMMA_TOKENS = {"image": "<image_soft_token>"}
+GEMMA_FRAME = ("<start_of_image>", "<end_of_image>")
+GEMMA_NAMES = {
+    "image_token": "<image_soft_token>",
+    "boi_token": "<start_of_image>",
+    "eoi_token": "<end_of_image>",
+}
 # What InternVL's processor asks its tokenizer for.
 INTERNVL_NAMES = {
     "start_image_token": "<img>",
@@ -305,6 +315,27 @@ def _internvl() -> tuple[Any, Any]:
     return config, processor
 
 
+def _gemma3() -> tuple[Any, Any]:
+    tokenizer = _tokenizer(GEMMA_TOKENS, GEMMA_FRAME, GEMMA_NAMES)
+    processor = Gemma3Processor(
+        image_processor=Gemma3ImageProcessor(size={"height": SIZE, "width": SIZE}),
+        tokenizer=tokenizer,
+        image_seq_length=(SIZE // PATCH // 2) ** 2,
+        chat_template=_template("<start_of_image>", ""),
+    )
+    # One layer with a window, shorter than a prompt, and one without.
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8, "head_dim": 32}
+    config = Gemma3Config(
+        vision_config={**_siglip(), "vision_use_head": False},
+        text_config={**_text("gemma3_text", len(tokenizer)), **layers},
+        image_token_index=4,
+        boi_token_index=5,
+        eoi_token_index=6,
+        mm_tokens_per_image=(SIZE // PATCH // 2) ** 2,
+    )
+    return config, processor
+
+
 BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "llava": _llava,
     "llava_next": _llava_next,
@@ -314,6 +345,7 @@ BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen3_vl": _qwen3_vl,
     "internvl": _internvl,
+    "gemma3": _gemma3,
 }
 
 
