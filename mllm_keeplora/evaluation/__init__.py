@@ -1,3 +1,5 @@
+"""Measuring what a model knows, by lmms-eval."""
+
 import os
 
 # lmms-eval logs through loguru, which writes from DEBUG on unless told otherwise before its first import: a dozen lines
