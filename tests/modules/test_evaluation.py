@@ -654,7 +654,7 @@ def test_leaderboard_ranks_by_mean_and_replaces_a_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("value", "stderr", "text"),
-    [(1.0, 0.0, "1.000 (0.981–1.000)"), (0.5, (0.25 / 199) ** 0.5, "0.500 (0.432–0.568)"), (0.62, None, "0.620")],
+    [(1.0, 0.0, "1.000 (0.981–1.000)"), (0.5, (0.25 / 199) ** 0.5, "0.500 (0.431–0.569)"), (0.62, None, "0.620")],
 )
 def test_a_score_has_the_interval_of_the_page(value: float, stderr: float | None, text: str) -> None:
     score: Any = {"value": value, "stderr": stderr, "n": 200, "native": value, "native_max": 1.0}
