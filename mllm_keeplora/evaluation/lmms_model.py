@@ -7,10 +7,12 @@ the evaluation. The stock wrappers log the error and return an empty answer, so 
 forgetting.
 """
 
+import copy
 import json
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
@@ -70,6 +72,18 @@ class _Question(NamedTuple):
     asking: list[int]
     first: Instance
     documents: list[Document]
+
+
+class _Batch(NamedTuple):
+    """Questions that are answered together, ready to be.
+
+    Attributes:
+        inputs: of `prepare_questions`, on the CPU.
+    """
+
+    questions: list[_Question]
+    conversations: list[list[Message]]
+    inputs: dict[str, Any]
 
 
 @contextmanager
@@ -167,8 +181,8 @@ class KeepLoRAModel(lmms):
         self._fitting = self.batch_size
         bar = progress("answering", "questions", total=len(requests))
         with gathered(self.model), inference_state(self.model), bar:
-            for batch in self._batches(requests):
-                for question, reply in zip(batch, self._answer(batch), strict=True):
+            for batch in self._prepared(requests):
+                for question, reply in zip(batch.questions, self._answer(batch), strict=True):
                     answers.update(dict.fromkeys(question.asking, reply))
                     bar.update(len(question.asking))
         for task, count in self._beyond_context.items():
@@ -205,6 +219,31 @@ class KeepLoRAModel(lmms):
             for start in range(0, len(ordered), self.batch_size):
                 yield ordered[start : start + self.batch_size]
 
+    def _prepared(self, requests: list[Instance]) -> Iterator[_Batch]:
+        """The batches, each read from disk and scaled while the one before is answered."""
+        processor = copy.deepcopy(self.processor)  # a fast tokenizer is not for two threads ("Already borrowed")
+        with ThreadPoolExecutor(1) as pool:
+            ahead: Future[_Batch] | None = None
+            for questions in self._batches(requests):
+                following = pool.submit(self._prepare, questions, processor)
+                if ahead is not None:
+                    yield ahead.result()
+                ahead = following
+            if ahead is not None:
+                yield ahead.result()
+
+    def _prepare(self, batch: list[_Question], processor: Any) -> _Batch:
+        conversations = []
+        for question in batch:
+            request = question.first
+            with _named(request.task_name, [request.doc_id]):
+                document = question.documents[0] if question.documents else self._documents(request)[request.doc_id]
+                conversations.append(_read_messages(request.args[1](document), self.reader))
+                render(processor, conversations[-1], self.form)  # what cannot be asked is named by itself
+        with _named(batch[0].first.task_name, [question.first.doc_id for question in batch]):
+            inputs = prepare_questions(processor, conversations, torch.device("cpu"), self.form)
+        return _Batch(batch, conversations, inputs)
+
     def _documents(self, request: Instance) -> Any:
         _, _, _, _, task, split = request.args
         return self.task_dict[task][split]
@@ -216,39 +255,36 @@ class KeepLoRAModel(lmms):
         document: Document = documents[request.doc_id]
         return document
 
-    def _answer(self, batch: list[_Question]) -> list[str]:
-        conversations = []
-        for question in batch:
-            request = question.first
-            with _named(request.task_name, [request.doc_id]):
-                document = question.documents[0] if question.documents else self._documents(request)[request.doc_id]
-                conversations.append(_read_messages(request.args[1](document), self.reader))
-                render(self.processor, conversations[-1], self.form)  # what cannot be asked is named by itself
-        with _named(batch[0].first.task_name, [question.first.doc_id for question in batch]):
-            return self._generate(batch, conversations)
+    def _answer(self, batch: _Batch) -> list[str]:
+        with _named(batch.questions[0].first.task_name, [question.first.doc_id for question in batch.questions]):
+            return self._generate(batch)
 
-    def _generate(self, batch: list[_Question], conversations: list[list[Message]]) -> list[str]:
+    def _generate(self, batch: _Batch) -> list[str]:
         """The replies to a batch; where the device has too little memory for it, in parts."""
-        if len(batch) <= self._fitting:
+        questions, conversations, inputs = batch
+        if len(questions) <= self._fitting:
             try:
-                return self._generate_together(batch, conversations)
+                return self._generate_together(questions, inputs)
             except torch.cuda.OutOfMemoryError:
-                if len(batch) == 1:
+                if len(questions) == 1:
                     raise
             # Not in the handler: its traceback holds the tensors.
             torch.cuda.empty_cache()
-            self._fitting = len(batch) // 2
+            self._fitting = len(questions) // 2
             logger.warning(
-                f"task {batch[0].first.task_name!r}: the device has too little memory for {len(batch)} questions "
-                f"together; from here on they are {self._fitting}. Set evaluation.batch_size to that"
+                f"task {questions[0].first.task_name!r}: the device has too little memory for {len(questions)} "
+                f"questions together; from here on they are {self._fitting}. Set evaluation.batch_size to that"
             )
-        most = self._fitting
-        parts = range(0, len(batch), most)
-        return [reply for at in parts for reply in self._generate(batch[at : at + most], conversations[at : at + most])]
+        replies, most = [], self._fitting  # which may shrink meanwhile
+        for at in range(0, len(questions), most):
+            part = slice(at, at + most)
+            padded = prepare_questions(self.processor, conversations[part], torch.device("cpu"), self.form)
+            replies += self._generate(_Batch(questions[part], conversations[part], padded))
+        return replies
 
-    def _generate_together(self, batch: list[_Question], conversations: list[list[Message]]) -> list[str]:
+    def _generate_together(self, batch: list[_Question], inputs: dict[str, Any]) -> list[str]:
         decoding = _read_decoding(batch[0].first.args[2])
-        inputs = prepare_questions(self.processor, conversations, self.device, self.form)
+        inputs = {key: value.to(self.device) if torch.is_tensor(value) else value for key, value in inputs.items()}
         too_long = (inputs["attention_mask"].sum(dim=1) > self._context).tolist()
         rules = [None if decoding.until else settled(question.documents) for question in batch]
         replies = generate_replies(

@@ -34,6 +34,7 @@ from transformers import (
 )
 from transformers.dependency_versions_table import deps
 from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils import logging as transformers_logging
 from transformers.utils.import_utils import is_kernels_available
 
 from mllm_keeplora.config import ConfigError, ModelConfig
@@ -42,6 +43,7 @@ from mllm_keeplora.errors import KeepLoRAError, without_network
 from mllm_keeplora.modeling.adapters import ACCUMULATED
 from mllm_keeplora.modeling.families import family_of
 from mllm_keeplora.modeling.linear4bit import free_4bit_weights, guard_linear4bit
+from mllm_keeplora.modeling.patch_embedding import embed_patches_by_one_product
 from mllm_keeplora.modeling.saved_adapters import load_adapter
 from mllm_keeplora.resources import find
 from mllm_keeplora.runs.files import (
@@ -426,6 +428,7 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
         check_weights(model, info, f"base model {directory}")
         processor = load_processor(config, str(directory), trust_remote_code=trust)
     guard_linear4bit(model)
+    embed_patches_by_one_product(model)
     model.requires_grad_(False)
     model.eval()
     return model, processor
@@ -463,12 +466,23 @@ def load_dense(config: ModelConfig, adapter: Path | None) -> tuple[Any, Any]:
     model: Any
     model, processor = load_base(config)
     if config.quantization == "nf4":
-        model.dequantize(DTYPES[config.compute_dtype])
+        with _without_warnings():  # transformers says that it does as asked
+            model.dequantize(DTYPES[config.compute_dtype])
         free_4bit_weights()
     if adapter is not None:
         adapted: Any = load_adapter(model, adapter, config.base_model, may_be_untrained=True)
         model = adapted.merge_and_unload()
     return model, processor
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def load_base_processor(config: ModelConfig) -> Any:
