@@ -89,7 +89,7 @@ def process_media(
         settings["do_sample_frames"] = False
     alone = text is None
     if alone and isinstance(processor, InternVLProcessor):  # puts frames between images, as a text names them
-        kinds = order or [*("image" for group in images for _ in group), *("video" for _ in clips)]
+        kinds: list[str] = [*order] if order else ["image"] * sum(map(len, images)) + ["video"] * len(clips)
         text = ["".join(getattr(processor, f"{kind}_token") for kind in kinds)]
     if text is not None:
         settings |= {"text": list(text), "padding": True}

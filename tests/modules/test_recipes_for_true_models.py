@@ -109,7 +109,11 @@ def test_a_recipe_says_which_form_of_the_method_it_has(path: Path) -> None:
         same_samples = replace(found, general=replace(found.general, samples=samples))
         return {**asdict(same_samples), "method_options": asdict(load_method(found))}
 
-    assert of(CONFIGS / f"methods/{says}.yaml") == of() != of(CONFIGS / f"methods/{other}.yaml")
+    expected = of(CONFIGS / f"methods/{says}.yaml")
+    if small and path.parent.name == "video":  # of its own, as its header says
+        assert "scaled by depth" in header and "eps_g 0.99" in header
+        expected["vision"]["gamma"], expected["general"]["eps_g"] = 0.2, 0.99
+    assert expected == of() != of(CONFIGS / f"methods/{other}.yaml")
 
 
 @pytest.mark.parametrize("path", [p for p in TRUE if p.stem.startswith("llava15")], ids=lambda p: p.stem)
