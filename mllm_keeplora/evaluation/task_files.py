@@ -30,6 +30,8 @@ TEMPLATES = shipped("eval/tasks")
 INDEX_FILE = "tasks.json"
 # Of the copy of a test file; eval/tasks/utils.py reads it.
 COPY_COLUMN = "record"
+# Of a task that is answered by the name of a class: the generation setting that names the file of names and prompts.
+CLASSES, CLASSES_SUFFIX = "classes", ".classes.json"
 # Keys of a question's messages, and of the name of its score.
 ASKED, SCORED_BY = "asked", "scored_by"
 
@@ -134,10 +136,13 @@ def follow_move(directory: Path) -> None:
     """Corrects the copies' paths in the task files of a run that was moved to another folder."""
     for file in directory.glob("*.yaml"):
         task = yaml.safe_load(file.read_text(encoding="utf-8"))
-        files = task.get("dataset_kwargs", {}).get("data_files")
-        copy = directory.resolve() / Path(files["test"]).name if files else None
-        if copy is not None and files["test"] != str(copy):
-            files["test"] = str(copy)
+        named = [(task.get("dataset_kwargs", {}).get("data_files"), "test"), (task.get("generation_kwargs"), CLASSES)]
+        moved = False
+        for files, key in named:
+            here = str(directory.resolve() / Path(files[key]).name) if key in (files or ()) else None
+            if here is not None and files[key] != here:
+                files[key], moved = here, True
+        if moved:
             write_text(file, yaml.safe_dump(task, sort_keys=False))
 
 
@@ -154,11 +159,17 @@ def _task_yaml(
     if "answers" not in needs.get("record_keys", []):
         _check_one_answer(spec, rows, documents, test)
     copy = _write_copy(documents, directory, entry.lmms_task)
+    settings: dict[str, Any] = {"max_new_tokens": spec.max_new_tokens, "do_sample": False, "until": []}
+    classes = stream.classes(spec)
+    if classes is not None:  # in a file of their own: lmms-eval copies the settings with every question
+        file = directory / f"{entry.lmms_task}{CLASSES_SUFFIX}"
+        write_json(file, {"names": classes.names, "templates": classes.templates})
+        settings[CLASSES] = str(file)
     return {
         "include": str(TEMPLATES / f"{spec.metric}.yaml"),
         "task": entry.lmms_task,
         "dataset_kwargs": {"data_files": {"test": str(copy)}},
-        "generation_kwargs": {"max_new_tokens": spec.max_new_tokens, "do_sample": False, "until": []},
+        "generation_kwargs": settings,
     }
 
 
@@ -180,6 +191,7 @@ def _read_documents(
         answers=stream.answers_file(spec),
         allow_text_only=spec.allow_text_only,
         extracted=stream.extracted,
+        classes=stream.classes(spec),
     ):
         total += 1
         if record.sample is None:
