@@ -429,11 +429,14 @@ def _with_suite(document: object, folder: Path) -> object:
     suite = document.get("general") if isinstance(document, dict) else None
     if not isinstance(suite, str):
         return document
+    return {**document, "general": _read_part("general", folder / suite)}  # type: ignore[dict-item]
+
+
+def _read_part(key: str, file: Path) -> object:
     try:
-        entries = _read_yaml(folder / suite)
+        return _read_yaml(file)
     except StreamError as error:
-        raise StreamError(f"general: {folder / suite}: {error}") from error
-    return {**document, "general": entries}  # type: ignore[dict-item]
+        raise StreamError(f"{key}: {file}: {error}") from error
 
 
 def _with_classes(document: object, folder: Path) -> object:
@@ -449,7 +452,7 @@ def _in_full(entries: object, folder: Path) -> object:
     full = []
     for entry in entries:
         file = entry.get("classes") if isinstance(entry, dict) else None
-        full.append({**entry, "classes": _read_yaml(folder / file)} if isinstance(file, str) else entry)
+        full.append({**entry, "classes": _read_part("classes", folder / file)} if isinstance(file, str) else entry)
     return full
 
 

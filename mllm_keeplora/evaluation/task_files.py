@@ -8,6 +8,7 @@ column of text, one question a row as JSON, which eval/tasks/utils.py decodes.
 import json
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from mllm_keeplora.data.conversation import MediaFile, Message, Sample
-from mllm_keeplora.data.record_files import HubTable, RecordError
+from mllm_keeplora.data.record_files import HubTable, RecordError, is_folder
 from mllm_keeplora.data.records import Record, SkippedRecord, bad_records, each_record, suffix_for, with_suffix
 from mllm_keeplora.data.stream import GeneralSpec, Stream, TaskSpec
 from mllm_keeplora.errors import did_you_mean
@@ -204,7 +205,20 @@ def _read_documents(
         raise bad_records(test, bad, total)
     if not documents:
         raise RecordError(f"{test} holds no records; expected a list of at least one")
+    if isinstance(test, Path) and is_folder(test):
+        order = _in_turn([document["class"] for document in documents])
+        rows, documents = [rows[place] for place in order], [documents[place] for place in order]
     return rows, documents
+
+
+def _in_turn(classes: Sequence[str]) -> list[int]:
+    """Places in an order that takes the classes in turn, of which `evaluation.limit` asks the first."""
+    seen: Counter[str] = Counter()
+    turns = []
+    for place, name in enumerate(classes):
+        turns.append((seen[name], place))
+        seen[name] += 1
+    return [place for _, place in sorted(turns)]
 
 
 def _documents(spec: TaskSpec | GeneralSpec, record: Record, sample: Sample) -> Iterator[Document]:

@@ -63,6 +63,10 @@ class CLIPClassifier(CLIPModel):
         return self.logit_scale.float().exp() * pictures @ classes.T
 
 
+# Saved files name the class of the model: readers that do not know this package take the stock one.
+CLIPClassifier.__name__, CLIPClassifier.__module__ = CLIPModel.__name__, CLIPModel.__module__
+
+
 def classifies(processor: Any) -> bool:
     """Whether a processor is that of a model which compares pictures with classes, and writes no text."""
     return isinstance(processor, CLIPProcessor)

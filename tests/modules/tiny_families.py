@@ -35,6 +35,8 @@ from transformers import (
     VideoLlavaVideoProcessor,
 )
 
+from mllm_keeplora.modeling.families import FAMILIES
+
 SIZE, PATCH = 64, 16
 PINPOINTS = [[64, 128], [128, 64], [128, 128]]
 LLAVA_TOKENS = {"image": "<image>", "video": "<video>"}
@@ -281,6 +283,10 @@ BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen3_vl": _qwen3_vl,
 }
+
+
+# The families of the table that answer in words; a CLIP has tests of its own (test_classification.py).
+WRITING = [name for name, family in FAMILIES.items() if not family.classifies]
 
 
 def save_tiny(family: str, directory: Path) -> None:
