@@ -3,9 +3,9 @@
     python recipes/prepare_mtil.py --data_root /where/MTIL/is               what lies there
     python recipes/prepare_mtil.py --data_root /where/MTIL/is --download    what is missing is fetched by torchvision
 
-    <data_root>/{fgvc-aircraft-2013b, caltech101, cifar-100-python, dtd, ...}   as torchvision has them
-    <data_root>/{aircraft, caltech101, ...}/{train,test}.json                written here; paths are relative to data_root
-    <data_root>/{cifar100,mnist}/pictures/{train,test}/*.png                    likewise, of sets without picture files
+    <data_root>/{fgvc-aircraft-2013b, caltech101, dtd, ...}                as torchvision has them
+    <data_root>/{aircraft, caltech101, ...}/{train,test}.json              written here; paths are relative to data_root
+    <data_root>/{cifar100,mnist}/pictures/{train,test}/*.png               likewise, of sets without picture files
 
 Splits are those of ZSCL: torchvision's, or 80 to 20 of the set in a fixed order (Caltech101, EuroSAT, SUN397; seed 42).
 Only SUN397's order is not ZSCL's, which is that of the file system. Stanford Cars' page is gone, so torchvision cannot

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,12 +28,14 @@ from mllm_keeplora.config import (
 )
 from mllm_keeplora.continual.learning import read_stage_factors
 from mllm_keeplora.continual.run_stream import run_stream
+from mllm_keeplora.continual.saved_run import load_run
 from mllm_keeplora.continual.trainer import StageTrainer
 from mllm_keeplora.data.classification import ClassCollator, tokenise
 from mllm_keeplora.data.conversation import Classes, MediaFile, Message, Sample
 from mllm_keeplora.data.preflight import Preflight
 from mllm_keeplora.data.stream import data_hash, load_stream, load_training_records
 from mllm_keeplora.errors import KeepLoRAError
+from mllm_keeplora.eval.leaderboard import evaluate_saved, find_differences, read_run
 from mllm_keeplora.evaluation.metrics import summarize
 from mllm_keeplora.evaluation.task_files import follow_move
 from mllm_keeplora.modeling.adapters import Factors
@@ -43,9 +46,12 @@ from mllm_keeplora.planning.plan import make_plan
 from mllm_keeplora.probes.activations import sketch_inputs
 from mllm_keeplora.probes.gradients import gaussian_probe, sketch_gradients
 from mllm_keeplora.recipes.small.base_training import word_tokenizer
+from mllm_keeplora.reports.card import write_card
+from mllm_keeplora.reports.page import write_report
 from mllm_keeplora.runs.run_directory import RunDirectory
 from tests.modules.conftest import BOTH_TOWERS, all_targets, read_adapter
 from tests.modules.test_gradients import autograd_gradients, columns, relative_error
+from tests.recipes.conftest import run_example
 
 COLORS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 230), "pale_pink": (240, 190, 200)}
 TASKS = {"warm": ("red", "pale_pink"), "cold": ("green", "blue")}
@@ -258,6 +264,29 @@ def test_a_reply_is_the_class_whose_prompts_are_nearest_on_average(finished: Run
     assert [line["reply"] for line in lines] == [names[index] for index in nearest]
     assert [line["target"] for line in lines] == names * TESTED  # in turn, so that a limit asks all classes
     assert [line["score"] for line in lines] == [float(line["reply"] == line["target"]) for line in lines]
+
+
+def test_the_cards_example_prints_what_the_run_was_answered(finished: RunConfig, tmp_path: Path) -> None:
+    run = load_run(finished.run_dir)
+    write_card(run)
+    write_report(run)
+    card = (run.directory.adapter / "README.md").read_text()
+    assert "pipeline_tag: zero-shot-image-classification" in card
+    assert "vLLM" not in card
+    lines = [json.loads(line) for line in ([*run.directory.found_stages()][-1].replies / "cold.jsonl").open()]
+    printed, said = run_example(card, Path(lines[0]["doc"]["image"]), tmp_path)
+    assert printed == said == lines[0]["reply"]
+    page = run.directory.report.read_text()
+    assert "this is" not in page
+    assert "a picture of ___." in page
+    assert ">pale pink<" in page
+
+
+def test_the_leaderboard_asks_the_same_again(finished: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["lmms-eval"])  # which it replaces
+    run = read_run(Path(finished.run_dir))
+    scores = evaluate_saved(run, None)
+    assert not find_differences(run.scores, scores)
 
 
 def test_a_moved_runs_task_files_name_its_classes(finished: RunConfig, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""MTIL's sets in the layout in which torchvision keeps them, a few tiny pictures each, through to the stream's reader."""
+"""MTIL's sets in the layout in which torchvision keeps them, a few tiny pictures each, through to the reader."""
 
 import gzip
 import json
