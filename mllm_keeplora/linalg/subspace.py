@@ -9,7 +9,7 @@ Torch only; every decomposition runs in the precision stated beside it with auto
 import torch
 from torch import Tensor
 
-from mllm_keeplora.linalg.decompositions import symmetric_eigen, thin_svd
+from mllm_keeplora.linalg.decompositions import leading_eigenvectors, thin_svd
 from mllm_keeplora.linalg.energy import check_energy
 
 # Relative slack on energy thresholds: an fp32 Gram matrix gives sums of squares to about 1e-7, so a threshold
@@ -52,9 +52,9 @@ def principal_basis(weight: Tensor, energy: float) -> Tensor:
 
     W = U S V^T. The basis is V[:, :k], with k the smallest such that sum_{i<=k} s_i^2 >= energy * sum_i s_i^2.
 
-    It is computed from the Gram matrix of W's smaller side. That takes one matrix product and one symmetric
-    eigenproblem of size min(out, in), not a full SVD. Where the input side is the larger one, the result is mapped
-    back through W^T. The official code has three thresholds, of which one is a direction short; here is one rule.
+    It is computed from the Gram matrix of W's smaller side. That takes one matrix product and the leading part of one
+    symmetric eigenproblem of size min(out, in), not a full SVD. Where the input side is the larger one, the result is
+    mapped back through W^T. The official code has three thresholds, one of them a direction short; here is one rule.
 
     Args:
         weight: [out, in], any float dtype; the weight that the model computes with (dequantised when it is
@@ -73,13 +73,16 @@ def principal_basis(weight: Tensor, energy: float) -> Tensor:
         w = weight.float()
         wide = w.shape[1] > w.shape[0]
         gram = w @ w.T if wide else w.T @ w
-        eigenvalues, vectors = symmetric_eigen(gram)
-        energies = eigenvalues.flip(0).clamp(min=0.0)
-        energies[energies <= RANK_TOLERANCE * energies[0]] = 0.0
-        k = min(smallest_rank(energies, energy * float(energies.double().sum())), int((energies > 0).sum()))
-        leading = vectors.flip(1)[:, :k]
+        leading = leading_eigenvectors(gram, lambda energies: _rank_that_holds(energies, energy))
         # Orthonormalising after the map back also removes the division by the singular values.
-        return orthonormal_columns(w.T @ leading) if wide else leading.contiguous()
+        return orthonormal_columns(w.T @ leading) if wide else leading
+
+
+def _rank_that_holds(energies: Tensor, share: float) -> int:
+    """k of E1, from all squared singular values [n], descending."""
+    energies = energies.clamp(min=0.0)
+    energies[energies <= RANK_TOLERANCE * energies[0]] = 0.0
+    return min(smallest_rank(energies, share * float(energies.double().sum())), int((energies > 0).sum()))
 
 
 def orthonormal_columns(matrix: Tensor) -> Tensor:

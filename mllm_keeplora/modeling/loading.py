@@ -41,6 +41,7 @@ from mllm_keeplora.modeling.adapters import ACCUMULATED
 from mllm_keeplora.modeling.clip import model_class
 from mllm_keeplora.modeling.families import family_of
 from mllm_keeplora.modeling.linear4bit import free_4bit_weights, guard_linear4bit
+from mllm_keeplora.modeling.patch_embedding import embed_patches_by_one_product
 from mllm_keeplora.modeling.saved_adapters import load_adapter
 from mllm_keeplora.resources import find
 from mllm_keeplora.runs.files import (
@@ -422,6 +423,7 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
         check_weights(model, info, f"base model {directory}")
         processor = load_processor(config, str(directory), trust_remote_code=trust)
     guard_linear4bit(model)
+    embed_patches_by_one_product(model)
     model.requires_grad_(False)
     model.eval()
     return model, processor

@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -882,6 +883,29 @@ def test_questions_that_show_most_come_first_and_answers_in_order(
     together = read_replies(tmp_path, "t")
     evaluate(live, stream, tmp_path, batch_size=1)
     assert together == read_replies(tmp_path, "t") and len(set(together)) > 2
+
+
+def test_a_batch_is_prepared_while_the_one_before_is_answered(
+    live: tuple[Any, Any], stream: Stream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No batch is answered before the next one is ready; the last has none after it."""
+    expected = evaluate(live, stream, tmp_path, names=["birds"], batch_size=2)
+    ready, to_wait_for = threading.Semaphore(0), [2, 1, 1, 0]  # 7 questions
+    prepare, generate = lmms_model.prepare_questions, lmms_model.generate_replies
+
+    def prepared(*inputs: Any) -> Any:
+        found = prepare(*inputs)
+        ready.release()
+        return found
+
+    def answered(*inputs: Any, **rules: Any) -> list[str]:
+        assert all(ready.acquire(timeout=60) for _ in range(to_wait_for.pop(0)))
+        return generate(*inputs, **rules)
+
+    monkeypatch.setattr(lmms_model, "prepare_questions", prepared)
+    monkeypatch.setattr(lmms_model, "generate_replies", answered)
+    assert evaluate(live, stream, tmp_path, names=["birds"], batch_size=2) == expected
+    assert not to_wait_for
 
 
 def short_of_memory(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:

@@ -3,12 +3,13 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from mllm_keeplora.errors import KeepLoRAError
-from mllm_keeplora.linalg.decompositions import DecompositionError, symmetric_eigen, thin_svd
+from mllm_keeplora.linalg.decompositions import DecompositionError, leading_eigenvectors, symmetric_eigen, thin_svd
 from mllm_keeplora.linalg.lora_init import lora_a_from_gradient
 from mllm_keeplora.linalg.subspace import orthonormality_error, principal_basis
 
@@ -95,3 +96,58 @@ def test_where_nothing_fails_the_bits_are_the_librarys() -> None:
     expected = torch.linalg.eigh(matrix @ matrix.T)
     assert torch.equal(values, expected.eigenvalues) and torch.equal(vectors, expected.eigenvectors)
     assert torch.equal(thin_svd(matrix)[1], torch.linalg.svd(matrix, full_matrices=False).Vh)
+
+
+# Spectra of what is decomposed: [n] eigenvalues, descending.
+SPECTRA: dict[str, Any] = {
+    "power law": lambda n: 1.0 / torch.arange(1, n + 1) ** 2,
+    "flat": lambda n: torch.linspace(1.0, 0.1, n),
+    "all the same": torch.ones,
+    "two clusters": lambda n: torch.cat([torch.full((n // 2,), 3.0), torch.full((n - n // 2,), 1.0)]),
+    "a few and zeros": lambda n: torch.cat([torch.tensor([5.0, 5.0, 1.0]), torch.zeros(n - 3)]),
+    "zeros": torch.zeros,
+    "large": lambda n: torch.linspace(1e12, 1e6, n),
+    "small": lambda n: torch.linspace(1e-12, 1e-20, n),
+}
+
+
+@pytest.mark.parametrize("share", [0.6, 0.999])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_a_part_of_the_eigenvectors_is_that_of_them_all(
+    spectrum: str, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the tridiagonal form: the same energy, orthonormal, and eigenvectors."""
+    n = 160
+    turn = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64)).Q
+    exact = SPECTRA[spectrum](n).double()
+    matrix = (turn * exact @ turn.T).float()
+    matrix = (matrix + matrix.T) / 2
+
+    def rank(energies: Tensor) -> int:
+        assert energies.shape == (n,) and bool((energies.diff() <= 0).all())
+        return int((energies.double().cumsum(0) < share * energies.double().sum()).sum() + 1) if energies[0] > 0 else 0
+
+    monkeypatch.setattr("mllm_keeplora.linalg.decompositions.symmetric_eigen", None)
+    monkeypatch.setattr("mllm_keeplora.linalg.decompositions.WIDE", n)
+    found = leading_eigenvectors(matrix, rank)
+    monkeypatch.undo()
+    expected = leading_eigenvectors(matrix, rank)
+    assert found.dtype == torch.float32 and found.is_contiguous()
+    assert abs(found.shape[1] - expected.shape[1]) <= 1  # a threshold may be met up to rounding
+    assert orthonormality_error(found) < 1e-5
+    k, columns = found.shape[1], found.double()
+    assert torch.allclose(matrix.double() @ columns, columns * exact[:k], rtol=0, atol=1e-5 * float(exact[0]))
+    assert float((columns.T @ matrix.double() @ columns).trace()) >= float(exact[:k].sum()) * (1 - 1e-5)
+
+
+def test_where_the_tridiagonal_form_cannot_be_solved_all_eigenvectors_are_computed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*form: Any, **settings: Any) -> Any:
+        raise np.linalg.LinAlgError("stemr did not converge")
+
+    matrix = torch.randn(20, 20)
+    expected = leading_eigenvectors(matrix @ matrix.T, lambda energies: 4)
+    monkeypatch.setattr("mllm_keeplora.linalg.decompositions.eigh_tridiagonal", fail)
+    monkeypatch.setattr("mllm_keeplora.linalg.decompositions.WIDE", 20)
+    assert torch.equal(leading_eigenvectors(matrix @ matrix.T, lambda energies: 4), expected)
