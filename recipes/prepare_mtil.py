@@ -158,7 +158,8 @@ def _read(name: str, root: Path, download: bool, names: Sequence[str]) -> Iterat
             continue
         train = int(TRAIN_SHARE * len(shown))
         seeded = torch.Generator().manual_seed(SPLIT_SEED)
-        for part in random_split(shown, [train, len(shown) - train], seeded):  # type: ignore[arg-type]
+        parts: Any = random_split(shown, [train, len(shown) - train], seeded)  # type: ignore[arg-type]
+        for part in parts:
             yield [shown[index] for index in part.indices]
 
 
