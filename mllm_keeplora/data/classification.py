@@ -45,7 +45,8 @@ def build_classes(entry: Mapping[str, Any], source: Path | None) -> Classes:
     """
     if unknown := sorted(set(entry) - {"templates", "names"}):
         raise ConfigError(f"unknown key {shown(unknown[0])}; known keys: templates, names")
-    templates, names = entry.get("templates"), entry.get("names")
+    templates: Any = entry.get("templates")
+    names: Any = entry.get("names")
     if not _are_texts(templates) or any(template.count("{}") != 1 for template in templates):
         raise ConfigError(f"templates is {shown(templates)}; expected a list of texts, each with one {{}} for the name")
     if names is None:

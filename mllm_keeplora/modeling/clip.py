@@ -19,7 +19,7 @@ from mllm_keeplora.modeling.loss import IGNORED_LABEL
 class CLIPClassifier(CLIPModel):
     """`CLIPModel`, parameters and their names included, with the forward that a stage trains."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         pixel_values: Tensor,
         input_ids: Tensor,
@@ -48,7 +48,7 @@ class CLIPClassifier(CLIPModel):
         if shift_labels is not None:
             counted = int(shift_labels.ne(IGNORED_LABEL).sum()) if num_items_in_batch is None else num_items_in_batch
             loss = cross_entropy(logits, shift_labels[:, 0], ignore_index=IGNORED_LABEL, reduction="sum") / counted
-        return ImageClassifierOutput(loss=loss, logits=logits[:, None])  # type: ignore[arg-type]
+        return ImageClassifierOutput(loss=loss, logits=logits[:, None])
 
     def picture_features(self, pixel_values: Tensor) -> Tensor:
         """[batch, 3, height, width] -> [batch, projection] fp32, of norm 1."""

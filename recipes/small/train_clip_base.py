@@ -12,7 +12,7 @@ Accuracy is then measured on fresh pictures, the shape's class among all, by the
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -148,7 +148,7 @@ def _measure(folder: Path, setup: Setup) -> dict[str, dict[str, float]]:
 
 
 def _accuracy(
-    model: CLIPModel,
+    model: Any,
     processor: CLIPProcessor,
     shown: list[tuple[Image.Image, str]],
     names: tuple[str, ...],

@@ -36,6 +36,7 @@ from mllm_keeplora.data.preflight import Preflight
 from mllm_keeplora.data.stream import data_hash, load_stream, load_training_records
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.eval.leaderboard import evaluate_saved, find_differences, read_run
+from mllm_keeplora.evaluation.answer import answer
 from mllm_keeplora.evaluation.metrics import summarize
 from mllm_keeplora.evaluation.task_files import follow_move
 from mllm_keeplora.modeling.adapters import Factors
@@ -533,8 +534,11 @@ def test_what_asks_for_words_is_refused(clip: Path, data: Path, tmp_path: Path) 
         run_stream(replace(config, general=GeneralConfig(samples="builtin")))
     with pytest.raises(KeepLoRAError, match="a CLIP's memory is not modelled"):
         make_plan(config)
+    model, processor = load(clip)
+    with pytest.raises(KeepLoRAError, match="a CLIP chooses among classes and writes no answers"):
+        answer(model, processor, "what is this?", None)
     with pytest.raises(TargetError, match="clip has no projector"):
-        find_targets(load(clip)[0], BOTH_TOWERS, protect_projector=True)
+        find_targets(model, BOTH_TOWERS, protect_projector=True)
 
 
 def test_prompts_are_padded_behind_their_end(clip: Path) -> None:
