@@ -18,7 +18,7 @@ from mllm_keeplora.config import ModelConfig
 from mllm_keeplora.continual.saved_run import SavedRun, load_run
 from mllm_keeplora.evaluation.entry_point import MODEL_ID
 from mllm_keeplora.evaluation.errors import EvaluationError
-from mllm_keeplora.evaluation.score import Score, check_logins, read_score
+from mllm_keeplora.evaluation.score import Score, check_logins, quiet, read_score
 from mllm_keeplora.evaluation.task_files import ScoredTask, follow_move, read_index
 from mllm_keeplora.modeling.loading import (
     base_model_hash,
@@ -26,6 +26,7 @@ from mllm_keeplora.modeling.loading import (
     resolve_device,
     resolve_model_directory,
 )
+from mllm_keeplora.reports.intervals import interval_of
 from mllm_keeplora.runs.files import ArtifactError, atomic_path, check_hashes, read_json, write_json
 from mllm_keeplora.runs.run_directory import CARD_FILES
 
@@ -117,7 +118,8 @@ def evaluate_saved(run: CompleteRun, limit: int | None) -> dict[str, Score]:
     output = run.saved.directory.leaderboard
     before = set(output.rglob("*_results.json"))
     sys.argv = ["lmms-eval", *lmms_eval_arguments(run, output, limit)]
-    lmms_eval_main()
+    with quiet():
+        lmms_eval_main()
     written = sorted(set(output.rglob("*_results.json")) - before)
     if len(written) != 1:
         raise EvaluationError(
@@ -283,7 +285,7 @@ def format_leaderboard(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         "# Leaderboard",
         "",
-        "Scores of runs after their last task, 0 to 1 with standard error, measured by lmms-eval in",
+        "Scores of runs after their last task, 0 to 1 with 95 % interval, measured by lmms-eval in",
         "a fresh process (`keeplora leaderboard RUN`). Ranked by the mean over the stream's tasks; general",
         "benchmarks stand in italics. `equal`: the run's own evaluation agrees, exactly or within what differing",
         "batches explain.",
@@ -309,5 +311,6 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def format_score(score: Score) -> str:
-    """The value, and its standard error where there is one."""
-    return f"{score['value']:.3f}" + ("" if score["stderr"] is None else f" ± {score['stderr']:.3f}")
+    """The value, and its 95 % interval where there is one."""
+    value, low, high = interval_of(score)
+    return f"{value:.3f}" + ("" if None in (low, high) else f" ({low:.3f}\N{EN DASH}{high:.3f})")

@@ -214,5 +214,16 @@ def load_run(path: str | Path) -> SavedRun:
     """
     directory = RunDirectory(Path(path))
     if not directory.config.is_file():
-        raise ArtifactError(f"{path} is no directory of a run: it holds no {directory.config.name}")
-    return SavedRun(directory, config_from_dict(read_json(directory.config), directory.config))
+        raise ArtifactError(f"{path} is no directory of a run: it holds no {directory.config.name}{_run_above(path)}")
+    settings = read_json(directory.config)
+    if isinstance(settings, dict) and "model_type" in settings:  # transformers' own config.json
+        raise ArtifactError(
+            f"{path} is a model of transformers (as keeplora export writes it), no directory of a run: name the run"
+        )
+    return SavedRun(directory, config_from_dict(settings, directory.config))
+
+
+def _run_above(path: str | Path) -> str:
+    """Where somebody has named a folder inside a run: which one to name instead."""
+    above = [folder for folder in Path(path).absolute().parents[:3] if RunDirectory(folder).task_files.is_dir()]
+    return f"; it lies in that of a run: name {above[0]}" if above else ""

@@ -211,8 +211,8 @@ def check_logins(tasks: Sequence[str], task_directory: Path) -> None:
     if asking:
         raise EvaluationError(
             f"{', '.join(asking)}: lmms-eval fetches the data with a login to the Hugging Face hub, and there is none "
-            "here. Log in by `hf auth login`, or set HF_TOKEN (a token that may read is enough); or take the "
-            "benchmarks out of `general` in the stream"
+            "here. Log in by `hf auth login`, or set HF_TOKEN (a token that may read is enough); or leave "
+            "them out: of `general` in the stream, or of --tasks"
         )
 
 
@@ -352,7 +352,7 @@ def _run_lmms_eval(
                 f"write_task_files(stream, {task_directory})"
             )
         try:
-            with _quiet():
+            with quiet():
                 return simple_evaluate(
                     model=wrapper(),
                     tasks=[entry.lmms_task for entry in entries],
@@ -410,7 +410,7 @@ class _NoBar(tqdm):  # type: ignore[type-arg]
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silences the bars that lmms-eval and datasets draw per task, also into log files; ours shows the
     generation."""
     import datasets

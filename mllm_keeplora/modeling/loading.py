@@ -32,6 +32,7 @@ from transformers import (
 )
 from transformers.dependency_versions_table import deps
 from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils import logging as transformers_logging
 from transformers.utils.import_utils import is_kernels_available
 
 from mllm_keeplora.config import ConfigError, ModelConfig
@@ -461,12 +462,23 @@ def load_dense(config: ModelConfig, adapter: Path | None) -> tuple[Any, Any]:
     model: Any
     model, processor = load_base(config)
     if config.quantization == "nf4":
-        model.dequantize(DTYPES[config.compute_dtype])
+        with _without_warnings():  # transformers says that it does as asked
+            model.dequantize(DTYPES[config.compute_dtype])
         free_4bit_weights()
     if adapter is not None:
         adapted: Any = load_adapter(model, adapter, config.base_model, may_be_untrained=True)
         model = adapted.merge_and_unload()
     return model, processor
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def load_base_processor(config: ModelConfig) -> Any:

@@ -79,10 +79,11 @@ def _facts(run: SavedRun, entries: Sequence[ScoredTask], base: Json, repo: str |
     last = retention["rows"][-1]
     towers = [name for name, tower in config.towers().items() if tower.adapt]
     learnt = learnt_stages(run)
+    lowest = min(adapter.ranks.values())
     return {
         "retention": retention,
         "rank": adapter.rank,
-        "ranks": f"{min(adapter.ranks.values())} to {adapter.rank}" if not adapter.is_uniform else str(adapter.rank),
+        "ranks": f"rank {adapter.rank}" if adapter.is_uniform else f"ranks {lowest} to {adapter.rank}",
         "dtype": adapter.dtype,
         "modules": len(adapter.ranks),
         "vision_modules": adapter.vision_modules,
@@ -311,6 +312,7 @@ def _example(run: SavedRun, entries: Sequence[ScoredTask], repo: str | None) -> 
         "snippet": snippet.strip(),
         "classes": classes is not None,
         "serving": _serving(adapter_facts(run.directory.adapter_weights)) if classes is None else _PEFT_ALONE,
+        "kind": kind,
         "shown": _SHOWN_AS.get(str(kind)),
         "article": "a clip" if kind == "video" else "a picture",
         "asked_of": task,

@@ -6,6 +6,7 @@ changes and ratios (BWT, forgetting, retention) compare two answers to the same 
 """
 
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +33,7 @@ COMPARED = ("mft", "last", "bwt", "forgetting")
 LEARNT, GENERAL = "tasks learnt so far", "general benchmarks"  # curves beside those of each task
 ERRORS = """Several runs: mean ± standard error over their seeds.
 One run: in brackets the 95 % interval that its test questions give, where there is one."""
-LABEL_WIDTH = 36  # characters of a label in the table and in the picture
+LABEL_WIDTH = 48  # characters of a label in the picture
 # Decide no number, or are compared otherwise (seeds are averaged over, data by their hashes).
 NOT_COMPARED = {"run_dir", "cache_dir", "report_to", "seed", "stream", "data_root"}
 NOT_COMPARED |= {"backfill", "on_bad_record"}
@@ -230,8 +231,8 @@ def plot_over_stages(axes: Axes, groups: Sequence[Group], curve: str) -> None:
     """One line a group with its standard errors: LEARNT or GENERAL over the stages."""
     names = ["base", *(f"{i} {shorten(name, 14)}" for i, name in enumerate(groups[0].curves, start=1))]
     stages = range(curve == LEARNT, len(groups[0].curves[curve]))  # nothing is learnt before stage 1
-    for group, style in zip(groups, looks(groups), strict=True):
-        label, found = shorten(group.label, LABEL_WIDTH), group.curves[curve][stages.start :]
+    for group, style, label in zip(groups, looks(groups), picture_labels(groups), strict=True):
+        found = group.curves[curve][stages.start :]
         plot_intervals(axes, stages, found, label=label, clip_on=False, **style)
     axes.set_xticks(stages, [names[i] for i in stages], rotation=30, ha="right", rotation_mode="anchor")
     axes.set_ylabel("mean score, %")
@@ -240,11 +241,10 @@ def plot_over_stages(axes: Axes, groups: Sequence[Group], curve: str) -> None:
 
 def plot_plasticity_retention(axes: Axes, groups: Sequence[Group]) -> None:
     """What a method can learn (MFT) against what it keeps of the base; better is right and up."""
-    for group, style in zip(groups, looks(groups), strict=True):
+    for group, style, label in zip(groups, looks(groups), picture_labels(groups), strict=True):
         both = np.array([group.metrics["mft"], group.metrics["kept"]], dtype=float)  # None becomes NaN
         (x, x_low, x_high), (y, y_low, y_high) = 100 * both
         errors: dict[str, Any] = {"xerr": [[x - x_low], [x_high - x]], "yerr": [[y - y_low], [y_high - y]]}
-        label = shorten(group.label, LABEL_WIDTH)
         axes.errorbar([x], [y], **errors, label=label, capsize=2, clip_on=False, **style)
     axes.set(xlabel="MFT: score right after learning, %", ylabel="general ability kept, %")
     _whole(axes.set_ylim, axes.get_ylim())
@@ -254,6 +254,12 @@ def plot_plasticity_retention(axes: Axes, groups: Sequence[Group]) -> None:
 def _whole(set_limits: Callable[[float, float], object], drawn: tuple[float, float]) -> None:
     """An axis from 0 to 100 %, or above where scores are: a part of it would make small differences look large."""
     set_limits(0, 100 if drawn[1] < 110 else drawn[1])
+
+
+def picture_labels(groups: Sequence[Group]) -> list[str]:
+    """What the legend of the picture says: short names with the beginning of what differs, each once."""
+    labels = [name + (f": {more}" if more else "") for name, more in told_apart(groups).items()]
+    return [textwrap.shorten(label, LABEL_WIDTH, placeholder=" ..") for label in labels]
 
 
 def looks(groups: Sequence[Group]) -> list[dict[str, Any]]:
@@ -301,30 +307,41 @@ def panel_charts(groups: Sequence[Group]) -> Charts:
 
 
 def format_comparison(groups: Sequence[Group]) -> str:
-    """The metrics of every group as plain text, at most `TEXT_WIDTH` columns."""
-    table = metric_table(groups).rename(index=partial(shorten, width=LABEL_WIDTH)).rename_axis(None)
+    """The metrics of every group as plain text, at most `TEXT_WIDTH` columns; below it what tells the groups apart."""
+    table = metric_table(groups).rename(index=partial(shorten, width=36)).rename_axis(None)
+    apart = [
+        textwrap.fill(f"{name}: {more}", TEXT_WIDTH, subsequent_indent="  ")
+        for name, more in told_apart(groups).items()
+        if more
+    ]
     title = "Runs side by side, in % and points"
-    return "\n".join([title, "", table.to_string(line_width=TEXT_WIDTH), "", ERRORS])
+    return "\n".join([title, "", table.to_string(line_width=TEXT_WIDTH), "", *apart, *[""] * bool(apart), ERRORS])
 
 
 def metric_table(groups: Sequence[Group]) -> pd.DataFrame:
     """A row for each group: number of runs, metrics, retention of each general benchmark."""
     rows = []
-    for group in groups:
-        row = {"method": group.label, "runs": str(len(group.seeds))}
+    for name, group in zip(told_apart(groups), groups, strict=True):
+        row = {"method": name, "runs": str(len(group.seeds))}
         for key in COMPARED:
             row[METRICS[key][0]] = group.shown(group.metrics[key], signed=key == "bwt")
         rows.append(row | {f"{shorten(n, 40)} kept": group.shown(kept) for n, kept in group.kept.items()})
     return pd.DataFrame(rows).set_index("method")
 
 
-def short_names(groups: Sequence[Group]) -> list[str]:
-    """What the groups are called where room is short: their method, numbered where several have it."""
+def told_apart(groups: Sequence[Group]) -> dict[str, str]:
+    """Short name -> what differs from the other groups of the method; empty where the method has one group.
+
+    The short name is the method, numbered where several groups have it. Settings come from files: no control
+    character may pass.
+    """
     methods = [group.label.split(": ")[0] for group in groups]
-    return [
-        f"{method} {methods[: place + 1].count(method)}" if methods.count(method) > 1 else method
-        for place, method in enumerate(methods)
-    ]
+    found = {}
+    for place, (method, group) in enumerate(zip(methods, groups, strict=True)):
+        several = methods.count(method) > 1
+        name = f"{method} {methods[: place + 1].count(method)}" if several else method
+        found[name] = shorten(group.label.removeprefix(method).removeprefix(": "), 2000)
+    return found
 
 
 def _differences(groups: Sequence[Group], labelled: Sequence[tuple[str, Results]]) -> list[Section]:
@@ -332,7 +349,7 @@ def _differences(groups: Sequence[Group], labelled: Sequence[tuple[str, Results]
     by_label: dict[str, Results] = {}
     for label, results in labelled:
         by_label.setdefault(label, results)
-    runs = {short: by_label[group.label] for short, group in zip(short_names(groups), groups, strict=True)}
+    runs = {short: by_label[group.label] for short, group in zip(told_apart(groups), groups, strict=True)}
     config = load_run(next(iter(runs.values())).directory.path).config
     reader = VideoReader(config.video, Path(config.cache_dir))
     try:
@@ -345,13 +362,15 @@ def _page(groups: Sequence[Group], runs: Sequence[tuple[str, Results]], answers:
     labels, results = zip(*runs, strict=True)
     retention = results[0].retention
     curves = {name: [group.curves[name] for group in groups] for name in names_of(retention)}
+    apart = told_apart(groups)
+    short = dict(zip((group.label for group in groups), apart, strict=True))
     scores = [
-        {"task": name, "method": group.label} | {f"stage {i}": group.shown(e) for i, e in enumerate(curve)}
+        {"task": name, "method": method} | {f"stage {i}": group.shown(e) for i, e in enumerate(curve)}
         for name, found in curves.items()
-        for group, curve in zip(groups, found, strict=True)
+        for method, group, curve in zip(apart, groups, found, strict=True)
     ]
-    settings = differing_settings(results).set_axis(labels)
-    places = [(label, str(seed_of(run)), str(run.directory.path)) for label, run in runs]
+    settings = differing_settings(results).set_axis([short[label] for label in labels])
+    places = [(short[label], str(seed_of(run)), str(run.directory.path)) for label, run in runs]
     return render(
         "comparison.html.j2",
         retention=retention,
@@ -361,7 +380,7 @@ def _page(groups: Sequence[Group], runs: Sequence[tuple[str, Results]], answers:
         errors=ERRORS,
         panels=panel_charts(groups),
         score_charts=score_charts(retention, curves, looks(groups)),
-        short=short_names(groups),
+        apart=apart,
         answers=answers,
         scores=pd.DataFrame(scores).set_index("task"),
         # Runs of one label differ in no setting.

@@ -3,7 +3,9 @@
 import importlib.metadata
 import json
 import math
+import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -574,6 +576,7 @@ def test_leaderboard_repeats_the_run_in_a_fresh_process(base: Path, tmp_path: Pa
     finished = forked.run(command)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert "All 3 scores equal" in finished.stdout
+    assert not re.search("Postprocessing|examples/s|DEBUG", finished.stdout + finished.stderr)  # bars of no use here
     table = json.loads((tmp_path / "table" / "leaderboard.json").read_text())
     (row,) = table["rows"]
     assert (row["run"], row["stream"], row["method"], row["equal_to_run"]) == (
@@ -647,6 +650,27 @@ def test_leaderboard_ranks_by_mean_and_replaces_a_run(tmp_path: Path) -> None:
         "bad\\|worse",
     ]
     assert "| 2 | good | lora | base | 0.750 | 0.750 | 0.750 | 0.750 | yes |" in lines
+
+
+@pytest.mark.parametrize(
+    ("value", "stderr", "text"),
+    [(1.0, 0.0, "1.000 (0.981–1.000)"), (0.5, (0.25 / 199) ** 0.5, "0.500 (0.431–0.569)"), (0.62, None, "0.620")],
+)
+def test_a_score_has_the_interval_of_the_page(value: float, stderr: float | None, text: str) -> None:
+    score: Any = {"value": value, "stderr": stderr, "n": 200, "native": value, "native_max": 1.0}
+    assert leaderboard.format_score(score) == text
+
+
+def test_lmms_eval_does_not_print_what_it_is_debugged_by() -> None:
+    """A level of one's own stays. The first import decides, so this is asked of another process."""
+    code = "import mllm_keeplora.evaluation\nfrom loguru import logger\nlogger.debug('aside')\nlogger.warning('heard')"
+    for level, said in ((None, False), ("DEBUG", True)):
+        environment = {name: value for name, value in os.environ.items() if name != "LOGURU_LEVEL"}
+        environment |= {"LOGURU_LEVEL": level} if level else {}
+        found = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+        )
+        assert "heard" in found.stderr and ("aside" in found.stderr) == said
 
 
 def test_runs_of_one_name_in_two_folders_are_two_rows(tmp_path: Path) -> None:

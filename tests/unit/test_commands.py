@@ -2,6 +2,7 @@
 
 import ast
 import errno
+import json
 import os
 import re
 import subprocess
@@ -219,6 +220,23 @@ def test_a_folder_that_is_no_run_is_said_to_be_none(
 ) -> None:
     message = refused(name, str(tmp_path), *REQUIRED[name][1:], capsys=capsys)
     assert f"{tmp_path} is no directory of a run: it holds no config.json" in message
+
+
+@pytest.mark.parametrize("name", ["leaderboard", "export", "chat", "compare", "edit", "push", "evaluate"])
+def test_a_model_and_a_folder_inside_a_run_are_told_from_a_run(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "mine"
+    (run / "eval_tasks").mkdir(parents=True)
+    for inside in ("adapter", "stages/01-digits", "stages/01-digits/evaluation"):
+        (run / inside).mkdir(parents=True, exist_ok=True)
+        message = refused(name, str(run / inside), *REQUIRED[name][1:], capsys=capsys)
+        assert message.endswith(f"it lies in that of a run: name {run}\n")
+    for config in ({"model_type": "llava", "architectures": ["Llava"]}, {"model_type": "qwen2_5_vl"}):
+        (tmp_path / "exported").mkdir(exist_ok=True)
+        (tmp_path / "exported/config.json").write_text(json.dumps(config))
+        message = refused(name, str(tmp_path / "exported"), *REQUIRED[name][1:], capsys=capsys)
+        assert "exported is a model of transformers" in message and "another version" not in message
 
 
 @pytest.mark.parametrize("name", ["leaderboard", "export", "chat", "compare", "edit", "push", "evaluate"])

@@ -284,6 +284,31 @@ def test_table_shows_every_group_within_its_width(count: int) -> None:
     assert "66.7 ± 0.0" in table and "mean ± standard error over their seeds" in table
 
 
+@pytest.mark.parametrize("count", [1, 3, 30])
+def test_runs_of_one_method_are_numbered_and_what_tells_them_apart_is_said_whole(count: int) -> None:
+    """However much differs: a label cut in its middle told nothing."""
+    runs = []
+    for value in ("one", "two"):
+        details = ", ".join(f"train.setting_number_{i} {value}{i}" for i in range(count))
+        runs.append(Run(f"keeplora: {details}", 0, retention_of(0.9, 0.8)))
+    groups = grouped([*runs, Run("lora", 0, retention_of(0.9, 0.3, method="lora"))])
+    table = format_comparison(groups)
+    assert max(map(len, table.splitlines())) <= TEXT_WIDTH
+    assert [line.split("  ")[0] for line in table.splitlines()[3:6]] == ["keeplora 1", "keeplora 2", "lora"]
+    words = " ".join(table.split())
+    for number, run in enumerate(runs, start=1):
+        assert run.label.replace("keeplora:", f"keeplora {number}:") in words
+    labels = comparison.picture_labels(groups)
+    assert len(set(labels)) == 3 and all(len(label) <= comparison.LABEL_WIDTH for label in labels)
+    assert labels[2] == "lora"
+
+
+def test_settings_that_differ_may_hold_any_characters() -> None:
+    runs = [Run(f"keeplora: train.optim {odd}", 0, retention_of(0.9, 0.8)) for odd in ("a\x1b[2Jb", "a\nb")]
+    table = format_comparison(grouped(runs))
+    assert "\x1b" not in table and "keeplora 2: train.optim a?b" in table
+
+
 def test_every_row_of_a_table_has_a_cell_under_each_header(runs: list[Path], tmp_path: Path) -> None:
     other = save_run(tmp_path / "d", retention_of(0.9, 0.8), alpha=8.0)
     compare_runs([*runs, other], tmp_path / "out")

@@ -16,12 +16,12 @@ from mllm_keeplora.reports.page import write_report
 from mllm_keeplora.runs.run_directory import RunDirectory
 from tests.unit.test_comparison import retention_of, save_run
 from tests.unit.test_page_answers import HOSTILE_TEXTS, noise, save, saved_line
-from tests.unit.test_report import TASKS
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
+TASKS = ["digits", "charts", "clocks", "grounds"]  # of the small stream
 PHONE, DESK = {"width": 400, "height": 800}, {"width": 1280, "height": 900}
 
 # Of every element with text of its own: contrast by WCAG 2.2 with the nearest background, size and place.
@@ -58,9 +58,13 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A run's page with hostile answers, and a comparison of two runs."""
     root = tmp_path_factory.mktemp("pages")
     picture = noise(root / "picture.png", 0)
+    learnt = retention_of(1.0, 1.0, tasks=TASKS)
+    for row in learnt["rows"]:
+        for name in TASKS:  # right or wrong: of all right, the interval is the longest text
+            row["scores"][name]["stderr"] = 0.0 if row["scores"][name]["value"] == 1 else 0.019
     runs = [
-        save_run(root / "ours", retention_of(0.95, 0.9)),
-        save_run(root / "plain", retention_of(1.0, 0.3, method="lora")),
+        save_run(root / "ours", learnt),
+        save_run(root / "plain", retention_of(1.0, 0.3, method="lora", tasks=TASKS)),
     ]
     for run_dir, lost in zip(runs, (2, 7), strict=True):
         for stage, task in enumerate([None, *TASKS]):
@@ -113,6 +117,22 @@ def test_general_ability_is_in_sight_on_a_telephone(browser: Any, pages: dict[st
     for cell in page.query_selector_all("#matrix .general"):
         box = cell.bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= PHONE["width"]
+    page.close()
+
+
+def test_the_matrix_of_the_small_stream_fits_a_telephone(browser: Any, pages: dict[str, Path]) -> None:
+    """Without a column under another."""
+    page = opened(browser, pages["run"], PHONE, "light")
+    assert page.evaluate("(([box]) => box.scrollWidth <= box.clientWidth)(document.querySelectorAll('#matrix .wide'))")
+    page.close()
+
+
+@pytest.mark.parametrize("name", ["run", "comparison"])
+def test_tables_of_few_columns_become_lists_on_a_telephone(browser: Any, pages: dict[str, Path], name: str) -> None:
+    page = opened(browser, pages[name], PHONE, "light")
+    wide = """[...document.querySelectorAll('.cards .wide')].map((box) => [box.scrollWidth, box.clientWidth])"""
+    found = page.evaluate(wide)
+    assert len(found) >= 3 and all(needed <= there for needed, there in found)
     page.close()
 
 

@@ -205,6 +205,23 @@ def test_csv_puts_tasks_before_general_benchmarks():
     assert header[:7] == ["stage", "task", *TASKS, "scenes", "pope"]
 
 
+@pytest.mark.parametrize("label", ["digits + signs", "0.5 digits + 2 glyphs", "digits + " + "x" * 80])
+def test_the_table_of_a_sum_of_stages_holds_what_a_sum_has(label: str) -> None:
+    """An edited adapter is no stage: it has no number, and what needs rows of stages is not listed by dashes."""
+    retention = make_retention()
+    row = {**retention["rows"][-1], "stage": 1, "task": label}
+    undefined = dict.fromkeys(METRIC_KEYS) | {"last": 0.5, "retention": {"scenes": 0.9}}
+    table = format_table({**retention, "rows": [retention["rows"][0], row], "metrics": undefined})
+    assert re.search(rf"^{re.escape(label[:20])}", table, flags=re.M) and "1 digits" not in table
+    assert re.findall(r"^(\w+) +[\d.-]+ (?:%|points)", table, flags=re.M) == ["Last", "Retention"]
+    assert max(map(len, table.splitlines())) <= TEXT_WIDTH
+
+
+def test_metrics_that_a_run_does_not_have_yet_are_listed() -> None:
+    retention = make_retention(TASKS[:1])
+    assert re.search(r"^BWT +- points", format_table(retention), flags=re.M)
+
+
 def test_table_shows_matrix_metrics_and_own_stages():
     table = format_table(make_retention())
     lines = table.splitlines()
