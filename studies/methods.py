@@ -297,6 +297,8 @@ def held_out_stream(stream_file: Path, tuning: Tuning) -> Path:
 
 def _split(stream: Stream, task: TaskSpec, tuning: Tuning, folder: Path) -> dict[str, Any]:
     """Writes a task's records to `folder`; its entry in the split's stream file."""
+    if task.classes is not None:
+        raise ConfigError(f"tuning.held_out takes records with questions; {task.name} has `classes`, leave tuning out")
     records = [value for _, value in read_rows(stream.train_file(task), stream.extracted)]
     kept, held_out = records[: -tuning.held_out], records[-tuning.held_out :]
     if not kept:

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from mllm_keeplora.continual.saved_run import SavedRun, load_run
-from mllm_keeplora.data.collator import ChatCollator, ready_batch
+from mllm_keeplora.data.collator import collator_of, ready_batch
 from mllm_keeplora.data.records import load_records
 from mllm_keeplora.evaluation.answer import generation_settings
 from mllm_keeplora.modeling.linear4bit import free_4bit_weights
@@ -51,7 +51,9 @@ def export(run_dir: Path, out: Path, dtype: str = "bfloat16", questions: int = 3
     with replaced_directory(out) as temporary:
         merged.save_pretrained(temporary)
         processor.save_pretrained(temporary)
-        write_json(temporary / GENERATION_CONFIG_NAME, generation_settings(merged, processor))
+        generation = generation_settings(merged, processor)
+        if generation is not None:
+            write_json(temporary / GENERATION_CONFIG_NAME, generation)
         write_json(temporary / "export.json", {"run": str(run_dir), "dtype": dtype, **difference._asdict()})
     return difference
 
@@ -73,8 +75,9 @@ def _test_batches(run: SavedRun, processor: Any, questions: int) -> list[dict[st
         allow_text_only=task.allow_text_only,
         checker=None,
         extracted=stream.extracted,
+        classes=stream.classes(task),
     )
-    collator = ChatCollator(processor, None, run.reader())
+    collator = collator_of(processor, None, run.reader())
     return [collator([sample]) for sample in samples[:questions]]
 
 

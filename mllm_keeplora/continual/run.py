@@ -38,6 +38,7 @@ from mllm_keeplora.evaluation.task_files import write_task_files
 from mllm_keeplora.methods.base import Method, load_method
 from mllm_keeplora.methods.context import RunContext, StageContext
 from mllm_keeplora.modeling.adapters import ACCUMULATED, Factors, attach, detach
+from mllm_keeplora.modeling.clip import classifies
 from mllm_keeplora.modeling.families import check_clip_lengths
 from mllm_keeplora.modeling.loading import (
     load_base,
@@ -260,7 +261,11 @@ def _checked_records(
 ) -> dict[str, tuple[list[Sample], list[SkippedRecord]]]:
     """What the stages train on, every record of the run checked."""
     tasks = [task.name for task in stream.tasks]
-    preflight = Preflight.of_run(config, tasks, load_base_processor(config.model), reader)
+    processor = load_base_processor(config.model)
+    if classifies(processor) and (config.general.given or config.general.rehearsed or sharding_asked()):
+        wrong = "FSDP spreads" if sharding_asked() else "general.samples and general.rehearsed take"
+        raise ConfigError(f"{wrong} models that answer in words, and the base model is a CLIP; leave it out")
+    preflight = Preflight.of_run(config, tasks, processor, reader)
     records = load_training_records(stream, config.on_bad_record, preflight)
     for task, lines in preflight.trained.items():
         logger.info("\n  ".join([f"{task} trains on", *lines]))

@@ -11,6 +11,7 @@ from transformers import ProcessorMixin
 
 from mllm_keeplora.data.conversation import Message, Part, kind_of
 from mllm_keeplora.errors import KeepLoRAError
+from mllm_keeplora.modeling.clip import classifies
 from mllm_keeplora.modeling.families import Media
 
 # Stand for answers while a template is rendered: words that no template reads anything into.
@@ -89,6 +90,8 @@ def chat_form(processor: ProcessorMixin) -> ChatForm:
         ProcessorError: there is no template, it cannot render a question and its answer, or what it writes before
             an answer is not what it asks for one with, or it asks for thoughts alone; or the tokenizer ends all texts.
     """
+    if classifies(processor):
+        raise ProcessorError("a CLIP chooses among classes and writes no answers (docs/classification.md)")
     probe = [Message("user", (_QUESTION,)), Message("assistant", (_ANSWER.format(0),))]
     try:
         return _chat_form(processor, probe, parts=True)

@@ -14,10 +14,12 @@ from torch.utils.data import Dataset
 from transformers import Gemma3Processor, InternVLProcessor, ProcessorMixin
 
 from mllm_keeplora.data.chat_template import ChatForm, ProcessorError, Segment, chat_form, render
+from mllm_keeplora.data.classification import ClassCollator
 from mllm_keeplora.data.conversation import MediaFile, Message, Part, Sample
 from mllm_keeplora.data.images import ImageError, load_image
 from mllm_keeplora.data.video.reader import Clip, VideoError, VideoReader
 from mllm_keeplora.errors import KeepLoRAError
+from mllm_keeplora.modeling.clip import classifies
 from mllm_keeplora.modeling.families import EQUAL_LENGTHS, Media
 from mllm_keeplora.modeling.loss import IGNORED_LABEL, answers_alone
 
@@ -301,6 +303,11 @@ class ChatCollator:
                 f"sample {sample.id!r} ({files or 'text'}) has {length} tokens, media tokens included; max_length is "
                 f"{self.max_length}. Raise max_length, set it to null, or shorten the sample"
             )
+
+
+def collator_of(processor: Any, max_length: int | None, reader: VideoReader | None) -> ChatCollator | ClassCollator:
+    """The collator of a processor's kind; a CLIP's has no use for the length and the reader."""
+    return ClassCollator(processor) if classifies(processor) else ChatCollator(processor, max_length, reader)
 
 
 @dataclass(frozen=True)

@@ -61,16 +61,37 @@ class Message:
 
 
 @dataclass(frozen=True)
+class Classes:
+    """What a picture may show, and how that is said.
+
+    Attributes:
+        keys: as folders and records name the classes.
+        names: the same classes as prompts and replies name them.
+        templates: prompts with `{}` in the place of the name. Training takes the first, evaluation the mean of all.
+    """
+
+    keys: tuple[str, ...]
+    names: tuple[str, ...]
+    templates: tuple[str, ...]
+
+    def prompts(self, template: str) -> list[str]:
+        """One of each class."""
+        return [template.replace("{}", name) for name in self.names]
+
+
+@dataclass(frozen=True)
 class Sample:
     """One conversation; it ends with an assistant's message.
 
     Attributes:
         id: the record's `id` or `question_id`, or `<file>:<row>` where it has neither.
         messages: system messages (at the beginning), questions and answers.
+        classes: what its answer, a name, is chosen from; None for an answer in words.
     """
 
     id: str
     messages: tuple[Message, ...]
+    classes: Classes | None = None
 
     @property
     def media(self) -> tuple[MediaFile, ...]:

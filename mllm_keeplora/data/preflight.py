@@ -21,12 +21,14 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from mllm_keeplora.config import RunConfig
+from mllm_keeplora.data.classification import tokenise
 from mllm_keeplora.data.collator import ChatCollator
 from mllm_keeplora.data.conversation import MediaFile, Sample
 from mllm_keeplora.data.images import ImageError, load_image
 from mllm_keeplora.data.video.reader import Clip, VideoError, VideoReader
 from mllm_keeplora.distributed.progress import progress
 from mllm_keeplora.errors import KeepLoRAError
+from mllm_keeplora.modeling.clip import classifies
 from mllm_keeplora.modeling.loss import IGNORED_LABEL
 from mllm_keeplora.runs.files import ArtifactError, file_state, hash_files, read_json, sha256_json, write_json
 from mllm_keeplora.units import format_count
@@ -141,6 +143,9 @@ class Preflight:
                 )
         if self.processor is None:
             return Findings(bad)
+        if classifies(self.processor):  # a picture of any size becomes one of one size, and a name is one answer
+            self._check_prompts(samples.values(), task)
+            return Findings(bad)
         sound = {row: sample for row, sample in samples.items() if row not in bad}
         asked = {row: sample if task else _without_answers(sample) for row, sample in sound.items()}
         lengths: dict[int, Length] = {}
@@ -153,6 +158,15 @@ class Preflight:
         if task is not None:
             self.trained[task] = describe_lengths(samples, lengths, self.max_lengths.get(task))
         return Findings(bad, lengths)
+
+    def _check_prompts(self, samples: Collection[Sample], task: str | None) -> None:
+        """Raises ProcessorError for a class whose prompt is too long."""
+        lists = dict.fromkeys(sample.classes for sample in samples if sample.classes is not None)
+        for classes in lists:
+            for template in classes.templates:
+                tokenise(self.processor, classes.prompts(template))
+        if task is not None:
+            self.trained[task] = [f"{len(samples)} pictures of {sum(len(each.names) for each in lists)} classes"]
 
     def _refused(self, sample: Sample, length: Length, task: str | None) -> str | None:
         """Why training refuses a sample that can be collated."""

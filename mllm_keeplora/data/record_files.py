@@ -3,7 +3,7 @@
 A `.json` file is one list of records, a `.jsonl` file has one record a line; both may end in `.gz`. A `.parquet`
 file and a dataset of the Hugging Face hub have one record a row, media inside included: these are written once into a
 folder of their own, by content, and the record then names the file. Rows are counted from 1; the row of a `.jsonl`
-record is its line number.
+record is its line number. A folder of pictures, one folder a class, has one record a picture.
 """
 
 import gzip
@@ -91,6 +91,8 @@ def read_rows(source: Path | HubTable, extracted: Path) -> Rows:
     """
     if isinstance(source, HubTable):
         return _check_values(enumerate(_hub_rows(source, extracted), start=1))
+    if is_folder(source):
+        return folder_rows(source)
     if not source.name.endswith(RECORD_SUFFIXES):
         raise RecordError(f"{source}: unknown kind of data file; expected one of {', '.join(RECORD_SUFFIXES)}")
     if source.exists() and (kind := irregular_kind(source)) is not None:
@@ -102,13 +104,50 @@ def read_rows(source: Path | HubTable, extracted: Path) -> Rows:
     return _check_values(_json_lines(text) if lines else _json_list(source, text))
 
 
+def is_folder(source: Path | HubTable) -> bool:
+    """Whether a source is a folder of pictures, one folder a class."""
+    return isinstance(source, Path) and not source.name.endswith(RECORD_SUFFIXES) and source.is_dir()
+
+
+def folder_rows(folder: Path) -> Rows:
+    """{"image", "class"} of every file in a folder of one folder a class, in the order of their names.
+
+    Raises:
+        RecordError: a class without files, files beside the classes' folders, or no class.
+    """
+    rows: list[dict[str, str]] = []
+    entries = visible(folder)
+    beside = [path.name for path in entries if not path.is_dir()]
+    if beside or not entries:
+        found = f"{beside[0]!r} beside them" if beside else "none"
+        raise RecordError(f"{folder}: expected one folder a class with pictures in it, found {found}")
+    for path in entries:
+        files = visible(path)
+        if not files:
+            raise RecordError(f"{path}: the class has no picture; add some, or remove the folder")
+        rows += [{"image": f"{path.name}/{file.name}", "class": path.name} for file in files]
+    return list(enumerate(rows, start=1))
+
+
+def visible(folder: Path) -> list[Path]:
+    """What lies in a folder, by name; hidden files, which systems leave, do not count.
+
+    Raises:
+        RecordError: it cannot be read.
+    """
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise RecordError(f"{folder} cannot be read: {error.strerror}") from error
+
+
 def content_hash(source: Path | HubTable, extracted: Path) -> str:
-    """SHA-256 (hex) of a file's bytes, or of a dataset's records.
+    """SHA-256 (hex) of a file's bytes, or of the records of a dataset or a folder.
 
     Raises:
         RecordError: the source cannot be read.
     """
-    if isinstance(source, Path):
+    if isinstance(source, Path) and not is_folder(source):
         try:
             return hashlib.sha256(source.read_bytes()).hexdigest()
         except OSError as error:

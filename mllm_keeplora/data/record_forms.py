@@ -439,10 +439,15 @@ def _read_part(part: Mapping[str, Any], what: str) -> str | Slot:
     [value] = given.values()
     if isinstance(value, dict) and value.keys() == {"url"}:  # OpenAI's {"image_url": {"url": ...}}
         value = value["url"]
-    return Slot(medium, _read_name(value, medium))
+    return Slot(medium, read_name(value, medium))
 
 
-def _read_name(value: Any, medium: Media) -> str:
+def read_name(value: Any, medium: Media) -> str:
+    """The path of a file, from any form that tools write it in.
+
+    Raises:
+        BadRecord: it is none.
+    """
     if isinstance(value, dict) and value.get("bytes") is None and value.keys() <= {"bytes", "path"}:
         value = value.get("path")  # datasets' form of a medium
     if not isinstance(value, str):
@@ -508,9 +513,7 @@ def _named_media(record: Mapping[str, Any]) -> tuple[list[Slot], bool]:
             raise BadRecord(f"{medium}s under {' and '.join(map(repr, used))}; keep one of them")
         for key in used:
             value = record[key]
-            named += [
-                Slot(medium, _read_name(name, medium)) for name in (value if isinstance(value, list) else [value])
-            ]
+            named += [Slot(medium, read_name(name, medium)) for name in (value if isinstance(value, list) else [value])]
         keys += used
     return named, all(key in _ONE_MEDIUM_KEYS for key in keys)
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mllm_keeplora.data.conversation import MediaFile, Message, Part, Sample
+from mllm_keeplora.data.classification import check_every_class, parse_classified
+from mllm_keeplora.data.conversation import Classes, MediaFile, Message, Part, Sample
 from mllm_keeplora.data.preflight import IMAGES_ONLY, Preflight
-from mllm_keeplora.data.record_files import EXTRACTED, BadRecord, HubTable, Rows, read_rows
+from mllm_keeplora.data.record_files import EXTRACTED, BadRecord, HubTable, Rows, is_folder, read_rows
 from mllm_keeplora.data.record_files import RecordError as RecordError
 from mllm_keeplora.data.record_forms import PLACEHOLDERS, Parsed, Said, Slot, parse_record
 from mllm_keeplora.modeling.families import Media
@@ -67,6 +68,7 @@ def load_records(
     checker: Preflight | None = IMAGES_ONLY,
     task: str | None = None,
     extracted: Path = _EXTRACTED,
+    classes: Classes | None = None,
 ) -> tuple[list[Sample], list[SkippedRecord]]:
     """Reads and checks a whole data file: its records and every image or clip they name, decoded once.
 
@@ -83,6 +85,7 @@ def load_records(
         checker: checks the records and what they name; None where that has been done before.
         task: the task that trains on them; None for records that evaluation asks.
         extracted: folder for the media that lie inside a table.
+        classes: of pictures that are classified; None for records with answers in words.
 
     Returns:
         The samples in file order, and the skipped records in row order (none with "error").
@@ -99,6 +102,7 @@ def load_records(
         allow_text_only=allow_text_only,
         answered=answered,
         extracted=extracted,
+        classes=classes,
     )
     if checker is not None:
         bad |= checker.records(samples, path.name, task).bad
@@ -109,6 +113,8 @@ def load_records(
         raise bad_records(path, skipped, total=len(kept) + len(skipped))
     if not kept:
         raise RecordError(f"{path} holds no records; expected a list of at least one")
+    if classes is not None and task is not None:
+        check_every_class(kept, classes, path)
     return kept, skipped
 
 
@@ -121,6 +127,7 @@ def read_records(
     allow_text_only: bool = False,
     answered: bool = True,
     extracted: Path = _EXTRACTED,
+    classes: Classes | None = None,
 ) -> tuple[dict[int, Sample], dict[int, str]]:
     """Reads a data file without opening what its records name; the arguments are those of `load_records`.
 
@@ -133,7 +140,7 @@ def read_records(
     samples: dict[int, Sample] = {}
     bad: dict[int, str] = {}
     settings: dict[str, Any] = {"allow_text_only": allow_text_only, "answered": answered, "extracted": extracted}
-    for record in each_record(path, media_root, answers=answers, **settings):
+    for record in each_record(path, media_root, answers=answers, classes=classes, **settings):
         if record.sample is None:
             bad[record.row] = record.problem
         else:
@@ -151,6 +158,7 @@ def each_record(
     allow_text_only: bool = False,
     answered: bool = True,
     extracted: Path = _EXTRACTED,
+    classes: Classes | None = None,
 ) -> Iterator[Record]:
     """Reads record by record; the arguments are those of `load_records`.
 
@@ -160,12 +168,13 @@ def each_record(
     Raises:
         RecordError: the file cannot be read; or questions and answers differ in number.
     """
+    media_root = path if isinstance(path, Path) and is_folder(path) else media_root
     roots = tuple(os.path.realpath(root) for root in (media_root, extracted))
     name = path.name
     for row, value in _read_pairs(path, answers, extracted):
         try:
-            parsed = parse_record(value, answered)
-            sample = _to_sample(parsed, f"{name}:{row}", media_root, roots, allow_text_only)
+            parsed = parse_record(value, answered) if classes is None else parse_classified(value, classes)
+            sample = _to_sample(parsed, f"{name}:{row}", media_root, roots, allow_text_only, classes)
             yield Record(row, value, sample, is_test_form=parsed.is_test_form)
         except BadRecord as error:
             yield Record(row, value, problem=str(error))
@@ -239,14 +248,16 @@ def select_evenly(n: int, fraction: float, cap: int | None = None) -> list[int]:
     return [index * n // count for index in range(count)]
 
 
-def named_media(path: Path | HubTable, media_root: Path, extracted: Path = _EXTRACTED) -> set[Path]:
+def named_media(
+    path: Path | HubTable, media_root: Path, extracted: Path = _EXTRACTED, classes: Classes | None = None
+) -> set[Path]:
     """The images and clips that a data file's records name; unusable records name none.
 
     Raises:
         RecordError: the file cannot be read.
     """
     # Of an unusable record load_records speaks; for the caller it has no image.
-    records = each_record(path, media_root, allow_text_only=True, answered=False, extracted=extracted)
+    records = each_record(path, media_root, allow_text_only=True, answered=False, extracted=extracted, classes=classes)
     return {file.path for record in records if record.sample is not None for file in record.sample.media}
 
 
@@ -271,10 +282,15 @@ def _join(question: object, reply: object) -> object:
 
 
 def _to_sample(
-    parsed: Parsed, default_id: str, media_root: Path, roots: Sequence[str], allow_text_only: bool
+    parsed: Parsed,
+    default_id: str,
+    media_root: Path,
+    roots: Sequence[str],
+    allow_text_only: bool,
+    classes: Classes | None,
 ) -> Sample:
     messages = tuple(_to_message(said, media_root, roots) for said in parsed.messages)
-    sample = Sample(default_id if parsed.id is None else str(parsed.id), messages)
+    sample = Sample(default_id if parsed.id is None else str(parsed.id), messages, classes)
     if not sample.media and not allow_text_only:
         raise BadRecord(
             "no image or video; text-only records need 'allow_text_only: true' at the task in the stream YAML"

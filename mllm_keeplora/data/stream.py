@@ -29,11 +29,13 @@ from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, TypeVar
 
 from mllm_keeplora.config import ConfigError, NewTokens
-from mllm_keeplora.data.conversation import Sample
+from mllm_keeplora.data.classification import build_classes
+from mllm_keeplora.data.conversation import Classes, Sample
 from mllm_keeplora.data.preflight import IMAGES_ONLY, Preflight
-from mllm_keeplora.data.record_files import EXTRACTED, RECORD_SUFFIXES, HubTable, content_hash
+from mllm_keeplora.data.record_files import EXTRACTED, RECORD_SUFFIXES, HubTable, content_hash, is_folder
 from mllm_keeplora.data.records import OTHER_ANSWERS, SkippedRecord, load_records, named_media, suffix_for
 from mllm_keeplora.errors import KeepLoRAError, did_you_mean
+from mllm_keeplora.modeling.clip import classifies
 from mllm_keeplora.resources import find, is_there, unusable
 from mllm_keeplora.runs.files import file_state
 from mllm_keeplora.settings import Range, check_settings, shown
@@ -98,6 +100,8 @@ class TaskSpec:
         allow_text_only: accept records without an image.
         references: COCO file of reference captions, for a metric that needs one; images are numbered from 1
             in the order of the test records. Or TextVQA's annotation file, for `vqa_accuracy`.
+        classes: names and prompts of what a picture is told to show, for a model that compares it with them, or a YAML
+            of these beside the stream's (`data.classification`); `train` and `test` may then be folders.
     """
 
     name: str
@@ -112,6 +116,7 @@ class TaskSpec:
     test_media_root: str | None = None
     test_prompt_suffix: str | Mapping[str, str] = ""
     references: str | None = None
+    classes: str | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -119,6 +124,7 @@ class TaskSpec:
         for key in ("train", "test", "test_answers"):
             _check_record_file(self, key, getattr(self, key))
         _check_references(self)
+        _check_classes(self)
 
 
 @dataclass(frozen=True)
@@ -128,8 +134,8 @@ class GeneralSpec:
     Attributes:
         name: as in `TaskSpec`.
         test: test records, as in `TaskSpec`; None for a stock task.
-        metric, test_answers, media_root, prompt_suffix, max_new_tokens, allow_text_only, references: as in
-            `TaskSpec`; own file only.
+        metric, test_answers, media_root, prompt_suffix, max_new_tokens, allow_text_only, references, classes: as
+            in `TaskSpec`; own file only.
         lmms_eval_task: name of the stock task; None for an own file.
         score: which number of the stock task's result to read.
         native_max: that number's largest value, so that value = native / native_max.
@@ -147,6 +153,7 @@ class GeneralSpec:
     score: str | None = None
     native_max: Annotated[float, Range(0, 1_000_000_000, "(]")] | None = None
     references: str | None = None
+    classes: str | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -155,6 +162,7 @@ class GeneralSpec:
         for key in ("test", "test_answers"):
             _check_record_file(self, key, getattr(self, key))
         _check_references(self)
+        _check_classes(self)
 
     def _check_kind(self) -> None:
         """Either an own file or a stock task: refuses keys that the other kind alone would read."""
@@ -167,6 +175,7 @@ class GeneralSpec:
             "max_new_tokens",
             "allow_text_only",
             "references",
+            "classes",
         )
         wanted, unwanted = (own, stock) if self.lmms_eval_task is None else (stock, own_only)
         defaults = {field.name: field.default for field in fields(self)}
@@ -240,6 +249,21 @@ class Stream:
         folder = self.data_root / table.dataset
         return replace(table, dataset=str(folder)) if is_there(folder) and folder.is_dir() else table
 
+    def classes(self, spec: TaskSpec | GeneralSpec) -> Classes | None:
+        """What the pictures of a task or benchmark may show; None where answers are words.
+
+        Raises:
+            StreamError: its `classes` cannot be used.
+            RecordError: the folders that name them cannot be read.
+        """
+        if not isinstance(spec.classes, Mapping):
+            return None
+        named = self.source(spec.train) if isinstance(spec, TaskSpec) else self.test_file(spec)
+        try:
+            return build_classes(spec.classes, named if isinstance(named, Path) and is_folder(named) else None)
+        except ConfigError as error:
+            raise StreamError(f"{spec.name!r}: classes: {error}") from error
+
     def answers_file(self, spec: TaskSpec | GeneralSpec) -> Path | None:
         """Path of the answers to the test questions; None where these lie in the test file itself."""
         return None if spec.test_answers is None else self.data_root / spec.test_answers
@@ -277,7 +301,8 @@ def load_stream(
     """
     path = find(path)
     try:
-        stream = _build_stream(_with_suite(_read_yaml(path), path.parent), data_root)
+        document = _with_classes(_with_suite(_read_yaml(path), path.parent), path.parent)
+        stream = _build_stream(document, data_root)
         stream = replace(stream, extracted=Path(cache_dir).absolute() / EXTRACTED)
         if check_files:
             _check_files(stream)
@@ -302,7 +327,9 @@ def load_training_records(
 
     Raises:
         RecordError: a file cannot be used; names the bad records of the first such file.
+        StreamError: a task that is not of the model's kind (`check_kind`).
     """
+    check_kind(stream, checker.processor)
     training = {}
     for spec in stream.specs:
         text_only = spec.allow_text_only
@@ -316,6 +343,7 @@ def load_training_records(
                 checker=checker,
                 extracted=stream.extracted,
                 task=spec.name,
+                classes=stream.classes(spec),
             )
         test, answers = stream.test_file(spec), stream.answers_file(spec)
         if test is not None:
@@ -326,8 +354,30 @@ def load_training_records(
                 allow_text_only=text_only,
                 checker=checker,
                 extracted=stream.extracted,
+                classes=stream.classes(spec),
             )
     return training
+
+
+def check_kind(stream: Stream, processor: Any) -> None:
+    """Compares what a stream asks with what a model can do: choose among classes, or answer in words.
+
+    Args:
+        stream: to be learnt.
+        processor: the model's; None where there is none yet.
+
+    Raises:
+        StreamError: names the first task that is of the other kind.
+    """
+    if processor is None:
+        return
+    chooses = classifies(processor)
+    for spec in stream.specs:
+        if (spec.classes is not None) != chooses:
+            raise StreamError(
+                f"{spec.name!r} has {'no `classes`' if chooses else '`classes`'}, and the base model "
+                + ("chooses among classes: give them, or take it out" if chooses else "answers in words: take a CLIP")
+            )
 
 
 def data_hash(stream: Stream, spec: TaskSpec | GeneralSpec) -> str:
@@ -343,11 +393,13 @@ def data_hash(stream: Stream, spec: TaskSpec | GeneralSpec) -> str:
     Raises:
         RecordError: one of the files cannot be read.
     """
-    digest = hashlib.sha256(json.dumps(asdict(spec), sort_keys=True).encode())
+    entry = {key: value for key, value in asdict(spec).items() if key != "classes" or value is not None}
+    digest = hashlib.sha256(json.dumps(entry, sort_keys=True).encode())
+    classes = stream.classes(spec)
     train = stream.train_file(spec) if isinstance(spec, TaskSpec) else None
     for file in _record_sources(stream, spec):
         root = stream.media_root(spec) if file == train else stream.test_media_root(spec)
-        named = sorted(named_media(file, root, stream.extracted))
+        named = sorted(named_media(file, root, stream.extracted, classes))
         # Media of a table are part of its own bytes, wherever they are kept.
         sizes = [
             (os.path.relpath(path, root), _size(path)) for path in named if not path.is_relative_to(stream.extracted)
@@ -377,11 +429,31 @@ def _with_suite(document: object, folder: Path) -> object:
     suite = document.get("general") if isinstance(document, dict) else None
     if not isinstance(suite, str):
         return document
+    return {**document, "general": _read_part("general", folder / suite)}  # type: ignore[dict-item]
+
+
+def _read_part(key: str, file: Path) -> object:
     try:
-        entries = _read_yaml(folder / suite)
+        return _read_yaml(file)
     except StreamError as error:
-        raise StreamError(f"general: {folder / suite}: {error}") from error
-    return {**document, "general": entries}  # type: ignore[dict-item]
+        raise StreamError(f"{key}: {file}: {error}") from error
+
+
+def _with_classes(document: object, folder: Path) -> object:
+    """`classes: FILE` stands for the content of that YAML, which lies beside the stream's."""
+    if not isinstance(document, dict):
+        return document
+    return {**document, **{key: _in_full(document[key], folder) for key in ("tasks", "general") if key in document}}
+
+
+def _in_full(entries: object, folder: Path) -> object:
+    if not isinstance(entries, list):
+        return entries
+    full = []
+    for entry in entries:
+        file = entry.get("classes") if isinstance(entry, dict) else None
+        full.append({**entry, "classes": _read_part("classes", folder / file)} if isinstance(file, str) else entry)
+    return full
 
 
 def _build_stream(document: object, data_root: Path | None) -> Stream:
@@ -485,7 +557,7 @@ def _check_record_file(spec: TaskSpec | GeneralSpec, key: str, value: str | Mapp
         _check_table(spec, key, value)
         return
     _check_inside(spec, key, value)
-    if not value.endswith(RECORD_SUFFIXES):
+    if spec.classes is None and not value.endswith(RECORD_SUFFIXES):
         raise StreamError(
             f"{spec.name!r}: {key} is {shown(value)}; expected a file ending in {' or '.join(RECORD_SUFFIXES)}"
         )
@@ -510,6 +582,23 @@ def _check_references(spec: TaskSpec | GeneralSpec) -> None:
         raise StreamError(
             f"{spec.name!r}: references is {shown(spec.references)}; expected a COCO captions file ending in .json"
         )
+
+
+def _check_classes(spec: TaskSpec | GeneralSpec) -> None:
+    """A task of this kind has no words to ask, and one score."""
+    if spec.classes is None:
+        return
+    defaults = {item.name: item.default for item in fields(spec)}
+    others = ("test_answers", "prompt_suffix", "test_prompt_suffix", "allow_text_only", "references")
+    given = [key for key in others if getattr(spec, key, defaults.get(key)) != defaults.get(key)]
+    if given or spec.metric != "exact":
+        found = f"{given[0]} beside them" if given else f"the metric {shown(spec.metric)}"
+        raise StreamError(f"{spec.name!r}: classes: found {found}; expected the metric exact alone")
+    if isinstance(spec.classes, Mapping) and "names" in spec.classes:
+        try:
+            build_classes(spec.classes, None)
+        except ConfigError as error:
+            raise StreamError(f"{spec.name!r}: classes: {error}") from error
 
 
 def _check_inside(spec: TaskSpec | GeneralSpec, key: str, value: str) -> None:

@@ -15,6 +15,7 @@ from mllm_keeplora.data.conversation import Message
 from mllm_keeplora.data.video.reader import Clip
 from mllm_keeplora.evaluation.errors import LogitsError
 from mllm_keeplora.evaluation.settled import CUT_MARK
+from mllm_keeplora.modeling.clip import classifies
 
 # Tokens between two looks at what has been said. A character is spread over at most 4.
 LOOK_EVERY = 8
@@ -186,8 +187,13 @@ def own_stop_tokens(model: Any, tokenizer: Any) -> list[int]:
     return list(own) if isinstance(own, list | tuple) else [own]
 
 
-def generation_settings(model: Any, processor: Any) -> dict[str, Any]:
-    """The checkpoint's generation config, for those who generate with other code: it names all stop tokens."""
+def generation_settings(model: Any, processor: Any) -> dict[str, Any] | None:
+    """The checkpoint's generation config, for those who generate with other code: it names all stop tokens.
+
+    None for a model that generates nothing.
+    """
+    if classifies(processor):
+        return None
     stops = stop_tokens(model, processor.tokenizer, chat_form(processor))
     return {**model.generation_config.to_diff_dict(), "eos_token_id": stops}
 

@@ -25,8 +25,9 @@ from PIL import Image
 
 from mllm_keeplora.config import VideoConfig
 from mllm_keeplora.data.chat_template import chat_form, render
+from mllm_keeplora.data.classification import process_pictures, tokenise
 from mllm_keeplora.data.collator import prepare_questions
-from mllm_keeplora.data.conversation import Message, Part, Role
+from mllm_keeplora.data.conversation import Classes, Message, Part, Role
 from mllm_keeplora.data.images import FORMATS, load_image
 from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.distributed.progress import progress
@@ -34,7 +35,10 @@ from mllm_keeplora.distributed.sharding import gathered
 from mllm_keeplora.evaluation.answer import generate_replies, inference_state
 from mllm_keeplora.evaluation.errors import EvaluationError
 from mllm_keeplora.evaluation.settled import settled
-from mllm_keeplora.evaluation.task_files import ASKED, COPY_COLUMN, Document
+from mllm_keeplora.evaluation.task_files import ASKED, CLASSES, COPY_COLUMN, Document
+from mllm_keeplora.modeling.adapters import base_of
+from mllm_keeplora.modeling.clip import CLIPClassifier, classifies
+from mllm_keeplora.runs.files import read_json
 from mllm_keeplora.runs.run_directory import ADAPTER_HASHES
 
 logger = logging.getLogger(__name__)
@@ -42,6 +46,7 @@ logger = logging.getLogger(__name__)
 # lmms-eval's own LLaVA wrapper generates this many tokens where a task names no limit.
 DEFAULT_MAX_NEW_TOKENS = 1024
 _VIDEO_PREFIX = "video_"
+PROMPTS = 256  # prompts of classes that pass through the text tower together
 # Sampling settings that stock tasks carry; a greedy decoder allows only the values that mean greedy.
 GREEDY_SETTINGS: Mapping[str, tuple[Any, ...]] = {
     "do_sample": (False, None),
@@ -57,6 +62,7 @@ class _Decoding(NamedTuple):
 
     max_new_tokens: int
     until: tuple[str, ...]
+    classes: str | None = None  # file of the names that the reply is one of
 
 
 class _Question(NamedTuple):
@@ -130,7 +136,7 @@ class KeepLoRAModel(lmms):
             raise ValueError(f"batch_size must be a positive whole number, found {batch_size!r}")
         self.model = model
         self.processor = processor
-        self.form = chat_form(processor)
+        self.form = None if classifies(processor) else chat_form(processor)
         self.batch_size = int(batch_size)
         self.reader = reader
 
@@ -179,6 +185,7 @@ class KeepLoRAModel(lmms):
         answers: dict[int, str] = {}
         self._beyond_context: Counter[str] = Counter()
         self._fitting = self.batch_size
+        self._class_features: dict[str, tuple[list[str], torch.Tensor]] = {}
         bar = progress("answering", "questions", total=len(requests))
         with gathered(self.model), inference_state(self.model), bar:
             for batch in self._prepared(requests):
@@ -239,10 +246,19 @@ class KeepLoRAModel(lmms):
             with _named(request.task_name, [request.doc_id]):
                 document = question.documents[0] if question.documents else self._documents(request)[request.doc_id]
                 conversations.append(_read_messages(request.args[1](document), self.reader))
-                render(processor, conversations[-1], self.form)  # what cannot be asked is named by itself
+                if self.form is not None:
+                    render(processor, conversations[-1], self.form)  # what cannot be asked is named by itself
         with _named(batch[0].first.task_name, [question.first.doc_id for question in batch]):
-            inputs = prepare_questions(processor, conversations, torch.device("cpu"), self.form)
-        return _Batch(batch, conversations, inputs)
+            return _Batch(batch, conversations, self._inputs(conversations, processor))
+
+    def _inputs(self, conversations: list[list[Message]], processor: Any) -> dict[str, Any]:
+        """Model inputs on the CPU; of a model that chooses among classes, pictures alone."""
+        if self.form is not None:
+            return prepare_questions(processor, conversations, torch.device("cpu"), self.form)
+        shown = [[part for part in messages[-1].parts if isinstance(part, Image.Image)] for messages in conversations]
+        if any(len(pictures) != 1 for pictures in shown):
+            raise ValueError("the model compares one picture with classes; this task shows another number")
+        return {"pixel_values": process_pictures(processor, [pictures[0] for pictures in shown])}
 
     def _documents(self, request: Instance) -> Any:
         _, _, _, _, task, split = request.args
@@ -278,12 +294,16 @@ class KeepLoRAModel(lmms):
         replies, most = [], self._fitting  # which may shrink meanwhile
         for at in range(0, len(questions), most):
             part = slice(at, at + most)
-            padded = prepare_questions(self.processor, conversations[part], torch.device("cpu"), self.form)
-            replies += self._generate(_Batch(questions[part], conversations[part], padded))
+            inputs = self._inputs(conversations[part], self.processor)
+            replies += self._generate(_Batch(questions[part], conversations[part], inputs))
         return replies
 
     def _generate_together(self, batch: list[_Question], inputs: dict[str, Any]) -> list[str]:
         decoding = _read_decoding(batch[0].first.args[2])
+        if self.form is None:
+            return self._choose(decoding.classes, inputs["pixel_values"])
+        if decoding.classes is not None:
+            raise ValueError("the task asks for the name of a class, and the model answers in words")
         inputs = {key: value.to(self.device) if torch.is_tensor(value) else value for key, value in inputs.items()}
         too_long = (inputs["attention_mask"].sum(dim=1) > self._context).tolist()
         rules = [None if decoding.until else settled(question.documents) for question in batch]
@@ -294,6 +314,32 @@ class KeepLoRAModel(lmms):
             if long:
                 self._beyond_context[question.first.task_name] += len(question.asking)
         return [_cut(reply, decoding.until) for reply in replies]
+
+    def _choose(self, file: str | None, pixels: torch.Tensor) -> list[str]:
+        """The name of the class whose prompts are nearest to each picture; nothing is generated."""
+        if file is None:
+            raise ValueError("the model chooses among the classes of a task, and this one names none")
+        if file not in self._class_features:
+            self._class_features[file] = self._features_of(file)
+        names, classes = self._class_features[file]
+        base: CLIPClassifier = base_of(self.model)  # type: ignore[assignment]
+        pictures = base.picture_features(pixels.to(self.device, base.dtype))
+        nearest = base.similarities(pictures, classes)
+        if not torch.isfinite(nearest).all():
+            raise ValueError("the similarities of pictures and classes are not finite: the weights are damaged")
+        return [names[index] for index in nearest.argmax(1).tolist()]
+
+    def _features_of(self, file: str) -> tuple[list[str], torch.Tensor]:
+        """The names in a file of classes, and of each the mean over the templates of its prompts' features."""
+        known = read_json(Path(file))
+        classes = Classes(tuple(known["names"]), tuple(known["names"]), tuple(known["templates"]))
+        base: CLIPClassifier = base_of(self.model)  # type: ignore[assignment]
+        features = torch.zeros((), device=self.device)
+        for template in classes.templates:
+            tokens = tokenise(self.processor, classes.prompts(template))
+            parts = zip(*(tokens[key].to(self.device).split(PROMPTS) for key in tokens), strict=True)
+            features = features + torch.cat([base.prompt_features(*part) for part in parts])
+        return list(classes.names), torch.nn.functional.normalize(features, dim=-1)
 
 
 def load_for_evaluation(settings: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -356,12 +402,12 @@ def _read_decoding(settings: Mapping[str, Any]) -> _Decoding:
     for name, value in settings.items():
         if name in GREEDY_SETTINGS and value not in GREEDY_SETTINGS[name]:
             raise ValueError(f"generation_kwargs: {name}={value!r}, but model 'keeplora' decodes greedily")
-    unknown = set(settings) - set(GREEDY_SETTINGS) - IGNORED_SETTINGS - {"max_new_tokens", "until"}
+    unknown = set(settings) - set(GREEDY_SETTINGS) - IGNORED_SETTINGS - {"max_new_tokens", "until", CLASSES}
     if unknown:
         raise ValueError(f"generation_kwargs: {', '.join(sorted(unknown))} not supported by model 'keeplora'")
     until = settings.get("until") or ()
     until = (until,) if isinstance(until, str) else tuple(until)
-    return _Decoding(int(settings.get("max_new_tokens") or DEFAULT_MAX_NEW_TOKENS), until)
+    return _Decoding(int(settings.get("max_new_tokens") or DEFAULT_MAX_NEW_TOKENS), until, settings.get(CLASSES))
 
 
 def _read_messages(messages: Sequence[Mapping[str, Any]], reader: VideoReader | None) -> list[Message]:

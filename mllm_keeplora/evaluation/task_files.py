@@ -8,6 +8,7 @@ column of text, one question a row as JSON, which eval/tasks/utils.py decodes.
 import json
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from mllm_keeplora.data.conversation import MediaFile, Message, Sample
-from mllm_keeplora.data.record_files import HubTable, RecordError
+from mllm_keeplora.data.record_files import HubTable, RecordError, is_folder
 from mllm_keeplora.data.records import Record, SkippedRecord, bad_records, each_record, suffix_for, with_suffix
 from mllm_keeplora.data.stream import GeneralSpec, Stream, TaskSpec
 from mllm_keeplora.errors import did_you_mean
@@ -30,6 +31,8 @@ TEMPLATES = shipped("eval/tasks")
 INDEX_FILE = "tasks.json"
 # Of the copy of a test file; eval/tasks/utils.py reads it.
 COPY_COLUMN = "record"
+# Of a task that is answered by the name of a class: the generation setting that names the file of names and prompts.
+CLASSES, CLASSES_SUFFIX = "classes", ".classes.json"
 # Keys of a question's messages, and of the name of its score.
 ASKED, SCORED_BY = "asked", "scored_by"
 
@@ -134,10 +137,13 @@ def follow_move(directory: Path) -> None:
     """Corrects the copies' paths in the task files of a run that was moved to another folder."""
     for file in directory.glob("*.yaml"):
         task = yaml.safe_load(file.read_text(encoding="utf-8"))
-        files = task.get("dataset_kwargs", {}).get("data_files")
-        copy = directory.resolve() / Path(files["test"]).name if files else None
-        if copy is not None and files["test"] != str(copy):
-            files["test"] = str(copy)
+        named = [(task.get("dataset_kwargs", {}).get("data_files"), "test"), (task.get("generation_kwargs"), CLASSES)]
+        moved = False
+        for files, key in named:
+            here = str(directory.resolve() / Path(files[key]).name) if key in (files or ()) else None
+            if here is not None and files[key] != here:
+                files[key], moved = here, True
+        if moved:
             write_text(file, yaml.safe_dump(task, sort_keys=False))
 
 
@@ -154,11 +160,17 @@ def _task_yaml(
     if "answers" not in needs.get("record_keys", []):
         _check_one_answer(spec, rows, documents, test)
     copy = _write_copy(documents, directory, entry.lmms_task)
+    settings: dict[str, Any] = {"max_new_tokens": spec.max_new_tokens, "do_sample": False, "until": []}
+    classes = stream.classes(spec)
+    if classes is not None:  # in a file of their own: lmms-eval copies the settings with every question
+        file = directory / f"{entry.lmms_task}{CLASSES_SUFFIX}"
+        write_json(file, {"names": classes.names, "templates": classes.templates})
+        settings[CLASSES] = str(file)
     return {
         "include": str(TEMPLATES / f"{spec.metric}.yaml"),
         "task": entry.lmms_task,
         "dataset_kwargs": {"data_files": {"test": str(copy)}},
-        "generation_kwargs": {"max_new_tokens": spec.max_new_tokens, "do_sample": False, "until": []},
+        "generation_kwargs": settings,
     }
 
 
@@ -180,6 +192,7 @@ def _read_documents(
         answers=stream.answers_file(spec),
         allow_text_only=spec.allow_text_only,
         extracted=stream.extracted,
+        classes=stream.classes(spec),
     ):
         total += 1
         if record.sample is None:
@@ -192,7 +205,20 @@ def _read_documents(
         raise bad_records(test, bad, total)
     if not documents:
         raise RecordError(f"{test} holds no records; expected a list of at least one")
+    if isinstance(test, Path) and is_folder(test):
+        order = _in_turn([document["class"] for document in documents])
+        rows, documents = [rows[place] for place in order], [documents[place] for place in order]
     return rows, documents
+
+
+def _in_turn(classes: Sequence[str]) -> list[int]:
+    """Places in an order that takes the classes in turn, of which `evaluation.limit` asks the first."""
+    seen: Counter[str] = Counter()
+    turns = []
+    for place, name in enumerate(classes):
+        turns.append((seen[name], place))
+        seen[name] += 1
+    return [place for _, place in sorted(turns)]
 
 
 def _documents(spec: TaskSpec | GeneralSpec, record: Record, sample: Sample) -> Iterator[Document]:

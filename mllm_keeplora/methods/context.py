@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from mllm_keeplora.config import RunConfig, Tower, TrainConfig
-from mllm_keeplora.data.collator import ChatCollator, SampleDataset, ready_batch
+from mllm_keeplora.data.classification import ClassCollator
+from mllm_keeplora.data.collator import ChatCollator, SampleDataset, collator_of, ready_batch
 from mllm_keeplora.data.conversation import Sample
 from mllm_keeplora.data.records import SkippedRecord, select_evenly
 from mllm_keeplora.data.stream import Stream, TaskSpec
@@ -167,9 +168,9 @@ class StageContext:
         return [load_tensors(stage.tensors("rehearse")) for stage in self.earlier]
 
     @cached_property
-    def collator(self) -> ChatCollator:
+    def collator(self) -> ChatCollator | ClassCollator:
         """Samples to model inputs; shared by probes and training because it remembers tokens."""
-        return ChatCollator(self.run.processor, self.train.max_length, self.run.reader)
+        return collator_of(self.run.processor, self.train.max_length, self.run.reader)
 
     @cached_property
     def probe_indices(self) -> list[int]:

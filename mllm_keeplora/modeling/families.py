@@ -68,6 +68,8 @@ class ModelFamily:
         clips_of_any_length: whether clips of different numbers of frames may share a batch.
         head_norms: norm of queries or keys -> the linear layer that it follows, whose heads it norms one by
             one.
+        heads: modules between a tower's features and its output; they are neither quantised nor adapted.
+        classifies: the model compares pictures with the prompts of classes, and writes no text.
     """
 
     model_type: str
@@ -81,6 +83,8 @@ class ModelFamily:
     keys: str = "self_attn.k_proj"
     clips_of_any_length: bool = False
     head_norms: Mapping[str, str] = field(default_factory=dict)
+    heads: tuple[str, ...] = ("lm_head",)
+    classifies: bool = False
 
     @property
     def towers(self) -> dict[str, Tower]:
@@ -91,7 +95,7 @@ class ModelFamily:
     @property
     def not_quantised(self) -> tuple[str, ...]:
         """Modules that stay in the compute dtype on a 4-bit base."""
-        return (*self.projectors, "lm_head")
+        return (*self.projectors, *self.heads)
 
 
 _CLIP = "model.vision_tower.encoder.layers"
@@ -145,6 +149,16 @@ FAMILIES: dict[str, ModelFamily] = {
             used_vision_layers=_all_layers,
             vision_rows=_patches,
             head_norms={"self_attn.q_norm": "self_attn.q_proj", "self_attn.k_norm": "self_attn.k_proj"},
+        ),
+        # Two towers side by side: it has no projector, and its text tower is the language tower.
+        ModelFamily(
+            "clip",
+            {"image": "vision_model.encoder.layers"},
+            language_layers="text_model.encoder.layers",
+            projectors=(),
+            used_vision_layers=_all_layers,
+            heads=("visual_projection", "text_projection"),
+            classifies=True,
         ),
     )
 }

@@ -25,7 +25,6 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModelForImageTextToText,
     AutoProcessor,
     BitsAndBytesConfig,
     Gemma3Processor,
@@ -41,6 +40,7 @@ from mllm_keeplora.config import ConfigError, ModelConfig
 from mllm_keeplora.distributed.sharding import sharding_asked
 from mllm_keeplora.errors import KeepLoRAError, without_network
 from mllm_keeplora.modeling.adapters import ACCUMULATED
+from mllm_keeplora.modeling.clip import model_class
 from mllm_keeplora.modeling.families import family_of
 from mllm_keeplora.modeling.linear4bit import free_4bit_weights, guard_linear4bit
 from mllm_keeplora.modeling.patch_embedding import embed_patches_by_one_product
@@ -412,7 +412,7 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
             quantization = None
         elif quantization is not None and sharding_asked():  # integers cannot be spread; the bits are the same
             quantization.bnb_4bit_quant_storage = DTYPES[config.compute_dtype]
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = model_class(model_config).from_pretrained(
             directory,
             config=model_config,
             dtype=DTYPES[config.compute_dtype],
@@ -627,7 +627,7 @@ def _hash_memory(files: Sequence[Path], cache: Path) -> Path:
 
 
 def save_adapter(
-    directory: Path, model: PeftModel, config: ModelConfig, processor: Any, generation: Mapping[str, Any]
+    directory: Path, model: PeftModel, config: ModelConfig, processor: Any, generation: Mapping[str, Any] | None
 ) -> None:
     """Writes the accumulated adapter as a plain PEFT adapter, with what its user has to do as training did.
 
@@ -639,7 +639,7 @@ def save_adapter(
         model: with the accumulated adapter.
         config: how its base was loaded; the quantisation is written beside the adapter.
         processor: the run's.
-        generation: content of generation_config.json.
+        generation: content of generation_config.json; None for a model that generates nothing.
     """
     peft_config = model.peft_config[ACCUMULATED]
     peft_config.base_model_name_or_path = config.base_model
@@ -650,6 +650,7 @@ def save_adapter(
         model.save_pretrained(str(temporary), selected_adapters=[ACCUMULATED])
         (temporary / CARD).unlink(missing_ok=True)  # PEFT's form, not filled in
         write_json(temporary / "quantization_config.json", quantization.to_dict() if quantization else None)
-        write_json(temporary / GENERATION_CONFIG_NAME, dict(generation))
+        if generation is not None:
+            write_json(temporary / GENERATION_CONFIG_NAME, dict(generation))
         processor.save_pretrained(str(temporary))
         write_hashes(temporary / ADAPTER_HASHES, CARD_FILES)

@@ -60,10 +60,13 @@ def find_targets(
         read before it) are left out: they get no gradient.
 
     Raises:
-        TargetError: an unknown model family, a pattern that matches nothing, or nothing to adapt at all.
+        TargetError: an unknown model family, a pattern that matches nothing, nothing to adapt at all, or a projector
+            where there is none.
     """
     config = model.config
     family = family_of(config)
+    if protect_projector and not family.projectors:
+        raise TargetError(f"projector: protected, but {family.model_type} has no projector; set projector: frozen")
     targets: list[Target] = []
     if "vision" in patterns:
         depth = family.used_vision_layers(config)

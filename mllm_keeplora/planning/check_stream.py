@@ -14,6 +14,7 @@ from typing import Literal
 
 import pandas as pd
 
+from mllm_keeplora.data.classification import check_every_class
 from mllm_keeplora.data.conversation import MediaFile, Sample
 from mllm_keeplora.data.preflight import Preflight
 from mllm_keeplora.data.record_files import HubTable
@@ -25,7 +26,7 @@ from mllm_keeplora.data.records import (
     select_evenly,
     with_suffixes,
 )
-from mllm_keeplora.data.stream import GeneralSpec, Stream, TaskSpec, named_paths
+from mllm_keeplora.data.stream import GeneralSpec, Stream, StreamError, TaskSpec, check_kind, named_paths
 from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.evaluation.errors import EvaluationError
 from mllm_keeplora.evaluation.task_files import write_task_files
@@ -108,6 +109,7 @@ def check_stream(stream: Stream, preflight: Preflight) -> Report:
         stream: loaded with `check_files=False`; files may be missing.
         preflight: decodes images and clips, each once however many records and tasks show it, and collates records.
     """
+    check_kind(stream, preflight.processor)
     specs = [spec for spec in stream.specs if spec.test is not None]  # those with files of their own
     files = [file for spec in specs for file in _read_files(stream, spec)]
     damaged = preflight.media({shown for file in files for shown in file.media}, stream.name)
@@ -153,19 +155,23 @@ def _read_files(stream: Stream, spec: Spec) -> Iterator[_DataFile]:
 
 
 def _is_there(source: Path | HubTable) -> bool:
-    return isinstance(source, HubTable) or source.is_file()
+    return isinstance(source, HubTable) or source.exists()
 
 
 def _read(stream: Stream, file: _DataFile, root: Path, answers: Path | None = None) -> _DataFile:
     try:
+        classes = stream.classes(file.spec)
         file.samples, file.bad = read_records(
             file.path,
             root,
             answers=answers,
             allow_text_only=file.spec.allow_text_only,
             extracted=stream.extracted,
+            classes=classes,
         )
-    except RecordError as error:
+        if classes is not None and file.kind == "train":
+            check_every_class(file.samples.values(), classes, file.path)
+    except (RecordError, StreamError) as error:
         file.refused = str(error)
     if file.refused is None and not file.samples and not file.bad:
         file.refused = f"{file.path} holds no records; expected a list of at least one"

@@ -46,6 +46,7 @@ def sketch_inputs(
     exact_products(device)
     sums = {t.name: torch.zeros(columns[t.name], t.in_features, device=device) for t in targets}
     tokens = dict.fromkeys(sums, 0)
+    towers = {t.name: t.tower for t in targets}
     generators = {name: module_generator(seed, f"{process_index()}/{name}", device) for name in sums}
     # Of the current batch: the shape of its mask, and which rows it keeps; empty for one that only keeps a collective
     # going. The host waits for the device once a batch, to know their number.
@@ -57,7 +58,7 @@ def sketch_inputs(
             return
         inputs, (shape, places) = arguments[0], kept[0]
         rows = inputs.reshape(-1, inputs.shape[-1])
-        if inputs.shape[:-1] == shape:
+        if towers[name] == "language" and inputs.shape[:-1] == shape:
             rows = rows[places]
         omega = torch.randn(len(rows), columns[name], generator=generators[name], device=device)
         with torch.autocast(device.type, enabled=False):

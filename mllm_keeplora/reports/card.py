@@ -1,7 +1,7 @@
 """The model card of an adapter, from what its run has measured: README.md in the adapter's folder."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,14 @@ from huggingface_hub.repocard import metadata_load
 from mllm_keeplora.continual.edits import edit_label, is_state, stage_facts
 from mllm_keeplora.continual.saved_run import SavedRun
 from mllm_keeplora.data.stream import StreamError, load_stream
-from mllm_keeplora.evaluation.task_files import ASKED, COPY_COLUMN, ScoredTask, read_index
+from mllm_keeplora.evaluation.task_files import ASKED, CLASSES, COPY_COLUMN, ScoredTask, read_index
 from mllm_keeplora.modeling.saved_adapters import AdapterFacts, adapter_facts
 from mllm_keeplora.reports.figures import matrix_picture
 from mllm_keeplora.reports.page import write_atomically
 from mllm_keeplora.reports.results import names_of, score_of, written
 from mllm_keeplora.reports.tables import metric_frame, percent, stage_label, subset_note
 from mllm_keeplora.resources import find
+from mllm_keeplora.runs.files import read_json
 from mllm_keeplora.runs.run_directory import CARD, CARD_PICTURE, RunDirectory
 from mllm_keeplora.yaml_files import read_yaml
 
@@ -58,10 +59,10 @@ def build_card(run: SavedRun, repo: str | None = None) -> tuple[ModelCard, bytes
         model_name=name,
         base_model=base["id"],
         library_name="peft",
-        pipeline_tag="video-text-to-text" if "video" in kinds else "image-text-to-text",
+        pipeline_tag=_pipeline(run, entries, kinds),
         tags=["lora", "continual-learning", "keeplora", "mllm-keeplora"],
         datasets=_datasets(run),
-        eval_results=_eval_results(retention, entries),
+        eval_results=_eval_results(run, entries),
         **base["licence"],
     )
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -105,7 +106,6 @@ def _facts(run: SavedRun, entries: Sequence[ScoredTask], base: Json, repo: str |
         "licence": base["licence"].get("license"),
         "settings": _settings(run),
         "packages": _packages(run),
-        "serving": _serving(adapter),
         **_example(run, entries, repo),
     }
 
@@ -158,12 +158,19 @@ def _datasets(run: SavedRun) -> list[str] | None:
     return [stream.hub.repo_id] if stream.hub else None
 
 
-def _eval_results(retention: Json, entries: Sequence[ScoredTask]) -> list[EvalResult]:
+def _pipeline(run: SavedRun, entries: Sequence[ScoredTask], kinds: Collection[str]) -> str:
+    """The hub's word for what the model is for."""
+    if any(_classes(run, entry) for entry in entries):
+        return "zero-shot-image-classification"
+    return "video-text-to-text" if "video" in kinds else "image-text-to-text"
+
+
+def _eval_results(run: SavedRun, entries: Sequence[ScoredTask]) -> list[EvalResult]:
     """The last row, in the form that the hub shows."""
-    last = retention["rows"][-1]["scores"]
+    last = run.retention["rows"][-1]["scores"]
     return [
         EvalResult(
-            task_type="visual-question-answering",
+            task_type="image-classification" if _classes(run, entry) else "visual-question-answering",
             dataset_type=entry.lmms_task,
             dataset_name=entry.name,
             metric_type=entry.score or "accuracy",
@@ -256,6 +263,13 @@ def _task_file(run: SavedRun, entry: ScoredTask) -> Any:
     return read_yaml(file) if file.is_file() else None
 
 
+def _classes(run: SavedRun, entry: ScoredTask) -> Any:
+    """Names and prompts of the classes that a task's replies are chosen from; None where replies are words."""
+    settings = _task_file(run, entry)
+    named = (settings or {}).get("generation_kwargs", {}).get(CLASSES)
+    return None if named is None else read_json(run.directory.task_files / Path(named).name)
+
+
 def _parts(document: Json) -> list[Json]:
     return [part for message in document[ASKED] for part in message["content"]]
 
@@ -275,6 +289,7 @@ def _example(run: SavedRun, entries: Sequence[ScoredTask], repo: str | None) -> 
     kind = next((part["type"] for part in parts if part["type"] != "text"), None)
     words = "".join(part["text"] for part in parts if part["type"] == "text")
     entry = next((entry for entry in entries if entry.name == task), None)
+    classes = _classes(run, entry) if entry else None
     template = (Path(__file__).parent / "snippet.py.j2").read_text(encoding="utf-8")
     model = run.config.model
     snippet = jinja2.Template(template, trim_blocks=True, lstrip_blocks=True).render(
@@ -290,10 +305,13 @@ def _example(run: SavedRun, entries: Sequence[ScoredTask], repo: str | None) -> 
         frames=run.config.video.frames,
         fps=run.config.video.fps,
         tokens=_longest(run, entry),
+        classes=classes,
     )
     reply = _first_reply(run, task) if simple and kind else None
     return {
         "snippet": snippet.strip(),
+        "classes": classes is not None,
+        "serving": _serving(adapter_facts(run.directory.adapter_weights)) if classes is None else _PEFT_ALONE,
         "kind": kind,
         "shown": _SHOWN_AS.get(str(kind)),
         "article": "a clip" if kind == "video" else "a picture",
@@ -323,6 +341,9 @@ def _first_reply(run: SavedRun, task: str) -> str | None:
 
 # vLLM's max_lora_rank is one of these (vllm/config/lora.py, MaxLoRARanks).
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+_PEFT_ALONE = "Stock PEFT takes it as it is; engines that write text have no use for it."
 
 
 def _serving(adapter: AdapterFacts) -> str:

@@ -307,12 +307,12 @@ def steps(
         optimizer.zero_grad()
 
 
-def quantised_linears(model: nn.Module) -> list[nn.Linear]:
+def quantised_linears(model: nn.Module, not_quantised: Sequence[str] = NOT_QUANTISED) -> list[nn.Linear]:
     """The linear layers whose weights are stored in NF4."""
     return [
         module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not name.startswith(tuple(NOT_QUANTISED))
+        if isinstance(module, nn.Linear) and not name.startswith(tuple(not_quantised))
     ]
 
 
@@ -384,6 +384,7 @@ def write_account(
     title: str,
     description: str,
     notes: Sequence[str] = (),
+    measured: str = "single questions, greedy decoding, exact match",
 ) -> None:
     """Writes training.json and README.md: what was run, with what, and what was measured.
 
@@ -396,6 +397,7 @@ def write_account(
         title: the README's.
         description: what the model is, to follow its number of parameters: "A LLaVA of {parameters} ...".
         notes: paragraphs that follow the table.
+        measured: what the accuracy is of.
     """
     account: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),
@@ -419,7 +421,7 @@ def write_account(
         f"    {account['command']}",
         "",
         f"(seed {setup.seed}, {account['minutes']} minutes on {account['threads']} threads). Accuracy on "
-        f"{account['n']} held-out single questions, greedy decoding, exact match:",
+        f"{account['n']} held-out {measured}:",
         "",
         *table,
         "",

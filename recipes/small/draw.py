@@ -91,7 +91,7 @@ def scene(rng: np.random.Generator) -> tuple[Drawing, list[SceneObject]]:
     image = Image.new("RGB", (SIZE, SIZE), (int(rng.integers(20, 240)),) * 3)
     draw = ImageDraw.Draw(image)
     for item in objects:
-        _draw_object(draw, rng, item)
+        draw_object(draw, rng, item)
     kinds = [*_SCENE_QUESTIONS, str(rng.choice(list(_SCENE_QUESTIONS)))]
     asked: dict[str, Question] = {}
     for kind in kinds:
@@ -99,7 +99,7 @@ def scene(rng: np.random.Generator) -> tuple[Drawing, list[SceneObject]]:
         while question.text in asked:  # a repeated question would give its answer away
             question = _presence_question(rng, objects)
         asked[question.text] = question
-    return Drawing(_speckle(image, rng, 4), _shuffled(rng, list(asked.values()))), objects
+    return Drawing(speckle(image, rng, 4), _shuffled(rng, list(asked.values()))), objects
 
 
 def digit(rng: np.random.Generator, pixels: NDArray[np.floating], label: int) -> Drawing:
@@ -191,7 +191,7 @@ def _shuffled(rng: np.random.Generator, questions: list[Question]) -> list[Quest
     return [questions[index] for index in rng.permutation(len(questions))]
 
 
-def _speckle(image: Image.Image, rng: np.random.Generator, strength: float) -> Image.Image:
+def speckle(image: Image.Image, rng: np.random.Generator, strength: float) -> Image.Image:
     """Adds Gaussian noise of standard deviation `strength` (of 255)."""
     pixels = np.asarray(image, dtype=np.float32)
     pixels = pixels + strength * rng.standard_normal(pixels.shape, dtype=np.float32)
@@ -215,7 +215,8 @@ def _unique(objects: list[SceneObject], attribute: str) -> list[SceneObject]:
     return [item for item, value in zip(objects, values, strict=True) if values.count(value) == 1]
 
 
-def _draw_object(draw: ImageDraw.ImageDraw, rng: np.random.Generator, item: SceneObject) -> None:
+def draw_object(draw: ImageDraw.ImageDraw, rng: np.random.Generator, item: SceneObject) -> None:
+    """Draws one object, of any size, somewhere in its cell."""
     size = int(rng.integers(10, 14))
     left = item.column * CELL + int(rng.integers(1, CELL - size))
     top = item.row * CELL + int(rng.integers(1, CELL - size))

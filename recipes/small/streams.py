@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 BUILDERS = {
     "recipes/streams/small_vqa.yaml": "build_vqa_data",
     "recipes/streams/small_video.yaml": "build_video_data",
+    "recipes/streams/small_classification.yaml": "build_classification_data",
     "recipes/streams/smollm2.yaml": "smollm2.build_data",
 }
 # Folder of a base model -> the module beside this one that builds it.

@@ -16,7 +16,7 @@ from mllm_keeplora.modeling.families import FAMILIES, Media
 from mllm_keeplora.modeling.loading import load_processor
 from mllm_keeplora.planning.skeleton import assumed_shape, build_processor, build_skeleton
 from tests.modules.test_families import tiny  # noqa: F401
-from tests.modules.tiny_families import PATCH
+from tests.modules.tiny_families import PATCH, WRITING
 
 QWEN = [name for name, family in FAMILIES.items() if family.clips_of_any_length]
 TOKEN = (2 * PATCH) ** 2  # pixels
@@ -57,7 +57,7 @@ def test_the_plan_reckons_with_it(family: str, tiny: Any) -> None:  # noqa: F811
     assert shapes[2].pixels < shapes[1].pixels
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in QWEN])
+@pytest.mark.parametrize("family", [name for name in WRITING if name not in QWEN])
 def test_a_family_of_one_size_refuses_it(family: str, tiny: Any) -> None:  # noqa: F811
     with pytest.raises(ConfigError, match=r"model.max_pixels is for models.*preprocessor_config.json"):
         load_processor(ModelConfig(max_pixels=10_000), str(tiny(family)))

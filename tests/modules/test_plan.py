@@ -70,7 +70,7 @@ from mllm_keeplora.units import GB, format_bytes, format_count
 from tests import forked
 from tests.clips import write_clip
 from tests.modules.test_families import MAIN_MEDIA, reader, samples, write_stream
-from tests.modules.tiny_families import BUILDERS, save_tiny
+from tests.modules.tiny_families import BUILDERS, WRITING, save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 # The formula against the bytes that autograd really keeps. On models this small what it rounds up
@@ -129,7 +129,7 @@ def kept_for_backward(model: nn.Module, batch: dict[str, Any]) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WRITING)
 def test_the_skeleton_has_the_bytes_and_the_targets_of_the_loaded_model(family: str, bases: Any) -> None:
     config = config_of(bases(family))
     model, _ = load_base(config.model)
@@ -192,7 +192,7 @@ def test_a_spread_base_is_whole_in_an_evaluation_alone(family: str, quantization
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WRITING)
 def test_activations_are_what_autograd_keeps(family: str, dtype: str, bases: Any, media_files: Path) -> None:
     media = MAIN_MEDIA[family]
     config = config_of(bases(family))
@@ -218,7 +218,7 @@ def test_activations_are_what_autograd_keeps(family: str, dtype: str, bases: Any
         assert LEAST < planned / measured < MOST, (trained, planned, measured)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WRITING)
 def test_the_table_names_what_the_model_has_and_counts_its_rows(family: str, bases: Any, media_files: Path) -> None:
     """A wrong name of a layer would change the plan in silence."""
     facts = FAMILIES[family]
@@ -543,7 +543,7 @@ def test_a_hub_model_whose_headers_cannot_be_read_is_counted_by_its_config(
     assert "by the config" in text and "offline mode is enabled" in text
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WRITING)
 def test_assumed_samples_pass_every_processor(family: str, bases: Any) -> None:
     config = config_of(bases(family))
     _, processor = load_base(config.model)

@@ -20,7 +20,6 @@ from mllm_keeplora.config import (
 )
 from mllm_keeplora.data.collator import ChatCollator
 from mllm_keeplora.modeling.adapters import STAGE, activate, attach
-from mllm_keeplora.modeling.families import FAMILIES
 from mllm_keeplora.modeling.loading import load_base
 from mllm_keeplora.planning.measure import STEPS, measure
 from mllm_keeplora.planning.plan import make_plan
@@ -28,6 +27,7 @@ from mllm_keeplora.planning.text import format_plan
 from mllm_keeplora.planning.time_model import CARDS, LAUNCH_SECONDS, PRODUCTS, TRAFFIC, Card, Cost, TimeModel, total
 from tests.modules.test_families import MAIN_MEDIA, reader, samples
 from tests.modules.test_plan import bases, config_of, media_files, memory_of, tree, write_stream
+from tests.modules.tiny_families import WRITING
 
 __all__ = ["bases", "media_files"]  # fixtures
 COUNTED = [("llava", False), ("llava", True), ("qwen2_5_vl", False), ("video_llava", True)]  # --slow counts them all
@@ -37,7 +37,7 @@ COUNTED = [("llava", False), ("llava", True), ("qwen2_5_vl", False), ("video_lla
     ("family", "checkpointing"),
     [
         pytest.param(family, again, marks=() if (family, again) in COUNTED else pytest.mark.slow)
-        for family in FAMILIES
+        for family in WRITING
         for again in (False, True)
     ],
 )

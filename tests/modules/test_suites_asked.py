@@ -32,7 +32,7 @@ from mllm_keeplora.modeling.families import FAMILIES
 from mllm_keeplora.modeling.loading import load_base
 from tests.clips import write_clip
 from tests.modules.conftest import model_config
-from tests.modules.tiny_families import save_tiny
+from tests.modules.tiny_families import WRITING, save_tiny
 
 SUITES = Path(__file__).resolve().parents[2] / "recipes/streams/suites"
 TASKS = Path(lmms_eval.__file__).parent / "tasks"
@@ -281,7 +281,7 @@ def row(
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WRITING)
 def test_every_question_of_the_image_suite_is_asked(
     family: str, asked: list[Any], listed: Path, tmp_path: Path, tmp_path_factory: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,6 +42,8 @@ from transformers import (
     VideoLlavaVideoProcessor,
 )
 
+from mllm_keeplora.modeling.families import FAMILIES
+
 SIZE, PATCH = 64, 16
 PINPOINTS = [[64, 128], [128, 64], [128, 128]]
 LLAVA_TOKENS = {"image": "<image>", "video": "<video>"}
@@ -347,6 +349,10 @@ BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "internvl": _internvl,
     "gemma3": _gemma3,
 }
+
+
+# The families of the table that answer in words; a CLIP has tests of its own (test_classification.py).
+WRITING = [name for name, family in FAMILIES.items() if not family.classifies]
 
 
 def save_tiny(family: str, directory: Path) -> None:

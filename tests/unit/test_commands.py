@@ -356,7 +356,7 @@ def test_another_pipe_that_breaks_keeps_its_traceback(monkeypatch: pytest.Monkey
 # scripts
 
 
-@pytest.mark.parametrize("script", ["run_vqa_stream.sh", "run_video_stream.sh"])
+@pytest.mark.parametrize("script", ["run_vqa_stream.sh", "run_video_stream.sh", "run_classification_stream.sh"])
 def test_a_script_stays_in_the_users_folder(script: str, tmp_path: Path) -> None:
     """A relative name is the user's own file; a shipped one is found all the same."""
     (tmp_path / "my.yaml").write_text("seed: my own\n")

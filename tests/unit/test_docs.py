@@ -139,8 +139,10 @@ def test_every_equation_names_a_test() -> None:
 SAME_AS = {
     "run_vqa_stream.sh": "run",
     "run_video_stream.sh": "run",
+    "run_classification_stream.sh": "run",
     "vqa.py": "run",
     "video.py": "run",
+    "classification.py": "run",
     "evaluate_leaderboard.sh": "leaderboard",
 }
 

@@ -1,0 +1,193 @@
+"""Pictures with a class: the folder a class and the JSON form, the classes' names and prompts, and batches of them.
+
+A task of this kind has `classes` in the stream's YAML, or the name of a YAML beside it that holds them:
+
+    classes:
+      templates: ['a photo of a {}.']      # training takes the first, evaluation the mean of all
+      names: {n01: tench, n02: goldfish}   # folder or record's class: name; or a list of names; optional for folders
+
+`train` and `test` are folders with one folder a class (torchvision's ImageFolder), or files of records
+{"image": "a.jpg", "class": "n01"} whose paths are relative to `media_root`.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CLIPProcessor
+
+from mllm_keeplora.data.chat_template import ProcessorError
+from mllm_keeplora.data.conversation import Classes, Sample
+from mllm_keeplora.data.images import ImageError, load_image
+from mllm_keeplora.data.record_files import BadRecord, RecordError, visible
+from mllm_keeplora.data.record_forms import Parsed, Said, Slot, read_name
+from mllm_keeplora.errors import ConfigError, did_you_mean
+from mllm_keeplora.modeling.loss import IGNORED_LABEL
+from mllm_keeplora.settings import shown
+
+_KEYS = {"image", "class", "id"}
+_BLANK = "___"  # stands for the name in the question that reports show
+
+
+def build_classes(entry: Mapping[str, Any], source: Path | None) -> Classes:
+    """The classes of a task.
+
+    Args:
+        entry: `classes` of the stream's YAML.
+        source: folder that names them where the entry does not; None where there is none.
+
+    Raises:
+        ConfigError: an entry of another form, a template without a place for the name, or one name for two classes.
+        RecordError: the folder cannot be read.
+    """
+    if unknown := sorted(set(entry) - {"templates", "names"}):
+        raise ConfigError(f"unknown key {shown(unknown[0])}; known keys: templates, names")
+    templates: Any = entry.get("templates")
+    names: Any = entry.get("names")
+    if not _are_texts(templates) or any(template.count("{}") != 1 for template in templates):
+        raise ConfigError(f"templates is {shown(templates)}; expected a list of texts, each with one {{}} for the name")
+    if names is None:
+        if source is None:
+            raise ConfigError("names is missing; only folders of pictures name the classes themselves")
+        keys = [path.name for path in visible(source) if path.is_dir()]
+        names = {key: key.replace("_", " ") for key in keys}
+    if isinstance(names, list):
+        twice = [name for name, count in Counter(map(str, names)).items() if count > 1]
+        if twice:
+            raise ConfigError(f"two classes have the name {twice[0]!r}; give each its own")
+        names = {name: name for name in names}
+    if not isinstance(names, Mapping) or not _are_texts([*names, *names.values()]):
+        raise ConfigError(f"names is {shown(names)}; expected 'class: name' lines, or a list of names, all texts")
+    _check_different(names)
+    return Classes(tuple(names), tuple(names.values()), tuple(templates))
+
+
+def _are_texts(values: Any) -> bool:
+    return isinstance(values, list) and bool(values) and all(isinstance(v, str) and v.strip() for v in values)
+
+
+def _check_different(names: Mapping[str, str]) -> None:
+    """As replies are compared: without case and white space around."""
+    first: dict[str, str] = {}
+    for key, name in names.items():
+        other = first.setdefault(name.strip().lower(), key)
+        if other != key:
+            raise ConfigError(f"classes {other!r} and {key!r} both have the name {name!r}; give each its own")
+    if len(names) < 2:
+        raise ConfigError(f"one class alone, {next(iter(names))!r}; there is nothing to choose from")
+
+
+def parse_classified(value: object, classes: Classes) -> Parsed:
+    """A record {"image", "class"} as question and answer; the question's words are for readers alone.
+
+    Raises:
+        BadRecord: another form, or a class that is not among them.
+    """
+    if isinstance(value, BadRecord):
+        raise value
+    if not isinstance(value, dict) or not {"image", "class"} <= value.keys() <= _KEYS:
+        raise BadRecord(f'{shown(value)}; expected {{"image": PATH, "class": CLASS}}, and "id" at most')
+    key = value["class"]
+    if key not in classes.keys:
+        known = f"none of the {len(classes.keys)} classes{did_you_mean(str(key), classes.keys)}"
+        raise BadRecord(f"the class {shown(key)} is {known}; add it to `classes`, or correct the record")
+    name = classes.names[classes.keys.index(key)]
+    question: list[str | Slot] = [Slot("image", read_name(value["image"], "image"))]
+    question.append(classes.templates[0].replace("{}", _BLANK))
+    return Parsed(value.get("id", value["image"]), [Said("user", question), Said("assistant", [name])])
+
+
+def check_every_class(samples: Iterable[Sample], classes: Classes, source: object) -> None:
+    """Raises RecordError for a class that no training sample shows."""
+    seen = {sample.answers[0] for sample in samples}
+    unseen = [key for key, name in zip(classes.keys, classes.names, strict=True) if name not in seen]
+    if unseen:
+        raise RecordError(
+            f"{source}: {len(unseen)} of {len(classes.keys)} classes have no picture to learn from, {unseen[0]!r} "
+            "first; add some, or take it out of `classes`"
+        )
+
+
+class ClassCollator:
+    """Collates pictures with a class to a batch of `CLIPClassifier`.
+
+    Each picture is chosen among the classes of its own task, also where a batch mixes tasks. Pictures are read at every
+    access, prompts tokenised once.
+
+    Args:
+        processor: of a CLIP.
+    """
+
+    def __init__(self, processor: CLIPProcessor) -> None:
+        self.processor = processor
+        self._tokens: dict[tuple[Classes, ...], dict[str, Tensor]] = {}
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """Makes one batch.
+
+        Returns:
+            pixel_values [B, 3, H, W]; input_ids and attention_mask [C, T] int64, a prompt of every class of the tasks
+            in the batch; candidates [B, C] bool; labels [B, 2] int64, of which the second is the class.
+
+        Raises:
+            ImageError: a picture that cannot be decoded.
+            ProcessorError: a prompt that is too long for the model.
+        """
+        lists = tuple(dict.fromkeys(_classes(sample) for sample in samples))
+        if lists not in self._tokens:
+            prompts = [prompt for classes in lists for prompt in classes.prompts(classes.templates[0])]
+            self._tokens[lists] = tokenise(self.processor, prompts)
+        begins, total = {}, 0
+        for classes in lists:
+            begins[classes], total = total, total + len(classes.names)
+        candidates = torch.zeros(len(samples), total, dtype=torch.bool)
+        labels = torch.full((len(samples), 2), IGNORED_LABEL)
+        for row, sample in enumerate(samples):
+            classes = _classes(sample)
+            begin = begins[classes]
+            candidates[row, begin : begin + len(classes.names)] = True
+            labels[row, 1] = begin + classes.names.index(sample.answers[0])
+        pixels = process_pictures(self.processor, [_picture(sample) for sample in samples])
+        return {"pixel_values": pixels, **self._tokens[lists], "candidates": candidates, "labels": labels}
+
+
+def _classes(sample: Sample) -> Classes:
+    if sample.classes is None:
+        raise ProcessorError(f"sample {sample.id!r} has no classes to choose from, and a CLIP writes no answers")
+    return sample.classes
+
+
+def _picture(sample: Sample) -> Any:
+    try:
+        return load_image(sample.media[0].path)
+    except ImageError as error:
+        raise ImageError(f"sample {sample.id!r}: {error}") from error
+
+
+def process_pictures(processor: CLIPProcessor, pictures: Sequence[Any]) -> Tensor:
+    """pixel_values [pictures, 3, height, width] fp32 of decoded pictures."""
+    pixels: Tensor = processor.image_processor(
+        images=list(pictures), return_tensors="pt", input_data_format="channels_last"
+    )["pixel_values"]
+    return pixels
+
+
+def tokenise(processor: CLIPProcessor, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """input_ids and attention_mask [prompts, tokens] int64, padded on the right.
+
+    Raises:
+        ProcessorError: a prompt of more tokens than the model has places for.
+    """
+    most = processor.tokenizer.model_max_length
+    tokens = processor.tokenizer(list(prompts), padding=True, padding_side="right", return_tensors="pt")
+    lengths = tokens["attention_mask"].sum(1)
+    if int(lengths.max()) > most:
+        row = int(lengths.argmax())
+        raise ProcessorError(
+            f"the prompt {prompts[row]!r} has {int(lengths[row])} tokens, the model takes at most {most}; shorten the "
+            "template, or the class's name"
+        )
+    return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
