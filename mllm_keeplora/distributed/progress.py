@@ -46,7 +46,17 @@ def progress(
         "leave": False,
         "disable": silent,
     }
-    if sys.stderr.isatty():
+    if _on_terminal():
         return tqdm(items, **shared, delay=BAR_SECONDS, dynamic_ncols=True)
     # miniters: tqdm would else learn how often to look from steps that may be of unequal length.
     return _Lines(items, **shared, delay=LINE_SECONDS, mininterval=LINE_SECONDS, miniters=1, file=io.StringIO())
+
+
+def _on_terminal() -> bool:
+    """Whether a bar is seen: not where a terminal says that it has no columns, as one of `script` in a job does."""
+    if not sys.stderr.isatty():
+        return False
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, ValueError):  # it cannot be asked
+        return True

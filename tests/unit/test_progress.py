@@ -1,7 +1,11 @@
 """Where long work stands: a bar on a terminal, lines in a log, and one process alone says it."""
 
+import fcntl
 import io
 import logging
+import os
+import struct
+import termios
 import time
 
 import pytest
@@ -42,6 +46,24 @@ def test_a_log_gets_no_line_of_what_is_quick(lines: pytest.LogCaptureFixture, mo
     monkeypatch.setattr(module, "LINE_SECONDS", 30.0)
     assert list(progress("weight bases", "modules", range(50))) == list(range(50))
     assert not lines.messages
+
+
+@pytest.mark.parametrize("columns", [0, 100])
+def test_a_terminal_without_columns_gets_lines(
+    lines: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    """A bar would be nothing at all there."""
+    reads, writes = os.openpty()
+    fcntl.ioctl(writes, termios.TIOCSWINSZ, struct.pack("HHHH", 40 if columns else 0, columns, 0, 0))
+    with os.fdopen(writes, "w") as terminal:
+        monkeypatch.setattr("sys.stderr", terminal)
+        monkeypatch.setattr(module, "BAR_SECONDS", 0)
+        for _ in progress("answering", "questions", range(4)):
+            time.sleep(0.03)
+        terminal.flush()
+        shown = os.read(reads, 10_000).decode() if columns else ""
+    os.close(reads)
+    assert ("answering:" in shown, bool(lines.messages)) == (columns > 0, columns == 0)
 
 
 @pytest.mark.parametrize("work", [(), (1, 2, 3)])
