@@ -16,8 +16,8 @@ from mllm_keeplora.errors import KeepLoRAError
 
 # Largest entry of |V^T V - I| of fp64 vectors that were rounded to fp32: rounding gives below 1e-6 at width 11008.
 ORTHONORMALITY_TOLERANCE = 1e-5
-# Width from which a part of the eigenvectors is cheaper on a CPU than all of them (row 1 of docs/benchmarks.md).
-WIDE = 1024
+# Width from which a part of the eigenvectors is cheaper on a CPU than all of them (docs/log.md).
+WIDE = 2048
 _SOLVERS = ("cusolver", "cublas", "magma", "hipsolver")  # what their errors name, which have no class of their own
 
 
