@@ -33,7 +33,8 @@ class CLIPClassifier(CLIPModel):
 
         Args:
             pixel_values: [batch, 3, height, width].
-            input_ids, attention_mask: one prompt of each class, [classes, tokens] int64.
+            input_ids: one prompt of each class, [classes, tokens] int64.
+            attention_mask: of the prompts, [classes, tokens] int64.
             candidates: [batch, classes] bool, the classes that a picture is chosen from.
             shift_labels: [batch, 1] int64, the picture's class.
             num_items_in_batch: what the sum of the losses is divided by; None for the number of pictures.
