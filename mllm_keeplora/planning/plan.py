@@ -36,7 +36,6 @@ from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.linalg.sketch import HELD_OUT_SHARE
 from mllm_keeplora.methods.base import load_method
 from mllm_keeplora.methods.context import RunContext
-from mllm_keeplora.modeling.clip import classifies
 from mllm_keeplora.modeling.families import check_clip_lengths
 from mllm_keeplora.modeling.loading import known_base_hash, resolve_device
 from mllm_keeplora.modeling.targets import Target, left_out, targets_of
@@ -151,10 +150,7 @@ def make_plan(config: RunConfig, memory_gb: float | None = None) -> Plan:
     """
     root = Path(config.data_root) if config.data_root else None
     stream = load_stream(Path(config.stream), root, check_files=False, cache_dir=config.cache_dir)
-    processor = skeleton.build_processor(config.model)
-    if classifies(processor):
-        raise PlanError("the plan reckons with models that answer in words; a CLIP's memory is not modelled")
-    model = skeleton.build_skeleton(config.model)
+    model, processor = skeleton.build_skeleton(config.model), skeleton.build_processor(config.model)
     check_clip_lengths(config, model.config)
     records = read_training(stream)
     if records:

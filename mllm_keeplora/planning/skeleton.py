@@ -44,12 +44,14 @@ def build_skeleton(config: ModelConfig) -> PreTrainedModel:
     """The base model from its config alone, parameters on the meta device.
 
     Raises:
-        ConfigError: the config cannot be had, or a revision of a directory.
+        ConfigError: the config cannot be had, or a revision of a directory; a model that writes no text.
         TargetError: an unknown model family.
     """
     check_revision(config)
     with _fetching(config, "config") as source:
         model_config = model_config_of(config, source.pop("pretrained_model_name_or_path"), **source)
+        if family_of(model_config).classifies:
+            raise ConfigError("the plan reckons with models that answer in words; a CLIP's memory is not modelled")
         return skeleton_of(model_config, config)
 
 

@@ -179,7 +179,7 @@ def metric_frame(retention: Mapping[str, Any]) -> pd.DataFrame:
     Where the last row is an edited adapter's, metrics that ask for rows of a run's stages are left out.
     """
     metrics, rows = retention["metrics"], []
-    is_sum = retention["rows"][-1]["task"] not in (None, *retention["tasks"])
+    is_sum = any(row["task"] not in (None, *retention["tasks"]) for row in retention["rows"][-1:])
     for key, (name, unit, meaning) in METRICS.items():
         if is_sum and metrics[key] is None:
             continue
