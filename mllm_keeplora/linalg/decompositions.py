@@ -53,8 +53,8 @@ def leading_eigenvectors(matrix: Tensor, rank: Callable[[Tensor], int]) -> Tenso
     if matrix.device.type == "cpu" and len(matrix) >= WIDE:
         try:
             return _leading_by_tridiagonal_form(matrix, rank)
-        except np.linalg.LinAlgError:  # a rare failure to converge, which the other way's algorithm need not share
-            pass
+        except (np.linalg.LinAlgError, ValueError):
+            pass  # no convergence, which the other algorithm need not share; or entries that are no numbers, said there
     values, vectors = symmetric_eigen(matrix)
     return vectors.flip(1)[:, : rank(values.flip(0))].contiguous()
 
@@ -92,9 +92,9 @@ def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def _tried(decompose: Callable[[Tensor], tuple[Tensor, Tensor]], matrix: Tensor) -> tuple[Tensor, Tensor]:
     try:
         values, vectors = decompose(matrix)
-        if bool(torch.isfinite(vectors).all()):
+        if _are_finite(values, vectors):
             return values, vectors
-        reason = "vectors with NaN"
+        reason = "values or vectors with NaN"
     except RuntimeError as error:  # torch.linalg.LinAlgError is one
         if not isinstance(error, LinAlgError) and not any(s in str(error).lower() for s in _SOLVERS):
             raise
@@ -107,7 +107,14 @@ def _tried(decompose: Callable[[Tensor], tuple[Tensor, Tensor]], matrix: Tensor)
     off = float((thin.T @ thin - torch.eye(thin.shape[1], dtype=thin.dtype)).abs().max()) if thin.numel() else 0.0
     if not off <= ORTHONORMALITY_TOLERANCE:  # NaN is not below either
         raise DecompositionError(_said(matrix, reason, f"vectors that are orthonormal up to {off:.1e} alone"))
+    if not _are_finite(values, vectors):
+        raise DecompositionError(_said(matrix, reason, "values with NaN"))
     return values.to(matrix), vectors.to(matrix)
+
+
+def _are_finite(values: Tensor, vectors: Tensor) -> bool:
+    """Of a diagonal matrix with NaN the vectors are sound."""
+    return bool(torch.isfinite(values).all() and torch.isfinite(vectors).all())
 
 
 def _said(matrix: Tensor, first: str, second: str) -> str:

@@ -140,6 +140,18 @@ def test_a_part_of_the_eigenvectors_is_that_of_them_all(
     assert float((columns.T @ matrix.double() @ columns).trace()) >= float(exact[:k].sum()) * (1 - 1e-5)
 
 
+@pytest.mark.parametrize("wide", [2, 10_000])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_entries_that_are_no_numbers_are_said_in_one_way(
+    value: float, wide: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mllm_keeplora.linalg.decompositions.WIDE", wide)
+    for matrix in (torch.eye(6), torch.eye(6) + 1, torch.full((6, 6), value)):
+        matrix[3, 3] = value
+        with pytest.raises(DecompositionError, match="cannot be decomposed"):
+            leading_eigenvectors(matrix, lambda energies: 2)
+
+
 def test_where_the_tridiagonal_form_cannot_be_solved_all_eigenvectors_are_computed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
