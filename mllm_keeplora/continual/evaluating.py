@@ -67,7 +67,7 @@ def evaluate(
         limit=settings.limit,
         general_limit=settings.general_limit,
     )
-    row = {"stage": 1, "task": edit_label(run.edit or {}), "scores": scores}
+    row = {"stage": None, "task": edit_label(run.edit or {}), "scores": scores}
     retention = with_row(run.retention, row)
     write_json(directory.retention, retention)
     return retention

@@ -121,9 +121,13 @@ def judge_run(run_dir: Path, settings: JudgeConfig, tasks: Sequence[str] | None 
 
     Raises:
         ArtifactError: no run there, one that is not at its end, or one of its files is damaged.
-        JudgeError: no replies, an unknown task, or a judge that cannot be loaded.
+        JudgeError: no replies, an edited adapter, an unknown task, or a judge that cannot be loaded.
     """
     run = RunDirectory(run_dir)
+    if run.edit.exists():
+        raise JudgeError(
+            f"{run.path} holds what `keeplora edit` made, and a judge grades the stages of a run: name a run"
+        )
     retention = read_json(run.retention)
     cells = read_replies(run, retention)
     wanted = _wanted_replies(run, retention, cells, tasks)

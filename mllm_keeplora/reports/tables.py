@@ -7,7 +7,7 @@ Scores are fractions and are shown in percent, differences of scores in percenta
 import math
 import re
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any
 
@@ -122,8 +122,10 @@ def shorten(text: object, width: int) -> str:
 
 
 def stage_label(row: Mapping[str, Any]) -> str:
-    """A stage by its number and its task; the untouched base is stage 0."""
-    return "base" if row["task"] is None else f"{row['stage']} {row['task']}"
+    """A stage by its number and its task; the untouched base is stage 0, and what `edit` has made is of no stage."""
+    if row["task"] is None:
+        return "base"
+    return str(row["task"]) if row["stage"] is None else f"{row['stage']} {row['task']}"
 
 
 def matrix_csv(retention: Mapping[str, Any]) -> str:
@@ -148,7 +150,7 @@ def format_table(retention: Mapping[str, Any], note: str = "") -> str:
     Columns carry the names where all of them fit; otherwise T1, T2, .. and G1, .. with a legend.
     """
     tasks, general, rows = retention["tasks"], retention["general"], retention["rows"]
-    frame = pd.DataFrame(index=[_row_name(row, tasks) for row in rows])
+    frame = pd.DataFrame(index=[shorten(stage_label(row), 24 if row["stage"] is not None else 48) for row in rows])
     for name in names_of(retention):  # a cell ends in a star or a space, so that numbers line up
         cells = [percent(score_of(row, name).value) + ("*" if row["task"] == name else " ") for row in rows]
         frame[f"{shorten(name, TEXT_WIDTH - 8)} "] = cells
@@ -167,19 +169,13 @@ def format_table(retention: Mapping[str, Any], note: str = "") -> str:
     return "\n".join(map(str.rstrip, "\n\n".join(parts).splitlines()))
 
 
-def _row_name(row: Mapping[str, Any], tasks: Sequence[str]) -> str:
-    """A stage of a run; of an edited adapter the sum that it is, which is no stage."""
-    is_sum = row["task"] is not None and row["task"] not in tasks
-    return shorten(row["task"], 48) if is_sum else shorten(stage_label(row), 24)
-
-
 def metric_frame(retention: Mapping[str, Any]) -> pd.DataFrame:
     """Value, unit and meaning of each metric, and of the retention of each general benchmark.
 
     Where the last row is an edited adapter's, metrics that ask for rows of a run's stages are left out.
     """
     metrics, rows = retention["metrics"], []
-    is_sum = any(row["task"] not in (None, *retention["tasks"]) for row in retention["rows"][-1:])
+    is_sum = any(row["stage"] is None for row in retention["rows"][-1:])
     for key, (name, unit, meaning) in METRICS.items():
         if is_sum and metrics[key] is None:
             continue

@@ -271,7 +271,9 @@ def test_an_edit_is_measured_and_reported_like_a_stage(
     assert made.retention["metrics"]["last"] == run.retention["metrics"]["last"]
     assert made.retention["metrics"]["bwt"] is None
     assert made.ask("Which digit is written here?") == run.ask("Which digit is written here?")
-    assert "has not been measured itself" not in (out / "adapter/README.md").read_text()
+    card = (out / "adapter/README.md").read_text()
+    assert "has not been measured itself" not in card
+    assert "| 1 digits + charts |" in card  # the factor that is all but 1; a sum is no stage and has no number
 
 
 def test_a_saved_run_is_asked_tasks_of_lmms_eval(run: SavedRun, tmp_path: Path) -> None:

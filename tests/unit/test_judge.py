@@ -32,6 +32,7 @@ from mllm_keeplora.evaluation.metrics import summarize
 from mllm_keeplora.evaluation.settled import CUT_MARK
 from mllm_keeplora.evaluation.task_files import SCORED_BY
 from mllm_keeplora.runs.files import ArtifactError
+from mllm_keeplora.runs.run_directory import RunDirectory
 
 TEMPLATE = (
     "{% for message in messages %}{{ message.role }} : {{ message.content }} </s> {% endfor %}"
@@ -349,6 +350,13 @@ def test_replies_that_ended_where_their_score_was_settled_are_not_judged(
             judge_run(run, settings(tiny))
     else:
         judge_run(run, settings(tiny))
+
+
+def test_what_is_no_stage_of_a_run_is_not_graded_as_one(tmp_path: Path) -> None:
+    made = write_run(tmp_path / "made")
+    RunDirectory(made).edit.write_text("{}")
+    with pytest.raises(JudgeError, match="keeplora edit"):
+        judge_run(made, settings("no-judge"))
 
 
 def test_unknown_tasks_and_unfinished_runs_are_refused(tmp_path: Path) -> None:
