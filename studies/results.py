@@ -32,7 +32,8 @@ from mllm_keeplora.studies.methods import (
     tuning_directory,
 )
 
-METRICS = {"mft": "MFT", "last": "Last", "bwt": "BWT", "general": "general, at the end"}
+STREAM_METRICS = {"mft": "MFT", "last": "Last", "bwt": "BWT", "transfer": "Transfer", "average": "Average"}
+METRICS = {**STREAM_METRICS, "general": "general, at the end"}
 TESTED = {"last": "Last", "bwt": "BWT", "general": "general"}  # the p-values that the table shows
 
 
@@ -126,7 +127,7 @@ def _facts(run: SavedRun) -> dict[str, Any]:
         "rows": rows,
         "tasks": retention["tasks"],
         "general_tasks": retention["general"],
-        **{metric: retention["metrics"][metric] for metric in ("mft", "last", "bwt")},
+        **{metric: retention["metrics"][metric] for metric in STREAM_METRICS},
         "general": fmean(general) if general else None,
         "seconds": seconds,
         "feature_directions": sum(m.get("k_f_added", 0) for stage in stages for m in stage["modules"]),

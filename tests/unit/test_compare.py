@@ -146,7 +146,8 @@ def fake_runs(monkeypatch: pytest.MonkeyPatch, last: Any) -> list[RunConfig]:
             score = {"native": value, "native_max": 1.0, "stderr": None, "n": 4}
             return {"digits": {"value": value, **score}, "scenes": {"value": 0.5, **score}}
 
-        metrics = {"mft": 0.9, "last": last(config), "bwt": last(config) - 0.9, "forgetting": 0.0}
+        stream = {"mft": 0.9, "last": last(config), "bwt": last(config) - 0.9, "transfer": None, "average": 0.5}
+        metrics = {**stream, "forgetting": 0.0}
         retention = {
             "method": config.method,
             "metrics": {**metrics, "retention": {"scenes": 1.0}},
