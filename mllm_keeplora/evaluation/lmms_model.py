@@ -191,7 +191,8 @@ class KeepLoRAModel(lmms):
             for batch in self._prepared(requests):
                 for question, reply in zip(batch.questions, self._answer(batch), strict=True):
                     answers.update(dict.fromkeys(question.asking, reply))
-                    bar.update(len(question.asking))
+                # Once a batch: after its first question alone the time left would look a batch's size too long.
+                bar.update(sum(len(question.asking) for question in batch.questions))
         for task, count in self._beyond_context.items():
             logger.warning(
                 f"task {task!r}: {count} questions are longer than the {self._context} tokens that the base model was "
