@@ -12,11 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from mllm_keeplora.config import ModelConfig, ProbeConfig, RunConfig, TowerConfig, TrainConfig
-from mllm_keeplora.modeling.families import FAMILIES
 from tests import forked
 from tests.forked import run_together
 from tests.modules.test_families import MAIN_MEDIA, write_media, write_stream
-from tests.modules.tiny_families import save_tiny
+from tests.modules.tiny_families import WRITING, save_tiny
 
 WORKER = "tests/recipes/processes_worker.py"
 DEFAULT = ("llava_next", "llava_onevision")  # what the default suite runs, an image and a video family; --slow runs all
@@ -123,7 +122,7 @@ def test_two_processes_compute_what_one_does(launched: dict[str, dict[str, Compu
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WRITING)
 def test_two_processes_compute_two_stages_as_one_does(family: str, tmp_path: Path) -> None:
     """The second on top of what the first has learnt and protected."""
     check(launch(tmp_path, (family,), 2)[family], 2)
