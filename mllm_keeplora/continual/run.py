@@ -314,6 +314,6 @@ def _with_general(run: Run, context: RunContext) -> RunContext:
     """The context with the general samples (G1), and what is protected of them (G2)."""
     key = sha256_json([run.history.base_hash, run.history.general_hash])
     general = general_samples(context, run.history.prompts, key)
-    protects = run.method.protects_features and context.config.general.eps_g is not None
+    protects = run.method.projects and context.config.general.eps_g is not None
     basis = general_bases(context, [lesson.sample for lesson in general.learnt], key) if protects else None
     return replace(context, general=general, general_basis=basis)

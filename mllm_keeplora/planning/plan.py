@@ -236,7 +236,7 @@ def _work(run: RunContext, number: int) -> Work:
     passes, questions = method.probe_passes(config), _questions(run.stream, task, config)
     train = method.train_config(run, config.train_for(task.name))
     if not method.learns(number):
-        return Work(task.name, 0, 0, 0, passes, questions)
+        return Work(task.name, 0, 0, 0, 0, questions)
     try:
         samples = len(method.samples(run, number))
     except KeyError:  # `run.records` lacks a task whose data are not there

@@ -22,12 +22,14 @@ from mllm_keeplora.continual.run_stream import run_stream
 from mllm_keeplora.continual.trainer import train_stage
 from mllm_keeplora.data.collator import SampleDataset
 from mllm_keeplora.linalg.lora_init import lora_a_from_gradient
+from mllm_keeplora.linalg.sketch import extend_basis_from_covariance
 from mllm_keeplora.linalg.subspace import orthonormality_error
 from mllm_keeplora.methods.base import load_method, method_names
 from mllm_keeplora.methods.context import StageContext
 from mllm_keeplora.methods.ewc import fisher_diagonal, weighted_distance
 from mllm_keeplora.methods.gpm import project_factors
 from mllm_keeplora.methods.hooks import Hooks
+from mllm_keeplora.methods.inflora import risen
 from mllm_keeplora.methods.lines import Lines
 from mllm_keeplora.methods.loda import energy_ratio_rows
 from mllm_keeplora.methods.lora_throughout import LoraThroughout
@@ -55,8 +57,10 @@ TASKS = ("first", "second")
 COVERED = {
     "ewc",
     "gpm",
+    "gradient_lora",
     "inflora",
     "joint",
+    "joint_gradient_lora",
     "keeplora",
     "lines",
     "loda",
@@ -150,6 +154,7 @@ def test_every_method_is_covered_here() -> None:
         ("replay", {"share": "much"}, "method_options.share: expected a number .*, found 'much'"),
         ("ewc", {"strength": -1.0}, r"method_options.strength: expected a number in \[0, .*found -1.0"),
         ("olora", {"strength": -1.0}, r"method_options.strength: expected a number in \[0, .*found -1.0"),
+        ("inflora", {"final_eps_f": 0.0}, r"method_options.final_eps_f: expected a number in \(0, 1\], found 0.0"),
         ("loda", {"ridge": 0.0}, r"method_options.ridge: expected a number in \(0, .*found 0.0"),
         ("keeplora", {"features_from": "weights"}, "gradients or activations"),
     ],
@@ -441,6 +446,83 @@ def test_inflora_learns_where_the_inputs_are_and_the_past_is_not(
         assert (rows @ past[name]).norm() < 1e-6 * max(1.0, float(rows.norm()))
         expected = lora_a_from_gradient(inputs[name], past[name], RANK)
         assert torch.allclose(rows, expected, atol=1e-5)
+
+
+def published_gpm(covariances: list[np.ndarray], shares: list[float]) -> list[int]:
+    """How many directions M has after each task, by the rule that InfLoRA's code states, on covariances [in, in]."""
+    m, sizes = np.zeros((len(covariances[0]), 0)), []
+    for c, share in zip(covariances, shares, strict=True):
+        residual = c - m @ (m.T @ c)
+        u, s, _ = np.linalg.svd(residual)
+        held, total, added = (c**2).sum() - (residual**2).sum(), (c**2).sum(), 0
+        while held / total < share:
+            held += s[added] ** 2
+            added += 1
+        m = np.hstack([m, u[:, :added]])
+        sizes.append(m.shape[1])
+    return sizes
+
+
+@pytest.mark.parametrize(("first", "last"), [(0.95, 1.0), (0.98, 1.0), (0.9, 0.9)])
+def test_inflora_protects_as_much_as_its_published_rule(first: float, last: float) -> None:
+    """Over five tasks, at the shares of the published code: lamb + (lame - lamb) t / T with t from 0."""
+    rng, tasks = np.random.default_rng(0), 5
+    inputs = [rng.normal(size=(40, 24)) * np.geomspace(1, 0.02, 24)[rng.permutation(24)] for _ in range(tasks)]
+    shares = [risen(first, last, number / tasks) for number in range(tasks)]
+    assert shares == pytest.approx([(last - first) * number / tasks + first for number in range(tasks)])
+    basis, sizes = torch.zeros(24, 0), []
+    for x, share in zip(inputs, shares, strict=True):
+        basis, captured, saturated = extend_basis_from_covariance(basis, torch.from_numpy(x).float(), share)
+        c = x.T @ x
+        inside = (basis.numpy().T @ c) ** 2
+        assert captured == pytest.approx(inside.sum() / (c**2).sum(), abs=1e-5) and captured >= share and not saturated
+        sizes.append(basis.shape[1])
+    assert orthonormality_error(basis) < 1e-5
+    assert sizes == published_gpm([x.T @ x / len(x) for x in inputs], shares)
+    assert 0 < sizes[0] < sizes[-1] < 24
+
+
+def test_inflora_asks_for_more_of_later_tasks(tiny_llava: Path, stream_file: Path, tmp_path: Path) -> None:
+    """The same inputs: a run whose share rises protects at least as much of the second task, and as much of the first."""
+    held = {}
+    for last in (1.0, 0.5):
+        settings = config(tiny_llava, stream_file, tmp_path / str(last), "inflora", final_eps_f=last)
+        settings = replace(settings, **{t: replace(settings.towers()[t], eps_f=0.5) for t in ("language", "vision")})
+        run_stream(settings)
+        with Run.open(settings) as run:
+            held[last] = [[m["captured"] for m in stage["modules"]] for stage in run.history.manifests[1:]]
+    assert held[1.0][0] == held[0.5][0]
+    assert all(share >= 0.75 - 1e-5 for share in held[1.0][1])
+    assert any(share < 0.75 for share in held[0.5][1])
+
+
+def test_gradient_lora_takes_the_leading_directions_of_the_unprojected_gradient(
+    tiny_llava: Path, stream_file: Path, tmp_path: Path
+) -> None:
+    """In the second stage as well, where KeepLoRA projects; and B alone trains."""
+    settings = config(tiny_llava, stream_file, tmp_path, "gradient_lora")
+    run_stream(settings)
+    second = tmp_path / "run/stages/02-second"
+    start, learnt = load_tensors(second / "lora_a.safetensors"), load_tensors(second / "factors.safetensors")
+    stage, run = open_stage(settings, 2)
+    gradients = stage.sketch(attach_accumulated(stage.run.model, run.accumulated(1)), 0)
+    for name, rows in start.items():
+        leading = torch.linalg.svd(gradients[name].double()).Vh[:RANK]
+        assert torch.allclose(torch.linalg.svdvals(rows.double() @ leading.T), torch.ones(RANK).double(), atol=1e-5)
+        assert torch.equal(learnt[f"{name}.A"], rows)
+    assert any(b.abs().max() > 0 for name, b in learnt.items() if name.endswith(".B"))
+
+
+def test_joint_training_along_the_gradient_is_both(tiny_llava: Path, stream_file: Path, tmp_path: Path) -> None:
+    """A from all tasks' gradient, B alone trained, in the first stage alone, with the steps of all."""
+    stage, run = open_stage(config(tiny_llava, stream_file, tmp_path, "joint_gradient_lora"))
+    assert {shown_by(s) for s in stage.samples} == {shown_by(s) for task in TASKS for s in stage.run.task_samples(task)}
+    assert (stage.train.max_steps, run.method.trains) == (2 * 3, "B")
+    assert [run.method.learns(n) for n in (1, 2)] == [True, False]
+    gradients = stage.sketch(stage.run.model, 0)
+    for name, rows in run.method.initial_a(stage, stage.run.model).items():
+        leading = torch.linalg.svd(gradients[name].double()).Vh[:RANK]
+        assert torch.allclose(torch.linalg.svdvals(rows.double() @ leading.T), torch.ones(RANK).double(), atol=1e-5)
 
 
 def test_loda_solves_the_generalised_eigenproblem() -> None:

@@ -318,7 +318,9 @@ def test_steps_are_the_trainers(samples_: int, batch: int, accumulation: int, ep
 
 PASSES = {
     "keeplora": 2,
+    "gradient_lora": 1,
     "inflora": 2,
+    "joint_gradient_lora": 1,
     "loda": 2,
     "gpm": 1,
     "ewc": 1,
