@@ -113,7 +113,7 @@ def _train(
             hooks=method.hooks(stage, adapted),
             beside=Distillation(stage, lessons) if lessons else None,
         )
-    factors = read_factors(adapted, STAGE, list(start.factors))
+    factors = method.finish(stage, adapted, read_factors(adapted, STAGE, list(start.factors)))
     detach(adapted)
     return factors, account
 

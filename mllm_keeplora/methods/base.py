@@ -80,9 +80,13 @@ class Method:
     def __post_init__(self) -> None:
         check_settings(self, OPTIONS)
 
-    def probe_passes(self, config: RunConfig) -> int:
-        """Passes over the probe sample in a stage, of either kind."""
+    def probe_passes(self, config: RunConfig, number: int) -> int:
+        """Passes over the probe sample in stage `number` (1-based), of either kind."""
         return self.gradient_passes + self.input_passes
+
+    def step_passes(self) -> int:
+        """Forward and backward passes of a batch; each may keep a copy of what trains."""
+        return 1
 
     def learns(self, number: int) -> bool:
         """Whether stage `number` (1-based) trains at all; one that does not leaves the model as it is."""
@@ -116,6 +120,10 @@ class Method:
     def hooks(self, stage: StageContext, model: PeftModel) -> Hooks:
         """What happens at each training step beside the loss and the optimizer's step."""
         return Hooks()
+
+    def finish(self, stage: StageContext, model: PeftModel, factors: Factors) -> Factors:
+        """What is stored and folded of the trained factors; the model still carries them. One result on all processes."""
+        return factors
 
     def fold(self, accumulated: Factors, factors: Factors, scales: Mapping[str, float]) -> Factors:
         """The past and the new update as one (E7); a module of rank 0 in this stage is in the past alone."""

@@ -26,9 +26,9 @@ class GradientLora(Method):
     trains: ClassVar[Trainable] = "B"
     gradient_passes: ClassVar[int] = 1
 
-    def probe_passes(self, config: RunConfig) -> int:
+    def probe_passes(self, config: RunConfig, number: int) -> int:
         """One more where the probe is refined."""
-        return super().probe_passes(config) + config.probe.refine
+        return super().probe_passes(config, number) + config.probe.refine
 
     def initial_a(self, stage: StageContext, model: Model) -> dict[str, Tensor]:
         """The leading directions of the task's gradient outside M (E2-E4)."""

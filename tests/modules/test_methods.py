@@ -31,7 +31,7 @@ from mllm_keeplora.methods.gpm import project_factors
 from mllm_keeplora.methods.hooks import Hooks
 from mllm_keeplora.methods.inflora import risen
 from mllm_keeplora.methods.lines import Lines
-from mllm_keeplora.methods.loda import energy_ratio_rows
+from mllm_keeplora.methods.loda import AlignedGradients, answer_halves, energy_ratio_rows, energy_rows, recalibration
 from mllm_keeplora.methods.lora_throughout import LoraThroughout
 from mllm_keeplora.methods.olora import overlap
 from mllm_keeplora.modeling.adapters import (
@@ -47,7 +47,7 @@ from mllm_keeplora.modeling.adapters import (
 from mllm_keeplora.modeling.loss import IGNORED_LABEL
 from mllm_keeplora.planning.plan import make_plan
 from mllm_keeplora.probes.activations import sketch_inputs
-from mllm_keeplora.probes.gradients import GradientError
+from mllm_keeplora.probes.gradients import GradientError, module_generator
 from mllm_keeplora.runs.files import ArtifactError, load_tensors
 from tests.conversations import shown_by
 from tests.modules.conftest import WORDS, all_targets, batch, read_adapter
@@ -483,7 +483,7 @@ def test_inflora_protects_as_much_as_its_published_rule(first: float, last: floa
 
 
 def test_inflora_asks_for_more_of_later_tasks(tiny_llava: Path, stream_file: Path, tmp_path: Path) -> None:
-    """The same inputs: a run whose share rises protects at least as much of the second task, and as much of the first."""
+    """A run whose share rises protects more of the second task, and as much of the first."""
     held = {}
     for last in (1.0, 0.5):
         settings = config(tiny_llava, stream_file, tmp_path / str(last), "inflora", final_eps_f=last)
@@ -525,25 +525,176 @@ def test_joint_training_along_the_gradient_is_both(tiny_llava: Path, stream_file
         assert torch.allclose(torch.linalg.svdvals(rows.double() @ leading.T), torch.ones(RANK).double(), atol=1e-5)
 
 
-def test_loda_solves_the_generalised_eigenproblem() -> None:
+def moments(*sketches: torch.Tensor) -> torch.Tensor:
+    """sum_i Y_i^T Y_i / q_i, fp64."""
+    return sum(y.double().T @ y.double() / len(y) for y in sketches)  # type: ignore[return-value]
+
+
+def test_loda_isolates_by_the_generalised_eigenproblem() -> None:
     generator = torch.Generator().manual_seed(0)
-    new, old = torch.randn(12, 10, generator=generator), torch.randn(12, 10, generator=generator)
-    old[:, :6] *= 30.0  # the first six directions belong to the past
-    rows = energy_ratio_rows(new, [old], 0.01, 3)
+    new, *old = (torch.randn(12, 10, generator=generator) for _ in range(3))
+    for sketch in old:
+        sketch[:, :6] *= 30.0  # the first six directions belong to the past
+    rows = energy_ratio_rows(new, old, 0.01, 3)
     assert orthonormality_error(rows.T) < 1e-6
-    y, z = new.double() / 12**0.5, old.double() / 12**0.5
-    bottom = z.T @ z + 0.01 * y.square().sum() / 10 * torch.eye(10)
-    _, vectors = scipy.linalg.eigh((y.T @ y).numpy(), bottom.numpy())
+    bottom = moments(*old) + 0.01 * moments(new).trace() / 10 * torch.eye(10)
+    _, vectors = scipy.linalg.eigh(moments(new).numpy(), bottom.numpy())
     leading = torch.from_numpy(np.linalg.qr(vectors[:, -3:])[0])
     cosines = torch.linalg.svdvals(rows.double() @ leading)
     assert torch.allclose(cosines, torch.ones(3, dtype=torch.double), atol=1e-6)
     assert rows[:, :6].norm() < 0.2 * rows.norm()
 
 
+def test_loda_shares_what_has_energy_in_old_and_new_inputs() -> None:
+    """The leading eigenvectors of the sum of both; of its directions each task has more energy there than elsewhere."""
+    generator = torch.Generator().manual_seed(0)
+    sketches = [torch.randn(20, 10, generator=generator) for _ in range(3)]
+    for number, sketch in enumerate(sketches):
+        sketch[:, :2] *= 5.0  # what all tasks have
+        sketch[:, 2 + number] *= 3.0  # what one has
+    rows = energy_rows(sketches, 2)
+    _, vectors = torch.linalg.eigh(moments(*sketches))
+    assert torch.allclose(torch.linalg.svdvals(rows.double() @ vectors[:, -2:]), torch.ones(2).double(), atol=1e-6)
+    for sketch in sketches:
+        inside = (rows.double() @ moments(sketch) @ rows.double().T).trace()
+        assert inside > 3 * (moments(sketch).trace() - inside) / 8 * 2
+
+
 def test_loda_without_a_past_takes_the_leading_inputs() -> None:
     new = torch.randn(12, 10, generator=torch.Generator().manual_seed(0))
-    rows, expected = energy_ratio_rows(new, [], 0.01, 3), torch.linalg.svd(new).Vh[:3]
+    rows, expected = energy_rows([new], 3), torch.linalg.svd(new).Vh[:3]
     assert torch.allclose(torch.linalg.svdvals(rows @ expected.T), torch.ones(3), atol=1e-5)
+
+
+def test_loda_recalibrates_by_least_squares() -> None:
+    """Beside numpy's solver on the features themselves: old ones to stay, new ones to change in full."""
+    generator = torch.Generator().manual_seed(0)
+    new, *old = (torch.randn(size, 10, generator=generator) for size in (30, 20, 25))
+    rows, b = torch.randn(4, 10, generator=generator), torch.randn(7, 4, generator=generator)
+    found = recalibration(rows, new, old, 3.0)
+    for i in range(4):
+        parts = [(y @ rows[i] / len(y) ** 0.5)[:, None] * b[:, i] for y in (new, *old)]
+        changed, *disturbed = (part.flatten().numpy() for part in parts)
+        left = np.concatenate([3.0**0.5 * changed, *disturbed])
+        right = np.concatenate([3.0**0.5 * changed, *(np.zeros_like(part) for part in disturbed)])
+        [expected] = np.linalg.lstsq(left[:, None], right, rcond=None)[0]
+        assert float(found[i]) == pytest.approx(float(expected), rel=1e-5)
+    assert torch.equal(recalibration(rows, new, [], 3.0), torch.ones(4))
+    assert torch.equal(recalibration(rows, torch.zeros(3, 10), [torch.zeros(3, 10)], 3.0), torch.ones(4))
+    assert torch.allclose(recalibration(rows, torch.zeros(3, 10), old, 3.0), torch.zeros(4))
+
+
+def test_loda_recalibrates_the_shared_half_alone(tiny_llava: Path, stream_file: Path, tmp_path: Path) -> None:
+    """A of the second stage as its parts say; of the trained B the isolated columns stay as they are."""
+    settings = config(tiny_llava, stream_file, tmp_path, "loda", rho=0.0)
+    run_stream(settings)
+    start = load_tensors(tmp_path / "run/stages/02-second/lora_a.safetensors")
+    [old] = [load_tensors(tmp_path / "run/stages/01-first/rehearsal.safetensors")]
+    stage, run = open_stage(settings, 2, None)
+    stage = replace(stage, earlier=[run.history.stage(1)])
+    past = attach_accumulated(stage.run.model, run.accumulated(1))
+    new = stage.sketch_inputs(past, 0)
+    for name, rows in start.items():
+        assert torch.allclose(rows.norm(dim=1), torch.tensor([0.5, 1.0]), atol=1e-5)
+        for row, expected in zip(
+            rows,
+            (energy_rows([new[name], old[name]], 1), energy_ratio_rows(new[name], [old[name]], 0.01, 1)),
+            strict=True,
+        ):
+            assert abs(float(row @ expected[0])) == pytest.approx(float(row.norm()), rel=1e-3), name
+    past.unload()
+    model = stage_adapter(stage.run.model)
+    trained = read_factors(model, STAGE, [t.name for t in stage.targets])
+    found, inputs = run.method.finish(stage, model, trained), stage.sketch_inputs(model, 1)
+    for name, (a, b) in found.items():
+        assert torch.equal(a, trained[name][0]) and torch.equal(b[:, 1], trained[name][1][:, 1])
+        kept = recalibration(a[:1], inputs[name], [old[name]], 3.0)
+        assert torch.equal(b[:, :1], trained[name][1][:, :1] * kept) and 0 < float(kept) < 1
+    model.unload()
+
+
+def test_halves_of_a_batch_have_no_answer_in_common() -> None:
+    nothing = IGNORED_LABEL
+    labels = torch.tensor(
+        [[nothing, 1, 2], [1, 2, nothing], [3, nothing, 4], [nothing, 5, 5], [nothing] * 3, [6, 6, 6]]
+    )
+    seen = set()
+    for seed in range(20):
+        halves = answer_halves(labels, torch.Generator().manual_seed(seed))
+        assert halves is not None
+        first, second = halves
+        assert first[0] == first[1] and not (first & second).any()
+        assert (first | second).tolist() == [True, True, True, True, False, True]
+        assert len({tuple(row) for row, of in zip(labels.tolist(), first.tolist(), strict=True) if of}) in (2, 3)
+        seen.add(tuple(first.tolist()))
+    assert len(seen) > 3
+    assert answer_halves(labels[:2], torch.Generator()) is None
+    assert answer_halves(labels[4:], torch.Generator()) is None
+
+
+@pytest.mark.parametrize("rho", [1e-12, 0.3])
+def test_aligned_gradients_look_along_the_other_half(rho: float) -> None:
+    """On a quadratic per answer, where the gradient at B - e is known: H (B - e - C). B is where it was."""
+    generator = torch.Generator().manual_seed(0)
+    b = torch.randn(5, 2, generator=generator).requires_grad_()
+    a = torch.randn(2, 6, generator=generator)
+    hessians = [torch.diag(torch.rand(5, generator=generator) + 0.5) for _ in range(2)]
+    centres = [torch.randn(5, 2, generator=generator) for _ in range(2)]
+    labels, passes = torch.tensor([[7], [8]]), []
+
+    def backward(batch: Any, alone: bool) -> torch.Tensor:
+        of = [n for n in range(2) if batch["labels"][n, 0] != IGNORED_LABEL]
+        loss = sum(0.5 * ((b - centres[n]) * (hessians[n] @ (b - centres[n]))).sum() for n in of)
+        loss.backward()  # type: ignore[union-attr]
+        passes.append((of, alone))
+        return loss.detach()  # type: ignore[union-attr]
+
+    before, earlier = b.detach().clone(), torch.randn(5, 2, generator=generator)
+    b.grad = earlier.clone()
+    aligned = AlignedGradients([(a, b)], rho, seed=3)
+    loss = aligned({"labels": labels}, 4, backward)
+    assert torch.equal(b, before)
+    (first,), (second,) = (of for of, _ in passes[:2])
+    assert passes == [([first], True), ([second], True), ([second], True), ([first], False)]
+
+    u = float(torch.rand((), generator=drawn_after_halves(labels, 3, 4)))
+    gradients = [h @ (before - c) for h, c in zip(hessians, centres, strict=True)]
+    moves = [rho * u * g / (g @ a).norm() for g in gradients]
+    expected = earlier + sum(hessians[n] @ (before - moves[1 - n] - centres[n]) for n in range(2))
+    assert torch.allclose(b.grad, expected, atol=1e-5)
+    assert u > 0 and float(loss) > 0
+    # Where the halves agree, a step along it lowers both: no loss rises to first order.
+    agree = AlignedGradients([(a, b)], rho, seed=3)
+    centres[1], b.grad = centres[0] + 0.01, None
+    agree({"labels": labels}, 4, backward)
+    assert all(float((b.grad * (h @ (before - c))).sum()) > 0 for h, c in zip(hessians, centres, strict=True))
+
+
+def drawn_after_halves(labels: torch.Tensor, seed: int, step: int) -> torch.Generator:
+    """The generator of a step once the halves are drawn."""
+    generator = module_generator(seed, f"answers/{step}")
+    answer_halves(labels, generator)
+    return generator
+
+
+def test_a_training_by_aligned_gradients_near_zero_is_the_plain_one(
+    tiny_llava: Path, stream_file: Path, tmp_path: Path
+) -> None:
+    """Through the Trainer, accumulation included: masks of labels, the count of tokens and added losses are right."""
+    learnt = {}
+    for name, rho in (("plain", 0.0), ("aligned", 1e-9), ("further", 0.5)):
+        settings = config(tiny_llava, stream_file, tmp_path / name, "loda", rho=rho)
+        train = replace(settings.train, gradient_accumulation_steps=2, optim="sgd", learning_rate=0.5)
+        stage, run = open_stage(replace(settings, train=train))
+        start = run.method.initial_a(stage, stage.run.model)
+        learnt[name] = as_factors(learn(stage, run.method, stage.run.model, start, []).tensors)
+    moved = max(float(b.abs().max()) for _, b in learnt["plain"].values())
+    assert moved > 0
+    for name, (_, b) in learnt["plain"].items():
+        assert torch.allclose(learnt["aligned"][name][1], b, atol=1e-3 * moved), name
+    assert any(
+        not torch.allclose(learnt["further"][n][1], b, atol=1e-2 * moved) for n, (_, b) in learnt["plain"].items()
+    )
 
 
 def test_fisher_is_the_mean_squared_gradient_of_single_samples(
