@@ -24,13 +24,14 @@ from mllm_keeplora.data.collator import SampleDataset
 from mllm_keeplora.linalg.lora_init import lora_a_from_gradient
 from mllm_keeplora.linalg.sketch import extend_basis_from_covariance
 from mllm_keeplora.linalg.subspace import orthonormality_error
+from mllm_keeplora.methods import lines
 from mllm_keeplora.methods.base import load_method, method_names
 from mllm_keeplora.methods.context import StageContext
 from mllm_keeplora.methods.ewc import fisher_diagonal, weighted_distance
 from mllm_keeplora.methods.gpm import project_factors
 from mllm_keeplora.methods.hooks import Hooks
 from mllm_keeplora.methods.inflora import risen
-from mllm_keeplora.methods.lines import Lines
+from mllm_keeplora.methods.lines import GAMMAS, Lines, best_gamma
 from mllm_keeplora.methods.loda import AlignedGradients, answer_halves, energy_ratio_rows, energy_rows, recalibration
 from mllm_keeplora.methods.lora_throughout import LoraThroughout
 from mllm_keeplora.methods.olora import overlap
@@ -155,6 +156,8 @@ def test_every_method_is_covered_here() -> None:
         ("ewc", {"strength": -1.0}, r"method_options.strength: expected a number in \[0, .*found -1.0"),
         ("olora", {"strength": -1.0}, r"method_options.strength: expected a number in \[0, .*found -1.0"),
         ("inflora", {"final_eps_f": 0.0}, r"method_options.final_eps_f: expected a number in \(0, 1\], found 0.0"),
+        ("lines", {"held_out": 1.0}, r"method_options.held_out: expected a number in \[0, 1\), found 1.0"),
+        ("loda", {"rho": -1.0}, r"method_options.rho: expected a number in \[0, .*found -1.0"),
         ("loda", {"ridge": 0.0}, r"method_options.ridge: expected a number in \(0, .*found 0.0"),
         ("keeplora", {"features_from": "weights"}, "gradients or activations"),
     ],
@@ -605,7 +608,7 @@ def test_loda_recalibrates_the_shared_half_alone(tiny_llava: Path, stream_file: 
     past.unload()
     model = stage_adapter(stage.run.model)
     trained = read_factors(model, STAGE, [t.name for t in stage.targets])
-    found, inputs = run.method.finish(stage, model, trained), stage.sketch_inputs(model, 1)
+    found, inputs = run.method.finish(stage, model, trained).factors, stage.sketch_inputs(model, 1)
     for name, (a, b) in found.items():
         assert torch.equal(a, trained[name][0]) and torch.equal(b[:, 1], trained[name][1][:, 1])
         kept = recalibration(a[:1], inputs[name], [old[name]], 3.0)
@@ -755,8 +758,8 @@ def test_a_continuing_method_starts_where_the_past_ended(tiny_llava: Path, strea
 def test_lines_scales_what_was_learnt_not_how(tiny_llava: Path, stream_file: Path, tmp_path: Path) -> None:
     """The same seed trains the same factors as sequential LoRA; folding scales them by depth."""
     learnt = {}
-    for method in ("lora", "lines"):
-        stage, run = open_stage(config(tiny_llava, stream_file, tmp_path / method, method))
+    for method, options in (("lora", {}), ("lines", {"held_out": 0.0})):
+        stage, run = open_stage(config(tiny_llava, stream_file, tmp_path / method, method, **options))
         start = run.method.initial_a(stage, stage.run.model)
         learnt[method] = as_factors(learn(stage, run.method, stage.run.model, start, []).tensors)
     assert all(torch.equal(learnt["lora"][n][1], learnt["lines"][n][1]) for n in learnt["lora"])
@@ -766,6 +769,85 @@ def test_lines_scales_what_was_learnt_not_how(tiny_llava: Path, stream_file: Pat
         share = stage.folded_scales[t.name] / stage.scales[t.name]
         assert share == pytest.approx(1.0 if deepest else gamma if t.depth == 0 else share)
         assert gamma <= share <= 1.0
+
+
+def published_choice(found: dict[float, list[float]], fine_tuned: float, zero_shot: list[float]) -> float:
+    """The coefficient that LiNeS's code takes: the first of the best, its weight of the target being 2."""
+    best, chosen = 0.0, 1.0
+    for coefficient, (target, *controls) in found.items():
+        normalised = np.mean([c / z for c, z in zip(controls, zero_shot, strict=True)])
+        if 2.0 * target / fine_tuned + normalised > best:
+            best, chosen = 2.0 * target / fine_tuned + normalised, coefficient
+    return chosen
+
+
+def test_lines_chooses_as_its_published_code() -> None:
+    rng, chosen = np.random.default_rng(0), set()
+    for _ in range(50):
+        full, zero_shot = rng.uniform(0.2, 1.0), [float(z) for z in rng.uniform(0.2, 1.0, 3)]
+        found = {g: [full * rng.uniform(0.7, 1), *(z * rng.uniform(0.5, 1) for z in zero_shot)] for g in GAMMAS}
+        found[1.0][0] = full
+        assert (gamma := best_gamma(found, [0.1, *zero_shot])) == published_choice(found, full, zero_shot)
+        chosen.add(gamma)
+    assert len(chosen) > 5
+    equal = {g: [0.5, 0.5] for g in GAMMAS}
+    assert best_gamma(equal, [0.1, 0.5]) == 1.0
+    assert best_gamma({g: [g, 0.0] for g in reversed(GAMMAS)}, [0.1, 0.0]) == 1.0  # nothing was there to be kept
+
+
+def test_lines_searches_on_records_that_no_stage_trains_on(
+    tiny_llava: Path, stream_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both tasks' held-out records decide, and the factors are folded as the chosen gamma has them."""
+    settings = config(tiny_llava, stream_file, tmp_path, "lines", held_out=0.3)
+    seen: list[set[str]] = []
+    accuracy = lines.token_accuracy
+    monkeypatch.setattr(
+        lines,
+        "token_accuracy",
+        lambda stage, model, samples: seen.append({shown_by(s) for s in samples}) or accuracy(stage, model, samples),
+    )
+    monkeypatch.setattr(lines, "best_gamma", lambda found, before: sorted(found)[3])
+    run_stream(settings)
+    with Run.open(settings) as run:
+        manifests = run.history.manifests[1:]
+        contexts = [run.stage_context(number, {}) for number in (1, 2)]
+        own = [{shown_by(s) for s in run.context.task_samples(task)} for task in TASKS]
+    held = [whole - {shown_by(s) for s in context.samples} for whole, context in zip(own, contexts, strict=True)]
+    assert [len(found) for found in held] == [2, 2]
+    assert seen == [held[0]] * 12 + [held[1], held[0]] * 12
+    for manifest, controls in zip(manifests, (0, 1), strict=True):
+        assert manifest["finished"]["gamma"] == 0.3
+        assert len(manifest["finished"]["accuracies"]) == 11
+        assert all(len(row) == 1 + controls for row in manifest["finished"]["accuracies"])
+        assert all(m["lambda"] == 1.0 for m in manifest["modules"])
+
+
+def test_lines_folds_what_it_measured(tiny_llava: Path, stream_file: Path, tmp_path: Path) -> None:
+    """The accuracies of a gamma are those of the model with B scaled by it; at 1 it is what was trained."""
+    stage, run = open_stage(config(tiny_llava, stream_file, tmp_path, "lines", held_out=0.5))
+    model = stage_adapter(stage.run.model)
+    trained = read_factors(model, STAGE, [t.name for t in stage.targets])
+    finished = run.method.finish(stage, model, trained)
+    gamma = finished.facts["gamma"]
+    for t in stage.targets:
+        assert torch.equal(finished.factors[t.name][1], trained[t.name][1] * lines.scale_of(t, gamma))
+    model.unload()
+    held = lines.Lines(0.5)._split(stage.run, 1)[1]
+    for number, gamma in enumerate(GAMMAS):
+        scaled = {t.name: (trained[t.name][0], trained[t.name][1] * lines.scale_of(t, gamma)) for t in stage.targets}
+        beside = attach(stage.run.model, STAGE, scaled, dict.fromkeys(scaled, 1.0))
+        activate(beside, [STAGE])
+        right, tokens = 0, 0
+        for sample in held:
+            batch = stage.collator([sample])
+            with torch.no_grad():
+                said = beside(**batch).logits[:, :-1].argmax(-1)
+            labels = batch["labels"][:, 1:]
+            right += int((said == labels)[labels != IGNORED_LABEL].sum())
+            tokens += int((labels != IGNORED_LABEL).sum())
+        assert finished.facts["accuracies"][number] == [pytest.approx(right / tokens)]
+        beside.unload()
 
 
 def test_replay_adds_a_share_of_every_earlier_task(tiny_llava: Path, stream_file: Path, tmp_path: Path) -> None:
