@@ -10,6 +10,6 @@ from mllm_keeplora.methods.joint import Joint
 class JointGradientLora(GradientLora, Joint):
     """All tasks at once, with A from the gradient of all of them at the base, frozen, and nothing protected.
 
-    A random A learns less in the same steps than one from the gradient, so `joint` mixes the starting factor with
-    what protection costs. Give it the rank of all stages together.
+    `joint` starts from a random A, so that its distance from KeepLoRA mixes the starting factor with what protection
+    costs. Give this one the rank of all stages together.
     """

@@ -19,7 +19,7 @@ from mllm_keeplora.config import ConfigError, ModelConfig, ProbeConfig, RunConfi
 from mllm_keeplora.continual.learning import as_factors, learn
 from mllm_keeplora.continual.run import Run
 from mllm_keeplora.continual.run_stream import run_stream
-from mllm_keeplora.continual.trainer import train_stage
+from mllm_keeplora.continual.trainer import StageTrainer, train_stage
 from mllm_keeplora.data.collator import SampleDataset
 from mllm_keeplora.linalg.lora_init import lora_a_from_gradient
 from mllm_keeplora.linalg.sketch import extend_basis_from_covariance
@@ -244,6 +244,35 @@ def test_a_killed_stage_that_remembers_continues(tiny_llava: Path, stream_file: 
     run_stream(settings)
     found = read_adapter(tmp_path / "run/adapter")
     assert_equal(found, expected)
+
+
+def test_a_training_by_aligned_gradients_continues_where_it_was_killed(
+    tiny_llava: Path, stream_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Halves and lengths belong to a step, whatever was drawn before it."""
+    found = []
+    for name, kills in (("whole", ()), ("killed", (3, 2))):
+        settings = config(tiny_llava, stream_file, tmp_path / name, "loda", rho=0.5)
+        settings = replace(settings, train=replace(settings.train, max_steps=4, save_steps=1))
+        for steps in kills:
+            with monkeypatch.context() as patch, pytest.raises(OSError, match="power cut"):
+                patch.setattr(StageTrainer, "training_step", until(StageTrainer.training_step, steps))
+                run_stream(settings)
+        run_stream(settings)
+        found.append(read_adapter(tmp_path / name / "run/adapter"))
+    assert_equal(*found)
+
+
+def until(step: Any, last: int) -> Any:
+    """A training step that fails after so many."""
+    taken = iter(range(last))
+
+    def training_step(*arguments: Any) -> torch.Tensor:
+        if next(taken, None) is None:
+            raise OSError("power cut")
+        return step(*arguments)
+
+    return training_step
 
 
 # Input activations
