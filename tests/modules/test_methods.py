@@ -156,6 +156,7 @@ def test_every_method_is_covered_here() -> None:
         ("ewc", {"strength": -1.0}, r"method_options.strength: expected a number in \[0, .*found -1.0"),
         ("olora", {"strength": -1.0}, r"method_options.strength: expected a number in \[0, .*found -1.0"),
         ("inflora", {"final_eps_f": 0.0}, r"method_options.final_eps_f: expected a number in \(0, 1\], found 0.0"),
+        ("inflora", {"energy_of": "weights"}, "covariance or inputs"),
         ("lines", {"held_out": 1.0}, r"method_options.held_out: expected a number in \[0, 1\), found 1.0"),
         ("loda", {"rho": -1.0}, r"method_options.rho: expected a number in \[0, .*found -1.0"),
         ("loda", {"ridge": 0.0}, r"method_options.ridge: expected a number in \(0, .*found 0.0"),
@@ -514,18 +515,23 @@ def test_inflora_protects_as_much_as_its_published_rule(first: float, last: floa
     assert 0 < sizes[0] < sizes[-1] < 24
 
 
-def test_inflora_asks_for_more_of_later_tasks(tiny_llava: Path, stream_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("energy_of", ["covariance", "inputs"])
+def test_inflora_asks_for_more_of_later_tasks(
+    energy_of: str, tiny_llava: Path, stream_file: Path, tmp_path: Path
+) -> None:
     """A run whose share rises protects more of the second task, and as much of the first."""
     held = {}
     for last in (1.0, 0.5):
-        settings = config(tiny_llava, stream_file, tmp_path / str(last), "inflora", final_eps_f=last)
+        options = {"final_eps_f": last, "energy_of": energy_of}
+        settings = config(tiny_llava, stream_file, tmp_path / str(last), "inflora", **options)
         settings = replace(settings, **{t: replace(settings.towers()[t], eps_f=0.5) for t in ("language", "vision")})
         run_stream(settings)
         with Run.open(settings) as run:
-            held[last] = [[m["captured"] for m in stage["modules"]] for stage in run.history.manifests[1:]]
-    assert held[1.0][0] == held[0.5][0]
-    assert all(share >= 0.75 - 1e-5 for share in held[1.0][1])
-    assert any(share < 0.75 for share in held[0.5][1])
+            held[last] = [stage["modules"] for stage in run.history.manifests[1:]]
+    captured = {last: [[m["captured"] for m in modules] for modules in found] for last, found in held.items()}
+    assert captured[1.0][0] == captured[0.5][0]
+    assert all(m["captured"] >= 0.75 - 1e-5 or m["saturated"] for m in held[1.0][1])
+    assert any(share < 0.75 for share in captured[0.5][1])
 
 
 def test_gradient_lora_takes_the_leading_directions_of_the_unprojected_gradient(
