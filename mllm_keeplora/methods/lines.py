@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -61,19 +62,18 @@ class Lines(Method):
         watched = [self._split(stage.run, number)[1] for number in range(stage.number, 0, -1)]
         if stage.run.general is not None:
             watched.append(stage.run.general.held_out)
-        targets = [t for t in stage.targets if t.name in factors]
 
         def measure(scale: Callable[[Target], float]) -> list[float]:
             with torch.no_grad():
-                for t in targets:
+                for t in stage.targets:
                     factor_parameters(model, STAGE, t.name)[1].copy_(factors[t.name][1] * scale(t))
             return [token_accuracy(stage, model, samples) for samples in watched]
 
         before = measure(lambda _: 0.0)
-        found = {gamma: measure(lambda t, gamma=gamma: scale_of(t, gamma)) for gamma in GAMMAS}  # type: ignore[misc]
+        found = {gamma: measure(partial(scale_of, gamma=gamma)) for gamma in GAMMAS}
         gamma = best_gamma(found, before)
         logger.info(f"{stage.name}: gamma {gamma:g} is best on held-out records")
-        scaled = {t.name: (factors[t.name][0], factors[t.name][1] * scale_of(t, gamma)) for t in targets}
+        scaled = {t.name: (factors[t.name][0], factors[t.name][1] * scale_of(t, gamma)) for t in stage.targets}
         return Finished(scaled, {"gamma": gamma, "before": before, "accuracies": list(found.values())})
 
     def _split(self, run: RunContext, number: int) -> tuple[list[Sample], list[Sample]]:
