@@ -33,6 +33,8 @@ from mllm_keeplora.runs.run_directory import StageDirectory
 
 logger = get_logger(__name__)
 
+FINISHED = "finished"  # the fact of a training that holds those of the method's `finish`
+
 
 def measure_a(stage: StageContext, method: Method, model: Model) -> Outcome:
     """A of every module (E2-E4); nothing where the method learns nothing in this stage."""
@@ -53,7 +55,7 @@ def learn(
 
     Returns:
         `<module>.A` and `<module>.B`, fp32 on the CPU, of the modules that had room for at least one direction;
-        as facts `train_stage`'s account.
+        as facts `train_stage`'s account, and what the method says of its end.
 
     Raises:
         StageError: no module has room, attaching the new adapter changed the model's function, or processes
@@ -113,9 +115,9 @@ def _train(
             hooks=method.hooks(stage, adapted),
             beside=Distillation(stage, lessons) if lessons else None,
         )
-    factors = read_factors(adapted, STAGE, list(start.factors))
+    factors, found = method.finish(stage, adapted, read_factors(adapted, STAGE, list(start.factors)))
     detach(adapted)
-    return factors, account
+    return factors, {**account, **({FINISHED: dict(found)} if found else {})}
 
 
 def _no_update(stage: StageContext) -> Factors:

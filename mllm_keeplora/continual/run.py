@@ -314,6 +314,9 @@ def _with_general(run: Run, context: RunContext) -> RunContext:
     """The context with the general samples (G1), and what is protected of them (G2)."""
     key = sha256_json([run.history.base_hash, run.history.general_hash])
     general = general_samples(context, run.history.prompts, key)
-    protects = run.method.protects_features and context.config.general.eps_g is not None
+    asked = context.config.general.eps_g is not None
+    if asked and not run.method.projects:
+        logger.info(f"method {context.config.method} projects nothing: general.eps_g is of no use to it")
+    protects = asked and run.method.projects
     basis = general_bases(context, [lesson.sample for lesson in general.learnt], key) if protects else None
     return replace(context, general=general, general_basis=basis)

@@ -48,7 +48,7 @@ from mllm_keeplora.distributed.processes import from_main, num_processes
 from mllm_keeplora.distributed.progress import progress
 from mllm_keeplora.distributed.sharding import is_sharded
 from mllm_keeplora.errors import KeepLoRAError
-from mllm_keeplora.methods.hooks import Hooks
+from mllm_keeplora.methods.hooks import Batch, Hooks
 from mllm_keeplora.modeling.precision import exact_products
 from mllm_keeplora.runs.files import (
     ArtifactError,
@@ -88,12 +88,13 @@ class StageTrainer(Trainer):
         self,
         *args: Any,
         finite: "FiniteGradients",
-        penalty: Callable[[int], Tensor] | None = None,
+        hooks: Hooks = Hooks(),  # noqa: B008 (immutable)
         beside: Beside | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._finite, self._penalty, self._beside = finite, penalty, beside
+        self._finite, self._hooks, self._beside = finite, hooks, beside
+        self._task_alone = False
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -103,9 +104,9 @@ class StageTrainer(Trainer):
         The forwards of one step share both. Training calls it, and asks for no outputs.
         """
         step, more = self.state.global_step, []
-        if self._penalty is not None:
-            more.append(self._penalty(step))
-        if self._beside is None:
+        if self._hooks.penalty is not None and not self._task_alone:
+            more.append(self._hooks.penalty(step))
+        if self._beside is None or self._task_alone:
             loss: Any = super().compute_loss(model, inputs, False, num_items_in_batch)
         else:
             joined, loss_of = self._beside(inputs, step)
@@ -113,9 +114,15 @@ class StageTrainer(Trainer):
             more.append(loss_of(outputs["logits"]))
         return loss + sum(more) / self.current_gradient_accumulation_steps if more else loss
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """One forward and backward; `FiniteGradients` looks at the loss."""
-        loss = super().training_step(*args, **kwargs)
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """One forward and backward, or what the method has in place of it; `FiniteGradients` looks at the loss."""
+
+        def backward(batch: Batch, task_alone: bool) -> Tensor:
+            self._task_alone = task_alone
+            return super(StageTrainer, self).training_step(model, dict(batch), num_items_in_batch)
+
+        gradients = self._hooks.gradients
+        loss = gradients(inputs, self.state.global_step, backward) if gradients else backward(inputs, False)
         self._finite.losses.append(loss)
         return loss
 
@@ -306,7 +313,7 @@ def train_stage(
         train_dataset=samples,
         data_collator=partial(_collated, collator, cast(torch.dtype, model.get_base_model().dtype)),
         callbacks=[finite, Progress(), *([AfterStep(hooks.after_step)] if hooks.after_step else [])],
-        penalty=hooks.penalty,
+        hooks=hooks,
         beside=beside,
     )
     trainer.remove_callback(PrinterCallback)  # it prints dictionaries

@@ -17,6 +17,7 @@ from mllm_keeplora.linalg.subspace import (
     ENERGY_TOLERANCE,
     RANK_TOLERANCE,
     append_columns,
+    extend_basis,
     project_to_residual,
     residual_directions,
 )
@@ -86,6 +87,35 @@ def extend_basis_from_sketch(basis: Tensor, sketch: Tensor, energy: float) -> Ex
     added = int(met.int().argmax()) if bool(met.any()) else directions.shape[1]
     captured = 1.0 - float(remaining[added]) / total
     return ExtendedBasis(append_columns(basis, directions[:, :added]), captured, not bool(met.any()))
+
+
+@torch.no_grad()
+def extend_basis_from_covariance(basis: Tensor, sketch: Tensor, energy: float) -> ExtendedBasis:
+    """E8 where the energy is that of the covariance C = Y^T Y / q, not of the inputs: ||C||_F^2, as InfLoRA's code has
+    it.
+
+    The leading left singular vectors of (I - M M^T) C join M until ||(I - Q Q^T) C||_F^2 <= (1 - energy) ||C||_F^2,
+    Q the extended basis. A spectrum falls off twice as fast when it is squared, so the same share needs fewer
+    directions. Energies are those of the sketch itself.
+
+    Args:
+        basis: M, [in, k].
+        sketch: Y, [q, in], of inputs.
+        energy: fraction in (0, 1].
+
+    Returns:
+        The extended basis and the share of ||C||_F^2 that it holds.
+
+    Raises:
+        ValueError: energy outside (0, 1], shapes that do not fit, NaN.
+    """
+    s, vh = thin_svd(sketch.float())
+    rows = (s.square() / len(sketch)).unsqueeze(1) * vh  # K with K^T K = C^2
+    extended = extend_basis(basis, rows, energy)
+    total = float(rows.double().square().sum())
+    left = float(project_to_residual(rows, extended).double().square().sum())
+    captured = 1.0 - left / total if total > 0.0 else 1.0
+    return ExtendedBasis(extended, captured, captured < energy - ENERGY_TOLERANCE)
 
 
 def _remaining_energy(residual: Tensor, directions: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from mllm_keeplora.data.conversation import Sample
 from mllm_keeplora.distributed.processes import shared_out
 from mllm_keeplora.errors import did_you_mean
 from mllm_keeplora.linalg.folding import fold_factors
-from mllm_keeplora.linalg.sketch import extend_basis_from_sketch
+from mllm_keeplora.linalg.sketch import ExtendedBasis, extend_basis_from_sketch
 from mllm_keeplora.methods.context import RunContext, StageContext
 from mllm_keeplora.methods.hooks import Hooks
 from mllm_keeplora.modeling.adapters import Factors, Model, Trainable
@@ -52,12 +52,20 @@ class Start(NamedTuple):
     replaces_past: bool = False  # the factors hold the accumulated adapter, which is then left out
 
 
+class Finished(NamedTuple):
+    """What a stage's training ends with."""
+
+    factors: Factors  # of the modules that trained
+    facts: Mapping[str, Any] = {}  # for the manifest
+
+
 @dataclass(frozen=True)
 class Method:
     """Sequential LoRA, and the places where other methods differ from it.
 
     Attributes:
         trains: which factors move.
+        projects: an update stays out of M; general inputs are then protected too (G2).
         protects_weights: the principal subspaces of the pre-trained weights are protected from the start
             (E1).
         protects_features: a stage adds feature directions to what is protected.
@@ -68,6 +76,7 @@ class Method:
     """
 
     trains: ClassVar[Trainable] = "both"
+    projects: ClassVar[bool] = False
     protects_weights: ClassVar[bool] = False
     protects_features: ClassVar[bool] = False
     gradient_passes: ClassVar[int] = 0
@@ -78,9 +87,13 @@ class Method:
     def __post_init__(self) -> None:
         check_settings(self, OPTIONS)
 
-    def probe_passes(self, config: RunConfig) -> int:
-        """Passes over the probe sample in a stage, of either kind."""
+    def probe_passes(self, config: RunConfig, number: int) -> int:
+        """Passes over the probe sample in stage `number` (1-based), of either kind."""
         return self.gradient_passes + self.input_passes
+
+    def step_passes(self) -> int:
+        """Forward and backward passes of a batch; each may keep a copy of what trains."""
+        return 1
 
     def learns(self, number: int) -> bool:
         """Whether stage `number` (1-based) trains at all; one that does not leaves the model as it is."""
@@ -114,6 +127,10 @@ class Method:
     def hooks(self, stage: StageContext, model: PeftModel) -> Hooks:
         """What happens at each training step beside the loss and the optimizer's step."""
         return Hooks()
+
+    def finish(self, stage: StageContext, model: PeftModel, factors: Factors) -> Finished:
+        """What is stored and folded of the trained factors; the model still carries them. The same on all processes."""
+        return Finished(factors)
 
     def fold(self, accumulated: Factors, factors: Factors, scales: Mapping[str, float]) -> Factors:
         """The past and the new update as one (E7); a module of rank 0 in this stage is in the past alone."""
@@ -157,18 +174,25 @@ def on_cpu(part: Tensor) -> Tensor:
     return part.to("cpu", copy=True)
 
 
-def extended_features(stage: StageContext, sketches: Mapping[str, Tensor]) -> Features:
+def extended_features(
+    stage: StageContext,
+    sketches: Mapping[str, Tensor],
+    rule: Callable[[Tensor, Tensor, float], ExtendedBasis] = extend_basis_from_sketch,
+    eps_f: Callable[[Target], float] | None = None,
+) -> Features:
     """E8 on every module: the directions that bring what is protected to eps_f of a sketch's energy.
 
     Args:
         stage: just learnt.
         sketches: module name -> Y [q, in], of gradients or of input activations.
+        rule: M, a sketch and eps_f -> the extended basis.
+        eps_f: of a module; the tower's own setting where None.
     """
     bases, towers = stage.bases, stage.run.config.towers()
 
     def extend(t: Target) -> tuple[Tensor, dict[str, Any]]:
-        basis = bases.load(t)
-        extended = extend_basis_from_sketch(basis, sketches[t.name].to(bases.device), towers[t.tower].eps_f)
+        basis, share = bases.load(t), eps_f(t) if eps_f else towers[t.tower].eps_f
+        extended = rule(basis, sketches[t.name].to(bases.device), share)
         added = on_cpu(extended.basis[:, basis.shape[1] :])
         return added, {
             "k_f_added": added.shape[1],

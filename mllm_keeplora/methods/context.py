@@ -179,20 +179,28 @@ class StageContext:
         return select_evenly(len(self.samples), probe.fraction, probe.max_samples)
 
     def probe_batches(self, batch_size: int | None = None) -> Iterator[dict[str, Tensor]]:
-        """The probe sample as model inputs with labels, in order; of several processes each takes its share.
+        """The probe sample as model inputs with labels, see `batches`."""
+        return self.batches([self.samples[i] for i in self.probe_indices], "task gradients", batch_size)
+
+    def batches(
+        self, chosen: Sequence[Sample], what: str, batch_size: int | None = None
+    ) -> Iterator[dict[str, Tensor]]:
+        """Samples as model inputs with labels, in order; of several processes each takes its share.
 
         Batches are shared out whole: one process's batches are those of a run with one, padding included.
 
         Args:
+            chosen: at least one.
+            what: they are for, as progress is shown.
             batch_size: samples per forward; the probe's own when None.
         """
-        samples = SampleDataset([self.samples[i] for i in self.probe_indices])
+        samples = SampleDataset(chosen)
         size = batch_size or self.run.config.probe.batch_size
         rows = [list(range(len(samples)))[start : start + size] for start in range(0, len(samples), size)]
         own = own_share(rows)
         own_and_fillers = [*own, *fillers(self.run.model, own, rows[0])]
         loader = DataLoader(samples, batch_sampler=own_and_fillers, collate_fn=self.collator)
-        for number, batch in enumerate(progress("task gradients", "batches", loader)):
+        for number, batch in enumerate(progress(what, "batches", loader)):
             if number >= len(own):
                 batch["labels"].fill_(IGNORED_LABEL)
             yield self.run.to_device(batch)

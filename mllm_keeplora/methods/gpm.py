@@ -24,6 +24,7 @@ class Gpm(Method):
     subspace, so the factor itself is projected: dW M = 0 either way. All of M lies on the device in training.
     """
 
+    projects: ClassVar[bool] = True
     protects_features: ClassVar[bool] = True
     input_passes: ClassVar[int] = 1
 

@@ -1,9 +1,13 @@
 """What a method adds to each step of the Trainer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from torch import Tensor
+
+Batch = Mapping[str, Tensor]  # model inputs with labels
+# One forward and backward pass of a batch, by the task's loss alone or with all that is added to it; the loss.
+Backward = Callable[[Batch, bool], Tensor]
 
 
 class Hooks(NamedTuple):
@@ -11,3 +15,6 @@ class Hooks(NamedTuple):
 
     penalty: Callable[[int], Tensor] | None = None  # scalar added to the loss, given the steps so far
     after_step: Callable[[], None] | None = None  # called when the optimizer has moved the factors
+    # In place of a batch's one pass: given the batch, the steps so far and what makes a pass; gives the loss. All
+    # processes make the same number of passes, and one of them with what is added to the loss.
+    gradients: Callable[[Batch, int, Backward], Tensor] | None = None

@@ -31,11 +31,11 @@ def measure(config: RunConfig) -> Rates:
             raise ConfigError(f"method {config.method} learns nothing in its first stage: there is nothing to measure")
         measure_start(run, past := run.accumulated(0))
         context = run.stage_context(1, past)
-        probe = _probe_seconds(context, run.context.model) if run.method.probe_passes(run.config) else 0.0
+        probe = _probe_seconds(context, run.context.model) if run.method.probe_passes(run.config, 1) else 0.0
         run_stage(run, 1, past)
         manifest = run.history.manifests[1]
     step, _, question = stage_rates(manifest, probe_passes=0)
-    passes = run.method.probe_passes(run.config)
+    passes = run.method.probe_passes(run.config, 1)
     apart = sum(manifest["timings"][phase] for phase in PROBING) - passes * len(manifest["probe_indices"]) * probe
     said = f"measured here: {format_count(manifest['counts']['steps'])} steps, a batch of each other phase"
     return Rates(said, step, probe, question, max(0.0, apart))

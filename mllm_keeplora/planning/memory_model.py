@@ -147,7 +147,7 @@ class MemoryModel:
         state, kept, working = max(work, key=sum)
         return {
             "stage's adapter or Omega": 4 * (self.factors() + self.on_cpu * self.factors("A")),
-            "its gradient": 4 * trained,
+            "its gradient": 4 * trained * self.method.step_passes(),
             "optimizer state": state,
             "activations": kept,
             "largest temporary": working,

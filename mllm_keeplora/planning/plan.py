@@ -233,10 +233,10 @@ def read_training(stream: Stream) -> dict[str, list[Sample]]:
 def _work(run: RunContext, number: int) -> Work:
     """What stage `number` (1-based) goes through, in its method's choice."""
     config, task, method = run.config, run.stream.tasks[number - 1], load_method(run.config)
-    passes, questions = method.probe_passes(config), _questions(run.stream, task, config)
+    passes, questions = method.probe_passes(config, number), _questions(run.stream, task, config)
     train = method.train_config(run, config.train_for(task.name))
     if not method.learns(number):
-        return Work(task.name, 0, 0, 0, passes, questions)
+        return Work(task.name, 0, 0, 0, 0, questions)
     try:
         samples = len(method.samples(run, number))
     except KeyError:  # `run.records` lacks a task whose data are not there
@@ -274,12 +274,13 @@ def _questions(stream: Stream, spec: TaskSpec | GeneralSpec, config: RunConfig) 
 def measured_rates(config: RunConfig, base_hash: str | None) -> Rates | None:
     """Medians over the complete stages of the newest run beside this one's run_dir with the same base,
     method, precision and batches; None where there is none."""
-    passes = load_method(config).probe_passes(config)
+    method = load_method(config)
     runs = sorted(Path(config.run_dir).parent.glob("*"), key=lambda run: run.stat().st_mtime, reverse=True)
     for run in runs:
         files = [stage.manifest for stage in RunDirectory(run).found_stages()]
         manifests = [read_json(file) for file in files if file.exists()]
-        rates = [stage_rates(m, passes) for m in manifests if _comparable(m, config, base_hash)]
+        alike = [m for m in manifests if _comparable(m, config, base_hash)]
+        rates = [stage_rates(m, method.probe_passes(config, m["stage"])) for m in alike]
         if rates:
             # Decompositions are in the seconds of a probe sample.
             return Rates(f"measured by {run}", *(median(column) for column in zip(*rates, strict=True)))

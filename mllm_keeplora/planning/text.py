@@ -109,7 +109,7 @@ def _general_lines(plan: Plan) -> Iterator[str]:
     said = []
     if general.given:
         said.append(f"{general.samples}, at most {general.max_samples}")
-        if general.eps_g is not None and plan.memory.method.protects_features:
+        if general.eps_g is not None and plan.memory.method.projects:
             said.append("inputs protected")
     if general.rehearsed:
         said.append(f"{general.rehearsed} prompts of each past task rehearsed")

@@ -87,7 +87,7 @@ class TimeModel:
         train, batch = config.train, config.train.per_device_train_batch_size
         again = int(train.activation_checkpointing)
         passed = self._passed(batch + config.general.beside(batch), "B", forward=1 + again, backward=1)
-        return total([passed], train.gradient_accumulation_steps)
+        return total([passed], train.gradient_accumulation_steps * self.memory.method.step_passes())
 
     @cached_property
     def probe(self) -> Cost:

@@ -39,6 +39,7 @@ from mllm_keeplora.eval.leaderboard import evaluate_saved, find_differences, rea
 from mllm_keeplora.evaluation.answer import answer
 from mllm_keeplora.evaluation.metrics import summarize
 from mllm_keeplora.evaluation.task_files import follow_move
+from mllm_keeplora.methods import loda
 from mllm_keeplora.modeling.adapters import Factors
 from mllm_keeplora.modeling.loading import load_base
 from mllm_keeplora.modeling.targets import TargetError, find_targets
@@ -189,6 +190,25 @@ def test_folding_is_exact(finished: RunConfig) -> None:
     assert expected.keys() == adapter.keys()
     for name, (a, b) in adapter.items():
         assert torch.allclose(b @ a, expected[name], atol=1e-6), name
+
+
+@pytest.mark.parametrize(("method", "options"), [("loda", {"rho": 0.05}), ("lines", {"held_out": 0.2})])
+def test_methods_that_read_answers_read_classes(
+    method: str, options: dict[str, Any], clip: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LoDA's halves of a batch, and LiNeS's accuracy on held-out pictures."""
+    split, halves = loda.answer_halves, []
+    monkeypatch.setattr(loda, "answer_halves", lambda *given: halves.append(split(*given)) or halves[-1])
+    run_stream(config := settings(clip, data, tmp_path, method=method, method_options=options))
+    for manifest in stages(config)[1:]:
+        assert manifest["counts"]["steps"] == 6
+        if method == "lines":
+            assert all(0 <= share <= 1 for row in manifest["finished"]["accuracies"] for share in row)
+            assert manifest["counts"]["train_samples"] == 2 * TRAINED - 2
+    if method == "loda":
+        assert len(halves) == 2 * 6
+        assert all(found is None or (found[0] ^ found[1]).all() for found in halves)
+        assert sum(found is not None for found in halves) > 6
 
 
 def _until(step: Callable[..., torch.Tensor], last: int) -> Callable[..., torch.Tensor]:

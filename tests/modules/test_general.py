@@ -84,7 +84,7 @@ def test_a_run_keeps_its_promises(settings: Settings) -> None:
         run_stream(settings(eps_g=0.8, share=0.25, budget=1e-4))
 
 
-@pytest.mark.parametrize("method", ["keeplora", "inflora", "gpm"])
+@pytest.mark.parametrize("method", ["keeplora", "inflora", "gpm", "loda"])
 def test_an_update_cannot_use_the_energy_of_general_inputs(method: str, settings: Settings) -> None:
     """||dW x|| <= ||dW|| ||(I - M M^T) x||, and M holds eps_g of what the x have together."""
     asked = settings(method, eps_g=0.95)

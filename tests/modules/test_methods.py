@@ -19,17 +19,20 @@ from mllm_keeplora.config import ConfigError, ModelConfig, ProbeConfig, RunConfi
 from mllm_keeplora.continual.learning import as_factors, learn
 from mllm_keeplora.continual.run import Run
 from mllm_keeplora.continual.run_stream import run_stream
-from mllm_keeplora.continual.trainer import train_stage
+from mllm_keeplora.continual.trainer import StageTrainer, train_stage
 from mllm_keeplora.data.collator import SampleDataset
 from mllm_keeplora.linalg.lora_init import lora_a_from_gradient
+from mllm_keeplora.linalg.sketch import extend_basis_from_covariance
 from mllm_keeplora.linalg.subspace import orthonormality_error
+from mllm_keeplora.methods import lines
 from mllm_keeplora.methods.base import load_method, method_names
 from mllm_keeplora.methods.context import StageContext
 from mllm_keeplora.methods.ewc import fisher_diagonal, weighted_distance
 from mllm_keeplora.methods.gpm import project_factors
 from mllm_keeplora.methods.hooks import Hooks
-from mllm_keeplora.methods.lines import Lines
-from mllm_keeplora.methods.loda import energy_ratio_rows
+from mllm_keeplora.methods.inflora import risen
+from mllm_keeplora.methods.lines import GAMMAS, Lines, best_gamma
+from mllm_keeplora.methods.loda import AlignedGradients, answer_halves, energy_ratio_rows, energy_rows, recalibration
 from mllm_keeplora.methods.lora_throughout import LoraThroughout
 from mllm_keeplora.methods.olora import overlap
 from mllm_keeplora.modeling.adapters import (
@@ -45,7 +48,7 @@ from mllm_keeplora.modeling.adapters import (
 from mllm_keeplora.modeling.loss import IGNORED_LABEL
 from mllm_keeplora.planning.plan import make_plan
 from mllm_keeplora.probes.activations import sketch_inputs
-from mllm_keeplora.probes.gradients import GradientError
+from mllm_keeplora.probes.gradients import GradientError, module_generator
 from mllm_keeplora.runs.files import ArtifactError, load_tensors
 from tests.conversations import shown_by
 from tests.modules.conftest import WORDS, all_targets, batch, read_adapter
@@ -55,8 +58,10 @@ TASKS = ("first", "second")
 COVERED = {
     "ewc",
     "gpm",
+    "gradient_lora",
     "inflora",
     "joint",
+    "joint_gradient_lora",
     "keeplora",
     "lines",
     "loda",
@@ -150,6 +155,10 @@ def test_every_method_is_covered_here() -> None:
         ("replay", {"share": "much"}, "method_options.share: expected a number .*, found 'much'"),
         ("ewc", {"strength": -1.0}, r"method_options.strength: expected a number in \[0, .*found -1.0"),
         ("olora", {"strength": -1.0}, r"method_options.strength: expected a number in \[0, .*found -1.0"),
+        ("inflora", {"final_eps_f": 0.0}, r"method_options.final_eps_f: expected a number in \(0, 1\], found 0.0"),
+        ("inflora", {"energy_of": "weights"}, "covariance or inputs"),
+        ("lines", {"held_out": 1.0}, r"method_options.held_out: expected a number in \[0, 1\), found 1.0"),
+        ("loda", {"rho": -1.0}, r"method_options.rho: expected a number in \[0, .*found -1.0"),
         ("loda", {"ridge": 0.0}, r"method_options.ridge: expected a number in \(0, .*found 0.0"),
         ("keeplora", {"features_from": "weights"}, "gradients or activations"),
     ],
@@ -236,6 +245,35 @@ def test_a_killed_stage_that_remembers_continues(tiny_llava: Path, stream_file: 
     run_stream(settings)
     found = read_adapter(tmp_path / "run/adapter")
     assert_equal(found, expected)
+
+
+def test_a_training_by_aligned_gradients_continues_where_it_was_killed(
+    tiny_llava: Path, stream_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Halves and lengths belong to a step, whatever was drawn before it."""
+    found = []
+    for name, kills in (("whole", ()), ("killed", (3, 2))):
+        settings = config(tiny_llava, stream_file, tmp_path / name, "loda", rho=0.5)
+        settings = replace(settings, train=replace(settings.train, max_steps=4, save_steps=1))
+        for steps in kills:
+            with monkeypatch.context() as patch, pytest.raises(OSError, match="power cut"):
+                patch.setattr(StageTrainer, "training_step", until(StageTrainer.training_step, steps))
+                run_stream(settings)
+        run_stream(settings)
+        found.append(read_adapter(tmp_path / name / "run/adapter"))
+    assert_equal(*found)
+
+
+def until(step: Any, last: int) -> Any:
+    """A training step that fails after so many."""
+    taken = iter(range(last))
+
+    def training_step(*arguments: Any) -> torch.Tensor:
+        if next(taken, None) is None:
+            raise OSError("power cut")
+        return step(*arguments)
+
+    return training_step
 
 
 # Input activations
@@ -443,25 +481,258 @@ def test_inflora_learns_where_the_inputs_are_and_the_past_is_not(
         assert torch.allclose(rows, expected, atol=1e-5)
 
 
-def test_loda_solves_the_generalised_eigenproblem() -> None:
+def published_gpm(covariances: list[np.ndarray], shares: list[float]) -> list[int]:
+    """How many directions M has after each task, by the rule that InfLoRA's code states, on covariances [in, in]."""
+    m, sizes = np.zeros((len(covariances[0]), 0)), []
+    for c, share in zip(covariances, shares, strict=True):
+        residual = c - m @ (m.T @ c)
+        u, s, _ = np.linalg.svd(residual)
+        held, total, added = (c**2).sum() - (residual**2).sum(), (c**2).sum(), 0
+        while held / total < share:
+            held += s[added] ** 2
+            added += 1
+        m = np.hstack([m, u[:, :added]])
+        sizes.append(m.shape[1])
+    return sizes
+
+
+@pytest.mark.parametrize(("first", "last"), [(0.95, 1.0), (0.98, 1.0), (0.9, 0.9)])
+def test_inflora_protects_as_much_as_its_published_rule(first: float, last: float) -> None:
+    """Over five tasks, at the shares of the published code: lamb + (lame - lamb) t / T with t from 0."""
+    rng, tasks = np.random.default_rng(0), 5
+    inputs = [rng.normal(size=(40, 24)) * np.geomspace(1, 0.02, 24)[rng.permutation(24)] for _ in range(tasks)]
+    shares = [risen(first, last, number / tasks) for number in range(tasks)]
+    assert shares == pytest.approx([(last - first) * number / tasks + first for number in range(tasks)])
+    basis, sizes = torch.zeros(24, 0), []
+    for x, share in zip(inputs, shares, strict=True):
+        basis, captured, saturated = extend_basis_from_covariance(basis, torch.from_numpy(x).float(), share)
+        c = x.T @ x
+        inside = (basis.numpy().T @ c) ** 2
+        assert captured == pytest.approx(inside.sum() / (c**2).sum(), abs=1e-5) and captured >= share and not saturated
+        sizes.append(basis.shape[1])
+    assert orthonormality_error(basis) < 1e-5
+    assert sizes == published_gpm([x.T @ x / len(x) for x in inputs], shares)
+    assert 0 < sizes[0] < sizes[-1] < 24
+
+
+@pytest.mark.parametrize("energy_of", ["covariance", "inputs"])
+def test_inflora_asks_for_more_of_later_tasks(
+    energy_of: str, tiny_llava: Path, stream_file: Path, tmp_path: Path
+) -> None:
+    """A run whose share rises protects more of the second task, and as much of the first."""
+    held = {}
+    for last in (1.0, 0.5):
+        options = {"final_eps_f": last, "energy_of": energy_of}
+        settings = config(tiny_llava, stream_file, tmp_path / str(last), "inflora", **options)
+        settings = replace(settings, **{t: replace(settings.towers()[t], eps_f=0.5) for t in ("language", "vision")})
+        run_stream(settings)
+        with Run.open(settings) as run:
+            held[last] = [stage["modules"] for stage in run.history.manifests[1:]]
+    captured = {last: [[m["captured"] for m in modules] for modules in found] for last, found in held.items()}
+    assert captured[1.0][0] == captured[0.5][0]
+    assert all(m["captured"] >= 0.75 - 1e-5 or m["saturated"] for m in held[1.0][1])
+    assert any(share < 0.75 for share in captured[0.5][1])
+
+
+def test_gradient_lora_takes_the_leading_directions_of_the_unprojected_gradient(
+    tiny_llava: Path, stream_file: Path, tmp_path: Path
+) -> None:
+    """In the second stage as well, where KeepLoRA projects; and B alone trains."""
+    settings = config(tiny_llava, stream_file, tmp_path, "gradient_lora")
+    run_stream(settings)
+    second = tmp_path / "run/stages/02-second"
+    start, learnt = load_tensors(second / "lora_a.safetensors"), load_tensors(second / "factors.safetensors")
+    stage, run = open_stage(settings, 2)
+    gradients = stage.sketch(attach_accumulated(stage.run.model, run.accumulated(1)), 0)
+    for name, rows in start.items():
+        leading = torch.linalg.svd(gradients[name].double()).Vh[:RANK]
+        assert torch.allclose(torch.linalg.svdvals(rows.double() @ leading.T), torch.ones(RANK).double(), atol=1e-5)
+        assert torch.equal(learnt[f"{name}.A"], rows)
+    assert any(b.abs().max() > 0 for name, b in learnt.items() if name.endswith(".B"))
+
+
+def test_joint_training_along_the_gradient_is_both(tiny_llava: Path, stream_file: Path, tmp_path: Path) -> None:
+    """A from all tasks' gradient, B alone trained, in the first stage alone, with the steps of all."""
+    stage, run = open_stage(config(tiny_llava, stream_file, tmp_path, "joint_gradient_lora"))
+    assert {shown_by(s) for s in stage.samples} == {shown_by(s) for task in TASKS for s in stage.run.task_samples(task)}
+    assert (stage.train.max_steps, run.method.trains) == (2 * 3, "B")
+    assert [run.method.learns(n) for n in (1, 2)] == [True, False]
+    gradients = stage.sketch(stage.run.model, 0)
+    for name, rows in run.method.initial_a(stage, stage.run.model).items():
+        leading = torch.linalg.svd(gradients[name].double()).Vh[:RANK]
+        assert torch.allclose(torch.linalg.svdvals(rows.double() @ leading.T), torch.ones(RANK).double(), atol=1e-5)
+
+
+def moments(*sketches: torch.Tensor) -> torch.Tensor:
+    """sum_i Y_i^T Y_i / q_i, fp64."""
+    return sum(y.double().T @ y.double() / len(y) for y in sketches)  # type: ignore[return-value]
+
+
+def test_loda_isolates_by_the_generalised_eigenproblem() -> None:
     generator = torch.Generator().manual_seed(0)
-    new, old = torch.randn(12, 10, generator=generator), torch.randn(12, 10, generator=generator)
-    old[:, :6] *= 30.0  # the first six directions belong to the past
-    rows = energy_ratio_rows(new, [old], 0.01, 3)
+    new, *old = (torch.randn(12, 10, generator=generator) for _ in range(3))
+    for sketch in old:
+        sketch[:, :6] *= 30.0  # the first six directions belong to the past
+    rows = energy_ratio_rows(new, old, 0.01, 3)
     assert orthonormality_error(rows.T) < 1e-6
-    y, z = new.double() / 12**0.5, old.double() / 12**0.5
-    bottom = z.T @ z + 0.01 * y.square().sum() / 10 * torch.eye(10)
-    _, vectors = scipy.linalg.eigh((y.T @ y).numpy(), bottom.numpy())
+    bottom = moments(*old) + 0.01 * moments(new).trace() / 10 * torch.eye(10)
+    _, vectors = scipy.linalg.eigh(moments(new).numpy(), bottom.numpy())
     leading = torch.from_numpy(np.linalg.qr(vectors[:, -3:])[0])
     cosines = torch.linalg.svdvals(rows.double() @ leading)
     assert torch.allclose(cosines, torch.ones(3, dtype=torch.double), atol=1e-6)
     assert rows[:, :6].norm() < 0.2 * rows.norm()
 
 
+def test_loda_shares_what_has_energy_in_old_and_new_inputs() -> None:
+    """The leading eigenvectors of the sum of both; of its directions each task has more energy there than elsewhere."""
+    generator = torch.Generator().manual_seed(0)
+    sketches = [torch.randn(20, 10, generator=generator) for _ in range(3)]
+    for number, sketch in enumerate(sketches):
+        sketch[:, :2] *= 5.0  # what all tasks have
+        sketch[:, 2 + number] *= 3.0  # what one has
+    rows = energy_rows(sketches, 2)
+    _, vectors = torch.linalg.eigh(moments(*sketches))
+    assert torch.allclose(torch.linalg.svdvals(rows.double() @ vectors[:, -2:]), torch.ones(2).double(), atol=1e-6)
+    for sketch in sketches:
+        inside = (rows.double() @ moments(sketch) @ rows.double().T).trace()
+        assert inside / 2 > 3 * (moments(sketch).trace() - inside) / 8  # a direction, beside the mean of the others
+
+
 def test_loda_without_a_past_takes_the_leading_inputs() -> None:
     new = torch.randn(12, 10, generator=torch.Generator().manual_seed(0))
-    rows, expected = energy_ratio_rows(new, [], 0.01, 3), torch.linalg.svd(new).Vh[:3]
+    rows, expected = energy_rows([new], 3), torch.linalg.svd(new).Vh[:3]
     assert torch.allclose(torch.linalg.svdvals(rows @ expected.T), torch.ones(3), atol=1e-5)
+
+
+def test_loda_recalibrates_by_least_squares() -> None:
+    """Beside numpy's solver on the features themselves: old ones to stay, new ones to change in full."""
+    generator = torch.Generator().manual_seed(0)
+    new, *old = (torch.randn(size, 10, generator=generator) for size in (30, 20, 25))
+    rows, b = torch.randn(4, 10, generator=generator), torch.randn(7, 4, generator=generator)
+    found = recalibration(rows, new, old, 3.0)
+    for i in range(4):
+        parts = [(y @ rows[i] / len(y) ** 0.5)[:, None] * b[:, i] for y in (new, *old)]
+        changed, *disturbed = (part.flatten().numpy() for part in parts)
+        left = np.concatenate([3.0**0.5 * changed, *disturbed])
+        right = np.concatenate([3.0**0.5 * changed, *(np.zeros_like(part) for part in disturbed)])
+        [expected] = np.linalg.lstsq(left[:, None], right, rcond=None)[0]
+        assert float(found[i]) == pytest.approx(float(expected), rel=1e-5)
+    assert torch.equal(recalibration(rows, new, [], 3.0), torch.ones(4))
+    assert torch.equal(recalibration(rows, torch.zeros(3, 10), [torch.zeros(3, 10)], 3.0), torch.ones(4))
+    assert torch.allclose(recalibration(rows, torch.zeros(3, 10), old, 3.0), torch.zeros(4))
+
+
+def test_loda_recalibrates_the_shared_half_alone(tiny_llava: Path, stream_file: Path, tmp_path: Path) -> None:
+    """A of the second stage as its parts say; of the trained B the isolated columns stay as they are."""
+    settings = config(tiny_llava, stream_file, tmp_path, "loda", rho=0.0)
+    run_stream(settings)
+    start = load_tensors(tmp_path / "run/stages/02-second/lora_a.safetensors")
+    [old] = [load_tensors(tmp_path / "run/stages/01-first/rehearsal.safetensors")]
+    stage, run = open_stage(settings, 2, None)
+    stage = replace(stage, earlier=[run.history.stage(1)])
+    past = attach_accumulated(stage.run.model, run.accumulated(1))
+    new = stage.sketch_inputs(past, 0)
+    for name, rows in start.items():
+        assert torch.allclose(rows.norm(dim=1), torch.tensor([0.5, 1.0]), atol=1e-5)
+        for row, expected in zip(
+            rows,
+            (energy_rows([new[name], old[name]], 1), energy_ratio_rows(new[name], [old[name]], 0.01, 1)),
+            strict=True,
+        ):
+            assert abs(float(row @ expected[0])) == pytest.approx(float(row.norm()), rel=1e-3), name
+    past.unload()
+    model = stage_adapter(stage.run.model)
+    trained = read_factors(model, STAGE, [t.name for t in stage.targets])
+    found, inputs = run.method.finish(stage, model, trained).factors, stage.sketch_inputs(model, 1)
+    for name, (a, b) in found.items():
+        assert torch.equal(a, trained[name][0]) and torch.equal(b[:, 1], trained[name][1][:, 1])
+        kept = recalibration(a[:1], inputs[name], [old[name]], 3.0)
+        assert torch.equal(b[:, :1], trained[name][1][:, :1] * kept) and 0 < float(kept) < 1
+    model.unload()
+
+
+def test_halves_of_a_batch_have_no_answer_in_common() -> None:
+    nothing = IGNORED_LABEL
+    labels = torch.tensor(
+        [[nothing, 1, 2], [1, 2, nothing], [3, nothing, 4], [nothing, 5, 5], [nothing] * 3, [6, 6, 6]]
+    )
+    seen = set()
+    for seed in range(20):
+        halves = answer_halves(labels, torch.Generator().manual_seed(seed))
+        assert halves is not None
+        first, second = halves
+        assert first[0] == first[1] and not (first & second).any()
+        assert (first | second).tolist() == [True, True, True, True, False, True]
+        assert len({tuple(row) for row, of in zip(labels.tolist(), first.tolist(), strict=True) if of}) in (2, 3)
+        seen.add(tuple(first.tolist()))
+    assert len(seen) > 3
+    assert answer_halves(labels[:2], torch.Generator()) is None
+    assert answer_halves(labels[4:], torch.Generator()) is None
+
+
+@pytest.mark.parametrize("rho", [1e-12, 0.3])
+def test_aligned_gradients_look_along_the_other_half(rho: float) -> None:
+    """On a quadratic per answer, where the gradient at B - e is known: H (B - e - C). B is where it was."""
+    generator = torch.Generator().manual_seed(0)
+    b = torch.randn(5, 2, generator=generator).requires_grad_()
+    a = torch.randn(2, 6, generator=generator)
+    hessians = [torch.diag(torch.rand(5, generator=generator) + 0.5) for _ in range(2)]
+    centres = [torch.randn(5, 2, generator=generator) for _ in range(2)]
+    labels, passes = torch.tensor([[7], [8]]), []
+
+    def backward(batch: Any, alone: bool) -> torch.Tensor:
+        of = [n for n in range(2) if batch["labels"][n, 0] != IGNORED_LABEL]
+        loss = sum(0.5 * ((b - centres[n]) * (hessians[n] @ (b - centres[n]))).sum() for n in of)
+        loss.backward()  # type: ignore[union-attr]
+        passes.append((of, alone))
+        return loss.detach()  # type: ignore[union-attr]
+
+    before, earlier = b.detach().clone(), torch.randn(5, 2, generator=generator)
+    b.grad = earlier.clone()
+    aligned = AlignedGradients([(a, b)], rho, seed=3)
+    loss = aligned({"labels": labels}, 4, backward)
+    assert torch.equal(b, before)
+    (first,), (second,) = (of for of, _ in passes[:2])
+    assert passes == [([first], True), ([second], True), ([second], True), ([first], False)]
+
+    u = float(torch.rand((), generator=drawn_after_halves(labels, 3, 4)))
+    gradients = [h @ (before - c) for h, c in zip(hessians, centres, strict=True)]
+    moves = [rho * u * g / (g @ a).norm() for g in gradients]
+    expected = earlier + sum(hessians[n] @ (before - moves[1 - n] - centres[n]) for n in range(2))
+    assert torch.allclose(b.grad, expected, atol=1e-5)
+    assert u > 0 and float(loss) > 0
+    # Where the halves agree, a step along it lowers both: no loss rises to first order.
+    agree = AlignedGradients([(a, b)], rho, seed=3)
+    centres[1], b.grad = centres[0] + 0.01, None
+    agree({"labels": labels}, 4, backward)
+    assert all(float((b.grad * (h @ (before - c))).sum()) > 0 for h, c in zip(hessians, centres, strict=True))
+
+
+def drawn_after_halves(labels: torch.Tensor, seed: int, step: int) -> torch.Generator:
+    """The generator of a step once the halves are drawn."""
+    generator = module_generator(seed, f"answers/{step}")
+    answer_halves(labels, generator)
+    return generator
+
+
+def test_a_training_by_aligned_gradients_near_zero_is_the_plain_one(
+    tiny_llava: Path, stream_file: Path, tmp_path: Path
+) -> None:
+    """Through the Trainer, accumulation included: masks of labels, the count of tokens and added losses are right."""
+    learnt = {}
+    for name, rho in (("plain", 0.0), ("aligned", 1e-9), ("further", 0.5)):
+        settings = config(tiny_llava, stream_file, tmp_path / name, "loda", rho=rho)
+        train = replace(settings.train, gradient_accumulation_steps=2, optim="sgd", learning_rate=0.5)
+        stage, run = open_stage(replace(settings, train=train))
+        start = run.method.initial_a(stage, stage.run.model)
+        learnt[name] = as_factors(learn(stage, run.method, stage.run.model, start, []).tensors)
+    moved = max(float(b.abs().max()) for _, b in learnt["plain"].values())
+    assert moved > 0
+    for name, (_, b) in learnt["plain"].items():
+        assert torch.allclose(learnt["aligned"][name][1], b, atol=1e-3 * moved), name
+    assert any(
+        not torch.allclose(learnt["further"][n][1], b, atol=1e-2 * moved) for n, (_, b) in learnt["plain"].items()
+    )
 
 
 def test_fisher_is_the_mean_squared_gradient_of_single_samples(
@@ -522,8 +793,8 @@ def test_a_continuing_method_starts_where_the_past_ended(tiny_llava: Path, strea
 def test_lines_scales_what_was_learnt_not_how(tiny_llava: Path, stream_file: Path, tmp_path: Path) -> None:
     """The same seed trains the same factors as sequential LoRA; folding scales them by depth."""
     learnt = {}
-    for method in ("lora", "lines"):
-        stage, run = open_stage(config(tiny_llava, stream_file, tmp_path / method, method))
+    for method, options in (("lora", {}), ("lines", {"held_out": 0.0})):
+        stage, run = open_stage(config(tiny_llava, stream_file, tmp_path / method, method, **options))
         start = run.method.initial_a(stage, stage.run.model)
         learnt[method] = as_factors(learn(stage, run.method, stage.run.model, start, []).tensors)
     assert all(torch.equal(learnt["lora"][n][1], learnt["lines"][n][1]) for n in learnt["lora"])
@@ -533,6 +804,85 @@ def test_lines_scales_what_was_learnt_not_how(tiny_llava: Path, stream_file: Pat
         share = stage.folded_scales[t.name] / stage.scales[t.name]
         assert share == pytest.approx(1.0 if deepest else gamma if t.depth == 0 else share)
         assert gamma <= share <= 1.0
+
+
+def published_choice(found: dict[float, list[float]], fine_tuned: float, zero_shot: list[float]) -> float:
+    """The coefficient that LiNeS's code takes: the first of the best, its weight of the target being 2."""
+    best, chosen = 0.0, 1.0
+    for coefficient, (target, *controls) in found.items():
+        normalised = np.mean([c / z for c, z in zip(controls, zero_shot, strict=True)])
+        if 2.0 * target / fine_tuned + normalised > best:
+            best, chosen = 2.0 * target / fine_tuned + normalised, coefficient
+    return chosen
+
+
+def test_lines_chooses_as_its_published_code() -> None:
+    rng, chosen = np.random.default_rng(0), set()
+    for _ in range(50):
+        full, zero_shot = rng.uniform(0.2, 1.0), [float(z) for z in rng.uniform(0.2, 1.0, 3)]
+        found = {g: [full * rng.uniform(0.7, 1), *(z * rng.uniform(0.5, 1) for z in zero_shot)] for g in GAMMAS}
+        found[1.0][0] = full
+        assert (gamma := best_gamma(found, [0.1, *zero_shot])) == published_choice(found, full, zero_shot)
+        chosen.add(gamma)
+    assert len(chosen) > 5
+    equal = {g: [0.5, 0.5] for g in GAMMAS}
+    assert best_gamma(equal, [0.1, 0.5]) == 1.0
+    assert best_gamma({g: [g, 0.0] for g in reversed(GAMMAS)}, [0.1, 0.0]) == 1.0  # nothing was there to be kept
+
+
+def test_lines_searches_on_records_that_no_stage_trains_on(
+    tiny_llava: Path, stream_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both tasks' held-out records decide, and the factors are folded as the chosen gamma has them."""
+    settings = config(tiny_llava, stream_file, tmp_path, "lines", held_out=0.3)
+    seen: list[set[str]] = []
+    accuracy = lines.token_accuracy
+    monkeypatch.setattr(
+        lines,
+        "token_accuracy",
+        lambda stage, model, samples: seen.append({shown_by(s) for s in samples}) or accuracy(stage, model, samples),
+    )
+    monkeypatch.setattr(lines, "best_gamma", lambda found, before: sorted(found)[3])
+    run_stream(settings)
+    with Run.open(settings) as run:
+        manifests = run.history.manifests[1:]
+        contexts = [run.stage_context(number, {}) for number in (1, 2)]
+        own = [{shown_by(s) for s in run.context.task_samples(task)} for task in TASKS]
+    held = [whole - {shown_by(s) for s in context.samples} for whole, context in zip(own, contexts, strict=True)]
+    assert [len(found) for found in held] == [2, 2]
+    assert seen == [held[0]] * 12 + [held[1], held[0]] * 12
+    for manifest, controls in zip(manifests, (0, 1), strict=True):
+        assert manifest["finished"]["gamma"] == 0.3
+        assert len(manifest["finished"]["accuracies"]) == 11
+        assert all(len(row) == 1 + controls for row in manifest["finished"]["accuracies"])
+        assert all(m["lambda"] == 1.0 for m in manifest["modules"])
+
+
+def test_lines_folds_what_it_measured(tiny_llava: Path, stream_file: Path, tmp_path: Path) -> None:
+    """The accuracies of a gamma are those of the model with B scaled by it; at 1 it is what was trained."""
+    stage, run = open_stage(config(tiny_llava, stream_file, tmp_path, "lines", held_out=0.5))
+    model = stage_adapter(stage.run.model)
+    trained = read_factors(model, STAGE, [t.name for t in stage.targets])
+    finished = run.method.finish(stage, model, trained)
+    gamma = finished.facts["gamma"]
+    for t in stage.targets:
+        assert torch.equal(finished.factors[t.name][1], trained[t.name][1] * lines.scale_of(t, gamma))
+    model.unload()
+    held = lines.Lines(0.5)._split(stage.run, 1)[1]
+    for number, gamma in enumerate(GAMMAS):
+        scaled = {t.name: (trained[t.name][0], trained[t.name][1] * lines.scale_of(t, gamma)) for t in stage.targets}
+        beside = attach(stage.run.model, STAGE, scaled, dict.fromkeys(scaled, 1.0))
+        activate(beside, [STAGE])
+        right, tokens = 0, 0
+        for sample in held:
+            batch = stage.collator([sample])
+            with torch.no_grad():
+                said = beside(**batch).logits[:, :-1].argmax(-1)
+            labels = batch["labels"][:, 1:]
+            right += int((said == labels)[labels != IGNORED_LABEL].sum())
+            tokens += int((labels != IGNORED_LABEL).sum())
+        assert finished.facts["accuracies"][number] == [pytest.approx(right / tokens)]
+        beside.unload()
 
 
 def test_replay_adds_a_share_of_every_earlier_task(tiny_llava: Path, stream_file: Path, tmp_path: Path) -> None:

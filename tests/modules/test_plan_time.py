@@ -86,6 +86,13 @@ def test_more_work_takes_longer(bases: Any, media_files: Path) -> None:
     plain, train = step(), config.train
     assert step(train=replace(train, gradient_accumulation_steps=3)) == total([plain], 3)
     assert step(train=replace(train, activation_checkpointing=True)).products > plain.products
+    aligned = replace(config, method="loda")  # four passes of a batch, each of which may keep a gradient of B
+    assert step(method="loda") == total([plain], 4) and step(method="loda", method_options={"rho": 0.0}) == plain
+    found = [
+        replace(memory, config=c).phases()["train"]["its gradient"]
+        for c in (aligned, replace(config, method="inflora"))
+    ]
+    assert found[0] == 4 * found[1] > 0
     general = step(general=GeneralConfig(samples="builtin", share=0.5))
     assert general.launches == plain.launches and general.products > 1.9 * plain.products
     assert step(vision=TowerConfig(adapt=False)).launches < plain.launches
