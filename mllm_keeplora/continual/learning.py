@@ -33,7 +33,7 @@ from mllm_keeplora.runs.run_directory import StageDirectory
 
 logger = get_logger(__name__)
 
-FINISHED = "finished"  # the fact of a training that holds those of the method's `finish`
+FINISH = "finish"  # the fact of a training that holds those of the method's `finish`
 
 
 def measure_a(stage: StageContext, method: Method, model: Model) -> Outcome:
@@ -117,7 +117,7 @@ def _train(
         )
     factors, found = method.finish(stage, adapted, read_factors(adapted, STAGE, list(start.factors)))
     detach(adapted)
-    return factors, {**account, **({FINISHED: dict(found)} if found else {})}
+    return factors, {**account, **({FINISH: dict(found)} if found else {})}
 
 
 def _no_update(stage: StageContext) -> Factors:

@@ -14,7 +14,7 @@ from accelerate.logging import get_logger
 from mllm_keeplora.config import RunConfig
 from mllm_keeplora.continual.general import guard, recall, recalled
 from mllm_keeplora.continual.history import add_backfill
-from mllm_keeplora.continual.learning import FINISHED, as_factors, learn, measure_a
+from mllm_keeplora.continual.learning import FINISH, as_factors, learn, measure_a
 from mllm_keeplora.continual.memory import memory_explained
 from mllm_keeplora.continual.run import Run
 from mllm_keeplora.continual.stage import Stage, check_no_leakage, counts, evaluate
@@ -73,7 +73,7 @@ def run_stage(run: Run, number: int, past: Factors) -> Factors:
 
         rows = [{**row, **protect.facts[name]} for name, row in table.items()]
         stage.note(modules=rows, counts=counts(context, method, factors, train.facts))
-        stage.note(**{name: train.facts[name] for name in (*CURVES, FINISHED) if name in train.facts})
+        stage.note(**{name: train.facts[name] for name in (*CURVES, FINISH) if name in train.facts})
         stage.note(probe_indices=context.probe_indices)
     return past
 

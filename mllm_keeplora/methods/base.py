@@ -52,7 +52,7 @@ class Start(NamedTuple):
     replaces_past: bool = False  # the factors hold the accumulated adapter, which is then left out
 
 
-class Finished(NamedTuple):
+class Learnt(NamedTuple):
     """What a stage's training ends with."""
 
     factors: Factors  # of the modules that trained
@@ -128,9 +128,9 @@ class Method:
         """What happens at each training step beside the loss and the optimizer's step."""
         return Hooks()
 
-    def finish(self, stage: StageContext, model: PeftModel, factors: Factors) -> Finished:
+    def finish(self, stage: StageContext, model: PeftModel, factors: Factors) -> Learnt:
         """What is stored and folded of the trained factors; the model still carries them. The same on all processes."""
-        return Finished(factors)
+        return Learnt(factors)
 
     def fold(self, accumulated: Factors, factors: Factors, scales: Mapping[str, float]) -> Factors:
         """The past and the new update as one (E7); a module of rank 0 in this stage is in the past alone."""

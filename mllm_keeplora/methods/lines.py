@@ -14,7 +14,7 @@ from mllm_keeplora.data.conversation import Sample
 from mllm_keeplora.data.records import select_evenly
 from mllm_keeplora.distributed.processes import sum_of_all
 from mllm_keeplora.linalg.layer_scaling import layer_scales
-from mllm_keeplora.methods.base import Finished, Method
+from mllm_keeplora.methods.base import Learnt, Method
 from mllm_keeplora.methods.context import RunContext, StageContext
 from mllm_keeplora.modeling.adapters import STAGE, Factors, factor_parameters
 from mllm_keeplora.modeling.loss import IGNORED_LABEL, reply_logits
@@ -55,10 +55,10 @@ class Lines(Method):
         """lambda_l within the tower; 1 where the search has put it into B."""
         return 1.0 if self.held_out else scale_of(target, config.towers()[target.tower].gamma)
 
-    def finish(self, stage: StageContext, model: PeftModel, factors: Factors) -> Finished:
+    def finish(self, stage: StageContext, model: PeftModel, factors: Factors) -> Learnt:
         """B scaled by the lambda_l of the best gamma."""
         if not self.held_out:
-            return Finished(factors)
+            return Learnt(factors)
         watched = [self._split(stage.run, number)[1] for number in range(stage.number, 0, -1)]
         if stage.run.general is not None:
             watched.append(stage.run.general.held_out)
@@ -74,7 +74,7 @@ class Lines(Method):
         gamma = best_gamma(found, before)
         logger.info(f"{stage.name}: gamma {gamma:g} is best on held-out records")
         scaled = {t.name: (factors[t.name][0], factors[t.name][1] * scale_of(t, gamma)) for t in stage.targets}
-        return Finished(scaled, {"gamma": gamma, "before": before, "accuracies": list(found.values())})
+        return Learnt(scaled, {"gamma": gamma, "before": before, "accuracies": list(found.values())})
 
     def _split(self, run: RunContext, number: int) -> tuple[list[Sample], list[Sample]]:
         """What stage `number` trains on, and what is held out of its task."""

@@ -16,7 +16,7 @@ from mllm_keeplora.config import RunConfig
 from mllm_keeplora.distributed.processes import num_processes, sum_of_all
 from mllm_keeplora.linalg.decompositions import thin_svd
 from mllm_keeplora.linalg.subspace import orthonormal_columns, orthonormal_complement, project_to_residual
-from mllm_keeplora.methods.base import Finished, Method, per_module
+from mllm_keeplora.methods.base import Learnt, Method, per_module
 from mllm_keeplora.methods.context import StageContext
 from mllm_keeplora.methods.hooks import Backward, Batch, Hooks
 from mllm_keeplora.modeling.adapters import STAGE, Factors, Model, Trainable, factor_parameters
@@ -94,17 +94,17 @@ class Loda(Method):
         scaled = [(stage.scales[name] * a.detach(), b) for name, (a, b) in factors.items()]
         return Hooks(gradients=AlignedGradients(scaled, self.rho, stage.seed))
 
-    def finish(self, stage: StageContext, model: PeftModel, factors: Factors) -> Finished:
+    def finish(self, stage: StageContext, model: PeftModel, factors: Factors) -> Learnt:
         """The shared half, recalibrated at the model that has learnt the task."""
         if stage.number == 1:
-            return Finished(factors)
-        inputs, earlier, finished = stage.sketch_inputs(model, 1), stage.rehearsals(), {}
+            return Learnt(factors)
+        inputs, earlier, recalibrated = stage.sketch_inputs(model, 1), stage.rehearsals(), {}
         for t in stage.targets:
             (a, b), (new, *old) = factors[t.name], _of(t, [inputs, *earlier])
             shared = shared_rank(stage.run.rank(t), old)
             kept = recalibration(a[:shared], new, old, self.new_weight)
-            finished[t.name] = a, torch.cat([b[:, :shared] * kept, b[:, shared:]], dim=1)
-        return Finished(finished)
+            recalibrated[t.name] = a, torch.cat([b[:, :shared] * kept, b[:, shared:]], dim=1)
+        return Learnt(recalibrated)
 
     def rehearsal(self, stage: StageContext, model: Model) -> dict[str, Tensor]:
         """The task's inputs, sketched, at the model that has learnt it."""

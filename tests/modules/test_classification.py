@@ -203,7 +203,7 @@ def test_methods_that_read_answers_read_classes(
     for manifest in stages(config)[1:]:
         assert manifest["counts"]["steps"] == 6
         if method == "lines":
-            assert all(0 <= share <= 1 for row in manifest["finished"]["accuracies"] for share in row)
+            assert all(0 <= share <= 1 for row in manifest["finish"]["accuracies"] for share in row)
             assert manifest["counts"]["train_samples"] == 2 * TRAINED - 2
     if method == "loda":
         assert len(halves) == 2 * 6

@@ -852,9 +852,9 @@ def test_lines_searches_on_records_that_no_stage_trains_on(
     assert [len(found) for found in held] == [2, 2]
     assert seen == [held[0]] * 12 + [held[1], held[0]] * 12
     for manifest, controls in zip(manifests, (0, 1), strict=True):
-        assert manifest["finished"]["gamma"] == 0.3
-        assert len(manifest["finished"]["accuracies"]) == 11
-        assert all(len(row) == 1 + controls for row in manifest["finished"]["accuracies"])
+        assert manifest["finish"]["gamma"] == 0.3
+        assert len(manifest["finish"]["accuracies"]) == 11
+        assert all(len(row) == 1 + controls for row in manifest["finish"]["accuracies"])
         assert all(m["lambda"] == 1.0 for m in manifest["modules"])
 
 
