@@ -1,7 +1,7 @@
 """A run over a stream: opened, checked and locked; its stages are opened from here."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -11,7 +11,7 @@ import torch
 from accelerate.logging import get_logger
 
 from mllm_keeplora.config import ConfigError, RunConfig, config_from_dict
-from mllm_keeplora.continual.general import check_unwatched, general_bases, general_samples, prompts
+from mllm_keeplora.continual.general import check_form, check_unwatched, general_bases, general_samples, prompts
 from mllm_keeplora.continual.history import History
 from mllm_keeplora.continual.learning import read_stage_factors
 from mllm_keeplora.continual.memory import memory_explained
@@ -257,14 +257,14 @@ def _check_general(config: RunConfig, stream: Stream, method: Method) -> None:
 
 
 def _checked_records(
-    config: RunConfig, stream: Stream, reader: VideoReader
+    config: RunConfig, stream: Stream, reader: VideoReader, general: Sequence[Sample]
 ) -> dict[str, tuple[list[Sample], list[SkippedRecord]]]:
     """What the stages train on, every record of the run checked."""
     tasks = [task.name for task in stream.tasks]
     processor = load_base_processor(config.model)
-    if classifies(processor) and (config.general.given or config.general.rehearsed or sharding_asked()):
-        wrong = "FSDP spreads" if sharding_asked() else "general.samples and general.rehearsed take"
-        raise ConfigError(f"{wrong} models that answer in words, and the base model is a CLIP; leave it out")
+    if classifies(processor) and sharding_asked():
+        raise ConfigError("FSDP spreads models that answer in words, and the base model is a CLIP; leave it out")
+    check_form(general, processor)
     preflight = Preflight.of_run(config, tasks, processor, reader)
     records = load_training_records(stream, config.on_bad_record, preflight)
     for task, lines in preflight.trained.items():
@@ -277,7 +277,8 @@ def _load_context(run: Run) -> RunContext:
     if config.video.fps is not None:
         check_clip_lengths(config, read_model_config(config.model))
     reader = VideoReader(config.video, cache)
-    records = from_main(lambda: _checked_records(config, stream, reader))
+    general = run.history.prompts if config.general.given else []
+    records = from_main(lambda: _checked_records(config, stream, reader, general))
     stock = [spec.lmms_eval_task for spec in stream.general if spec.lmms_eval_task is not None]
     from_main(lambda: check_logins(stock, run.directory.task_files))
     logger.info(f"loading {config.model.base_model} ({config.model.quantization})")

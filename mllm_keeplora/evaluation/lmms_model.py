@@ -32,7 +32,7 @@ from mllm_keeplora.data.images import FORMATS, load_image
 from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.distributed.progress import progress
 from mllm_keeplora.distributed.sharding import gathered
-from mllm_keeplora.evaluation.answer import generate_replies, inference_state
+from mllm_keeplora.evaluation.answer import generate_replies, inference_state, nearest_classes
 from mllm_keeplora.evaluation.errors import EvaluationError
 from mllm_keeplora.evaluation.settled import settled
 from mllm_keeplora.evaluation.task_files import ASKED, CLASSES, COPY_COLUMN, Document
@@ -324,10 +324,7 @@ class KeepLoRAModel(lmms):
         names, classes = self._class_features[file]
         base: CLIPClassifier = base_of(self.model)  # type: ignore[assignment]
         pictures = base.picture_features(pixels.to(self.device, base.dtype))
-        nearest = base.similarities(pictures, classes)
-        if not torch.isfinite(nearest).all():
-            raise ValueError("the similarities of pictures and classes are not finite: the weights are damaged")
-        return [names[index] for index in nearest.argmax(1).tolist()]
+        return [names[index] for index in nearest_classes(base.similarities(pictures, classes))]
 
     def _features_of(self, file: str) -> tuple[list[str], torch.Tensor]:
         """The names in a file of classes, and of each the mean over the templates of its prompts' features."""

@@ -96,7 +96,7 @@ def test_an_update_cannot_use_the_energy_of_general_inputs(method: str, settings
         def keep(name: str) -> Callable[..., None]:
             return lambda _, given: inputs[name].append(given[0].detach().reshape(-1, given[0].shape[-1]))
 
-        batches = Batches(run.context, [run.context.general.learnt[0].sample], ChatCollator(run.context.processor))
+        batches = Batches(run.context, [run.context.general.learnt[0].sample])
         with torch.no_grad(), hooked(run.context.model, {name: keep(name) for name in factors}, "before"):
             for batch in batches():
                 run.context.model(**{key: value for key, value in batch.items() if key != "labels"})
@@ -267,9 +267,7 @@ def test_the_guard_takes_the_largest_update_that_fits(settings: Settings) -> Non
             assert (factors == {"vision": 1.0, "language": 1.0}) is whole
             context, learnt = run.context, run.accumulated(1)
             model = attach_accumulated(context.model, learnt)
-            found = held_out_divergence(
-                model, Batches(context, context.general.held_out, ChatCollator(context.processor))
-            )
+            found = held_out_divergence(model, Batches(context, context.general.held_out))
             detach(model)
         assert found == pytest.approx(facts["after"], rel=1e-3, abs=1e-9)
         assert facts["after"] <= budget
