@@ -100,22 +100,29 @@ def read_reference(file: Path, root: Path) -> tuple[Path, Classes]:
         ConfigError: a file of another form.
         RecordError: the folder that names the classes cannot be read.
     """
+    try:
+        return _read_reference(file, root)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
+
+
+def _read_reference(file: Path, root: Path) -> tuple[Path, Classes]:
     entry: Any = read_yaml(file)
     if not isinstance(entry, dict) or entry.keys() != {"pictures", "classes"}:
-        raise ConfigError(f"{file} is {shown(entry)}; expected the lines 'pictures: FOLDER' and 'classes: ..'")
+        raise ConfigError(f"found {shown(entry)}; expected the lines 'pictures: FOLDER' and 'classes: ..'")
     pictures, classes = entry["pictures"], entry["classes"]
     if not isinstance(pictures, str) or not pictures:
-        raise ConfigError(f"{file}: pictures is {shown(pictures)}; expected a folder, or a file of records")
-    if isinstance(classes, str):
-        classes = read_yaml(file.parent / classes)
-    if not isinstance(classes, dict):
-        raise ConfigError(f"{file}: classes is {shown(classes)}; expected templates and names, or a YAML of them")
+        raise ConfigError(f"pictures is {shown(pictures)}; expected a folder, or a file of records")
     source = root / pictures
-    named = is_folder(source) and any(path.is_dir() for path in visible(source))
+    names = source if is_folder(source) and any(path.is_dir() for path in visible(source)) else None
     try:
-        return source, build_classes(classes, source if named else None)
+        classes = read_yaml(file.parent / classes) if isinstance(classes, str) else classes
+        if not isinstance(classes, dict):
+            raise ConfigError(f"found {shown(classes)}; expected templates and names, or a YAML of them")
+        return source, build_classes(classes, names)
     except ConfigError as error:
-        raise ConfigError(f"{file}: classes: {error}") from error
+        said = f"{entry['classes']}: {error}" if isinstance(entry["classes"], str) else error
+        raise ConfigError(f"classes: {said}") from error
 
 
 def parse_classified(value: object, classes: Classes, answered: bool = True) -> Parsed:
