@@ -30,6 +30,7 @@ from mllm_keeplora.continual.run_stream import run_stream
 from mllm_keeplora.continual.saved_run import load_run
 from mllm_keeplora.continual.trainer import StageTrainer
 from mllm_keeplora.data.classification import ClassCollator, tokenise
+from mllm_keeplora.data.collator import classes_in, join_batches
 from mllm_keeplora.data.conversation import Classes, MediaFile, Message, Sample
 from mllm_keeplora.data.preflight import Preflight
 from mllm_keeplora.data.stream import data_hash, load_stream, load_training_records
@@ -332,6 +333,19 @@ def test_the_loss_is_the_cross_entropy_among_the_classes_of_a_pictures_own_task(
     assert sum(both) / sum(len(one["labels"]) for one in apart) == pytest.approx(
         float(model(**_joined(clip, data)).loss), rel=1e-4
     )
+
+
+def test_batches_of_two_tasks_join_to_that_of_both(clip: Path, data: Path) -> None:
+    """Also where their prompts differ in length."""
+    warm, cold = (found[::5] for found, _ in load_training_records(load_stream(data / "stream.yaml")).values())
+    collator = ClassCollator(AutoProcessor.from_pretrained(clip))
+    first, second = collator(warm), collator(cold)
+    assert first["input_ids"].shape[1] != second["input_ids"].shape[1]
+    expected = collator([*warm, *cold])
+    found = join_batches(first, second, collator.processor.tokenizer.pad_token_id)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    assert classes_in(found) == 4
 
 
 def _joined(clip: Path, data: Path) -> dict[str, torch.Tensor]:

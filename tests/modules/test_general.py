@@ -1,5 +1,6 @@
 """General samples: the base's own replies, protected inputs, distillation, the guard; in words, and as a CLIP's."""
 
+import html
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from mllm_keeplora.continual import general
 from mllm_keeplora.continual.general import Batches, Distillation, held_out_divergence
 from mllm_keeplora.continual.run import Run
 from mllm_keeplora.continual.run_stream import run_stream
+from mllm_keeplora.continual.saved_run import load_run
 from mllm_keeplora.continual.trainer import StageTrainer
 from mllm_keeplora.data.collator import collator_of
 from mllm_keeplora.data.preflight import Preflight
@@ -28,6 +30,7 @@ from mllm_keeplora.modeling import loss
 from mllm_keeplora.modeling.adapters import STAGE, active_adapters, adapters_off, attach_accumulated, detach
 from mllm_keeplora.modeling.loss import as_teacher, divergence, reply_logits, teacher_divergence
 from mllm_keeplora.probes.hooks import hooked
+from mllm_keeplora.reports.page import write_report
 from mllm_keeplora.runs.files import ArtifactError, load_tensors
 from tests.modules.test_classification import COLORS, draw_picture
 from tests.modules.test_classification import clip as clip  # a fixture, as those below
@@ -108,14 +111,17 @@ def collated(stage: StageContext, lessons: Sequence[Lesson]) -> dict[str, torch.
 
 
 def test_a_run_keeps_its_promises(settings: Settings) -> None:
-    """Inputs protected, distilled, guarded; what is continued is checked against the same settings."""
+    """Inputs protected, distilled, guarded, shown; what is continued is checked against the same settings."""
     asked = settings(eps_g=0.9, share=0.25, budget=1e-4)
     run_stream(asked)
+    write_report(saved := load_run(asked.run_dir))
     with Run.open(asked) as run:
         first, second = run.history.manifests[1:]
         replies = json.loads(run.directory.general_replies.read_text())
         energy = json.loads(run.directory.general_energy.read_text())
     assert len(replies) == 12 and all(entry["reply"] != "never read" for entry in replies)
+    page = saved.directory.report.read_text()
+    assert all(f">{html.escape(entry['prompt'])}<" in page for entry in replies)
     for name, fact in energy.items():
         assert fact["held"] >= 0.9 - 1e-6 or fact["saturated"], name
     for manifest in (first, second):

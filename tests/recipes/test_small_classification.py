@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from mllm_keeplora.config import ModelConfig
+from mllm_keeplora.config import GeneralConfig, ModelConfig
+from mllm_keeplora.continual.general import check_unwatched, prompts
 from mllm_keeplora.data.classification import process_pictures, tokenise
 from mllm_keeplora.data.images import load_image
 from mllm_keeplora.data.preflight import Preflight
@@ -20,11 +21,14 @@ STREAM = ROOT / "recipes/streams/small_classification.yaml"
 BASE = ModelConfig(base_model=str(ROOT / "recipes/small/clip_base"), compute_dtype="float32", device="cpu")
 
 
+SIZES = {"TRAIN_IMAGES": 150, "TEST_QUESTIONS": 50, "GENERAL_PICTURES": 60, "GENERAL_SAMPLES": 90}
+
+
 @pytest.fixture(scope="module")
 def stream(tmp_path_factory: pytest.TempPathFactory) -> Stream:
     root = tmp_path_factory.mktemp("small")
     with pytest.MonkeyPatch.context() as patch:
-        for name, count in {"TRAIN_IMAGES": 150, "TEST_QUESTIONS": 50, "GENERAL_PICTURES": 60}.items():
+        for name, count in SIZES.items():
             patch.setattr(build, name, count)
         build.write_all(root)
     return load_stream(STREAM, root)
@@ -52,8 +56,20 @@ def test_no_scan_is_in_both_halves(stream: Stream) -> None:
     assert halves[0].isdisjoint(halves[1])
 
 
+def test_general_samples_are_other_scenes_than_the_tested(stream: Stream) -> None:
+    found = prompts(GeneralConfig(samples=str(stream.data_root / "scenes/general.yaml")), Preflight())
+    assert len(found) == 90
+    [classes] = {sample.classes for sample in found}
+    assert classes is not None
+    assert set(classes.prompts(classes.templates[0])) == {SCENE_TEMPLATE.replace("{}", name) for name in SCENES}
+    check_unwatched(found, stream)
+    asked = {path.read_bytes() for path in (stream.data_root / "scenes/test").rglob("*.png")}
+    assert len(asked) == 60
+    assert asked.isdisjoint(sample.media[0].path.read_bytes() for sample in found)
+
+
 def test_the_same_seed_draws_the_same_pictures(stream: Stream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, count in {"TRAIN_IMAGES": 150, "TEST_QUESTIONS": 50, "GENERAL_PICTURES": 60}.items():
+    for name, count in SIZES.items():
         monkeypatch.setattr(build, name, count)
     monkeypatch.setattr(build.draw_classes, "DOMAINS", {"grounds": DOMAINS["grounds"]})
     build.write_all(tmp_path)
