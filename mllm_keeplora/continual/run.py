@@ -6,6 +6,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
@@ -20,7 +21,7 @@ from mllm_keeplora.continual.trainer import check_loggers, check_settings
 from mllm_keeplora.data.conversation import Sample
 from mllm_keeplora.data.preflight import Preflight
 from mllm_keeplora.data.records import SkippedRecord
-from mllm_keeplora.data.stream import Stream, load_stream, load_training_records
+from mllm_keeplora.data.stream import Stream, check_kind, load_stream, load_training_records
 from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.distributed.processes import (
     end_processes,
@@ -256,15 +257,31 @@ def _check_general(config: RunConfig, stream: Stream, method: Method) -> None:
         )
 
 
+def check_kinds(stream: Stream, processor: Any, general: Sequence[Sample]) -> None:
+    """Refuses what a model of that kind cannot do: choose among classes, or answer in words.
+
+    Args:
+        stream: to be learnt.
+        processor: the base model's.
+        general: the general prompts.
+
+    Raises:
+        StreamError: a task of the other kind.
+        ConfigError: general prompts of the other kind, or a CLIP that is to be spread.
+    """
+    check_kind(stream, processor)
+    if classifies(processor) and sharding_asked():
+        raise ConfigError("FSDP spreads models that answer in words, and the base model is a CLIP; leave it out")
+    check_form(general, processor)
+
+
 def _checked_records(
     config: RunConfig, stream: Stream, reader: VideoReader, general: Sequence[Sample]
 ) -> dict[str, tuple[list[Sample], list[SkippedRecord]]]:
     """What the stages train on, every record of the run checked."""
     tasks = [task.name for task in stream.tasks]
     processor = load_base_processor(config.model)
-    if classifies(processor) and sharding_asked():
-        raise ConfigError("FSDP spreads models that answer in words, and the base model is a CLIP; leave it out")
-    check_form(general, processor)
+    check_kinds(stream, processor, general)
     preflight = Preflight.of_run(config, tasks, processor, reader)
     records = load_training_records(stream, config.on_bad_record, preflight)
     for task, lines in preflight.trained.items():

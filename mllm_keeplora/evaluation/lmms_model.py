@@ -37,7 +37,7 @@ from mllm_keeplora.evaluation.errors import EvaluationError
 from mllm_keeplora.evaluation.settled import settled
 from mllm_keeplora.evaluation.task_files import ASKED, CLASSES, COPY_COLUMN, Document
 from mllm_keeplora.modeling.adapters import base_of
-from mllm_keeplora.modeling.clip import CLIPClassifier, classifies
+from mllm_keeplora.modeling.clip import PROMPTS, CLIPClassifier, classifies
 from mllm_keeplora.runs.files import read_json
 from mllm_keeplora.runs.run_directory import ADAPTER_HASHES
 
@@ -46,7 +46,6 @@ logger = logging.getLogger(__name__)
 # lmms-eval's own LLaVA wrapper generates this many tokens where a task names no limit.
 DEFAULT_MAX_NEW_TOKENS = 1024
 _VIDEO_PREFIX = "video_"
-PROMPTS = 256  # prompts of classes that pass through the text tower together
 # Sampling settings that stock tasks carry; a greedy decoder allows only the values that mean greedy.
 GREEDY_SETTINGS: Mapping[str, tuple[Any, ...]] = {
     "do_sample": (False, None),
