@@ -170,9 +170,8 @@ class MemoryModel:
         batch = self.config.evaluation.batch_size
         if self.shape.prompts:
             asked = replace(self, shape=self.shape._replace(prompts=PROMPTS))
-            work = [
-                tower.working() + 3 * tower.rows * tower.hidden * self.itemsize for tower in asked.towers(batch, "B")
-            ]
+            towers = asked.towers(batch, "B")
+            work = [tower.working() + 3 * tower.rows * tower.hidden * self.itemsize for tower in towers]
             return {"activations": batch * self.shape.pixels * self.itemsize, "largest temporary": max(work)}
         language, *vision = self.towers(batch, "B")
         key_width = language.linears[language.family.keys].out_features
