@@ -162,7 +162,9 @@ def assumed_shape(
     """One grey image or clip through the processor, and an assumed number of tokens beside it.
 
     Args:
-        processor, model, config: of the run.
+        processor: the base model's.
+        model: of `build_skeleton`.
+        config: settings of the run.
         lists: the classes that tasks name; where there are none, some are assumed for a model that chooses.
     """
     (height, width), frames = ASSUMED_IMAGE, config.video.frames
