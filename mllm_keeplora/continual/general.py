@@ -116,11 +116,13 @@ def prompts(config: GeneralConfig, checker: Preflight | None = None) -> list[Sam
         checker: decodes what they show; None where that has been done before.
 
     Raises:
-        ConfigError: fewer than four; or a YAML that cannot be used.
+        ConfigError: fewer than four, a folder, or a YAML that cannot be used.
         RecordError: a file that cannot be used.
     """
     path = shipped("recipes/general/builtin.jsonl") if config.samples == "builtin" else find(Path(config.samples))
     root = path.parent if config.media_root is None else Path(config.media_root)
+    if path.is_dir():
+        raise ConfigError(f"general.samples {path} is a folder; name a file of prompts, for a CLIP a YAML of pictures")
     source, classes = read_reference(path, root) if path.suffix == ".yaml" else (path, None)
     read, _ = load_records(source, root, allow_text_only=True, answered=False, checker=checker, classes=classes)
     chosen = [read[i] for i in select_evenly(len(read), 1.0, config.max_samples)]

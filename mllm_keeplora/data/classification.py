@@ -137,7 +137,8 @@ def parse_classified(value: object, classes: Classes, answered: bool = True) -> 
         raise value
     wanted = {"image", "class"} if answered else {"image"}
     if not isinstance(value, dict) or not wanted <= value.keys() <= _KEYS:
-        raise BadRecord(f'{shown(value)}; expected {{"image": PATH, "class": CLASS}}, and "id" at most')
+        expected = '{"image": PATH, "class": CLASS}, and "id"' if answered else '{"image": PATH}, and "class" and "id"'
+        raise BadRecord(f"{shown(value)}; expected {expected} at most")
     question: list[str | Slot] = [Slot("image", read_name(value["image"], "image"))]
     question.append(classes.templates[0].replace("{}", _BLANK))
     answer = [Said("assistant", [_name(value["class"], classes)])] if answered else []

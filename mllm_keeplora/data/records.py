@@ -79,7 +79,7 @@ def load_records(
         answers: the file with the answers, where questions and answers lie apart.
         prompt_suffix: appended to every question as it is.
         allow_text_only: accept records without an image or video.
-        answered: False where records may end with a question.
+        answered: False where records may end with a question, and a folder may hold pictures without a class.
         on_bad_record: "error" refuses the file when any record is bad; "skip" leaves the bad ones out and
             returns them.
         checker: checks the records and what they name; None where that has been done before.

@@ -221,8 +221,8 @@ def check_run(config: RunConfig, memory_gb: float | None = None) -> None:
 def _general_prompts(config: RunConfig) -> list[Sample]:
     """The general prompts; none where their file is not there yet."""
     general = config.general
-    there = general.samples == "builtin" or is_there(find(general.samples))
-    return prompts(general) if general.given and there else []
+    there = general.samples == "builtin" or (general.given and is_there(find(general.samples)))
+    return prompts(general) if there else []
 
 
 def _prompts_beside(config: RunConfig, asked: Sequence[Sample], records: Mapping[str, list[Sample]]) -> int:

@@ -516,6 +516,11 @@ def test_a_picture_that_a_test_shows_is_refused(in_classes: Settings, data: Path
         pass
 
 
+def test_a_folder_in_the_place_of_a_file_is_named(in_classes: Settings, reference: Path) -> None:
+    with pytest.raises(ConfigError, match="is a folder; name a file of prompts, for a CLIP a YAML of pictures"):
+        run_stream(in_classes(samples=str(reference.parent / "pictures")))
+
+
 def test_samples_of_the_other_kind_are_refused(in_classes: Settings, in_words: Settings, reference: Path) -> None:
     with pytest.raises(ConfigError, match="ask for words, and the base model is a CLIP: name a YAML"):
         run_stream(in_classes(samples="builtin"))
