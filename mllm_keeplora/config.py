@@ -242,7 +242,8 @@ class GeneralConfig:
 
     Args:
         samples: builtin (256 prompts of knowledge, reasoning, writing and pictures), a file of records in any
-            form that tasks have (their last answers are not read), or none.
+            form that tasks have (their last answers are not read), for a CLIP a YAML of pictures and the classes
+            that they are compared with, or none.
         media_root: Folder that the file's image and video paths are relative to; None takes the file's own.
         max_samples: Most prompts that are taken, evenly spaced. Every fourth is held out for the budget.
         max_new_tokens: Longest reply of the base, in tokens.

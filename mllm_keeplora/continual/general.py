@@ -2,10 +2,14 @@
 
 ||dW x|| <= ||dW|| ||(I - M M^T) x||, and U_w bounds the energy of W, not of the inputs x that carry general
 ability. So those inputs are protected as well, before the first stage.
+
+For a CLIP a general sample is a picture with texts that it is compared with: the base's reply is one word, the nearest
+text, and what it says there is its distribution over them.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import zip_longest
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,8 +21,9 @@ from torch.nn.functional import cross_entropy
 
 from mllm_keeplora.config import ConfigError, GeneralConfig, Tower
 from mllm_keeplora.continual.trainer import Joined
-from mllm_keeplora.data.collator import ChatCollator, decoded, join_batches
-from mllm_keeplora.data.conversation import MediaFile, Message, Sample
+from mllm_keeplora.data.classification import read_reference
+from mllm_keeplora.data.collator import classes_in, collator_of, decoded, join_batches
+from mllm_keeplora.data.conversation import Classes, MediaFile, Message, Sample
 from mllm_keeplora.data.preflight import Preflight
 from mllm_keeplora.data.records import load_records, read_records, select_evenly
 from mllm_keeplora.data.stream import Stream, named_paths
@@ -33,11 +38,12 @@ from mllm_keeplora.distributed.processes import (
 )
 from mllm_keeplora.distributed.progress import progress
 from mllm_keeplora.distributed.sharding import fillers, gathered
-from mllm_keeplora.evaluation.answer import greedy_replies, inference_state
+from mllm_keeplora.evaluation.answer import greedy_replies, inference_state, nearest_classes
 from mllm_keeplora.linalg.sketch import extend_basis_from_sketch
 from mllm_keeplora.methods.base import Method
 from mllm_keeplora.methods.context import General, Lesson, RunContext, StageContext
 from mllm_keeplora.modeling.adapters import Factors, Model, adapters_off
+from mllm_keeplora.modeling.clip import classifies
 from mllm_keeplora.modeling.loss import (
     IGNORED_LABEL,
     TEACHER_WORDS,
@@ -54,6 +60,7 @@ from mllm_keeplora.probes.activations import sketch_inputs
 from mllm_keeplora.probes.protected_bases import ProtectedBases
 from mllm_keeplora.resources import find, is_there, shipped
 from mllm_keeplora.runs.files import (
+    file_state,
     found_hash,
     load_tensors,
     read_json,
@@ -73,14 +80,19 @@ GUARD_STEPS = 5  # bisections per factor: c is found to 1/32
 class Batches:
     """General samples as model inputs with labels; of several processes each takes its share.
 
+    Pictures of one batch are compared with the same texts, so that these are the columns of its logits.
+
     Attributes:
         rows: the samples' numbers, batch by batch.
     """
 
-    def __init__(self, run: RunContext, samples: Sequence[Sample], collator: ChatCollator) -> None:
-        self.run, self.samples, self.collator = run, samples, collator
-        size = run.config.probe.batch_size
-        self.rows = [range(start, min(start + size, len(samples))) for start in range(0, len(samples), size)]
+    def __init__(self, run: RunContext, samples: Sequence[Sample]) -> None:
+        self.run, self.samples = run, samples
+        self.collator = collator_of(run.processor, None, run.reader)
+        size, self.rows = run.config.probe.batch_size, list[list[int]]()
+        for _, group in groupby(range(len(samples)), key=lambda number: samples[number].classes):
+            numbers = list(group)
+            self.rows += [numbers[start : start + size] for start in range(0, len(numbers), size)]
 
     def __call__(self) -> Iterator[dict[str, Tensor]]:
         """All of them once, in order."""
@@ -97,19 +109,22 @@ class Batches:
 
 
 def prompts(config: GeneralConfig, checker: Preflight | None = None) -> list[Sample]:
-    """The general prompts: conversations up to their last question, evenly spaced over the file.
+    """The general prompts: conversations up to their last question, or pictures with texts, evenly spaced.
 
     Args:
         config: which.
         checker: decodes what they show; None where that has been done before.
 
     Raises:
-        ConfigError: fewer than four.
+        ConfigError: fewer than four, a folder, or a YAML that cannot be used.
         RecordError: a file that cannot be used.
     """
     path = shipped("recipes/general/builtin.jsonl") if config.samples == "builtin" else find(Path(config.samples))
     root = path.parent if config.media_root is None else Path(config.media_root)
-    read, _ = load_records(path, root, allow_text_only=True, answered=False, checker=checker)
+    if path.is_dir():
+        raise ConfigError(f"general.samples {path} is a folder; name a file of prompts, for a CLIP a YAML of pictures")
+    source, classes = read_reference(path, root) if path.suffix == ".yaml" else (path, None)
+    read, _ = load_records(source, root, allow_text_only=True, answered=False, checker=checker, classes=classes)
     chosen = [read[i] for i in select_evenly(len(read), 1.0, config.max_samples)]
     if len(chosen) < HELD_OUT:
         raise ConfigError(f"general.samples {config.samples} has {len(chosen)} prompts; expected at least {HELD_OUT}")
@@ -118,11 +133,26 @@ def prompts(config: GeneralConfig, checker: Preflight | None = None) -> list[Sam
 
 def _without_last_answers(sample: Sample) -> Sample:
     last = max(number for number, message in enumerate(sample.messages) if message.role == "user")
-    return Sample(sample.id, sample.messages[: last + 1])
+    return replace(sample, messages=sample.messages[: last + 1])
+
+
+def check_form(asked: Sequence[Sample], processor: Any) -> None:
+    """Compares what the prompts ask for with what a model can do: choose among texts, or answer in words.
+
+    Raises:
+        ConfigError: names what to give instead.
+    """
+    chooses = classifies(processor)
+    if any((prompt.classes is not None) != chooses for prompt in asked):
+        wrong = "ask for words, and the base model is a CLIP: name a YAML of pictures and classes"
+        other = "are pictures with classes, and the base model answers in words: name a file of prompts"
+        raise ConfigError(f"general.samples: they {wrong if chooses else other}, or set it to none")
 
 
 def check_unwatched(asked: Sequence[Sample], stream: Stream) -> None:
     """Refuses prompts that a test file of the stream asks about the same picture: what is kept is not to be measured.
+
+    A CLIP is asked about nothing else, so there the picture alone counts.
 
     Stock benchmarks and files that are not there are not looked at: their data may yet have to come.
 
@@ -130,17 +160,19 @@ def check_unwatched(asked: Sequence[Sample], stream: Stream) -> None:
         ConfigError: names the first such prompt and where it is asked.
         RecordError: a test file that cannot be read.
     """
-    by_text: dict[str, list[Sample]] = {}
+    alike: dict[Hashable, list[Sample]] = {}
     for prompt in asked:
-        by_text.setdefault(_words(prompt.messages), []).append(prompt)
+        alike.setdefault(_at_sight(prompt.messages, prompt.classes), []).append(prompt)
     for spec in stream.specs:
         test = stream.test_file(spec)
         if test is None or not all(map(is_there, named_paths(stream, spec))):
             continue
-        root, answers = stream.test_media_root(spec), stream.answers_file(spec)
-        read, _ = read_records(test, root, answers=answers, allow_text_only=True, extracted=stream.extracted)
+        root, answers, classes = stream.test_media_root(spec), stream.answers_file(spec), stream.classes(spec)
+        read, _ = read_records(
+            test, root, answers=answers, allow_text_only=True, extracted=stream.extracted, classes=classes
+        )
         for messages in (before for sample in read.values() for before, _ in sample.questions):
-            for prompt in by_text.get(_words(messages), ()):
+            for prompt in alike.get(_at_sight(messages, classes), ()):
                 if _shown(messages) == _shown(prompt.messages):
                     raise ConfigError(
                         f"general.samples: prompt {prompt.id!r} ({prompt.messages[-1].text[:80]!r}) is a question of "
@@ -148,7 +180,11 @@ def check_unwatched(asked: Sequence[Sample], stream: Stream) -> None:
                     )
 
 
-def _words(messages: Sequence[Message]) -> str:
+def _at_sight(messages: Sequence[Message], classes: Classes | None) -> Hashable:
+    """What equal questions have in common before their pictures are read: the words; of a picture alone, its bytes."""
+    if classes is not None:
+        state = file_state(messages[-1].media[0].path)
+        return None if state is None else state[0]
     return " ".join(messages[-1].text.casefold().split())
 
 
@@ -157,13 +193,14 @@ def _shown(messages: Sequence[Message]) -> list[str | None]:
 
 
 def prompts_hash(asked: Sequence[Sample]) -> str:
-    """SHA-256 (hex) of prompts: texts, roles and the content of what they show."""
+    """SHA-256 (hex) of prompts: texts, roles and the content of what they show, and what pictures are compared with."""
     parts = [
         [message.role, [sha256_file(p.path) if isinstance(p, MediaFile) else str(p) for p in message.parts]]
         for prompt in asked
         for message in prompt.messages
     ]
-    return sha256_json(parts)
+    lists = dict.fromkeys(prompt.classes for prompt in asked if prompt.classes is not None)
+    return sha256_json([*parts, *(classes.prompts(classes.templates[0]) for classes in lists)])
 
 
 def general_samples(run: RunContext, asked: Sequence[Sample], key: str) -> General:
@@ -193,7 +230,7 @@ def general_samples(run: RunContext, asked: Sequence[Sample], key: str) -> Gener
 def _answered(asked: Sequence[Sample], replies: Sequence[str]) -> list[Sample]:
     """The prompts that were answered, with the replies."""
     return [
-        Sample(prompt.id, (*prompt.messages, Message("assistant", (reply,))))
+        replace(prompt, messages=(*prompt.messages, Message("assistant", (reply,))))
         for prompt, reply in zip(asked, replies, strict=True)
         if reply
     ]
@@ -213,7 +250,26 @@ def _replies(run: RunContext, asked: Sequence[Sample], key: str) -> list[str]:
 
 
 def _ask(run: RunContext, model: Model, asked: Sequence[Sample], new_tokens: int) -> list[str]:
-    """A model's greedy replies, each process its share; the same on all."""
+    """A model's own replies, each process its share; the same on all."""
+    own = _chosen(run, model, asked) if classifies(run.processor) else _generated(run, model, asked, new_tokens)
+    every = {i: reply for part in gather(own) for i, reply in part.items()}
+    return [every[i] for i in range(len(asked))]
+
+
+def _chosen(run: RunContext, model: Model, asked: Sequence[Sample]) -> dict[int, str]:
+    """The names of the nearest texts to this process's share of pictures."""
+    batches, own = Batches(run, asked), dict[int, str]()
+    with inference_state(model):
+        for row, batch in zip(own_share(batches.rows), batches(), strict=True):
+            names = cast(Classes, asked[row[0]].classes).names
+            inputs = {key: value for key, value in batch.items() if key not in ("labels", "shift_labels")}
+            nearest = nearest_classes(model(**inputs).logits[:, 0])
+            own |= {i: names[number] for i, number in zip(row, nearest, strict=True)}
+    return own
+
+
+def _generated(run: RunContext, model: Model, asked: Sequence[Sample], new_tokens: int) -> dict[int, str]:
+    """Greedy replies to this process's share of prompts."""
     size = run.config.evaluation.batch_size
     order = sorted(range(len(asked)), key=lambda i: sum(len(message.text) for message in asked[i].messages))
     rows = [order[start : start + size] for start in range(0, len(order), size)]
@@ -223,8 +279,7 @@ def _ask(run: RunContext, model: Model, asked: Sequence[Sample], new_tokens: int
             conversations = [decoded(asked[i].messages, run.reader) for i in row]
             said = greedy_replies(model, run.processor, conversations, new_tokens)
             own |= dict(zip(row, said, strict=True))
-    every = {i: reply for part in gather(own) for i, reply in part.items()}
-    return [every[i] for i in range(len(asked))]
+    return own
 
 
 def _cached(run: RunContext, key: str, name: str, **more: Any) -> Path:
@@ -266,7 +321,7 @@ def general_bases(run: RunContext, samples: Sequence[Sample], key: str) -> Path:
         targets = [target for target in run.targets if target.is_reached_by(media)]
         columns = {t.name: min(config.general.columns, 2 * t.in_features) for t in targets}
         logger.info(f"protecting the inputs of {len(samples)} general samples")
-        batches = Batches(run, samples, ChatCollator(run.processor, None, run.reader))
+        batches = Batches(run, samples)
         sketches = sketch_inputs(run.model, targets, columns, batches, config.seed)
         _write_bases(run, targets, sketches, path, facts)
     from_main(lambda: write_json(run.directory.general_energy, read_json(facts)))
@@ -313,7 +368,7 @@ def _teachers(run: RunContext, samples: Sequence[Sample], key: str) -> dict[str,
 
 def _said(run: RunContext, model: Model, samples: Sequence[Sample]) -> dict[str, Tensor]:
     """What a model says at the reply tokens of each sample: `<number>/<field of Teacher>` -> tensor on the CPU."""
-    batches = Batches(run, samples, ChatCollator(run.processor, None, run.reader))
+    batches = Batches(run, samples)
     own: dict[str, Tensor] = {}
     with inference_state(model):
         for rows, batch in zip_longest(own_share(batches.rows), batches()):
@@ -342,7 +397,7 @@ def past_prompts(stage: StageContext) -> list[Sample]:
         for place, index in enumerate(select_evenly(len(samples), 1.0, run.config.general.rehearsed)):
             questions = samples[index].questions
             before, _ = questions[place % len(questions)]
-            prompts.append(Sample(f"{task.name}/{samples[index].id}", before))
+            prompts.append(replace(samples[index], id=f"{task.name}/{samples[index].id}", messages=before))
     return prompts
 
 
@@ -377,7 +432,7 @@ class Distillation:
         self._stage, self._config = stage, stage.run.config.general
         self._lessons = lessons
         self._count = self._config.beside(stage.train.per_device_train_batch_size)
-        self._collator = ChatCollator(stage.run.processor, None, stage.run.reader)
+        self._collator = collator_of(stage.run.processor, None, stage.run.reader)
         self._step, self._forwards = -1, 0
 
     def __call__(self, batch: Mapping[str, Tensor], step: int) -> Joined:
@@ -389,31 +444,46 @@ class Distillation:
 
         Returns:
             The joint batch, whose labels leave the general samples out; and a function that gives weight * the mean
-            over the reply tokens of all processes from its logits, [batch, kept positions, vocabulary].
+            over the reply tokens of all processes from its logits, [batch, kept positions, vocabulary]; of a CLIP,
+            over its pictures.
         """
         self._forwards = self._forwards + 1 if step == self._step else 0
         self._step = step
-        drawn, own = self._drawn(step), len(batch["input_ids"])
+        drawn, own, words = self._drawn(step), len(batch["labels"]), classes_in(batch)
         samples = answers_alone(self._collator([self._lessons[index].sample for index in drawn]))
         pad_token_id = self._stage.run.processor.tokenizer.pad_token_id
         joined = join_batches(batch, self._stage.run.to_device(samples), pad_token_id)
         for labels in ("labels", "shift_labels"):
             joined[labels][own:] = IGNORED_LABEL
-        return joined, lambda logits: self._loss(logits[own:], samples["shift_labels"], drawn)
+        return joined, lambda logits: self._loss(logits[own:, :, words:], samples, drawn)
 
-    def _loss(self, logits: Tensor, labels: Tensor, drawn: Sequence[int]) -> Tensor:
-        """`labels` are on the CPU, so that nothing waits for the device to say where they are."""
+    def _loss(self, logits: Tensor, batch: Mapping[str, Tensor], drawn: Sequence[int]) -> Tensor:
+        """`batch` is on the CPU, so that nothing waits for the device to say where its labels are."""
+        labels = batch["shift_labels"]
         device, (rows, places) = logits.device, torch.nonzero(labels != IGNORED_LABEL, as_tuple=True)
         found = logits[rows.to(device, non_blocking=True), places.to(device, non_blocking=True)].float()
         if self._config.distil == "replies":
             loss = cross_entropy(found, labels[rows, places].to(device, non_blocking=True), reduction="sum")
         else:
-            parts = zip(*(cast(Teacher, self._lessons[index].teacher) for index in drawn), strict=True)
-            teacher = Teacher(*(torch.cat(part).to(device, non_blocking=True) for part in parts))
-            loss = teacher_divergence(teacher, found)
+            loss = self._divergence(found, batch, drawn)
         # DDP averages the processes' gradients: their number times the own share of the sum gives the mean over all.
         share = num_processes() / sum_of_all(torch.tensor(len(rows), device=device))
         return self._config.weight * share * loss
+
+    def _divergence(self, found: Tensor, batch: Mapping[str, Tensor], drawn: Sequence[int]) -> Tensor:
+        """Sum over [tokens, vocabulary] logits; of pictures, those that are compared with the same texts together."""
+        lists = [self._lessons[index].sample.classes for index in drawn]
+        total = found.new_zeros(())
+        for classes in dict.fromkeys(lists):
+            among = [row for row, own in enumerate(lists) if own == classes]
+            parts = zip(*(cast(Teacher, self._lessons[drawn[row]].teacher) for row in among), strict=True)
+            teacher = Teacher(*(torch.cat(part).to(found.device, non_blocking=True) for part in parts))
+            logits = found
+            if classes is not None:
+                words = batch["candidates"][among[0]].nonzero().squeeze(1).to(found.device, non_blocking=True)
+                logits = found[among][:, words]
+            total = total + teacher_divergence(teacher, logits)
+        return total
 
     def _drawn(self, step: int) -> list[int]:
         """Numbers of the samples that the next forward of a step sees."""
@@ -463,7 +533,7 @@ def guard(
     """
     run, budget = stage.run, stage.run.config.general.budget or 0.0
     general = cast(General, run.general)
-    batches = Batches(run, general.held_out, ChatCollator(run.processor, None, run.reader))
+    batches = Batches(run, general.held_out)
 
     def measure(c: Mapping[Tower, float]) -> float:
         folded = method.fold(stage.accumulated, factors, stage.scaled(c).folded_scales)

@@ -1,17 +1,18 @@
 """A run over a stream: opened, checked and locked; its stages are opened from here."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 
 from mllm_keeplora.config import ConfigError, RunConfig, config_from_dict
-from mllm_keeplora.continual.general import check_unwatched, general_bases, general_samples, prompts
+from mllm_keeplora.continual.general import check_form, check_unwatched, general_bases, general_samples, prompts
 from mllm_keeplora.continual.history import History
 from mllm_keeplora.continual.learning import read_stage_factors
 from mllm_keeplora.continual.memory import memory_explained
@@ -20,7 +21,7 @@ from mllm_keeplora.continual.trainer import check_loggers, check_settings
 from mllm_keeplora.data.conversation import Sample
 from mllm_keeplora.data.preflight import Preflight
 from mllm_keeplora.data.records import SkippedRecord
-from mllm_keeplora.data.stream import Stream, load_stream, load_training_records
+from mllm_keeplora.data.stream import Stream, check_kind, load_stream, load_training_records
 from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.distributed.processes import (
     end_processes,
@@ -256,15 +257,31 @@ def _check_general(config: RunConfig, stream: Stream, method: Method) -> None:
         )
 
 
+def check_kinds(stream: Stream, processor: Any, general: Sequence[Sample]) -> None:
+    """Refuses what a model of that kind cannot do: choose among classes, or answer in words.
+
+    Args:
+        stream: to be learnt.
+        processor: the base model's.
+        general: the general prompts.
+
+    Raises:
+        StreamError: a task of the other kind.
+        ConfigError: general prompts of the other kind, or a CLIP that is to be spread.
+    """
+    check_kind(stream, processor)
+    if classifies(processor) and sharding_asked():
+        raise ConfigError("FSDP spreads models that answer in words, and the base model is a CLIP; leave it out")
+    check_form(general, processor)
+
+
 def _checked_records(
-    config: RunConfig, stream: Stream, reader: VideoReader
+    config: RunConfig, stream: Stream, reader: VideoReader, general: Sequence[Sample]
 ) -> dict[str, tuple[list[Sample], list[SkippedRecord]]]:
     """What the stages train on, every record of the run checked."""
     tasks = [task.name for task in stream.tasks]
     processor = load_base_processor(config.model)
-    if classifies(processor) and (config.general.given or config.general.rehearsed or sharding_asked()):
-        wrong = "FSDP spreads" if sharding_asked() else "general.samples and general.rehearsed take"
-        raise ConfigError(f"{wrong} models that answer in words, and the base model is a CLIP; leave it out")
+    check_kinds(stream, processor, general)
     preflight = Preflight.of_run(config, tasks, processor, reader)
     records = load_training_records(stream, config.on_bad_record, preflight)
     for task, lines in preflight.trained.items():
@@ -277,7 +294,8 @@ def _load_context(run: Run) -> RunContext:
     if config.video.fps is not None:
         check_clip_lengths(config, read_model_config(config.model))
     reader = VideoReader(config.video, cache)
-    records = from_main(lambda: _checked_records(config, stream, reader))
+    general = run.history.prompts if config.general.given else []
+    records = from_main(lambda: _checked_records(config, stream, reader, general))
     stock = [spec.lmms_eval_task for spec in stream.general if spec.lmms_eval_task is not None]
     from_main(lambda: check_logins(stock, run.directory.task_files))
     logger.info(f"loading {config.model.base_model} ({config.model.quantization})")

@@ -22,11 +22,12 @@ from transformers import CLIPProcessor
 from mllm_keeplora.data.chat_template import ProcessorError
 from mllm_keeplora.data.conversation import Classes, Sample
 from mllm_keeplora.data.images import ImageError, load_image
-from mllm_keeplora.data.record_files import BadRecord, RecordError, visible
+from mllm_keeplora.data.record_files import BadRecord, RecordError, is_folder, visible
 from mllm_keeplora.data.record_forms import Parsed, Said, Slot, read_name
 from mllm_keeplora.errors import ConfigError, did_you_mean
 from mllm_keeplora.modeling.loss import IGNORED_LABEL
 from mllm_keeplora.settings import shown
+from mllm_keeplora.yaml_files import read_yaml
 
 _KEYS = {"image", "class", "id"}
 _BLANK = "___"  # stands for the name in the question that reports show
@@ -80,24 +81,75 @@ def _check_different(names: Mapping[str, str]) -> None:
         raise ConfigError(f"one class alone, {next(iter(names))!r}; there is nothing to choose from")
 
 
-def parse_classified(value: object, classes: Classes) -> Parsed:
+def read_reference(file: Path, root: Path) -> tuple[Path, Classes]:
+    """Pictures that a CLIP is to see as it did, and the texts that it compares them with (general samples).
+
+    They stand in a YAML:
+
+        pictures: train                                # folder of pictures, or of one folder a class; or records
+        classes: {templates: ['a photo of a {}.']}     # as a task has them; free texts are names under '{}'
+
+    Args:
+        file: the YAML.
+        root: folder that `pictures`, and the paths in records, are relative to.
+
+    Returns:
+        Where the pictures lie, whose own classes are not read, and the texts: the first template with every name.
+
+    Raises:
+        ConfigError: a file of another form.
+        RecordError: the folder that names the classes cannot be read.
+    """
+    try:
+        return _read_reference(file, root)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
+
+
+def _read_reference(file: Path, root: Path) -> tuple[Path, Classes]:
+    entry: Any = read_yaml(file)
+    if not isinstance(entry, dict) or entry.keys() != {"pictures", "classes"}:
+        raise ConfigError(f"found {shown(entry)}; expected the lines 'pictures: FOLDER' and 'classes: ..'")
+    pictures, classes = entry["pictures"], entry["classes"]
+    if not isinstance(pictures, str) or not pictures:
+        raise ConfigError(f"pictures is {shown(pictures)}; expected a folder, or a file of records")
+    source = root / pictures
+    names = source if is_folder(source) and any(path.is_dir() for path in visible(source)) else None
+    try:
+        classes = read_yaml(file.parent / classes) if isinstance(classes, str) else classes
+        if not isinstance(classes, dict):
+            raise ConfigError(f"found {shown(classes)}; expected templates and names, or a YAML of them")
+        return source, build_classes(classes, names)
+    except ConfigError as error:
+        said = f"{entry['classes']}: {error}" if isinstance(entry["classes"], str) else error
+        raise ConfigError(f"classes: {said}") from error
+
+
+def parse_classified(value: object, classes: Classes, answered: bool = True) -> Parsed:
     """A record {"image", "class"} as question and answer; the question's words are for readers alone.
+
+    Not `answered`, it is a question alone, and its class is not read.
 
     Raises:
         BadRecord: another form, or a class that is not among them.
     """
     if isinstance(value, BadRecord):
         raise value
-    if not isinstance(value, dict) or not {"image", "class"} <= value.keys() <= _KEYS:
-        raise BadRecord(f'{shown(value)}; expected {{"image": PATH, "class": CLASS}}, and "id" at most')
-    key = value["class"]
+    wanted = {"image", "class"} if answered else {"image"}
+    if not isinstance(value, dict) or not wanted <= value.keys() <= _KEYS:
+        expected = '{"image": PATH, "class": CLASS}, and "id"' if answered else '{"image": PATH}, and "class" and "id"'
+        raise BadRecord(f"{shown(value)}; expected {expected} at most")
+    question: list[str | Slot] = [Slot("image", read_name(value["image"], "image"))]
+    question.append(classes.templates[0].replace("{}", _BLANK))
+    answer = [Said("assistant", [_name(value["class"], classes)])] if answered else []
+    return Parsed(value.get("id", value["image"]), [Said("user", question), *answer])
+
+
+def _name(key: object, classes: Classes) -> str:
     if key not in classes.keys:
         known = f"none of the {len(classes.keys)} classes{did_you_mean(str(key), classes.keys)}"
         raise BadRecord(f"the class {shown(key)} is {known}; add it to `classes`, or correct the record")
-    name = classes.names[classes.keys.index(key)]
-    question: list[str | Slot] = [Slot("image", read_name(value["image"], "image"))]
-    question.append(classes.templates[0].replace("{}", _BLANK))
-    return Parsed(value.get("id", value["image"]), [Said("user", question), Said("assistant", [name])])
+    return classes.names[classes.keys.index(key)]
 
 
 def check_every_class(samples: Iterable[Sample], classes: Classes, source: object) -> None:
@@ -130,7 +182,8 @@ class ClassCollator:
 
         Returns:
             pixel_values [B, 3, H, W]; input_ids and attention_mask [C, T] int64, a prompt of every class of the tasks
-            in the batch; candidates [B, C] bool; labels [B, 2] int64, of which the second is the class.
+            in the batch; candidates [B, C] bool; labels [B, 2] int64, of which the second is the class where the
+            sample has an answer.
 
         Raises:
             ImageError: a picture that cannot be decoded.
@@ -149,7 +202,8 @@ class ClassCollator:
             classes = _classes(sample)
             begin = begins[classes]
             candidates[row, begin : begin + len(classes.names)] = True
-            labels[row, 1] = begin + classes.names.index(sample.answers[0])
+            if sample.answers:
+                labels[row, 1] = begin + classes.names.index(sample.answers[0])
         pixels = process_pictures(self.processor, [_picture(sample) for sample in samples])
         return {"pixel_values": pixels, **self._tokens[lists], "candidates": candidates, "labels": labels}
 

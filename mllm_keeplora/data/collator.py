@@ -392,16 +392,28 @@ def ready_batch(batch: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Te
 
 
 def join_batches(first: Mapping[str, Tensor], second: Mapping[str, Tensor], pad_token_id: int) -> dict[str, Tensor]:
-    """The batch that the collator makes of the samples of both, in their order."""
+    """The batch that the collator makes of the samples of both, in their order.
+
+    Classes of the second come behind those of the first, also where they are the same.
+    """
     filled = {"input_ids": pad_token_id, **_FILLED}
-    joined = {}
-    for key in (*first, *(key for key in second if key not in first)):
+    joined, classes = {}, classes_in(first)
+    if classes:
+        joined["candidates"] = torch.block_diag(first["candidates"], second["candidates"])
+        labels = {key: value for key, value in second.items() if key.endswith("labels")}
+        second = {**second, **{key: torch.where(v == IGNORED_LABEL, v, v + classes) for key, v in labels.items()}}
+    for key in (key for key in dict.fromkeys([*first, *second]) if key not in joined):
         parts = [batch[key] for batch in (first, second) if key in batch]
         if key in filled:
             largest = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
             parts = [_filled(part, largest, filled[key]) for part in parts]
         joined[key] = torch.cat(parts)
     return joined
+
+
+def classes_in(batch: Mapping[str, Tensor]) -> int:
+    """How many classes a batch compares its pictures with; 0 for one that is answered in words."""
+    return batch["candidates"].shape[1] if "candidates" in batch else 0
 
 
 def _filled(tensor: Tensor, largest: Sequence[int], value: int) -> Tensor:

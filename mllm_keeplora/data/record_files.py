@@ -79,12 +79,13 @@ class Extracted(Converted):
     """The path of a file that was written for bytes in a table. Whether they are a medium is for the reader to say."""
 
 
-def read_rows(source: Path | HubTable, extracted: Path) -> Rows:
+def read_rows(source: Path | HubTable, extracted: Path, classed: bool = True) -> Rows:
     """(row, JSON value) of every record; the value is a `BadRecord` where it cannot be used at all.
 
     Args:
         source: see the module's docstring.
         extracted: folder for the media that a table holds, an absolute path.
+        classed: False where a folder may also hold the pictures themselves, without a class.
 
     Raises:
         RecordError: the source as a whole cannot be read.
@@ -92,7 +93,7 @@ def read_rows(source: Path | HubTable, extracted: Path) -> Rows:
     if isinstance(source, HubTable):
         return _check_values(enumerate(_hub_rows(source, extracted), start=1))
     if is_folder(source):
-        return folder_rows(source)
+        return folder_rows(source, classed)
     if not source.name.endswith(RECORD_SUFFIXES):
         raise RecordError(f"{source}: unknown kind of data file; expected one of {', '.join(RECORD_SUFFIXES)}")
     if source.exists() and (kind := irregular_kind(source)) is not None:
@@ -109,8 +110,10 @@ def is_folder(source: Path | HubTable) -> bool:
     return isinstance(source, Path) and not source.name.endswith(RECORD_SUFFIXES) and source.is_dir()
 
 
-def folder_rows(folder: Path) -> Rows:
+def folder_rows(folder: Path, classed: bool = True) -> Rows:
     """{"image", "class"} of every file in a folder of one folder a class, in the order of their names.
+
+    Not `classed`, a folder of files alone has {"image"} of each.
 
     Raises:
         RecordError: a class without files, files beside the classes' folders, or no class.
@@ -118,6 +121,8 @@ def folder_rows(folder: Path) -> Rows:
     rows: list[dict[str, str]] = []
     entries = visible(folder)
     beside = [path.name for path in entries if not path.is_dir()]
+    if not classed and entries and len(beside) == len(entries):
+        return [(row, {"image": name}) for row, name in enumerate(beside, start=1)]
     if beside or not entries:
         found = f"{beside[0]!r} beside them" if beside else "none"
         raise RecordError(f"{folder}: expected one folder a class with pictures in it, found {found}")

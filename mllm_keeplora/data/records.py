@@ -79,7 +79,7 @@ def load_records(
         answers: the file with the answers, where questions and answers lie apart.
         prompt_suffix: appended to every question as it is.
         allow_text_only: accept records without an image or video.
-        answered: False where records may end with a question.
+        answered: False where records may end with a question, and a folder may hold pictures without a class.
         on_bad_record: "error" refuses the file when any record is bad; "skip" leaves the bad ones out and
             returns them.
         checker: checks the records and what they name; None where that has been done before.
@@ -171,9 +171,9 @@ def each_record(
     media_root = path if isinstance(path, Path) and is_folder(path) else media_root
     roots = tuple(os.path.realpath(root) for root in (media_root, extracted))
     name = path.name
-    for row, value in _read_pairs(path, answers, extracted):
+    for row, value in _read_pairs(path, answers, answered, extracted):
         try:
-            parsed = parse_record(value, answered) if classes is None else parse_classified(value, classes)
+            parsed = parse_record(value, answered) if classes is None else parse_classified(value, classes, answered)
             sample = _to_sample(parsed, f"{name}:{row}", media_root, roots, allow_text_only, classes)
             yield Record(row, value, sample, is_test_form=parsed.is_test_form)
         except BadRecord as error:
@@ -261,9 +261,9 @@ def named_media(
     return {file.path for record in records if record.sample is not None for file in record.sample.media}
 
 
-def _read_pairs(path: Path | HubTable, answers: Path | HubTable | None, extracted: Path) -> Rows:
+def _read_pairs(path: Path | HubTable, answers: Path | HubTable | None, answered: bool, extracted: Path) -> Rows:
     """(row, value) of every record. With a file of answers, each question gets the answer of its position."""
-    rows = read_rows(path, extracted)
+    rows = read_rows(path, extracted, classed=answered)
     if answers is None:
         return rows
     replies = read_rows(answers, extracted)

@@ -130,6 +130,21 @@ def greedy_replies(
         return [reply.strip() for reply in generate_replies(model, processor, form, inputs, max_new_tokens)]
 
 
+def nearest_classes(similarities: torch.Tensor) -> list[int]:
+    """The number of the class that is nearest to each picture, what a CLIP replies.
+
+    Args:
+        similarities: [pictures, classes].
+
+    Raises:
+        LogitsError: similarities that are no numbers.
+    """
+    if not torch.isfinite(similarities).all():
+        raise LogitsError("the similarities of pictures and classes are not finite: the weights are damaged")
+    nearest: list[int] = similarities.argmax(1).tolist()
+    return nearest
+
+
 def generate_replies(
     model: Any,
     processor: Any,

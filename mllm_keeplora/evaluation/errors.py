@@ -8,4 +8,4 @@ class EvaluationError(KeepLoRAError, RuntimeError):
 
 
 class LogitsError(KeepLoRAError, ArithmeticError):
-    """A model whose scores of the next token are no numbers, so that none is the likeliest."""
+    """A model whose scores of the next token, or of classes, are no numbers, so that none is the likeliest."""

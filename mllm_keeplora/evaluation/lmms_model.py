@@ -32,12 +32,12 @@ from mllm_keeplora.data.images import FORMATS, load_image
 from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.distributed.progress import progress
 from mllm_keeplora.distributed.sharding import gathered
-from mllm_keeplora.evaluation.answer import generate_replies, inference_state
+from mllm_keeplora.evaluation.answer import generate_replies, inference_state, nearest_classes
 from mllm_keeplora.evaluation.errors import EvaluationError
 from mllm_keeplora.evaluation.settled import settled
 from mllm_keeplora.evaluation.task_files import ASKED, CLASSES, COPY_COLUMN, Document
 from mllm_keeplora.modeling.adapters import base_of
-from mllm_keeplora.modeling.clip import CLIPClassifier, classifies
+from mllm_keeplora.modeling.clip import PROMPTS, CLIPClassifier, classifies
 from mllm_keeplora.runs.files import read_json
 from mllm_keeplora.runs.run_directory import ADAPTER_HASHES
 
@@ -46,7 +46,6 @@ logger = logging.getLogger(__name__)
 # lmms-eval's own LLaVA wrapper generates this many tokens where a task names no limit.
 DEFAULT_MAX_NEW_TOKENS = 1024
 _VIDEO_PREFIX = "video_"
-PROMPTS = 256  # prompts of classes that pass through the text tower together
 # Sampling settings that stock tasks carry; a greedy decoder allows only the values that mean greedy.
 GREEDY_SETTINGS: Mapping[str, tuple[Any, ...]] = {
     "do_sample": (False, None),
@@ -325,10 +324,7 @@ class KeepLoRAModel(lmms):
         names, classes = self._class_features[file]
         base: CLIPClassifier = base_of(self.model)  # type: ignore[assignment]
         pictures = base.picture_features(pixels.to(self.device, base.dtype))
-        nearest = base.similarities(pictures, classes)
-        if not torch.isfinite(nearest).all():
-            raise ValueError("the similarities of pictures and classes are not finite: the weights are damaged")
-        return [names[index] for index in nearest.argmax(1).tolist()]
+        return [names[index] for index in nearest_classes(base.similarities(pictures, classes))]
 
     def _features_of(self, file: str) -> tuple[list[str], torch.Tensor]:
         """The names in a file of classes, and of each the mean over the templates of its prompts' features."""

@@ -15,6 +15,8 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from mllm_keeplora.modeling.families import family_of
 from mllm_keeplora.modeling.loss import IGNORED_LABEL
 
+PROMPTS = 256  # prompts of classes that pass through the text tower together in an evaluation
+
 
 class CLIPClassifier(CLIPModel):
     """`CLIPModel`, parameters and their names included, with the forward that a stage trains."""

@@ -157,6 +157,7 @@ FAMILIES: dict[str, ModelFamily] = {
             language_layers="text_model.encoder.layers",
             projectors=(),
             used_vision_layers=_all_layers,
+            writers=("out_proj", "fc2"),
             heads=("visual_projection", "text_projection"),
             classifies=True,
         ),

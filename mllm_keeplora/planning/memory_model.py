@@ -7,7 +7,7 @@ How far the estimate is from a measured peak: docs/plan.md.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from mllm_keeplora.config import ModelConfig, RunConfig, Tower, TrainConfig
 from mllm_keeplora.methods.base import Method, load_method
+from mllm_keeplora.modeling.clip import PROMPTS
 from mllm_keeplora.modeling.families import ModelFamily, family_of
 from mllm_keeplora.modeling.linear4bit import is_linear
 from mllm_keeplora.modeling.loading import DTYPES
@@ -76,6 +77,17 @@ class MemoryModel:
         """Numbers of one stage's factors: A, B, or both."""
         a, b = side != "B", side != "A"
         return sum(self.rank(t) * (a * t.in_features + b * t.out_features) for t in self.targets)
+
+    @property
+    def words(self) -> int:
+        """What a logit is given for: the vocabulary, or the classes of a sample."""
+        return self.shape.prompts or int(self.model.config.get_text_config().vocab_size)
+
+    @property
+    def training(self) -> "MemoryModel":
+        """With the prompts that pass beside a batch in training."""
+        shape = self.shape
+        return replace(self, shape=shape._replace(prompts=shape.prompts + shape.prompts_beside))
 
     def train_settings(self) -> list[TrainConfig]:
         """Those of all tasks."""
@@ -143,7 +155,7 @@ class MemoryModel:
             state = optimizer_state(train.optim) * trained
             batch = train.per_device_train_batch_size
             # General samples pass beside the batch and wait for the same backward pass.
-            work.append((state, *self.activations(batch + self.config.general.beside(batch), seen)))
+            work.append((state, *self.training.activations(batch + self.config.general.beside(batch), seen)))
         state, kept, working = max(work, key=sum)
         return {
             "stage's adapter or Omega": 4 * (self.factors() + self.on_cpu * self.factors("A")),
@@ -154,8 +166,13 @@ class MemoryModel:
         }
 
     def _evaluation(self) -> dict[str, int]:
-        """Keys and values of prompt and answer, and the forward of the prompt."""
-        batch, vocabulary = self.config.evaluation.batch_size, self.model.config.get_text_config().vocab_size
+        """Keys and values of prompt and answer, and the forward of the prompt; of a CLIP, that of its larger tower."""
+        batch = self.config.evaluation.batch_size
+        if self.shape.prompts:
+            asked = replace(self, shape=self.shape._replace(prompts=PROMPTS))
+            towers = asked.towers(batch, "B")
+            work = [tower.working() + 3 * tower.rows * tower.hidden * self.itemsize for tower in towers]
+            return {"activations": batch * self.shape.pixels * self.itemsize, "largest temporary": max(work)}
         language, *vision = self.towers(batch, "B")
         key_width = language.linears[language.family.keys].out_features
         cache = 2 * (language.rows + batch * self.new_tokens) * key_width * self.itemsize
@@ -164,7 +181,7 @@ class MemoryModel:
             "keys and values": cache * len(language.layers),
             "activations": batch * self.shape.pixels * self.itemsize
             + language.rows * language.hidden * 3 * self.itemsize,
-            "largest temporary": max(seeing, language.working(), 8 * batch * vocabulary),
+            "largest temporary": max(seeing, language.working(), 8 * batch * self.words),
         }
 
     def activations(self, batch: int, seen: Seen) -> tuple[int, int]:
@@ -173,10 +190,10 @@ class MemoryModel:
         The temporary is what the loss needs, or the work on one layer in the backward pass; with activation
         checkpointing that is a whole layer's activations.
         """
-        text, tokens = self.model.config.get_text_config(), batch * self.shape.tokens
+        text, tokens = self.model.config.get_text_config(), self.shape.texts(batch) * self.shape.tokens
         # Embeddings, what the media's features are written into, and the last norm's fp32 copy.
         kept = batch * self.shape.pixels * self.itemsize + tokens * text.hidden_size * (3 * self.itemsize + 4)
-        working = LOGITS_FACTOR * 4 * batch * self.shape.supervised * text.vocab_size
+        working = LOGITS_FACTOR * 4 * batch * self.shape.supervised * self.words
         for tower in self.towers(batch, seen):
             if tower.name == "vision" and not self.config.vision.adapt:
                 kept += tower.hidden_states()
@@ -191,12 +208,14 @@ class MemoryModel:
     def towers(self, batch: int, seen: Seen) -> list["TowerMemory"]:
         """The language tower, and the vision tower where the sample shows something."""
         family, shape = family_of(self.model.config), self.shape
-        towers: list[tuple[Tower, str, int]] = [("language", family.language_layers, shape.tokens)]
+        towers: list[tuple[Tower, str, int, int]] = [
+            ("language", family.language_layers, shape.tokens, shape.texts(batch))
+        ]
         if shape.media is not None:
-            towers.append(("vision", family.vision_layers[shape.media], shape.vision_tokens))
+            towers.append(("vision", family.vision_layers[shape.media], shape.vision_tokens, batch))
         return [
-            TowerMemory(self, family, name, list(self.model.get_submodule(layers).children()), rows, batch, seen)
-            for name, layers, rows in towers
+            TowerMemory(self, family, name, list(self.model.get_submodule(layers).children()), rows, number, seen)
+            for name, layers, rows, number in towers
         ]
 
 
@@ -209,7 +228,7 @@ class TowerMemory:
     name: Tower
     layers: Sequence[nn.Module]  # all alike
     sample_rows: int  # tokens or patches
-    batch: int
+    batch: int  # samples; prompts of a CLIP
     seen: Seen
 
     @property

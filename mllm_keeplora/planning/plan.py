@@ -23,8 +23,9 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from mllm_keeplora.config import ConfigError, ModelConfig, RunConfig, TrainConfig, config_from_dict
+from mllm_keeplora.continual.general import prompts
 from mllm_keeplora.continual.history import History
-from mllm_keeplora.continual.run import check_before
+from mllm_keeplora.continual.run import check_before, check_kinds
 from mllm_keeplora.data.conversation import Sample
 from mllm_keeplora.data.record_files import HubTable
 from mllm_keeplora.data.records import read_records, select_evenly
@@ -152,11 +153,15 @@ def make_plan(config: RunConfig, memory_gb: float | None = None) -> Plan:
     stream = load_stream(Path(config.stream), root, check_files=False, cache_dir=config.cache_dir)
     model, processor = skeleton.build_skeleton(config.model), skeleton.build_processor(config.model)
     check_clip_lengths(config, model.config)
+    asked = _general_prompts(config)
+    check_kinds(stream, processor, asked)
     records = read_training(stream)
     if records:
         shape = skeleton.longest_shape(processor, model, config, records)
     else:
-        shape = skeleton.assumed_shape(processor, model, config)
+        named = (stream.classes(task) for task in stream.tasks if "names" in (task.classes or ()))
+        shape = skeleton.assumed_shape(processor, model, config, [classes for classes in named if classes is not None])
+    shape = shape._replace(prompts_beside=_prompts_beside(config, asked, records))
     media = {kind for samples in records.values() for sample in samples for kind in sample.kinds}
     targets = targets_of(model, config, media or {shape.media or "image"})
     run = RunContext(
@@ -213,6 +218,22 @@ def check_run(config: RunConfig, memory_gb: float | None = None) -> None:
         History.read(config, stream, directory)
 
 
+def _general_prompts(config: RunConfig) -> list[Sample]:
+    """The general prompts; none where their file is not there yet."""
+    general = config.general
+    there = general.samples == "builtin" or (general.given and is_there(find(general.samples)))
+    return prompts(general) if there else []
+
+
+def _prompts_beside(config: RunConfig, asked: Sequence[Sample], records: Mapping[str, list[Sample]]) -> int:
+    """Prompts of a CLIP that pass beside those of a task in training: at most all texts of all pictures."""
+    if not config.general.share:
+        return 0
+    past = [sample for samples in records.values() for sample in samples[:1]] if config.general.rehearsed else []
+    lists = dict.fromkeys(sample.classes for sample in (*asked, *past) if sample.classes is not None)
+    return sum(len(classes.names) for classes in lists)
+
+
 def read_training(stream: Stream) -> dict[str, list[Sample]]:
     """The records of the tasks whose training files are there; images and clips are not opened."""
     found = {}
@@ -225,6 +246,7 @@ def read_training(stream: Stream) -> dict[str, list[Sample]]:
                 prompt_suffix=task.prompt_suffix,
                 allow_text_only=task.allow_text_only,
                 extracted=stream.extracted,
+                classes=stream.classes(task),
             )
             found[task.name] = list(samples.values())
     return {task: samples for task, samples in found.items() if samples}
@@ -265,6 +287,7 @@ def _questions(stream: Stream, spec: TaskSpec | GeneralSpec, config: RunConfig) 
         answers=answers,
         allow_text_only=spec.allow_text_only,
         extracted=stream.extracted,
+        classes=stream.classes(spec),
     )
     count = sum(len(sample.questions) for sample in samples.values())
     limit = config.evaluation.limits()["task" if isinstance(spec, TaskSpec) else "general"]

@@ -1,6 +1,6 @@
 """The base model without weights, and the shape of what it is given."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -17,11 +17,13 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from mllm_keeplora.config import ConfigError, ModelConfig, RunConfig
-from mllm_keeplora.data.collator import ChatCollator, prepare_questions
-from mllm_keeplora.data.conversation import Message, Part, Sample
+from mllm_keeplora.data.classification import process_pictures, tokenise
+from mllm_keeplora.data.collator import classes_in, collator_of, prepare_questions
+from mllm_keeplora.data.conversation import Classes, Message, Part, Sample
 from mllm_keeplora.data.records import select_evenly
 from mllm_keeplora.data.video.reader import Clip, VideoReader
 from mllm_keeplora.errors import KeepLoRAError
+from mllm_keeplora.modeling.clip import CLIPClassifier, classifies
 from mllm_keeplora.modeling.families import Media, family_of
 from mllm_keeplora.modeling.loading import (
     DTYPES,
@@ -37,6 +39,7 @@ from mllm_keeplora.units import format_bytes, format_count
 # Assumed where the data are not there: tokens of question and answer, and what is shown.
 ASSUMED_TEXT_TOKENS = 256
 ASSUMED_IMAGE = (480, 640)  # height, width
+ASSUMED_CLASSES = 100
 RECORDS_SAMPLED = 64  # per task, to find a long one
 
 
@@ -44,26 +47,23 @@ def build_skeleton(config: ModelConfig) -> PreTrainedModel:
     """The base model from its config alone, parameters on the meta device.
 
     Raises:
-        ConfigError: the config cannot be had, or a revision of a directory; a model that writes no text.
+        ConfigError: the config cannot be had, or a revision of a directory.
         TargetError: an unknown model family.
     """
     check_revision(config)
     with _fetching(config, "config") as source:
-        model_config = model_config_of(config, source.pop("pretrained_model_name_or_path"), **source)
-        if family_of(model_config).classifies:
-            raise ConfigError("the plan reckons with models that answer in words; a CLIP's memory is not modelled")
-        return skeleton_of(model_config, config)
+        return skeleton_of(model_config_of(config, source.pop("pretrained_model_name_or_path"), **source), config)
 
 
 def skeleton_of(model_config: Any, config: ModelConfig) -> PreTrainedModel:
     """A model of that config without weights; its buffers are real."""
+    attention = "eager" if config.attn_implementation == "eager" else "sdpa"
+    settings = {"dtype": DTYPES[config.compute_dtype], "attn_implementation": attention}
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForImageTextToText.from_config(
-            model_config,
-            dtype=DTYPES[config.compute_dtype],
-            attn_implementation="eager" if config.attn_implementation == "eager" else "sdpa",
-            trust_remote_code=config.trust_remote_code,
-        )
+        if family_of(model_config).classifies:
+            return CLIPClassifier._from_config(model_config, **settings)
+        settings["trust_remote_code"] = config.trust_remote_code
+        model: PreTrainedModel = AutoModelForImageTextToText.from_config(model_config, **settings)
     # What ties embeddings and lm_head is undone without weights. Where the language model's own config does not tie
     # them, as InternVL3-8B's, its weights hold both, and loading keeps them apart whatever the whole config says.
     if model_config.tie_word_embeddings and model_config.get_text_config().tie_word_embeddings:
@@ -135,6 +135,14 @@ class SampleShape(NamedTuple):
     pixels: int  # numbers of its pixel values
     media: Media | None  # what it shows
     source: str  # where that is from
+    # Of a model that chooses among classes: prompts of `tokens` that pass with a batch, whatever its size, and those of
+    # general and rehearsed pictures that pass with them in training. 0 where a sample's tokens are its own.
+    prompts: int = 0
+    prompts_beside: int = 0
+
+    def texts(self, batch: int) -> int:
+        """How many sequences of `tokens` pass with a batch of samples."""
+        return self.prompts or batch
 
 
 def sample_shape(inputs: Mapping[str, Any], model_config: Any, media: Media | None, source: str) -> SampleShape:
@@ -144,12 +152,33 @@ def sample_shape(inputs: Mapping[str, Any], model_config: Any, media: Media | No
     rows = [family_of(model_config).vision_rows(values, model_config.vision_config) for values in pixels]
     numbers = sum(values.numel() for values in pixels)
     supervised = int((inputs["labels"] != IGNORED_LABEL).sum()) if "labels" in inputs else 0
-    return SampleShape(int(inputs["input_ids"].shape[-1]), supervised, sum(rows), numbers, media, source)
+    tokens, prompts = int(inputs["input_ids"].shape[-1]), classes_in(inputs)
+    return SampleShape(tokens, supervised, sum(rows), numbers, media, source, prompts)
 
 
-def assumed_shape(processor: Any, model: PreTrainedModel, config: RunConfig) -> SampleShape:
-    """One grey image or clip through the processor, and an assumed number of tokens beside it."""
+def assumed_shape(
+    processor: Any, model: PreTrainedModel, config: RunConfig, lists: Sequence[Classes] = ()
+) -> SampleShape:
+    """One grey image or clip through the processor, and an assumed number of tokens beside it.
+
+    Args:
+        processor: the base model's.
+        model: of `build_skeleton`.
+        config: settings of the run.
+        lists: the classes that tasks name; where there are none, some are assumed for a model that chooses.
+    """
     (height, width), frames = ASSUMED_IMAGE, config.video.frames
+    if classifies(processor):
+        names = tuple(f"class {number}" for number in range(ASSUMED_CLASSES))
+        classes = max(lists or [Classes(names, names, ("a photo of a {}.",))], key=lambda each: len(each.names))
+        told = "named" if lists else "assumed"
+        inputs = {
+            "pixel_values": process_pictures(processor, [Image.new("RGB", (width, height))]),
+            **tokenise(processor, classes.prompts(classes.templates[0])),
+            "candidates": torch.ones(1, len(classes.names), dtype=torch.bool),
+        }
+        source = f"a picture among {len(classes.names)} {told} classes; the data are not there"
+        return sample_shape(inputs, model.config, "image", source)._replace(supervised=1)
     media: Media = "video" if "video" in family_of(model.config).vision_layers else "image"
     if media == "video":
         what = f"clip of {frames} frames"
@@ -169,12 +198,14 @@ def longest_shape(
     processor: Any, model: PreTrainedModel, config: RunConfig, records: Mapping[str, list[Sample]]
 ) -> SampleShape:
     """The longest of the tasks' long samples: per task the longest text of a sample of records, collated."""
-    collator = ChatCollator(processor, None, VideoReader(config.video, None))
+    collator = collator_of(processor, None, VideoReader(config.video, None))
     shapes = []
     for task, samples in records.items():
         drawn = [samples[i] for i in select_evenly(len(samples), 1.0, RECORDS_SAMPLED)]
         sample = max(drawn, key=lambda s: sum(len(message.text) for message in s.messages))
         source = f"{task}, record {sample.id!r}: the longest text of {RECORDS_SAMPLED} records a task"
+        if sample.classes is not None:
+            source = f"{task}, the task with the most text: {len(sample.classes.names)} classes"
         shapes.append(sample_shape(collator([sample]), model.config, next(iter(sample.kinds), None), source))
-    longest = max(shapes, key=lambda shape: (shape.tokens, shape.vision_tokens))
+    longest = max(shapes, key=lambda shape: (shape.texts(1) * shape.tokens, shape.vision_tokens))
     return longest._replace(supervised=max(shape.supervised for shape in shapes))

@@ -38,7 +38,8 @@ def _model_lines(plan: Plan) -> Iterator[str]:
         )
     for reason, number in plan.excluded.items():
         yield f"  left out   {number} linear layers: {reason}"
-    yield f"sample       {shape.tokens} tokens, {shape.vision_tokens} rows of the vision tower"
+    prompts = f"{shape.prompts} prompts of " if shape.prompts else ""
+    yield f"sample       {prompts}{shape.tokens} tokens, {shape.vision_tokens} rows of the vision tower"
     yield f"             {shape.source}"
     limit = config.train.max_length
     if limit is not None and shape.tokens > limit:

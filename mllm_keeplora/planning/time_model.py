@@ -86,7 +86,8 @@ class TimeModel:
         config = self.memory.config
         train, batch = config.train, config.train.per_device_train_batch_size
         again = int(train.activation_checkpointing)
-        passed = self._passed(batch + config.general.beside(batch), "B", forward=1 + again, backward=1)
+        training = TimeModel(self.memory.training)
+        passed = training._passed(batch + config.general.beside(batch), "B", forward=1 + again, backward=1)
         return total([passed], train.gradient_accumulation_steps * self.memory.method.step_passes())
 
     @cached_property
@@ -104,8 +105,13 @@ class TimeModel:
 
     @cached_property
     def question(self) -> Cost:
-        """Its share of a batch: the prompt, then an answer as long as the longest sample's, token by token."""
+        """Its share of a batch: the prompt, then an answer as long as the longest sample's, token by token.
+
+        A CLIP's answer is there at once; its prompts are reckoned with every batch, and pass once a task.
+        """
         memory, batch = self.memory, self.memory.config.evaluation.batch_size
+        if memory.shape.prompts:
+            return total([self._passed(batch, "B", forward=1, backward=0)], 1 / batch)
         tokens = min(memory.shape.supervised, memory.new_tokens)
         language = memory.towers(batch, "B")[0]
         cache = 2 * language.rows * language.linears[language.family.keys].out_features * memory.itemsize
@@ -171,6 +177,5 @@ class TimeModel:
 
     def _words(self, rows: int, passes: int) -> Cost:
         """Logits, and their way back."""
-        text = self.memory.model.config.get_text_config()
-        numbers = text.hidden_size * text.vocab_size
+        numbers = self.memory.model.config.get_text_config().hidden_size * self.memory.words
         return Cost(products=2 * passes * rows * numbers, moved=passes * numbers * self.memory.itemsize, launches=10)

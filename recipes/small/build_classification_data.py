@@ -4,6 +4,7 @@
 
     <out>/{digits,charts,clocks,grounds}/{train,test}/CLASS/*.png
     <out>/scenes/test/CLASS/*.png                    the benchmark that no task trains has no training half
+    <out>/scenes/{general.yaml,general/CLASS/*.png}  general samples: other scenes, for `general.samples`
 
 The digits are scikit-learn's scans. The same seed writes the same bytes. The folder appears in one rename, so it is
 whole or absent.
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from PIL import Image
 from tqdm import tqdm
 
@@ -29,6 +31,7 @@ from mllm_keeplora.recipes.small.build_vqa_data import (
 )
 
 GENERAL_PICTURES = 300
+GENERAL_SAMPLES = 300
 
 Classed = tuple[Image.Image, str]
 
@@ -40,12 +43,15 @@ def main() -> None:
 def write_all(root: Path, seed: int = SEED) -> None:
     """Writes the whole stream into an empty folder."""
     halves: list[tuple[str, str, Draw[Classed], int]] = [("scenes", "test", _scene, GENERAL_PICTURES)]
+    halves.append(("scenes", "general", _scene, GENERAL_SAMPLES))
     for name in draw_classes.DOMAINS:
         for half, offset, count in (("train", 0, TRAIN_IMAGES), ("test", TRAIN_IMAGES, TEST_QUESTIONS)):
             halves.append((name, half, _drawer(name, seed, offset), count))
     with progress_bar(sum(count for *_, count in halves), "image") as progress:
         for name, half, drawer, count in halves:
             _write_half(root / name / half, drawer, count, generator(seed, f"{name}/{half}"), progress)
+    reference = {"pictures": "general", "classes": {"templates": [draw_classes.SCENE_TEMPLATE]}}
+    (root / "scenes/general.yaml").write_text(yaml.safe_dump(reference, sort_keys=False))
 
 
 def _scene(rng: np.random.Generator, index: int) -> Classed:

@@ -14,12 +14,10 @@ import torch
 import yaml
 from peft import PeftModel
 from PIL import Image
-from tokenizers.processors import TemplateProcessing
-from transformers import AutoProcessor, BitsAndBytesConfig, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+from transformers import AutoProcessor, BitsAndBytesConfig, CLIPModel
 
 from mllm_keeplora.config import (
     EvaluationConfig,
-    GeneralConfig,
     ModelConfig,
     ProbeConfig,
     RunConfig,
@@ -31,6 +29,7 @@ from mllm_keeplora.continual.run_stream import run_stream
 from mllm_keeplora.continual.saved_run import load_run
 from mllm_keeplora.continual.trainer import StageTrainer
 from mllm_keeplora.data.classification import ClassCollator, tokenise
+from mllm_keeplora.data.collator import classes_in, join_batches
 from mllm_keeplora.data.conversation import Classes, MediaFile, Message, Sample
 from mllm_keeplora.data.preflight import Preflight
 from mllm_keeplora.data.stream import data_hash, load_stream, load_training_records
@@ -44,15 +43,14 @@ from mllm_keeplora.modeling.adapters import Factors
 from mllm_keeplora.modeling.loading import load_base
 from mllm_keeplora.modeling.targets import TargetError, find_targets
 from mllm_keeplora.planning.check_stream import check_stream
-from mllm_keeplora.planning.plan import make_plan
 from mllm_keeplora.probes.activations import sketch_inputs
 from mllm_keeplora.probes.gradients import gaussian_probe, sketch_gradients
-from mllm_keeplora.recipes.small.base_training import word_tokenizer
 from mllm_keeplora.reports.card import write_card
 from mllm_keeplora.reports.page import write_report
 from mllm_keeplora.runs.run_directory import RunDirectory
 from tests.modules.conftest import BOTH_TOWERS, all_targets, read_adapter
 from tests.modules.test_gradients import autograd_gradients, columns, relative_error
+from tests.modules.tiny_families import save_tiny
 from tests.recipes.conftest import run_example
 
 COLORS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 230), "pale_pink": (240, 190, 200)}
@@ -63,23 +61,9 @@ TRAINED, TESTED = 6, 3
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Directory of a random CLIP: 2 layers of 64 each tower, 4 x 4 patches."""
+    """Directory of a random CLIP."""
     directory = tmp_path_factory.mktemp("tiny_clip")
-    tokenizer = word_tokenizer((), ["a", "picture", "of", "this", "is", "or", "so", "red", "green", "blue", "pink"])
-    ends = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
-    tokenizer.model_max_length = 24
-    side = {"height": 64, "width": 64}
-    CLIPProcessor(CLIPImageProcessor(size=side, crop_size=side), tokenizer).save_pretrained(directory)
-    torch.manual_seed(0)
-    size = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2}
-    special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    text = {"vocab_size": len(tokenizer), "max_position_embeddings": 24, **size, **special}
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config={"image_size": 64, "patch_size": 16, **size}))
-    for parameter in model.parameters():
-        if parameter.ndim == 2:
-            torch.nn.init.xavier_normal_(parameter)
-    model.save_pretrained(directory)
+    save_tiny("clip", directory)
     return directory
 
 
@@ -92,7 +76,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for half, count in (("train", TRAINED), ("test", TESTED)):
             for name in names:
                 for index in range(count):
-                    _picture(rng, COLORS[name], root / task / half / name / f"{index}.png")
+                    draw_picture(rng, COLORS[name], root / task / half / name / f"{index}.png")
     names = {name: name.replace("_", " ") for name in COLORS}
     records = [{"image": f"{name}/0.png", "class": name} for name in COLORS]
     (root / "all.json").write_text(json.dumps(records))
@@ -105,7 +89,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def _picture(rng: np.random.Generator, color: tuple[int, int, int], path: Path) -> None:
+def draw_picture(rng: np.random.Generator, color: tuple[int, int, int], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.full((40, 56, 3), color) + rng.normal(0, 12, (40, 56, 3))
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
@@ -355,6 +339,19 @@ def test_the_loss_is_the_cross_entropy_among_the_classes_of_a_pictures_own_task(
     )
 
 
+def test_batches_of_two_tasks_join_to_that_of_both(clip: Path, data: Path) -> None:
+    """Also where their prompts differ in length."""
+    warm, cold = (found[::5] for found, _ in load_training_records(load_stream(data / "stream.yaml")).values())
+    collator = ClassCollator(AutoProcessor.from_pretrained(clip))
+    first, second = collator(warm), collator(cold)
+    assert first["input_ids"].shape[1] != second["input_ids"].shape[1]
+    expected = collator([*warm, *cold])
+    found = join_batches(first, second, collator.processor.tokenizer.pad_token_id)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    assert classes_in(found) == 4
+
+
 def _joined(clip: Path, data: Path) -> dict[str, torch.Tensor]:
     records = load_training_records(load_stream(data / "stream.yaml"))
     batch = ClassCollator(AutoProcessor.from_pretrained(clip))([s for found, _ in records.values() for s in found])
@@ -548,12 +545,7 @@ def test_a_stream_of_the_other_kind_is_refused(clip: Path, data: Path, tmp_path:
         load_training_records(load_stream(root / "stream.yaml"), checker=Preflight(processor=processor))
 
 
-def test_what_asks_for_words_is_refused(clip: Path, data: Path, tmp_path: Path) -> None:
-    config = settings(clip, data, tmp_path)
-    with pytest.raises(KeepLoRAError, match="models that answer in words, and the base model is a CLIP"):
-        run_stream(replace(config, general=GeneralConfig(samples="builtin")))
-    with pytest.raises(KeepLoRAError, match="a CLIP's memory is not modelled"):
-        make_plan(config)
+def test_what_asks_for_words_is_refused(clip: Path) -> None:
     model, processor = load(clip)
     with pytest.raises(KeepLoRAError, match="a CLIP chooses among classes and writes no answers"):
         answer(model, processor, "what is this?", None)

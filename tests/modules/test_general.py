@@ -1,7 +1,9 @@
-"""General samples: the base's own replies, protected inputs, distillation, the guard."""
+"""General samples: the base's own replies, protected inputs, distillation, the guard; in words, and as a CLIP's."""
 
+import html
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,24 +11,32 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
+from transformers import AutoProcessor, CLIPModel
 
 from mllm_keeplora.config import ConfigError, GeneralConfig, RunConfig
 from mllm_keeplora.continual import general
 from mllm_keeplora.continual.general import Batches, Distillation, held_out_divergence
 from mllm_keeplora.continual.run import Run
 from mllm_keeplora.continual.run_stream import run_stream
+from mllm_keeplora.continual.saved_run import load_run
 from mllm_keeplora.continual.trainer import StageTrainer
-from mllm_keeplora.data.collator import ChatCollator
+from mllm_keeplora.data.collator import collator_of
 from mllm_keeplora.data.preflight import Preflight
-from mllm_keeplora.methods.context import StageContext
+from mllm_keeplora.errors import KeepLoRAError
+from mllm_keeplora.methods.context import Lesson, StageContext
 from mllm_keeplora.modeling import loss
 from mllm_keeplora.modeling.adapters import STAGE, active_adapters, adapters_off, attach_accumulated, detach
 from mllm_keeplora.modeling.loss import as_teacher, divergence, reply_logits, teacher_divergence
 from mllm_keeplora.probes.hooks import hooked
+from mllm_keeplora.reports.page import write_report
 from mllm_keeplora.runs.files import ArtifactError, load_tensors
+from tests.modules.test_classification import COLORS, draw_picture
+from tests.modules.test_classification import clip as clip  # a fixture, as those below
+from tests.modules.test_classification import data as data
 from tests.modules.test_methods import config, open_stage, stage_adapter
-from tests.modules.test_methods import stream_file as stream_file  # a fixture
+from tests.modules.test_methods import stream_file as stream_file
 
 WORDS = ("red", "blue", "yes", "no")
 
@@ -52,27 +62,66 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve pictures of a CLIP, with texts of one length."""
+    root = tmp_path_factory.mktemp("reference")
+    rng = np.random.default_rng(7)
+    for number in range(12):
+        draw_picture(rng, list(COLORS.values())[number % 4], root / f"pictures/{number:02d}.png")
+    classes = {"templates": ["a picture of {}."], "names": ["red", "green", "blue", "pink"]}
+    path = root / "general.yaml"
+    path.write_text(yaml.safe_dump({"pictures": "pictures", "classes": classes}))
+    return path
+
+
 Settings = Callable[..., RunConfig]
 
 
-@pytest.fixture
-def settings(tiny_llava: Path, stream_file: Path, tmp_path: Path, prompts: Path) -> Settings:
+def maker(base: Path, stream_file: Path, samples: Path, directory: Path) -> Settings:
     def make(method: str = "keeplora", **given: Any) -> RunConfig:
-        made = GeneralConfig(**{"samples": str(prompts), "max_new_tokens": 4, **given})
-        return replace(config(tiny_llava, stream_file, tmp_path, method), general=made)
+        made = GeneralConfig(**{"samples": str(samples), "max_new_tokens": 4, **given})
+        return replace(config(base, stream_file, directory, method), general=made)
 
     return make
 
 
+@pytest.fixture
+def in_words(tiny_llava: Path, stream_file: Path, prompts: Path, tmp_path: Path) -> Settings:
+    """Of a model that answers in words."""
+    return maker(tiny_llava, stream_file, prompts, tmp_path)
+
+
+@pytest.fixture
+def in_classes(clip: Path, data: Path, reference: Path, tmp_path: Path) -> Settings:
+    """Of a CLIP."""
+    return maker(clip, data / "stream.yaml", reference, tmp_path)
+
+
+@pytest.fixture(params=["in_words", "in_classes"])
+def settings(request: pytest.FixtureRequest) -> Settings:
+    """Of either."""
+    made: Settings = request.getfixturevalue(request.param)
+    return made
+
+
+def collated(stage: StageContext, lessons: Sequence[Lesson]) -> dict[str, torch.Tensor]:
+    run = stage.run
+    return run.to_device(collator_of(run.processor, None, None)([lesson.sample for lesson in lessons]))
+
+
 def test_a_run_keeps_its_promises(settings: Settings) -> None:
-    """Inputs protected, distilled, guarded; what is continued is checked against the same settings."""
+    """Inputs protected, distilled, guarded, shown; what is continued is checked against the same settings."""
     asked = settings(eps_g=0.9, share=0.25, budget=1e-4)
     run_stream(asked)
+    write_report(saved := load_run(asked.run_dir))
     with Run.open(asked) as run:
         first, second = run.history.manifests[1:]
         replies = json.loads(run.directory.general_replies.read_text())
         energy = json.loads(run.directory.general_energy.read_text())
     assert len(replies) == 12 and all(entry["reply"] != "never read" for entry in replies)
+    page = saved.directory.report.read_text()
+    assert all(f">{html.escape(entry['prompt'])}<" in page for entry in replies)
     for name, fact in energy.items():
         assert fact["held"] >= 0.9 - 1e-6 or fact["saturated"], name
     for manifest in (first, second):
@@ -96,7 +145,7 @@ def test_an_update_cannot_use_the_energy_of_general_inputs(method: str, settings
         def keep(name: str) -> Callable[..., None]:
             return lambda _, given: inputs[name].append(given[0].detach().reshape(-1, given[0].shape[-1]))
 
-        batches = Batches(run.context, [run.context.general.learnt[0].sample], ChatCollator(run.context.processor))
+        batches = Batches(run.context, [run.context.general.learnt[0].sample])
         with torch.no_grad(), hooked(run.context.model, {name: keep(name) for name in factors}, "before"):
             for batch in batches():
                 run.context.model(**{key: value for key, value in batch.items() if key != "labels"})
@@ -121,9 +170,7 @@ def taught(settings: Settings) -> tuple[StageContext, Any]:
 
 def test_the_teacher_is_the_base_and_nothing_else_changes(taught: tuple[StageContext, Any]) -> None:
     stage, model = taught
-    batch = stage.run.to_device(
-        ChatCollator(stage.run.processor)([lesson.sample for lesson in stage.run.general.learnt[:2]])
-    )
+    batch = collated(stage, stage.run.general.learnt[:2])
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     with torch.no_grad():
         changed = reply_logits(model, batch)
@@ -152,7 +199,7 @@ def test_distillation_is_the_mean_over_reply_tokens(distil: str, taught: tuple[S
     found = loss_of(outputs.logits)
     total, tokens = 0.0, 0
     for number in Distillation(stage, stage.run.general.learnt)._drawn(0):
-        alone = run.to_device(ChatCollator(run.processor)([run.general.learnt[number].sample]))
+        alone = collated(stage, [run.general.learnt[number]])
         logits = reply_logits(model, alone).log_softmax(-1)
         with torch.no_grad(), adapters_off(model):
             base = reply_logits(model, alone).log_softmax(-1)
@@ -163,9 +210,12 @@ def test_distillation_is_the_mean_over_reply_tokens(distil: str, taught: tuple[S
         else:
             total -= float(logits[torch.arange(len(said)), said].detach().sum())
         tokens += len(said)
-    assert float(found.detach()) == pytest.approx(total / tokens, rel=1e-4)
+    assert float(found.detach()) == pytest.approx(total / tokens, rel=1e-4, abs=1e-7)
     found.backward()
-    assert all(p.grad is not None for n, p in model.named_parameters() if "lora_B.stage" in n and "language" in n)
+    learning = [
+        p for n, p in model.named_parameters() if "lora_B.stage" in n and ("language" in n or "text_model" in n)
+    ]
+    assert learning and all(p.grad is not None for p in learning)
 
 
 @pytest.mark.parametrize("kept", [3, 7, 1000])
@@ -267,9 +317,7 @@ def test_the_guard_takes_the_largest_update_that_fits(settings: Settings) -> Non
             assert (factors == {"vision": 1.0, "language": 1.0}) is whole
             context, learnt = run.context, run.accumulated(1)
             model = attach_accumulated(context.model, learnt)
-            found = held_out_divergence(
-                model, Batches(context, context.general.held_out, ChatCollator(context.processor))
-            )
+            found = held_out_divergence(model, Batches(context, context.general.held_out))
             detach(model)
         assert found == pytest.approx(facts["after"], rel=1e-3, abs=1e-9)
         assert facts["after"] <= budget
@@ -293,9 +341,9 @@ def test_settings_that_cannot_be_meant_are_refused(change: dict[str, Any], messa
         GeneralConfig(**{"samples": "builtin", **change})
 
 
-def test_a_guard_needs_an_update(settings: Settings) -> None:
+def test_a_guard_needs_an_update(in_words: Settings) -> None:
     with pytest.raises(ConfigError, match="trains one adapter on throughout"):
-        run_stream(settings("lora_throughout", budget=0.1))
+        run_stream(in_words("lora_throughout", budget=0.1))
 
 
 def test_the_builtin_prompts_are_read() -> None:
@@ -306,7 +354,7 @@ def test_the_builtin_prompts_are_read() -> None:
     assert any(len(sample.messages) > 2 for sample in found)
 
 
-def test_prompts_that_a_test_asks_are_refused(settings: Settings, stream_file: Path, tmp_path: Path) -> None:
+def test_prompts_that_a_test_asks_are_refused(in_words: Settings, stream_file: Path, tmp_path: Path) -> None:
     """The same words about another picture are another question; so are other words about the same."""
     asked = json.loads((stream_file.parent / "first_test.json").read_text())[0]
     prompts = [{**asked, "question_id": n, "text": f"is this {word} ?"} for n, word in enumerate(WORDS)]
@@ -315,7 +363,7 @@ def test_prompts_that_a_test_asks_are_refused(settings: Settings, stream_file: P
         records = [*prompts, {**asked, "question_id": 5, "text": "What  is this ?"}] if watched else prompts
         path = stream_file.parent / f"prompts-{watched}.json"
         path.write_text(json.dumps(records))
-        made = settings()
+        made = in_words()
         made = replace(made, general=replace(made.general, samples=str(path)))
         if watched:
             with pytest.raises(ConfigError, match="prompt '5'.* is a question of first"), Run.open(made):
@@ -325,7 +373,156 @@ def test_prompts_that_a_test_asks_are_refused(settings: Settings, stream_file: P
                 pass
 
 
-def test_a_base_without_replies_is_refused(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_without_replies_is_refused(in_words: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(general, "greedy_replies", lambda model, processor, asked, length: [""] * len(asked))
     with pytest.raises(ConfigError, match="answers 12 of 12 prompts with nothing"):
-        run_stream(replace(settings(), cache_dir=str(tmp_path / "cache")))  # of the base's replies, a new one
+        run_stream(replace(in_words(), cache_dir=str(tmp_path / "cache")))  # of the base's replies, a new one
+
+
+# --- A CLIP's ---
+
+
+def test_a_clip_keeps_its_distribution_over_the_texts(in_classes: Settings, clip: Path) -> None:
+    """Replies and what the stages learn from, beside transformers' own CLIP."""
+    made = in_classes(eps_g=None, share=0.5)
+    stage, run = open_stage(replace(made, model=replace(made.model, quantization="none", compute_dtype="float32")))
+    stock: Any = CLIPModel.from_pretrained(clip)
+    processor: Any = AutoProcessor.from_pretrained(clip)
+    names = ["red", "green", "blue", "pink"]
+    pictures = [Image.open(sample.media[0].path) for sample in run.history.prompts]
+    texts = [f"a picture of {name}." for name in names]
+    with torch.no_grad():
+        inputs = processor(text=texts, images=pictures, padding=True, return_tensors="pt")
+        expected = stock(**inputs).logits_per_image.log_softmax(-1)
+    replies = json.loads(run.directory.general_replies.read_text())
+    assert [entry["reply"] for entry in replies] == [names[n] for n in expected.argmax(-1).tolist()]
+    assert {entry["prompt"] for entry in replies} == {"a picture of ___."}
+    assert [entry["id"] for entry in replies] == [f"{number:02d}.png" for number in range(12)]
+    learnt = [number for number in range(12) if number % 4 != 3]
+    assert len(stage.run.general.held_out) == 3
+    for number, lesson in zip(learnt, stage.run.general.learnt, strict=True):
+        found = torch.empty(4).scatter_(0, lesson.teacher.words[0], lesson.teacher.log_probabilities[0])
+        assert torch.allclose(found, expected[number], atol=1e-4)
+
+
+def test_pictures_of_a_step_are_each_compared_with_their_own_texts(in_classes: Settings) -> None:
+    """General ones and those of two past tasks beside a third's, against single ones."""
+    stage, _ = open_stage(in_classes(eps_g=None, share=0.75))
+    records = [sample for samples, _ in stage.run.records.values() for sample in samples[4:8]]
+    said = general._said(stage.run, stage.run.model, records)
+    lessons = [*general._lessons(records, said), *stage.run.general.learnt]
+    assert len({lesson.sample.classes for lesson in lessons}) == 3
+    model = stage_adapter(stage.run.model)
+    distillation = Distillation(stage, lessons)
+    [drawn, again] = [Distillation(stage, lessons)._drawn(0), distillation._drawn(0)]
+    assert drawn == again and len({lessons[number].sample.classes for number in drawn}) > 1
+    batch = stage.run.to_device(stage.collator(stage.samples[:2]))
+    joined, loss_of = Distillation(stage, lessons)(batch, 0)
+    found, total = loss_of(model(**joined).logits), 0.0
+    for number in drawn:
+        alone = collated(stage, [lessons[number]])
+        with torch.no_grad():
+            logits = reply_logits(model, alone).log_softmax(-1)
+            with adapters_off(model):
+                base = reply_logits(model, alone).log_softmax(-1)
+        total += float((base.exp() * (base - logits)).sum())
+    detach(model)
+    assert float(found.detach()) == pytest.approx(total / len(drawn), rel=1e-3, abs=1e-7)
+
+
+def write_reference(folder: Path, form: str) -> Path:
+    """The same eight pictures and two texts, said in one of four ways."""
+    names, pictures, rng = ["red", "pale pink"], "shown", np.random.default_rng(1)
+    classes: Any = {"templates": ["a picture of {}."], "names": names}
+    for number in range(8):
+        name = names[number // 4].replace(" ", "_")
+        place = f"shown/{name}/{number}.png" if form == "folders" else f"shown/{number}.png"
+        draw_picture(rng, COLORS[name], folder / place)
+    if form == "folders":
+        del classes["names"]
+    if form == "records":
+        (folder / "shown.json").write_text(json.dumps([{"image": f"shown/{n}.png", "id": f"{n}"} for n in range(8)]))
+        pictures = "shown.json"
+    if form == "a file of classes":
+        (folder / "classes.yaml").write_text(yaml.safe_dump(classes))
+        classes = "classes.yaml"
+    (folder / "general.yaml").write_text(yaml.safe_dump({"pictures": pictures, "classes": classes}))
+    return folder / "general.yaml"
+
+
+@pytest.mark.parametrize("form", ["folders", "pictures", "records", "a file of classes"])
+def test_pictures_and_texts_have_four_forms(form: str, tmp_path: Path) -> None:
+    found = general.prompts(GeneralConfig(samples=str(write_reference(tmp_path, form))), Preflight())
+    assert sorted(sample.media[0].path.stem for sample in found) == [str(number) for number in range(8)]
+    [classes] = {sample.classes for sample in found}
+    assert sorted(classes.prompts(classes.templates[0])) == ["a picture of pale pink.", "a picture of red."]
+    assert all([message.role for message in sample.messages] == ["user"] for sample in found)
+
+
+@pytest.mark.parametrize("change", ["a picture", "a name", "a template", "an unused template", "the folder"])
+def test_what_pictures_are_compared_with_is_part_of_a_runs_identity(change: str, tmp_path: Path) -> None:
+    def found(folder: Path, **changes: Any) -> str:
+        file = write_reference(folder, "pictures")
+        entry = yaml.safe_load(file.read_text())
+        entry["classes"] |= changes
+        file.write_text(yaml.safe_dump(entry))
+        if change == "a picture" and folder.name == "two":
+            draw_picture(np.random.default_rng(5), (0, 0, 0), folder / "shown/3.png")
+        return general.prompts_hash(general.prompts(GeneralConfig(samples=str(file))))
+
+    changes: dict[str, Any] = {"a name": {"names": ["red", "pink"]}, "a template": {"templates": ["{}"]}}
+    changes["an unused template"] = {"templates": ["a picture of {}.", "{}"]}
+    same = found(tmp_path / "one") == found(tmp_path / "two", **changes.get(change, {}))
+    assert same == (change in ("an unused template", "the folder"))
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"pictures": "shown"}, "expected the lines 'pictures: FOLDER' and 'classes: ..'"),
+        (
+            {"pictures": "shown", "classes": {"templates": ["{}"], "names": ["a", "b"]}, "root": "x"},
+            "expected the lines",
+        ),
+        ({"pictures": 3, "classes": {"templates": ["{}"]}}, "pictures is 3; expected a folder"),
+        ({"pictures": "shown", "classes": {"templates": ["{}"]}}, "names is missing; only folders of pictures"),
+        ({"pictures": "shown", "classes": {"templates": ["a"], "names": ["a", "b"]}}, "each with one {} for the"),
+        ({"pictures": "shown", "classes": ["a"]}, "expected templates and names"),
+        (
+            {"pictures": "gone", "classes": {"templates": ["{}"], "names": ["a", "b"]}},
+            "gone: unknown kind of data file",
+        ),
+        ({"pictures": "shown", "classes": "gone.yaml"}, "general.yaml: classes: gone.yaml: cannot be read"),
+    ],
+)
+def test_a_reference_that_cannot_be_used_is_named(entry: Any, message: str, tmp_path: Path) -> None:
+    file = write_reference(tmp_path, "pictures")
+    file.write_text(yaml.safe_dump(entry))
+    with pytest.raises(KeepLoRAError, match=message):
+        general.prompts(GeneralConfig(samples=str(file)), Preflight())
+
+
+def test_a_picture_that_a_test_shows_is_refused(in_classes: Settings, data: Path, tmp_path: Path) -> None:
+    """Whatever is asked about it: a CLIP is shown nothing else."""
+    file = write_reference(tmp_path, "pictures")
+    asked = in_classes(samples=str(file))
+    with Run.open(asked):
+        pass
+    shutil.copy(data / "all/test/red/0.png", tmp_path / "shown/7.png")
+    with (
+        pytest.raises(ConfigError, match=r"prompt '7.png' \('a picture of ___.'\) is a question of all"),
+        Run.open(asked),
+    ):
+        pass
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(in_classes: Settings, reference: Path) -> None:
+    with pytest.raises(ConfigError, match="is a folder; name a file of prompts, for a CLIP a YAML of pictures"):
+        run_stream(in_classes(samples=str(reference.parent / "pictures")))
+
+
+def test_samples_of_the_other_kind_are_refused(in_classes: Settings, in_words: Settings, reference: Path) -> None:
+    with pytest.raises(ConfigError, match="ask for words, and the base model is a CLIP: name a YAML"):
+        run_stream(in_classes(samples="builtin"))
+    with pytest.raises(ConfigError, match="pictures with classes, and the base model answers in words: name a file"):
+        run_stream(in_words(samples=str(reference)))

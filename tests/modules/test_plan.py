@@ -32,7 +32,8 @@ from mllm_keeplora.config import (
 )
 from mllm_keeplora.continual.run import Run
 from mllm_keeplora.continual.run_stream import run_stream
-from mllm_keeplora.data.collator import ChatCollator, ready_batch
+from mllm_keeplora.data.collator import ChatCollator, collator_of, join_batches, ready_batch
+from mllm_keeplora.data.conversation import Classes, MediaFile, Message, Sample
 from mllm_keeplora.data.stream import load_stream
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.methods.base import method_names
@@ -40,6 +41,7 @@ from mllm_keeplora.modeling.adapters import STAGE, attach
 from mllm_keeplora.modeling.adapters import activate as activate_adapters
 from mllm_keeplora.modeling.families import FAMILIES, Media
 from mllm_keeplora.modeling.loading import load_base
+from mllm_keeplora.modeling.loss import answers_alone
 from mllm_keeplora.modeling.targets import left_out, targets_of
 from mllm_keeplora.planning import skeleton as skeleton_module
 from mllm_keeplora.planning.memory_model import MemoryModel, base_bytes, optimizer_state
@@ -55,6 +57,7 @@ from mllm_keeplora.planning.plan import (
     optimizer_steps,
 )
 from mllm_keeplora.planning.skeleton import (
+    ASSUMED_CLASSES,
     ASSUMED_TEXT_TOKENS,
     assumed_shape,
     build_processor,
@@ -70,7 +73,7 @@ from mllm_keeplora.units import GB, format_bytes, format_count
 from tests import forked
 from tests.clips import write_clip
 from tests.modules.test_families import MAIN_MEDIA, reader, samples, write_stream
-from tests.modules.tiny_families import BUILDERS, WRITING, save_tiny
+from tests.modules.tiny_families import BUILDERS, save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 # The formula against the bytes that autograd really keeps. On models this small what it rounds up
@@ -114,6 +117,18 @@ def memory_of(config: RunConfig, batch: dict[str, Any], media: Media) -> MemoryM
     return MemoryModel(skeleton, targets_of(skeleton, config, {media}), config, shape, 1, 4, on_cpu=True)
 
 
+def batch_of(
+    family: str, processor: Any, media_files: Path, number: int = 1, media: Media | None = None
+) -> dict[str, torch.Tensor]:
+    """One sample of a family, so many times."""
+    [sample, *_] = samples(media_files, media or MAIN_MEDIA.get(family, "image"))
+    if FAMILIES[family].classifies:
+        shown = Message("user", (MediaFile("image", media_files / "0.png"), ""))
+        names = ("red", "green", "blue", "pink", "a red", "a blue")
+        sample = Sample("0", (shown, Message("assistant", ("red",))), Classes(names, names, ("a picture of {}.",)))
+    return collator_of(processor, None, reader())([sample] * number)
+
+
 def kept_for_backward(model: nn.Module, batch: dict[str, Any]) -> int:
     """Bytes of the distinct tensors that autograd keeps, parameters and buffers left out."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
@@ -129,7 +144,7 @@ def kept_for_backward(model: nn.Module, batch: dict[str, Any]) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-@pytest.mark.parametrize("family", WRITING)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_skeleton_has_the_bytes_and_the_targets_of_the_loaded_model(family: str, bases: Any) -> None:
     config = config_of(bases(family))
     model, _ = load_base(config.model)
@@ -143,7 +158,7 @@ def test_the_skeleton_has_the_bytes_and_the_targets_of_the_loaded_model(family: 
     skeleton = build_skeleton(config.model)
     assert base_bytes(skeleton, config.model) == (packed, rest + sum(b.nbytes for b in model.buffers()))
 
-    media: set[Media] = {MAIN_MEDIA[family]}
+    media: set[Media] = {MAIN_MEDIA.get(family, "image")}
     targets = targets_of(skeleton, config, media)
     assert targets == targets_of(model, config, media)
     linears = sum(isinstance(module, nn.Linear) for module in model.modules())
@@ -192,14 +207,13 @@ def test_a_spread_base_is_whole_in_an_evaluation_alone(family: str, quantization
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", WRITING)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_activations_are_what_autograd_keeps(family: str, dtype: str, bases: Any, media_files: Path) -> None:
-    media = MAIN_MEDIA[family]
     config = config_of(bases(family))
     config = replace(config, model=replace(config.model, compute_dtype=dtype))
     model, processor = load_base(config.model)
-    batch = ready_batch(ChatCollator(processor, None, reader())(samples(media_files, media)[:1]), model.dtype)
-    memory = memory_of(config, batch, media)
+    batch = ready_batch(batch_of(family, processor, media_files), model.dtype)
+    memory = memory_of(config, batch, MAIN_MEDIA.get(family, "image"))
     pixels = sum(batch[key].nbytes for key in ("pixel_values", "pixel_values_videos") if key in batch)
     model.train()
     sums = {t.name: _ThinGradient(model.device, 32, t.in_features) for t in memory.targets}
@@ -218,7 +232,29 @@ def test_activations_are_what_autograd_keeps(family: str, dtype: str, bases: Any
         assert LEAST < planned / measured < MOST, (trained, planned, measured)
 
 
-@pytest.mark.parametrize("family", WRITING)
+@pytest.mark.parametrize("general", [False, True])
+def test_a_clips_prompts_pass_once_beside_any_batch(general: bool, bases: Any, media_files: Path) -> None:
+    """Those of general pictures likewise."""
+    config = config_of(bases("clip"), general=GeneralConfig(samples="any", share=0.25 if general else 0.0))
+    config = replace(config, train=TrainConfig(per_device_train_batch_size=6))
+    model, processor = load_base(config.model)
+    memory = memory_of(config, batch_of("clip", processor, media_files), "image")
+    memory = replace(memory, shape=memory.shape._replace(prompts_beside=6 * general))
+    batch = answers_alone(batch_of("clip", processor, media_files, 6))
+    if general:
+        beside = answers_alone(batch_of("clip", processor, media_files, config.general.beside(6)))
+        batch = join_batches(batch, beside, processor.tokenizer.pad_token_id)
+        assert batch["input_ids"].shape[0] == 12 and len(batch["labels"]) == 8
+    batch = ready_batch(batch, model.dtype)
+    factors = {t.name: (torch.ones(8, t.in_features), torch.zeros(t.out_features, 8)) for t in memory.targets}
+    adapted = attach(model, STAGE, factors, dict.fromkeys(factors, 1.0))
+    activate_adapters(adapted, [STAGE], STAGE, "B")
+    adapted.train()
+    measured = kept_for_backward(adapted, batch) + batch["pixel_values"].nbytes
+    assert LEAST < memory.phases()["train"]["activations"] / measured < MOST
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_table_names_what_the_model_has_and_counts_its_rows(family: str, bases: Any, media_files: Path) -> None:
     """A wrong name of a layer would change the plan in silence."""
     facts = FAMILIES[family]
@@ -234,7 +270,7 @@ def test_the_table_names_what_the_model_has_and_counts_its_rows(family: str, bas
     assert set(facts.head_norms) <= {name for name, _ in towers[facts.language_layers].named_modules()}
 
     for media, layers in facts.vision_layers.items():
-        batch = ChatCollator(processor, None, reader())(samples(media_files, media)[:1])
+        batch = batch_of(family, processor, media_files, media=media)
         rows: list[int] = []
         with model.get_submodule(f"{layers}.0").register_forward_pre_hook(
             lambda _, inputs, rows=rows: rows.append(inputs[0].shape[:-1].numel())
@@ -546,13 +582,15 @@ def test_a_hub_model_whose_headers_cannot_be_read_is_counted_by_its_config(
     assert "by the config" in text and "offline mode is enabled" in text
 
 
-@pytest.mark.parametrize("family", WRITING)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_assumed_samples_pass_every_processor(family: str, bases: Any) -> None:
     config = config_of(bases(family))
     _, processor = load_base(config.model)
     shape = assumed_shape(processor, build_skeleton(config.model), config)
-    assert shape.media == MAIN_MEDIA[family]
-    assert shape.vision_tokens > 0 and shape.tokens > ASSUMED_TEXT_TOKENS
+    assert shape.media == MAIN_MEDIA.get(family, "image")
+    chooses = FAMILIES[family].classifies
+    assert shape.vision_tokens > 0 and (shape.tokens > ASSUMED_TEXT_TOKENS) == (not chooses)
+    assert shape.prompts == (ASSUMED_CLASSES if chooses else 0)
 
 
 def test_what_does_not_fit_is_refused_with_settings_that_do(bases: Any, tmp_path: Path) -> None:

@@ -20,24 +20,31 @@ from mllm_keeplora.config import (
 )
 from mllm_keeplora.data.collator import ChatCollator
 from mllm_keeplora.modeling.adapters import STAGE, activate, attach
+from mllm_keeplora.modeling.families import FAMILIES
 from mllm_keeplora.modeling.loading import load_base
+from mllm_keeplora.modeling.loss import answers_alone
 from mllm_keeplora.planning.measure import STEPS, measure
 from mllm_keeplora.planning.plan import make_plan
 from mllm_keeplora.planning.text import format_plan
 from mllm_keeplora.planning.time_model import CARDS, LAUNCH_SECONDS, PRODUCTS, TRAFFIC, Card, Cost, TimeModel, total
-from tests.modules.test_families import MAIN_MEDIA, reader, samples
-from tests.modules.test_plan import bases, config_of, media_files, memory_of, tree, write_stream
-from tests.modules.tiny_families import WRITING
+from tests.modules.test_families import MAIN_MEDIA, samples
+from tests.modules.test_plan import bases, batch_of, config_of, media_files, memory_of, tree, write_stream
 
 __all__ = ["bases", "media_files"]  # fixtures
-COUNTED = [("llava", False), ("llava", True), ("qwen2_5_vl", False), ("video_llava", True)]  # --slow counts them all
+COUNTED = [
+    ("llava", False),
+    ("llava", True),
+    ("qwen2_5_vl", False),
+    ("video_llava", True),
+    ("clip", False),
+]  # --slow counts them all
 
 
 @pytest.mark.parametrize(
     ("family", "checkpointing"),
     [
         pytest.param(family, again, marks=() if (family, again) in COUNTED else pytest.mark.slow)
-        for family in WRITING
+        for family in FAMILIES
         for again in (False, True)
     ],
 )
@@ -46,20 +53,18 @@ def test_the_operations_of_a_step_are_those_that_torch_counts(
 ) -> None:
     """Within what is left out (the projector, embeddings of patches, what a first layer need not give back),
     which weighs more than at true widths."""
-    media = MAIN_MEDIA[family]
     train = TrainConfig(per_device_train_batch_size=2, activation_checkpointing=checkpointing)
     config = config_of(bases(family), train=train)
     config = replace(config, model=replace(config.model, quantization="none"))
     model, processor = load_base(config.model)
-    batch = ChatCollator(processor, None, reader())(samples(media_files, media)[:1])
-    memory = memory_of(config, batch, media)
+    memory = memory_of(config, batch_of(family, processor, media_files), MAIN_MEDIA.get(family, "image"))
     factors = {t.name: (torch.ones(8, t.in_features), torch.zeros(t.out_features, 8)) for t in memory.targets}
     adapted: Any = attach(model, STAGE, factors, dict.fromkeys(factors, 1.0))
     activate(adapted, [STAGE], STAGE, "B")
     if checkpointing:
         adapted.get_base_model().activation_checkpointing_enable()
     adapted.train()
-    two = ChatCollator(processor, None, reader())([samples(media_files, media)[0]] * 2)
+    two = answers_alone(batch_of(family, processor, media_files, 2))
     with FlopCounterMode(display=False) as counter:
         adapted(**two).loss.backward()
     step = TimeModel(memory).step

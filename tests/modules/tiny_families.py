@@ -6,9 +6,13 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import (
+    AutoModel,
     AutoModelForImageTextToText,
+    CLIPConfig,
     CLIPImageProcessor,
+    CLIPProcessor,
     Gemma3Config,
     Gemma3ImageProcessor,
     Gemma3Processor,
@@ -43,6 +47,7 @@ from transformers import (
 )
 
 from mllm_keeplora.modeling.families import FAMILIES
+from mllm_keeplora.recipes.small.base_training import word_tokenizer
 
 SIZE, PATCH = 64, 16
 PINPOINTS = [[64, 128], [128, 64], [128, 128]]
@@ -338,6 +343,20 @@ def _gemma3() -> tuple[Any, Any]:
     return config, processor
 
 
+def _clip() -> tuple[Any, Any]:
+    """2 layers of 64 a tower, 4 x 4 patches; a tokenizer of words that marks both ends."""
+    tokenizer = word_tokenizer((), ["a", "picture", "of", "this", "is", "or", "so", "red", "green", "blue", "pink"])
+    ends = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    tokenizer.model_max_length = 24
+    side = {"height": SIZE, "width": SIZE}
+    size = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2}
+    special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    text = {"vocab_size": len(tokenizer), "max_position_embeddings": 24, **size, **special}
+    config = CLIPConfig(text_config=text, vision_config={"image_size": SIZE, "patch_size": PATCH, **size})
+    return config, CLIPProcessor(CLIPImageProcessor(size=side, crop_size=side), tokenizer)
+
+
 BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "llava": _llava,
     "llava_next": _llava_next,
@@ -348,10 +367,11 @@ BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "qwen3_vl": _qwen3_vl,
     "internvl": _internvl,
     "gemma3": _gemma3,
+    "clip": _clip,
 }
 
 
-# The families of the table that answer in words; a CLIP has tests of its own (test_classification.py).
+# The families of the table that answer in words; a CLIP has further tests of its own (test_classification.py).
 WRITING = [name for name, family in FAMILIES.items() if not family.classifies]
 
 
@@ -359,7 +379,7 @@ def save_tiny(family: str, directory: Path) -> None:
     """Writes a random model of the family and its processor, as a hub repository has them."""
     config, processor = BUILDERS[family]()
     torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config)
+    model = (AutoModel if FAMILIES[family].classifies else AutoModelForImageTextToText).from_config(config)
     for parameter in model.parameters():  # the default init is so small that gradients drown in rounding
         if parameter.ndim == 2:
             torch.nn.init.xavier_normal_(parameter)

@@ -1,7 +1,7 @@
 """Two processes in bf16 on NF4, each with the whole base or a share of it, against one: every family's real class."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,13 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from mllm_keeplora.config import ModelConfig, ProbeConfig, RunConfig, TowerConfig, TrainConfig
+from mllm_keeplora.config import GeneralConfig, ModelConfig, ProbeConfig, RunConfig, TowerConfig, TrainConfig
 from tests import forked
 from tests.forked import run_together
+from tests.modules.test_classification import clip as clip  # a fixture, as those below
+from tests.modules.test_classification import data as data
 from tests.modules.test_families import MAIN_MEDIA, write_media, write_stream
+from tests.modules.test_general import reference as reference
 from tests.modules.tiny_families import WRITING, save_tiny
 
 WORKER = "tests/recipes/processes_worker.py"
@@ -126,3 +129,31 @@ def test_two_processes_compute_what_one_does(launched: dict[str, dict[str, Compu
 def test_two_processes_compute_two_stages_as_one_does(family: str, tmp_path: Path) -> None:
     """The second on top of what the first has learnt and protected."""
     check(launch(tmp_path, (family,), 2)[family], 2)
+
+
+def test_two_processes_keep_what_a_clip_could_do_as_one_does(
+    clip: Path, data: Path, reference: Path, tmp_path: Path
+) -> None:
+    """General pictures in each batch, and what each process lets the model say of its share of past ones.
+
+    Sketches of inputs (G2) are other random numbers on two processes: nothing is protected by them here.
+    """
+    general = GeneralConfig(samples=str(reference), eps_g=None, share=0.5, rehearsed=5, budget=1.0)
+    for mode, folder in (("one", "alone"), ("ddp", "together")):
+        config = config_of(tmp_path, "clip", mode)
+        model = ModelConfig(base_model=str(clip), device="cpu", compute_dtype="float32")
+        config = replace(config, stream=str(data / "stream.yaml"), model=model, general=general)
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"clip-{mode}.yaml").write_text(yaml.safe_dump(asdict(config)))
+    command = [WORKER, "families"]
+    for done in (forked.run([*command, tmp_path / "alone"]), *run_together([*command, tmp_path / "together"])):
+        assert done.returncode == 0, done.stderr
+    [expected], (first, second) = (computed(tmp_path, "clip", mode).tensors for mode in ("one", "ddp"))
+    assert first.keys() == second.keys() == expected.keys()
+    assert all(torch.equal(second[key], tensor) for key, tensor in first.items())
+    finite = {key: tensor for key, tensor in first.items() if tensor.any() and not key.endswith("log_rest")}
+    assert {key.split("/")[1] for key in finite if key.startswith("02")} == {*PHASES, "recall"}
+    # The second stage learns along directions that differ by rounding already.
+    assert max(relative_error(t.float(), expected[key].float()) for key, t in finite.items()) < 10 * AS_ONE
+    guards = [[stage["guard"] for stage in computed(tmp_path, "clip", mode).manifests[1:]] for mode in ("one", "ddp")]
+    assert [found["after"] for found in guards[1]] == pytest.approx([found["after"] for found in guards[0]], rel=1e-3)

@@ -1,10 +1,15 @@
 """The small classification stream: its data by their own script, and what the shipped CLIP knows of them."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from mllm_keeplora.config import ModelConfig
+from mllm_keeplora.config import GeneralConfig, ModelConfig
+from mllm_keeplora.continual.general import check_unwatched, prompts
 from mllm_keeplora.data.classification import process_pictures, tokenise
 from mllm_keeplora.data.images import load_image
 from mllm_keeplora.data.preflight import Preflight
@@ -20,11 +25,14 @@ STREAM = ROOT / "recipes/streams/small_classification.yaml"
 BASE = ModelConfig(base_model=str(ROOT / "recipes/small/clip_base"), compute_dtype="float32", device="cpu")
 
 
+SIZES = {"TRAIN_IMAGES": 150, "TEST_QUESTIONS": 50, "GENERAL_PICTURES": 60, "GENERAL_SAMPLES": 90}
+
+
 @pytest.fixture(scope="module")
 def stream(tmp_path_factory: pytest.TempPathFactory) -> Stream:
     root = tmp_path_factory.mktemp("small")
     with pytest.MonkeyPatch.context() as patch:
-        for name, count in {"TRAIN_IMAGES": 150, "TEST_QUESTIONS": 50, "GENERAL_PICTURES": 60}.items():
+        for name, count in SIZES.items():
             patch.setattr(build, name, count)
         build.write_all(root)
     return load_stream(STREAM, root)
@@ -52,8 +60,20 @@ def test_no_scan_is_in_both_halves(stream: Stream) -> None:
     assert halves[0].isdisjoint(halves[1])
 
 
+def test_general_samples_are_other_scenes_than_the_tested(stream: Stream) -> None:
+    found = prompts(GeneralConfig(samples=str(stream.data_root / "scenes/general.yaml")), Preflight())
+    assert len(found) == 90
+    [classes] = {sample.classes for sample in found}
+    assert classes is not None
+    assert set(classes.prompts(classes.templates[0])) == {SCENE_TEMPLATE.replace("{}", name) for name in SCENES}
+    check_unwatched(found, stream)
+    asked = {path.read_bytes() for path in (stream.data_root / "scenes/test").rglob("*.png")}
+    assert len(asked) == 60
+    assert asked.isdisjoint(sample.media[0].path.read_bytes() for sample in found)
+
+
 def test_the_same_seed_draws_the_same_pictures(stream: Stream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, count in {"TRAIN_IMAGES": 150, "TEST_QUESTIONS": 50, "GENERAL_PICTURES": 60}.items():
+    for name, count in SIZES.items():
         monkeypatch.setattr(build, name, count)
     monkeypatch.setattr(build.draw_classes, "DOMAINS", {"grounds": DOMAINS["grounds"]})
     build.write_all(tmp_path)
@@ -84,3 +104,36 @@ def test_the_base_knows_what_no_task_trains(stream: Stream, quantization: str) -
     nearest = (model.picture_features(pictures) @ features.T).argmax(1).tolist()
     right = [classes.names[index] == s.answers[0] for index, s in zip(nearest, samples, strict=True)]
     assert sum(right) / len(right) > 0.95
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_larger_batches_take_as_much_more_memory_as_the_plan_says(stream: Stream, tmp_path: Path) -> None:
+    """Of two runs, so that what the libraries load on first use, more than so small a model takes, is left out."""
+    sizes = {"small": (24, 16), "large": (144, 128)}  # samples in training, in the probe
+    found = {name: peaks(stream, tmp_path / name, *batches) for name, batches in sizes.items()}
+    for phase in ("probe", "train"):
+        measured, planned = (found["large"][phase][side] - found["small"][phase][side] for side in (0, 1))
+        assert 0.7 < planned / measured < 1.5, (phase, planned, measured)
+
+
+def peaks(stream: Stream, folder: Path, batch: int, probe: int) -> dict[str, list[int]]:
+    settings = {
+        "data_root": stream.data_root,
+        "general.samples": stream.data_root / "scenes/general.yaml",
+        "run_dir": folder / "run",
+        "cache_dir": folder / "cache",
+        "train.max_steps": 3,
+        "train.per_device_train_batch_size": batch,
+        "probe.fraction": 1.0,
+        "probe.batch_size": probe,
+        "report_to": "[]",
+    }
+    options = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    config = ROOT / "recipes/configs/classification/small.yaml"
+    command = [sys.executable, "-m", "tests.recipes.peaks_worker", str(config), *options]
+    freed = {"MALLOC_MMAP_THRESHOLD_": "1000000", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **freed}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    taken: dict[str, list[int]] = json.loads(done.stdout.splitlines()[-1])
+    return taken
