@@ -40,6 +40,7 @@ from mllm_keeplora.evaluation.metrics import summarize
 from mllm_keeplora.evaluation.task_files import follow_move
 from mllm_keeplora.methods import loda
 from mllm_keeplora.modeling.adapters import Factors
+from mllm_keeplora.modeling.linear4bit import guard_linear4bit
 from mllm_keeplora.modeling.loading import load_base
 from mllm_keeplora.modeling.targets import TargetError, find_targets
 from mllm_keeplora.planning.check_stream import check_stream
@@ -230,6 +231,7 @@ def test_stock_peft_loads_the_adapter_onto_the_stock_model(finished: RunConfig, 
     directory = RunDirectory(Path(finished.run_dir))
     quantization = json.loads((directory.adapter / "quantization_config.json").read_text())
     stock = CLIPModel.from_pretrained(clip, quantization_config=BitsAndBytesConfig.from_dict(quantization))
+    guard_linear4bit(stock)  # with AVX512-BF16 bitsandbytes computes in bf16 by itself
     assert json.loads((directory.adapter / "adapter_config.json").read_text())["auto_mapping"] == {
         "base_model_class": "CLIPModel",
         "parent_library": "transformers.models.clip.modeling_clip",
