@@ -252,9 +252,7 @@ def _refuse_unasked(record: Mapping[str, Any], question: str, messages: Sequence
         options = _texts(value)
         if key in _QUESTIONS and key != question:  # Alpaca's `text` is all of the record
             unread = any(_words(text) not in said and asked not in _words(text) for text in options)
-        elif key in ("response", "output", "completion") and key not in _QUESTIONS[question]:
-            unread = any(_words(text) not in said for text in options)
-        elif (question, key) == ("problem", "answer"):  # the short one beside a derivation
+        elif _is_other_answer(key, question):
             unread = any(_words(text) not in said for text in options)
         elif _ADDED_TO_QUESTIONS.fullmatch(key):
             unread = bool(options) and not any(_words(_LABEL.sub("", text, count=1)) in said for text in options)
@@ -265,6 +263,12 @@ def _refuse_unasked(record: Mapping[str, Any], question: str, messages: Sequence
                 f"it has {key!r} {_short(value)} beside {question!r}, which would be neither asked nor learnt; write "
                 f"it into {question!r} or the answer, or give the key another name"
             )
+
+
+def _is_other_answer(key: str, question: str) -> bool:
+    if question == "problem" and key == "answer":  # the short one, beside a derivation
+        return True
+    return key in ("response", "output", "completion") and key not in _QUESTIONS[question]
 
 
 def _texts(value: Any) -> list[str]:
