@@ -22,7 +22,7 @@ from tests.clips import cut
 from tests.conversations import read_copy, turns_of
 from tests.forked import run
 from tests.modules.tiny_families import save_tiny
-from tests.recipes.published import LAYOUTS, LETTER, ONE_WORD, TEST
+from tests.recipes.published import LAYOUTS, LETTER, ONE_WORD, TEST, THINK_FIRST
 
 ROOT = Path(__file__).resolve().parents[2]
 VIDEO = ("cl_vista",)
@@ -67,6 +67,8 @@ ORDERS = {
     "ucit": "ImageNet-R ArxivQA VizWiz IconQA CLEVR-Math Flickr30k",
     "coin": "ScienceQA TextVQA ImageNet GQA VizWiz Grounding VQAv2 OCR-VQA",
     "cl_vista": "Counting Space Traffic Movie GUI Science Sports STAR",
+    "mllm_ctbench": "art OCR fomc science numglue math medical",
+    "trigap": "PMCVQA DocVQA ChartQA IconQA InfographicVQA ArxivQA Roadside ChemVQA FloodNetVQA CLEVR",
 }
 LENGTHS = {
     "mllm_dcl": [128] * 5,
@@ -74,6 +76,8 @@ LENGTHS = {
     "ucit": [1024] * 6,
     "coin": [1024, 128, 1024, 128, 128, 1024, 1024, 128],
     "cl_vista": [256] * 8,
+    "mllm_ctbench": [4096] * 7,
+    "trigap": [128] * 10,
 }
 
 
@@ -173,6 +177,33 @@ FAULTS: dict[str, tuple[str, Callable[[Path], object], str, str]] = {
         "TextVQA",
         "has no answers to 1 of the 4 questions",
     ),
+    "missing image of a thought": (
+        "mllm_ctbench",
+        lambda r: (r / "images/math_vqa_datasets/MATH/7.jpg").unlink(),
+        "math",
+        r"reasoning_test/math\.json.*row 2: .*does not exist",
+    ),
+    "missing solution": (
+        "mllm_ctbench",
+        lambda r: _edit(r / "reasoning_test/fomc.json", lambda x: x[2].pop("solution")),
+        "fomc",
+        "row 3: no answer: none of 'solution'",
+    ),
+    "overlap of texts": (
+        "mllm_ctbench",
+        lambda r: _edit(
+            r / "reasoning_test/numglue.json",
+            lambda x: x[1].update(problem=f"4. What does numglue teach?{THINK_FIRST}"),
+        ),
+        "numglue",
+        "row 2 of the test is row 5 of the training",
+    ),
+    "other answers beside the answer": (
+        "trigap",
+        lambda r: _edit(r / "instructions/DocVQA/val_converted.json", lambda x: x[1].update(answers=["Acme", "ACME"])),
+        "DocVQA",
+        "row 2 of .* has 'answers' beside 'answer'",
+    ),
     "text alone": (
         "mllm_dcl",
         lambda r: _edit(r / "Med/train.json", lambda x: x[0].pop("image")),
@@ -248,6 +279,17 @@ PROMPTS: dict[str, dict[str, tuple[str, set[str]]]] = {
     "cl_vista": {
         task: (f"0. What happens in {task}?", {f"{n}. What happens in {task}?" for n in range(TEST)})
         for task in ("Counting", "Space", "Traffic", "Movie", "GUI", "Science", "Sports", "STAR")
+    },
+    "mllm_ctbench": {
+        task: (
+            f"0. What does {task} teach?{THINK_FIRST}",
+            {f"{n}. What does {task} ask?{THINK_FIRST}" for n in range(TEST)},
+        )
+        for task in ORDERS["mllm_ctbench"].split()
+    },
+    "trigap": {
+        task: (f"What is asked in {task}?{ONE_WORD}", {f"What is asked in {task}?{ONE_WORD}"})
+        for task in ORDERS["trigap"].split()
     },
 }
 
