@@ -76,7 +76,7 @@ LENGTHS = {
     "ucit": [1024] * 6,
     "coin": [1024, 128, 1024, 128, 128, 1024, 1024, 128],
     "cl_vista": [256] * 8,
-    "mllm_ctbench": [4096] * 7,
+    "mllm_ctbench": [1024] * 7,
     "trigap": [128] * 10,
 }
 
@@ -338,6 +338,8 @@ RECIPES = {
     "ucit": "vqa/llava15_7b_ucit",
     "coin": "vqa/llava15_7b_coin",
     "cl_vista": "video/llava_next_video_7b_cl_vista",
+    "mllm_ctbench": "vqa/llava15_7b_ctbench",
+    "trigap": "vqa/llava15_7b_trigap",
 }
 
 
@@ -350,6 +352,8 @@ RECIPES = {
         pytest.param("mllm_dcl", marks=pytest.mark.slow),
         pytest.param("ucit", marks=[needs_java, pytest.mark.slow]),
         pytest.param("coin", marks=pytest.mark.slow),
+        pytest.param("mllm_ctbench", marks=pytest.mark.slow),
+        pytest.param("trigap", marks=pytest.mark.slow),
     ],
 )
 def test_the_recipe_runs_the_stream_to_its_report(name: str, roots: dict[str, Path], tmp_path: Path) -> None:
