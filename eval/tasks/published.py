@@ -3,14 +3,15 @@
 The rules are followed where they look odd too (a substring that is no word, an empty reply that counts as
 right): a score can be compared with a published one only if it was given by the same rule. Each function says
 where its rule lies; sources are bjzhb666/MLLM-CL (MLLM-DCL, MLLM-ACL), zackschen/CoIN, Ghy0501/MCITlib
-(CL-VISTA), yueluoshuangtian/MLLM-CTBench at 17d034b and LAMDA-CL/Prism at 7154be2 (TriGap). Replies come without
-surrounding white space.
+(CL-VISTA), yueluoshuangtian/MLLM-CTBench at 17d034b, LAMDA-CL/Prism at 7154be2 (TriGap) and
+SII-HITclearlove777/PCLR at b01395c (Continual-NExT, lrp_llava_hf/eval). Replies come without surrounding white space.
 
 Not here, because their published score needs a service: MLLM-ACL's Math (OpenAI's gpt-4o-mini reads the
 answer out of the reply) and APP (replies are handed in at EvalAI). CL-VISTA's judge:
 `mllm_keeplora.evaluation.judge`.
 """
 
+import ast
 import functools
 import re
 import string
@@ -136,13 +137,7 @@ def vqa_accuracy(doc: Doc, replies: list[str]) -> dict[str, float]:
     answers = doc["answers"]
     if not isinstance(answers, list) or len(answers) != VQA_ANSWERS:
         raise ValueError(f"{_where(doc)}: answers is {answers!r}, expected a list of {VQA_ANSWERS} texts")
-    normalise = _vqa_normaliser()
-    given, reply = [normalise(str(answer)) for answer in answers], normalise(replies[0])
-    if reply not in given:
-        return {"vqa_accuracy": 0.0}
-    matching = given.count(reply)
-    credits = (min(1.0, (matching - (answer == reply)) / 3) for answer in given)
-    return {"vqa_accuracy": sum(credits) / VQA_ANSWERS}
+    return {"vqa_accuracy": _agreement(answers, replies[0])}
 
 
 def coin_gqa(doc: Doc, replies: list[str]) -> dict[str, float]:
@@ -248,6 +243,44 @@ def ctbench_open(doc: Doc, replies: list[str]) -> dict[str, float]:
     return {"ctbench_open": float(_ctbench_alike(_truth(doc), _ctbench_answer(replies[0])))}
 
 
+def next_textvqa(doc: Doc, replies: list[str]) -> dict[str, float]:
+    """Continual-NExT, TextVQA (textvqa.py): `vqa_accuracy` over the ten answers that the record's answer lists, as
+    text in Python's form: "['a', 'b', ...]".
+
+    Raises:
+        ValueError: unless it lists ten.
+    """
+    answers = doc["answer"]
+    if isinstance(answers, str):
+        try:
+            answers = ast.literal_eval(answers)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):  # of a text that is no such list
+            answers = None
+    if not isinstance(answers, list) or len(answers) != VQA_ANSWERS:
+        raise ValueError(f"{_where(doc)}: the answer is {doc['answer']!r}, expected a list of {VQA_ANSWERS} texts")
+    return {"next_textvqa": _agreement(answers, replies[0])}
+
+
+def next_grounding(doc: Doc, replies: list[str]) -> dict[str, float]:
+    """Continual-NExT, Grounding (IoU.py): the first four numbers with commas between them in reply and truth are boxes
+    that overlap by an IoU of 0.5 or more, once cut to 0..1. A reply without four such numbers scores 0.
+
+    Raises:
+        ValueError: for a truth without them.
+    """
+    truth, box = _find_box(_truth(doc)), _find_box(replies[0])
+    if truth is None:
+        raise ValueError(f"{_where(doc)}: the answer is {doc['answer']!r}, expected four numbers")
+    return {"next_grounding": float(box is not None and _iou(box, truth) >= MIN_IOU)}
+
+
+def next_blank(doc: Doc, replies: list[str]) -> dict[str, float]:
+    """Continual-NExT, blanks to fill (level2.py): the truth is part of the reply. Of both the first line counts, in
+    lower case and without a full stop at its end."""
+    truth, reply = (text.split("\n")[0].strip().removesuffix(".").lower() for text in (_truth(doc), replies[0]))
+    return {"next_blank": float(truth in reply)}
+
+
 def trigap_anls(doc: Doc, replies: list[str]) -> dict[str, float]:
     """TriGap, DocVQA and InfographicVQA (eval_ucit.py, anls_single): 1 - the edit distance of reply and truth / the
     length of the longer, whatever the case; of several truths the nearest counts.
@@ -285,6 +318,16 @@ def _lower_in_one_line(text: str) -> str:
     return text.lower().strip().replace("\n", "")
 
 
+def _agreement(answers: list[Any], reply: str) -> float:
+    """VQA accuracy of a reply over ten people's answers."""
+    normalise = _vqa_normaliser()
+    given, reply = [normalise(str(answer)) for answer in answers], normalise(reply)
+    if reply not in given:
+        return 0.0
+    matching = given.count(reply)
+    return sum(min(1.0, (matching - (answer == reply)) / 3) for answer in given) / VQA_ANSWERS
+
+
 @functools.cache
 def _vqa_normaliser() -> Callable[[str], str]:
     """lmms-eval's copy of the EvalAI normaliser, the one CoIN has. Imported late: lmms-eval takes seconds."""
@@ -300,6 +343,11 @@ def _read_box(text: str) -> list[float] | None:
     except ValueError:
         return None
     return box if len(box) == 4 else None
+
+
+def _find_box(text: str) -> list[float] | None:
+    found = re.search(",".join([r"(\d*\.?\d+)"] * 4), re.sub(r"\s+", "", text))
+    return [min(1.0, float(number)) for number in found.groups()] if found else None
 
 
 def _iou(first: list[float], second: list[float]) -> float:

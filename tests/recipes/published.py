@@ -223,6 +223,29 @@ def write_trigap(root: Path) -> None:
         _dump(root / "instructions" / task / f"{test}.json", tests)
 
 
+def write_continual_next(root: Path) -> None:
+    """Fifteen tasks: `<task>/{train,test}.json`, both conversations; TextVQA's tests list ten answers as text. Which
+    tasks are of text alone, and where images lie, is made up."""
+    tasks = "ArxivQA GeoChat IconQA ClevrMath CodeQA ImageNet Flickr30k DocVQA TextVQA MathQA ChartQA PathVQA"
+    for task in (*tasks.split(), "Grounding", "ScienceQA", "WikiQA"):
+        names = [f"{task}/images/{n}.png" for n in range(TRAIN + TEST)]
+        answers = ["[0.1, 0.2, 0.5, 0.6]"] if task == "Grounding" else ["A", "two"]
+        train = _training(names[:TRAIN], f"What does {task} teach?{ONE_WORD}", answers)
+        tests = _training(names[TRAIN:], f"What does {task} ask?{ONE_WORD}", answers)
+        if task == "TextVQA":
+            for record in tests:
+                record["conversations"][1]["value"] = str(["two"] * 9 + ["2"])
+        if task in ("CodeQA", "MathQA", "WikiQA"):
+            for n, record in enumerate([*train, *tests]):
+                del record["image"]
+                question = record["conversations"][0]["value"].removeprefix("<image>\n")
+                record["conversations"][0]["value"] = f"{n}. {question}"
+        else:
+            _draw(root, names)
+        _dump(root / task / "train.json", train)
+        _dump(root / task / "test.json", tests)
+
+
 LAYOUTS: dict[str, Callable[[Path], None]] = {
     "mllm_dcl": write_mllm_dcl,
     "mllm_acl": write_mllm_acl,
@@ -231,6 +254,7 @@ LAYOUTS: dict[str, Callable[[Path], None]] = {
     "cl_vista": write_cl_vista,
     "mllm_ctbench": write_mllm_ctbench,
     "trigap": write_trigap,
+    "continual_next": write_continual_next,
 }
 
 

@@ -22,7 +22,7 @@ from tests.clips import cut
 from tests.conversations import read_copy, turns_of
 from tests.forked import run
 from tests.modules.tiny_families import save_tiny
-from tests.recipes.published import LAYOUTS, LETTER, ONE_WORD, TEST, THINK_FIRST
+from tests.recipes.published import LAYOUTS, LETTER, ONE_WORD, TEST, THINK_FIRST, TRAIN
 
 ROOT = Path(__file__).resolve().parents[2]
 VIDEO = ("cl_vista",)
@@ -69,6 +69,10 @@ ORDERS = {
     "cl_vista": "Counting Space Traffic Movie GUI Science Sports STAR",
     "mllm_ctbench": "art OCR fomc science numglue math medical",
     "trigap": "PMCVQA DocVQA ChartQA IconQA InfographicVQA ArxivQA Roadside ChemVQA FloodNetVQA CLEVR",
+    "continual_next": (
+        "ArxivQA GeoChat IconQA ClevrMath CodeQA ImageNet Flickr30k DocVQA TextVQA MathQA ChartQA PathVQA Grounding "
+        "ScienceQA WikiQA"
+    ),
 }
 LENGTHS = {
     "mllm_dcl": [128] * 5,
@@ -78,6 +82,7 @@ LENGTHS = {
     "cl_vista": [256] * 8,
     "mllm_ctbench": [1024] * 7,
     "trigap": [128] * 10,
+    "continual_next": [1024] * 15,
 }
 
 
@@ -204,6 +209,12 @@ FAULTS: dict[str, tuple[str, Callable[[Path], object], str, str]] = {
         "DocVQA",
         "row 2 of .* has 'answers' beside 'answer'",
     ),
+    "no picture in a question that shows one": (
+        "continual_next",
+        lambda r: _edit(r / "GeoChat/test.json", lambda x: x[1].pop("image")),
+        "GeoChat",
+        "row 2: no image although the question has <image>",
+    ),
     "text alone": (
         "mllm_dcl",
         lambda r: _edit(r / "Med/train.json", lambda x: x[0].pop("image")),
@@ -291,6 +302,18 @@ PROMPTS: dict[str, dict[str, tuple[str, set[str]]]] = {
         task: (f"What is asked in {task}?{ONE_WORD}", {f"What is asked in {task}?{ONE_WORD}"})
         for task in ORDERS["trigap"].split()
     },
+    "continual_next": {
+        task: (f"What does {task} teach?{ONE_WORD}", {f"What does {task} ask?{ONE_WORD}"})
+        for task in ORDERS["continual_next"].split()
+        if task not in ("CodeQA", "MathQA", "WikiQA")
+    }
+    | {
+        task: (
+            f"0. What does {task} teach?{ONE_WORD}",
+            {f"{n}. What does {task} ask?{ONE_WORD}" for n in range(TRAIN, TRAIN + TEST)},
+        )
+        for task in ("CodeQA", "MathQA", "WikiQA")
+    },
 }
 
 
@@ -340,6 +363,7 @@ RECIPES = {
     "cl_vista": "video/llava_next_video_7b_cl_vista",
     "mllm_ctbench": "vqa/llava15_7b_ctbench",
     "trigap": "vqa/llava15_7b_trigap",
+    "continual_next": "vqa/llava15_7b_next",
 }
 
 
@@ -354,6 +378,7 @@ RECIPES = {
         pytest.param("coin", marks=pytest.mark.slow),
         pytest.param("mllm_ctbench", marks=pytest.mark.slow),
         pytest.param("trigap", marks=pytest.mark.slow),
+        pytest.param("continual_next", marks=pytest.mark.slow),
     ],
 )
 def test_the_recipe_runs_the_stream_to_its_report(name: str, roots: dict[str, Path], tmp_path: Path) -> None:

@@ -443,6 +443,62 @@ def test_trigap_anls(reply: str, answer: str | list[str], score: float) -> None:
     assert rules.trigap_anls({"answer": answer}, [reply]) == pytest.approx({"trigap_anls": score})
 
 
+def test_next_textvqa_is_vqa_accuracy_over_a_list_in_text() -> None:
+    answers = ["red"] * 2 + ["blue"] * 8
+    for reply in ("red", "blue", "Blue.", "green", ""):
+        score = rules.vqa_accuracy({"answers": answers}, [reply])["vqa_accuracy"]
+        for answer in (str(answers), answers):
+            assert rules.next_textvqa({"answer": answer}, [reply]) == {"next_textvqa": score}
+
+
+@pytest.mark.parametrize("answer", ["red", "['red']", "red, blue", "(" * 9, "", ["red"] * 9, str(tuple("abcdefghij"))])
+def test_next_textvqa_needs_ten_answers(answer: str) -> None:
+    with pytest.raises(ValueError, match="question_id 1: the answer is .* a list of 10 texts"):
+        rules.next_textvqa({"question_id": 1, "answer": answer}, ["red"])
+
+
+@pytest.mark.parametrize(
+    ("reply", "box", "score"),
+    [
+        ("[0.1,0.2,0.5,0.6]", "[0.1, 0.2, 0.5, 0.6]", 1),
+        ("It is at 0.1, 0.2, 0.5, 0.6.", "[0.1,0.2,0.5,0.6]", 1),
+        ("[0, 0, 1, 0.5]", "[0, 0, 1, 1]", 1),  # an IoU of 0.5
+        ("[0, 0, 1, 0.49]", "[0, 0, 1, 1]", 0),
+        ("[0, 0, 7, 1]", "[0, 0, 1, 1]", 1),  # cut to 1
+        ("[0.1 0.2 0.5 0.6]", "[0.1,0.2,0.5,0.6]", 0),  # no commas
+        ("[0.1,0.2,0.5]", "[0.1,0.2,0.5,0.6]", 0),
+        ("[9,9,9,9] no, [0.1,0.2,0.5,0.6]", "[0.1,0.2,0.5,0.6]", 0),  # the first counts
+        ("[0.6,0.6,0.6,0.6]", "[0.6,0.6,0.6,0.6]", 0),  # empty boxes
+        ("", "[0.1,0.2,0.5,0.6]", 0),
+    ],
+)
+def test_next_grounding(reply: str, box: str, score: int) -> None:
+    assert rules.next_grounding({"answer": box}, [reply]) == {"next_grounding": score}
+
+
+def test_next_grounding_needs_a_box() -> None:
+    with pytest.raises(ValueError, match=r"question_id 1: the answer is '\[1, 2\]'.*four numbers"):
+        rules.next_grounding({"question_id": 1, "answer": "[1, 2]"}, ["[0.1, 0.2, 0.3, 0.4]"])
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer", "score"),
+    [
+        ("A dog.", "dog", 1),
+        ("dog", "Dog.", 1),
+        ("a cat\na dog", "dog", 0),  # the first line alone
+        ("dog", "dog\nor cat", 1),
+        ("hotdogs", "dog", 1),
+        ("dog..", "dog.", 1),
+        ("dog", "a dog", 0),
+        ("", ".", 1),  # nothing is left of the truth
+        ("", "dog", 0),
+    ],
+)
+def test_next_blank(reply: str, answer: str, score: int) -> None:
+    assert rules.next_blank({"answer": answer}, [reply]) == {"next_blank": score}
+
+
 def test_captions_are_cut_at_300_characters_unless_asked_not_to() -> None:
     doc = {"references": ["a cat"]}
     for length, kept in ((299, 299), (300, 300), (301, 300)):
