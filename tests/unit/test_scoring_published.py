@@ -300,7 +300,8 @@ def test_vista_match(reply: str, answer: str, score: int) -> None:
     assert rules.vista_match({"answer": answer}, [reply]) == {"vista_match": score}
 
 
-# Every case of MLLM-CTBench and TriGap was put to the published function too, at the commits that the module names.
+# Every case of MLLM-CTBench, TriGap and Continual-NExT was put to the published function too, at the commits that the
+# module names.
 TAGGED = [
     # what the last complete pair of tags holds
     ("<think> b </think> <answer>red</answer>", "red", 1),
