@@ -2,17 +2,21 @@
 
 The rules are followed where they look odd too (a substring that is no word, an empty reply that counts as
 right): a score can be compared with a published one only if it was given by the same rule. Each function says
-where its rule lies; sources are bjzhb666/MLLM-CL (MLLM-DCL, MLLM-ACL), zackschen/CoIN and Ghy0501/MCITlib
-(CL-VISTA). Replies come without surrounding white space.
+where its rule lies; sources are bjzhb666/MLLM-CL (MLLM-DCL, MLLM-ACL), zackschen/CoIN, Ghy0501/MCITlib
+(CL-VISTA), yueluoshuangtian/MLLM-CTBench at 17d034b, LAMDA-CL/Prism at 7154be2 (TriGap) and
+SII-HITclearlove777/PCLR at b01395c (Continual-NExT, lrp_llava_hf/eval). Replies come without surrounding white space.
 
 Not here, because their published score needs a service: MLLM-ACL's Math (OpenAI's gpt-4o-mini reads the
 answer out of the reply) and APP (replies are handed in at EvalAI). CL-VISTA's judge:
 `mllm_keeplora.evaluation.judge`.
 """
 
+import ast
 import functools
 import re
+import string
 from collections.abc import Callable
+from difflib import SequenceMatcher
 from pathlib import PurePath
 from typing import Any
 
@@ -39,6 +43,10 @@ SCIENCE_QA_OPTIONS = frozenset("ABCDE")
 VISTA_EXACT = frozenset({"a", "b", "c", "d", "e", "yes", "no"})
 VQA_ANSWERS = 10
 MIN_IOU = 0.5
+PUNCTUATION_TO_SPACES = dict.fromkeys(map(ord, string.punctuation), " ")
+CTBENCH_OPTIONS = "ABCDEFGH"
+CTBENCH_TOLERANCE = 1e-3  # between two numbers
+CTBENCH_LONG, CTBENCH_ALIKE = 8, 0.6  # a truth of more characters may be met by a text as similar as this
 
 
 def dcl_token(doc: Doc, replies: list[str]) -> dict[str, float]:
@@ -129,13 +137,7 @@ def vqa_accuracy(doc: Doc, replies: list[str]) -> dict[str, float]:
     answers = doc["answers"]
     if not isinstance(answers, list) or len(answers) != VQA_ANSWERS:
         raise ValueError(f"{_where(doc)}: answers is {answers!r}, expected a list of {VQA_ANSWERS} texts")
-    normalise = _vqa_normaliser()
-    given, reply = [normalise(str(answer)) for answer in answers], normalise(replies[0])
-    if reply not in given:
-        return {"vqa_accuracy": 0.0}
-    matching = given.count(reply)
-    credits = (min(1.0, (matching - (answer == reply)) / 3) for answer in given)
-    return {"vqa_accuracy": sum(credits) / VQA_ANSWERS}
+    return {"vqa_accuracy": _agreement(answers, replies[0])}
 
 
 def coin_gqa(doc: Doc, replies: list[str]) -> dict[str, float]:
@@ -198,6 +200,96 @@ def vista_match(doc: Doc, replies: list[str]) -> dict[str, float]:
     return {"vista_match": float(hit)}
 
 
+def ctbench_choice(doc: Doc, replies: list[str]) -> dict[str, float]:
+    """MLLM-CTBench, fomc and science (reeval_clmm.py, sc_choice): the option that the reply's answer names is the one
+    that the truth names.
+
+    Named is the letter A..H that is the whole text or begins it before one of ". ) : ,", in either case and maybe
+    behind a parenthesis; else the first A..H that stands alone as a word once the text is in upper case ("a cat" names
+    A). Where one of the two names none, the rule is that of `ctbench_open`.
+    """
+    return {"ctbench_choice": float(_ctbench_same_option(_truth(doc), _ctbench_answer(replies[0])))}
+
+
+def ctbench_math(doc: Doc, replies: list[str]) -> dict[str, float]:
+    """MLLM-CTBench, math (reeval_clmm.py, sc_math): by the kind of the truth.
+
+    A letter A..H: as `ctbench_choice`. Yes or no: among the first three words of the reply's answer. All others: as
+    `ctbench_number` or as `ctbench_open`.
+    """
+    truth, answer = _truth(doc).strip(), _ctbench_answer(replies[0])
+    if re.fullmatch("[A-Ha-h]", truth):
+        hit = _ctbench_same_option(truth, answer)
+    elif truth.lower() in ("yes", "no"):
+        hit = truth.lower() in _ctbench_words(answer).split()[:3]
+    else:
+        hit = _ctbench_same_number(truth, answer) or _ctbench_alike(truth, answer)
+    return {"ctbench_math": float(hit)}
+
+
+def ctbench_number(doc: Doc, replies: list[str]) -> dict[str, float]:
+    """MLLM-CTBench, numglue (reeval_clmm.py, sc_num): the last number of the reply's answer is the truth's last,
+    up to 0.001; commas are left out, and no number is in ".5" but 5."""
+    return {"ctbench_number": float(_ctbench_same_number(_truth(doc), _ctbench_answer(replies[0])))}
+
+
+def ctbench_open(doc: Doc, replies: list[str]) -> dict[str, float]:
+    """MLLM-CTBench, art, OCR and medical (reeval_clmm.py, sc_open): the truth is part of the reply's answer, or, where
+    it has more than eight characters, similar to it by a ratio of 0.6 (difflib's).
+
+    Both are compared in lower case, each ASCII punctuation mark a space, each run of spaces one. A truth of
+    punctuation alone is never met.
+    """
+    return {"ctbench_open": float(_ctbench_alike(_truth(doc), _ctbench_answer(replies[0])))}
+
+
+def next_textvqa(doc: Doc, replies: list[str]) -> dict[str, float]:
+    """Continual-NExT, TextVQA (textvqa.py): `vqa_accuracy` over the ten answers that the record's answer lists, as
+    text in Python's form: "['a', 'b', ...]".
+
+    Raises:
+        ValueError: unless it lists ten.
+    """
+    answers = doc["answer"]
+    if isinstance(answers, str):
+        try:
+            answers = ast.literal_eval(answers)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):  # of a text that is no such list
+            answers = None
+    if not isinstance(answers, list) or len(answers) != VQA_ANSWERS:
+        raise ValueError(f"{_where(doc)}: the answer is {doc['answer']!r}, expected a list of {VQA_ANSWERS} texts")
+    return {"next_textvqa": _agreement(answers, replies[0])}
+
+
+def next_grounding(doc: Doc, replies: list[str]) -> dict[str, float]:
+    """Continual-NExT, Grounding (IoU.py): the first four numbers with commas between them in reply and truth are boxes
+    that overlap by an IoU of 0.5 or more, once cut to 0..1. A reply without four such numbers scores 0.
+
+    Raises:
+        ValueError: for a truth without them.
+    """
+    truth, box = _find_box(_truth(doc)), _find_box(replies[0])
+    if truth is None:
+        raise ValueError(f"{_where(doc)}: the answer is {doc['answer']!r}, expected four numbers")
+    return {"next_grounding": float(box is not None and _iou(box, truth) >= MIN_IOU)}
+
+
+def next_blank(doc: Doc, replies: list[str]) -> dict[str, float]:
+    """Continual-NExT, blanks to fill (level2.py): the truth is part of the reply. Of both the first line counts, in
+    lower case and without a full stop at its end."""
+    truth, reply = (text.split("\n")[0].strip().removesuffix(".").lower() for text in (_truth(doc), replies[0]))
+    return {"next_blank": float(truth in reply)}
+
+
+def trigap_anls(doc: Doc, replies: list[str]) -> dict[str, float]:
+    """TriGap, DocVQA and InfographicVQA (eval_ucit.py, anls_single): 1 - the edit distance of reply and truth / the
+    length of the longer, whatever the case; of several truths the nearest counts.
+
+    DocVQA's own ANLS makes 0 of what is below 0.5. TriGap's does not.
+    """
+    return {"trigap_anls": max(_similarity(replies[0].strip(), truth.strip()) for truth in _truths(doc))}
+
+
 def _truth(doc: Doc) -> str:
     if isinstance(doc["answer"], list):
         raise ValueError(f"{_where(doc)}: the answer is a list, but this rule compares with one text")
@@ -226,6 +318,16 @@ def _lower_in_one_line(text: str) -> str:
     return text.lower().strip().replace("\n", "")
 
 
+def _agreement(answers: list[Any], reply: str) -> float:
+    """VQA accuracy of a reply over ten people's answers."""
+    normalise = _vqa_normaliser()
+    given, reply = [normalise(str(answer)) for answer in answers], normalise(reply)
+    if reply not in given:
+        return 0.0
+    matching = given.count(reply)
+    return sum(min(1.0, (matching - (answer == reply)) / 3) for answer in given) / VQA_ANSWERS
+
+
 @functools.cache
 def _vqa_normaliser() -> Callable[[str], str]:
     """lmms-eval's copy of the EvalAI normaliser, the one CoIN has. Imported late: lmms-eval takes seconds."""
@@ -243,6 +345,11 @@ def _read_box(text: str) -> list[float] | None:
     return box if len(box) == 4 else None
 
 
+def _find_box(text: str) -> list[float] | None:
+    found = re.search(",".join([r"(\d*\.?\d+)"] * 4), re.sub(r"\s+", "", text))
+    return [min(1.0, float(number)) for number in found.groups()] if found else None
+
+
 def _iou(first: list[float], second: list[float]) -> float:
     """Intersection over union of two boxes (x1, y1, x2, y2) in one unit; 0 where the union is empty."""
     (left, top, right, bottom), (left2, top2, right2, bottom2) = first, second
@@ -250,3 +357,61 @@ def _iou(first: list[float], second: list[float]) -> float:
     shared = max(0.0, width) * max(0.0, height)
     union = (right - left) * (bottom - top) + (right2 - left2) * (bottom2 - top2) - shared
     return shared / union if union > 0 else 0.0
+
+
+def _ctbench_answer(reply: str) -> str:
+    """What the last complete pair of answer tags holds, in either case; without one, the reply without its thoughts
+    and tags. A thought that does not end goes on to the reply's end."""
+    tagged = re.findall("<answer>(.*?)</answer>", reply, re.DOTALL | re.IGNORECASE)
+    if tagged:
+        return str(tagged[-1]).strip()
+    for left_out in ("<think>.*?</think>", "<think>.*", "</?answer>"):
+        reply = re.sub(left_out, " ", reply, flags=re.DOTALL | re.IGNORECASE)
+    return reply.strip()
+
+
+def _ctbench_words(text: str) -> str:
+    return " ".join(text.lower().translate(PUNCTUATION_TO_SPACES).split())
+
+
+def _ctbench_same_option(truth: str, answer: str) -> bool:
+    wanted, named = _ctbench_option(truth), _ctbench_option(answer)
+    return wanted == named if wanted and named else _ctbench_alike(truth, answer)
+
+
+def _ctbench_option(text: str) -> str | None:
+    first = re.match(rf"\(?\s*([{CTBENCH_OPTIONS}])\s*(?:[.):,]|$)", text.strip(), re.IGNORECASE)
+    alone = first or re.search(rf"\b([{CTBENCH_OPTIONS}])\b", text.upper())
+    return alone[1].upper() if alone else None
+
+
+def _ctbench_same_number(truth: str, answer: str) -> bool:
+    numbers = [re.findall(r"-?\d+\.?\d*", text.replace(",", "")) for text in (truth, answer)]
+    if not all(numbers):
+        return False
+    wanted, given = (float(found[-1]) for found in numbers)
+    return abs(wanted - given) < CTBENCH_TOLERANCE
+
+
+def _ctbench_alike(truth: str, answer: str) -> bool:
+    wanted, given = _ctbench_words(truth), _ctbench_words(answer)
+    if not wanted:
+        return False
+    similar = len(wanted) > CTBENCH_LONG and SequenceMatcher(None, wanted, given).ratio() >= CTBENCH_ALIKE
+    return wanted in given or similar
+
+
+def _similarity(first: str, second: str) -> float:
+    """1 for equal texts, 0 for texts of which nothing can stay."""
+    longer = max(len(first), len(second))  # as written: a few characters are two in lower case
+    return max(0.0, 1 - _edit_distance(first.lower(), second.lower()) / longer) if longer else 1.0
+
+
+def _edit_distance(first: str, second: str) -> int:
+    """Levenshtein's: the least number of characters added, removed or replaced."""
+    row = list(range(len(second) + 1))
+    for removed, one in enumerate(first, 1):
+        above, row = row, [removed]
+        for place, other in enumerate(second):
+            row.append(min(above[place + 1] + 1, row[-1] + 1, above[place] + (one != other)))
+    return row[-1]

@@ -26,10 +26,12 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from mllm_keeplora.data.records import RecordError, named_media
 from mllm_keeplora.data.stream import (
     Hub,
     Stream,
     StreamError,
+    TaskSpec,
     named_paths,
 )
 from mllm_keeplora.distributed.progress import progress
@@ -221,9 +223,17 @@ def _extract(opened: zipfile.ZipFile | tarfile.TarFile, name: str, target: Path)
 def left_to_do(stream: Stream) -> list[str]:
     """One line per thing that a run would still miss; empty where all named files are there."""
     named = dict.fromkeys(path for spec in stream.specs for path in named_paths(stream, spec))
-    missing = [path for path in named if not path.exists()]
-    found = _files_called({path.name for path in missing}, stream.data_root)
-    return [*(_place(path, found.get(path.name, [])) for path in missing), *_elsewhere(stream)]
+    elsewhere = {stream.data_root / folder for folder in (stream.hub.elsewhere if stream.hub else {})}
+    missing = [path for path in named if not path.exists() and path not in elsewhere]
+    media = _media_of(stream, missing)
+    found = _files_called({path.name for path in (*missing, *media.values())}, stream.data_root)
+    lines = [
+        _place_folder(path, media[path], found.get(media[path].name, []))
+        if path in media
+        else _place(path, found.get(path.name, []))
+        for path in missing
+    ]
+    return [*lines, *_elsewhere(stream)]
 
 
 def _place(path: Path, candidates: Sequence[Path]) -> str:
@@ -231,6 +241,32 @@ def _place(path: Path, candidates: Sequence[Path]) -> str:
         return f"{path} is missing"
     same_task = [other for other in candidates if other.parent.name == path.parent.name] or candidates
     return f"{path} is missing; move it there from {' or '.join(map(str, same_task[:3]))}"
+
+
+def _media_of(stream: Stream, missing: Sequence[Path]) -> dict[Path, Path]:
+    """Missing media folder -> one of the files that the records expect in it."""
+    expected: dict[Path, Path] = {}
+    for spec in stream.specs:
+        train = stream.train_file(spec) if isinstance(spec, TaskSpec) else None
+        for file, root in ((train, stream.media_root(spec)), (stream.test_file(spec), stream.test_media_root(spec))):
+            if root not in missing or root in expected or not isinstance(file, Path) or not file.is_file():
+                continue
+            try:
+                named = named_media(file, root, stream.extracted, stream.classes(spec))
+            except RecordError:  # of which the checker speaks
+                continue
+            inside = [path for path in named if path.is_relative_to(root)]
+            if inside:
+                expected[root] = min(inside)
+    return expected
+
+
+def _place_folder(folder: Path, medium: Path, candidates: Sequence[Path]) -> str:
+    name = medium.relative_to(folder)
+    lying = [path for path in candidates if path.parts[-len(name.parts) :] == name.parts]
+    if not lying:
+        return f"{folder} is missing"
+    return f"{folder} is missing; move the images or clips so that {lying[0]} becomes {medium}, and the others likewise"
 
 
 def _files_called(names: set[str], root: Path) -> dict[str, list[Path]]:

@@ -8,6 +8,7 @@
 | LLaVA test, CL-VISTA | `text` or `question`, and `answer` (`answer_bbox`, `answers`) |
 | ms-swift | `query`, `response`, and `history` |
 | Alpaca | `instruction`, `input`, `output`, and `history` |
+| open-r1, MLLM-CTBench | `problem` and `solution` |
 
 Every form may have `system` (`system_prompt`, `system_message`), and media: `image`, `images`, `image_name` and the
 like, or inside a message's content. What a record says and this project does not do (`tools`, `rejected`, ...) is
@@ -72,6 +73,7 @@ _QUESTIONS: dict[str, tuple[str, ...]] = {
     "query": ("response",),
     "instruction": ("output",),
     "prompt": ("completion",),
+    "problem": ("solution",),
 }
 _SYSTEMS = ("system", "system_prompt", "system_message")  # the second is OpenOrca's
 # What benchmarks keep beside a question and add to it when they ask.
@@ -193,6 +195,8 @@ def _read_form(record: Mapping[str, Any], answered: bool) -> tuple[list[Said], s
     """The messages, and the key of the questions."""
     found = [key for key in _CHATS if key in record]
     complete = [q for q, answers in _QUESTIONS.items() if q in record and any(a in record for a in answers)]
+    if found and complete == ["problem"]:  # data of mathematics have the pair once more as messages
+        complete = []
     if len(found) + len(complete) > 1:
         names = ", ".join(map(repr, (*found, *complete)))
         raise BadRecord(f"several forms in one record, beginning with {names}; keep one of them")
@@ -248,7 +252,7 @@ def _refuse_unasked(record: Mapping[str, Any], question: str, messages: Sequence
         options = _texts(value)
         if key in _QUESTIONS and key != question:  # Alpaca's `text` is all of the record
             unread = any(_words(text) not in said and asked not in _words(text) for text in options)
-        elif key in ("response", "output", "completion") and key not in _QUESTIONS[question]:
+        elif _is_other_answer(key, question):
             unread = any(_words(text) not in said for text in options)
         elif _ADDED_TO_QUESTIONS.fullmatch(key):
             unread = bool(options) and not any(_words(_LABEL.sub("", text, count=1)) in said for text in options)
@@ -259,6 +263,12 @@ def _refuse_unasked(record: Mapping[str, Any], question: str, messages: Sequence
                 f"it has {key!r} {_short(value)} beside {question!r}, which would be neither asked nor learnt; write "
                 f"it into {question!r} or the answer, or give the key another name"
             )
+
+
+def _is_other_answer(key: str, question: str) -> bool:
+    if question == "problem" and key == "answer":  # the short one, beside a derivation
+        return True
+    return key in ("response", "output", "completion") and key not in _QUESTIONS[question]
 
 
 def _texts(value: Any) -> list[str]:

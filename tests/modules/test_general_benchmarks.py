@@ -56,7 +56,9 @@ def test_a_suite_names_a_task_and_a_number_that_lmms_eval_has(suite: str, name: 
     assert kinds <= {"generate_until"}
 
 
-@pytest.mark.parametrize("name", ["mllm_dcl", "mllm_acl", "ucit", "coin", "cl_vista"])
+@pytest.mark.parametrize(
+    "name", ["mllm_dcl", "mllm_acl", "ucit", "coin", "trigap", "mllm_ctbench", "continual_next", "cl_vista"]
+)
 def test_the_published_streams_watch_a_whole_suite(name: str) -> None:
     suite = "general_video" if name == "cl_vista" else "general_image"
     stream = load_stream(STREAMS / f"{name}.yaml", Path("none"), check_files=False)

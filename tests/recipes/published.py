@@ -16,6 +16,7 @@ from tests.clips import moving_frames, write_clip
 
 TRAIN, TEST = 6, 4
 ONE_WORD = "\nAnswer the question using a single word or phrase."
+THINK_FIRST = " Think first, then answer in <answer> tags."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 
 Records = list[dict[str, Any]]
@@ -164,12 +165,96 @@ def write_cl_vista(root: Path) -> None:
         _dump(root / task / f"{answers}.json", [{"answer": "yes", "question_id": n} for n in tests])
 
 
+def write_mllm_ctbench(root: Path) -> None:
+    """Seven tasks: `reasoning_{train,test}/<task>.json` of `problem` and `solution`, images under `images/`; fomc and
+    numglue have none. Training solutions are thoughts and an answer, test solutions the answer alone."""
+    answers = {
+        "art": ["Rembrandt van Rijn", "a church"],
+        "OCR": ["Total: $12.50", "open"],
+        "fomc": ["A", "C"],
+        "science": ["B", "D"],
+        "numglue": ["12", "0.5"],
+        "math": ["B", "145", "yes"],
+        "medical": ["left upper lobe", "no fracture"],
+    }
+    for task, pair in answers.items():
+        names = [f"{task}_vqa_datasets/{task.upper()}/{n}.jpg" for n in range(TRAIN + TEST)]
+        taught, problem = f"What does {task} teach?{THINK_FIRST}", f"What does {task} ask?{THINK_FIRST}"
+        train = [{"problem": f"{n}. {taught}", "solution": thought(pair[n % len(pair)])} for n in range(TRAIN)]
+        tests = [
+            {"question_id": f"{task}_{n}", "problem": f"{n}. {problem}", "solution": pair[n % len(pair)]}
+            for n in range(TEST)
+        ]
+        if task not in ("fomc", "numglue"):
+            _draw(root / "images", names)
+            for record, name in zip([*train, *tests], names, strict=True):
+                record["image"] = name
+        _dump(root / "reasoning_train" / f"{task}.json", train)
+        _dump(root / "reasoning_test" / f"{task}.json", tests)
+
+
+def thought(answer: str) -> str:
+    return f"<think> I look, and so it is {answer}. </think><answer>{answer}</answer>"
+
+
+def write_trigap(root: Path) -> None:
+    """Ten tasks: `instructions/<task>/`, images under `datasets/`; of two tasks a question may have several answers."""
+    standard, converted = ("train_standard_4w", "test_standard_3k"), ("train_converted", "val_converted")
+    files = {
+        "PMCVQA": standard,
+        "DocVQA": converted,
+        "ChartQA": standard,
+        "IconQA": ("train", "test_3000"),
+        "InfographicVQA": tuple(f"infographicsVQA_{name}" for name in converted),
+        "ArxivQA": ("train_4w", "test_3000"),
+        "Roadside": standard,
+        "ChemVQA": standard,
+        "FloodNetVQA": standard,
+        "CLEVR": ("train_4w", "test_3000"),
+    }
+    for task, (train, test) in files.items():
+        shown = [f"{task}/images/train{n}.png" for n in range(TRAIN)]
+        asked = [f"{task}/images/test{n}.png" for n in range(TEST)]
+        _draw(root / "datasets", [*shown, *asked])
+        question = f"What is asked in {task}?" + ONE_WORD
+        several: list[Any] = [["12 May", "May 12"], "Acme Corp"]
+        _dump(root / "instructions" / task / f"{train}.json", _training(shown, question, ["A", "3"]))
+        tests = _tests(asked, question, several if task in ("DocVQA", "InfographicVQA") else ["A", "3"])
+        _dump(root / "instructions" / task / f"{test}.json", tests)
+
+
+def write_continual_next(root: Path) -> None:
+    """Fifteen tasks: `<task>/{train,test}.json`, both conversations; TextVQA's tests list ten answers as text. Which
+    tasks are of text alone, and where images lie, is made up."""
+    tasks = "ArxivQA GeoChat IconQA ClevrMath CodeQA ImageNet Flickr30k DocVQA TextVQA MathQA ChartQA PathVQA"
+    for task in (*tasks.split(), "Grounding", "ScienceQA", "WikiQA"):
+        names = [f"{task}/images/{n}.png" for n in range(TRAIN + TEST)]
+        answers = ["[0.1, 0.2, 0.5, 0.6]"] if task == "Grounding" else ["A", "two"]
+        train = _training(names[:TRAIN], f"What does {task} teach?{ONE_WORD}", answers)
+        tests = _training(names[TRAIN:], f"What does {task} ask?{ONE_WORD}", answers)
+        if task == "TextVQA":
+            for record in tests:
+                record["conversations"][1]["value"] = str(["two"] * 9 + ["2"])
+        if task in ("CodeQA", "MathQA", "WikiQA"):
+            for n, record in enumerate([*train, *tests]):
+                del record["image"]
+                question = record["conversations"][0]["value"].removeprefix("<image>\n")
+                record["conversations"][0]["value"] = f"{n}. {question}"
+        else:
+            _draw(root, names)
+        _dump(root / task / "train.json", train)
+        _dump(root / task / "test.json", tests)
+
+
 LAYOUTS: dict[str, Callable[[Path], None]] = {
     "mllm_dcl": write_mllm_dcl,
     "mllm_acl": write_mllm_acl,
     "ucit": write_ucit,
     "coin": write_coin,
     "cl_vista": write_cl_vista,
+    "mllm_ctbench": write_mllm_ctbench,
+    "trigap": write_trigap,
+    "continual_next": write_continual_next,
 }
 
 

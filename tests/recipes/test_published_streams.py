@@ -22,7 +22,7 @@ from tests.clips import cut
 from tests.conversations import read_copy, turns_of
 from tests.forked import run
 from tests.modules.tiny_families import save_tiny
-from tests.recipes.published import LAYOUTS, LETTER, ONE_WORD, TEST
+from tests.recipes.published import LAYOUTS, LETTER, ONE_WORD, TEST, THINK_FIRST, TRAIN
 
 ROOT = Path(__file__).resolve().parents[2]
 VIDEO = ("cl_vista",)
@@ -67,6 +67,12 @@ ORDERS = {
     "ucit": "ImageNet-R ArxivQA VizWiz IconQA CLEVR-Math Flickr30k",
     "coin": "ScienceQA TextVQA ImageNet GQA VizWiz Grounding VQAv2 OCR-VQA",
     "cl_vista": "Counting Space Traffic Movie GUI Science Sports STAR",
+    "mllm_ctbench": "art OCR fomc science numglue math medical",
+    "trigap": "PMCVQA DocVQA ChartQA IconQA InfographicVQA ArxivQA Roadside ChemVQA FloodNetVQA CLEVR",
+    "continual_next": (
+        "ArxivQA GeoChat IconQA ClevrMath CodeQA ImageNet Flickr30k DocVQA TextVQA MathQA ChartQA PathVQA Grounding "
+        "ScienceQA WikiQA"
+    ),
 }
 LENGTHS = {
     "mllm_dcl": [128] * 5,
@@ -74,6 +80,9 @@ LENGTHS = {
     "ucit": [1024] * 6,
     "coin": [1024, 128, 1024, 128, 128, 1024, 1024, 128],
     "cl_vista": [256] * 8,
+    "mllm_ctbench": [1024] * 7,
+    "trigap": [128] * 10,
+    "continual_next": [1024] * 15,
 }
 
 
@@ -173,6 +182,39 @@ FAULTS: dict[str, tuple[str, Callable[[Path], object], str, str]] = {
         "TextVQA",
         "has no answers to 1 of the 4 questions",
     ),
+    "missing image of a thought": (
+        "mllm_ctbench",
+        lambda r: (r / "images/math_vqa_datasets/MATH/7.jpg").unlink(),
+        "math",
+        r"reasoning_test/math\.json.*row 2: .*does not exist",
+    ),
+    "missing solution": (
+        "mllm_ctbench",
+        lambda r: _edit(r / "reasoning_test/fomc.json", lambda x: x[2].pop("solution")),
+        "fomc",
+        "row 3: no answer: none of 'solution'",
+    ),
+    "overlap of texts": (
+        "mllm_ctbench",
+        lambda r: _edit(
+            r / "reasoning_test/numglue.json",
+            lambda x: x[1].update(problem=f"4. What does numglue teach?{THINK_FIRST}"),
+        ),
+        "numglue",
+        "row 2 of the test is row 5 of the training",
+    ),
+    "other answers beside the answer": (
+        "trigap",
+        lambda r: _edit(r / "instructions/DocVQA/val_converted.json", lambda x: x[1].update(answers=["Acme", "ACME"])),
+        "DocVQA",
+        "row 2 of .* has 'answers' beside 'answer'",
+    ),
+    "no picture in a question that shows one": (
+        "continual_next",
+        lambda r: _edit(r / "GeoChat/test.json", lambda x: x[1].pop("image")),
+        "GeoChat",
+        "row 2: no image although the question has <image>",
+    ),
     "text alone": (
         "mllm_dcl",
         lambda r: _edit(r / "Med/train.json", lambda x: x[0].pop("image")),
@@ -249,6 +291,29 @@ PROMPTS: dict[str, dict[str, tuple[str, set[str]]]] = {
         task: (f"0. What happens in {task}?", {f"{n}. What happens in {task}?" for n in range(TEST)})
         for task in ("Counting", "Space", "Traffic", "Movie", "GUI", "Science", "Sports", "STAR")
     },
+    "mllm_ctbench": {
+        task: (
+            f"0. What does {task} teach?{THINK_FIRST}",
+            {f"{n}. What does {task} ask?{THINK_FIRST}" for n in range(TEST)},
+        )
+        for task in ORDERS["mllm_ctbench"].split()
+    },
+    "trigap": {
+        task: (f"What is asked in {task}?{ONE_WORD}", {f"What is asked in {task}?{ONE_WORD}"})
+        for task in ORDERS["trigap"].split()
+    },
+    "continual_next": {
+        task: (f"What does {task} teach?{ONE_WORD}", {f"What does {task} ask?{ONE_WORD}"})
+        for task in ORDERS["continual_next"].split()
+        if task not in ("CodeQA", "MathQA", "WikiQA")
+    }
+    | {
+        task: (
+            f"0. What does {task} teach?{ONE_WORD}",
+            {f"{n}. What does {task} ask?{ONE_WORD}" for n in range(TRAIN, TRAIN + TEST)},
+        )
+        for task in ("CodeQA", "MathQA", "WikiQA")
+    },
 }
 
 
@@ -296,6 +361,9 @@ RECIPES = {
     "ucit": "vqa/llava15_7b_ucit",
     "coin": "vqa/llava15_7b_coin",
     "cl_vista": "video/llava_next_video_7b_cl_vista",
+    "mllm_ctbench": "vqa/llava15_7b_ctbench",
+    "trigap": "vqa/llava15_7b_trigap",
+    "continual_next": "vqa/llava15_7b_next",
 }
 
 
@@ -308,6 +376,9 @@ RECIPES = {
         pytest.param("mllm_dcl", marks=pytest.mark.slow),
         pytest.param("ucit", marks=[needs_java, pytest.mark.slow]),
         pytest.param("coin", marks=pytest.mark.slow),
+        pytest.param("mllm_ctbench", marks=pytest.mark.slow),
+        pytest.param("trigap", marks=pytest.mark.slow),
+        pytest.param("continual_next", marks=pytest.mark.slow),
     ],
 )
 def test_the_recipe_runs_the_stream_to_its_report(name: str, roots: dict[str, Path], tmp_path: Path) -> None:

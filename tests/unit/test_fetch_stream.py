@@ -11,6 +11,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -268,8 +269,42 @@ def test_nothing_is_left_to_do_where_all_is_there(
 
 
 def test_what_other_places_have_is_named(tmp_path: Path) -> None:
-    stream = load(tmp_path, elsewhere={"birds/images": "the zoo"})
-    assert any("birds/images is missing" in line and "the zoo" in line for line in left_to_do(stream))
+    stream = load(tmp_path, elsewhere={"birds/images": "the zoo", "tools": "the shed"})
+    lines = left_to_do(stream)
+    assert any("birds/images is missing" in line and "the zoo" in line for line in lines)
+    # Once, though records' pictures are relative to it as well.
+    assert [line for line in lines if "data/tools is missing" in line] == [
+        f"{tmp_path / 'data/tools'} is missing; the repository does not have it, get it from the shed"
+    ]
+
+
+@pytest.mark.parametrize("top", ["", "img", "img/all"])
+def test_pictures_that_were_unpacked_to_another_folder_are_found(tmp_path: Path, top: str) -> None:
+    stream = load_stream(write_stream(tmp_path), check_files=False)
+    data, records = tmp_path / "data", tmp_path / "data/lists"
+    stream = replace(
+        stream,
+        tasks=tuple(
+            replace(task, train=f"lists/{task.name}.json", test=f"lists/{task.name}.json", media_root="pictures")
+            for task in stream.tasks
+        ),
+    )
+    records.mkdir(parents=True)
+    record = {"question_id": 1, "image": "zoo/birds/0.png", "text": "Which bird?", "answer": "robin"}
+    (records / "birds.json").write_text(json.dumps([record]))
+    (records / "tools.json").write_text("cut")  # cannot be read, and does not stop the others
+    assert left_to_do(stream) == [f"{data / 'pictures'} is missing"]
+    lying = data / top / "zoo/birds/0.png"
+    for path in (lying, data / "other/0.png"):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(NOISE)
+    assert left_to_do(stream) == [
+        f"{data / 'pictures'} is missing; move the images or clips so that {lying} becomes "
+        f"{data / 'pictures/zoo/birds/0.png'}, and the others likewise"
+    ]
+    lying.parents[1].rename(tmp_path / "zoo")
+    (data / "pictures").mkdir()
+    assert left_to_do(stream) == []
 
 
 @pytest.mark.parametrize(

@@ -246,6 +246,17 @@ def published(root: Path) -> dict[str, tuple[Any, tuple[Message, ...]]]:
             chat([{"type": "text", "text": "What?"}, {"type": "image_url", "image_url": {"url": "3.png"}}]),
             (user("What?", three), says("a")),
         ),
+        # yueluoshuangtian/MLLM-CTBench data/README.md; lmms-lab/multimodal-open-r1-8k-verified has the other keys
+        "open-r1": (
+            {
+                "image": "1.png",
+                "problem": "How many bars? Answer with a number.",
+                "solution": "<think> I count them. </think> 3",
+                "original_question": "How many bars?",
+                "original_answer": "3",
+            },
+            (user(one, "How many bars? Answer with a number."), says("<think> I count them. </think> 3")),
+        ),
         # CL-VISTA's answers are joined to its questions; names may lack the suffix.
         "cl-vista": (
             {"question_id": 0, "video_name": "1.mp4", "question": "<video>\nDoes the car stop?", "answer": "yes"},
@@ -292,6 +303,7 @@ def test_answers_are_words_and_so_is_a_placeholder_in_them(root: Path) -> None:
         {"query": "?", "response": ["open", "OPEN"]},
         {"instruction": "?", "output": ["open", "OPEN"]},
         {"prompt": "?", "completion": ["open", "OPEN"]},
+        {"problem": "?", "solution": ["open", "OPEN"]},
         chat("?", ["open", "OPEN"]),
         {"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": ["open", "OPEN"]}]},
     ],
@@ -304,9 +316,9 @@ def test_several_answers_count_in_every_form(root: Path, tmp_path: Path, record:
 
 
 @pytest.mark.parametrize("key", ["image", "images", "image_name", "image_path", "image_file", "image_paths"])
-@pytest.mark.parametrize("asked", ["text", "question", "query", "prompt"])
+@pytest.mark.parametrize("asked", ["text", "question", "query", "prompt", "problem"])
 def test_a_picture_beside_a_question_is_shown(root: Path, tmp_path: Path, key: str, asked: str) -> None:
-    answer = {"query": "response", "prompt": "completion"}.get(asked, "answer")
+    answer = {"query": "response", "prompt": "completion", "problem": "solution"}.get(asked, "answer")
     record = {asked: "What?", answer: "a", key: ["1.png"] if key.endswith("s") else "1.png"}
     assert read(root, record)[0].media == (MediaFile("image", root / "1.png"),)
     [doc] = copy_of(root, tmp_path / "tasks")

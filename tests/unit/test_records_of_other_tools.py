@@ -131,6 +131,17 @@ def test_what_belongs_to_the_question_or_the_answer_is_not_left_out(root: Path, 
         assert outcome(root, written) == asks(shown(root), f"What is it? {words}".strip())
 
 
+def test_mathematics_has_a_short_answer_beside_its_derivation(root: Path) -> None:
+    """NuminaMath and its like, whose `solution` ends with the `answer`, and some with both as messages."""
+    record = {"image": "1.png", "problem": "What is it?", "solution": "a cat"}
+    assert outcome(root, {**record, "answer": "cat"}) == asks(shown(root), "What is it?")
+    assert "it has 'answer' 'a dog' beside 'problem'" in str(outcome(root, {**record, "answer": "a dog"}))
+    messages = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "a cat"}]
+    assert outcome(root, {**record, "messages": messages}) == asks(shown(root), "What is it?")
+    # As in every other form, two questions with an answer each are one too many.
+    assert "several forms" in str(outcome(root, {**record, "query": "What?", "response": "a dog"}))
+
+
 def test_alpacas_text_is_the_record_once_more(root: Path) -> None:
     record = {"instruction": "What is it?", "input": "", "output": "a cat"}
     whole = "Below is an instruction.\n\n### Instruction:\nWhat is it?\n\n### Response:\na cat"

@@ -108,9 +108,11 @@ def test_every_metric_has_its_function_and_reports_its_own_name() -> None:
         assert function == path.stem
         doc = {"answer": "A", "image": "AI2D_1.png", "references": ["A"], "answers": ["A"] * 10}
         doc |= {"answer_type": "Doc-oriented VQA", "answer_bbox": "[0,0,1,1]"}
-        reply = "[0.0,0.0,1.0,1.00]" if path.stem == "coin_grounding" else "A"
-        # GQA's truths are in lower case.
-        doc["answer"] = "a" if path.stem in ("coin_gqa", "dcl_fin") else "A"
+        box = "[0.0,0.0,1.0,1.00]"
+        reply = {"coin_grounding": box, "next_grounding": box, "ctbench_number": "7"}.get(path.stem, "A")
+        # GQA's truths are in lower case, others are no texts.
+        other = {"coin_gqa": "a", "dcl_fin": "a", "ctbench_number": "7.0", "next_grounding": box}
+        doc["answer"] = {**other, "next_textvqa": str(["A"] * 10)}.get(path.stem, "A")
         doc["rules"] = {"word": "A"}
         score = getattr(load_module(TEMPLATES / f"{module}.py"), function)(doc, [reply])
         captioned = {path.stem: {"caption": "A", "references": ["A"]}}

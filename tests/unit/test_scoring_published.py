@@ -143,7 +143,7 @@ def test_acl_ocr_refuses_types_that_its_score_leaves_out() -> None:
         rules.acl_ocr({**doc, "answer_type": "Poetry"}, ["z"])
 
 
-@pytest.mark.parametrize("rule", [rules.dcl_med, rules.acl_vp, rules.coin_gqa])
+@pytest.mark.parametrize("rule", [rules.dcl_med, rules.acl_vp, rules.coin_gqa, rules.ctbench_open])
 def test_rules_of_one_answer_refuse_a_list(rule: Any) -> None:
     with pytest.raises(ValueError, match="question_id 4: the answer is a list"):
         rule({"question_id": 4, "answer": ["a", "b"]}, ["a"])
@@ -298,6 +298,206 @@ def test_coin_ocrvqa(reply: str, answer: str, score: int) -> None:
 )
 def test_vista_match(reply: str, answer: str, score: int) -> None:
     assert rules.vista_match({"answer": answer}, [reply]) == {"vista_match": score}
+
+
+# Every case of MLLM-CTBench, TriGap and Continual-NExT was put to the published function too, at the commits that the
+# module names.
+TAGGED = [
+    # what the last complete pair of tags holds
+    ("<think> b </think> <answer>red</answer>", "red", 1),
+    ("<ANSWER> red\n</Answer>", "red", 1),
+    ("<answer>blue</answer> no, <answer>red</answer>", "red", 1),
+    ("<answer>red</answer> no, <answer>blue</answer>", "red", 0),
+    ("red <answer>blue</answer> red", "red", 0),
+    ("red <answer></answer>", "red", 0),  # an empty pair is a pair
+    ("<answer>blue <answer>red</answer></answer>", "red", 1),  # nested: up to the first end
+    ("<answer>blue</answer> <answer>red", "red", 0),  # the last does not end
+    ("<answer>red <answer>blue</answer>", "red", 1),
+    ("< answer>blue</answer> red", "red", 1),  # no tag, so all of it
+    # no pair: the reply without its thoughts and tags
+    ("red", "red", 1),
+    ("<think>red</think> blue", "red", 0),
+    ("<think>blue</think> red", "red", 1),
+    ("<answer>red", "red", 1),
+    ("red</answer>", "red", 1),
+    ("<think>blue <answer>red", "red", 0),  # a thought without an end goes on to the end
+    ("red <think>blue", "red", 1),
+    ("<THINK>red</THINK><Think>red", "red", 0),
+    ("red</think>", "red", 1),
+    ("<think>blue</think> re<answer>d", "red", 0),  # a tag becomes a space
+    ("", "red", 0),
+]
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer", "score"),
+    [
+        *TAGGED,
+        # lower case, punctuation and runs of spaces are one space
+        ("It is RED.", "red", 1),
+        ("bored", "red", 1),  # part of a word
+        ("a  dark-red\thouse", "Dark red house!", 1),
+        ("darkred", "dark red", 0),
+        ("anything", "...", 0),
+        # more than eight characters may be similar: ratios of 0.5, 0.6 and 0.6, then 5 / 8
+        ("abcdefxxxxxx", "abcdefyyyyyy", 0),
+        ("abcdefghixxxxxx", "abcdefghiyyyyyy", 1),
+        ("abcdefxxxx", "abcdefyyyy", 1),
+        ("abcdexxx", "abcdeyyy", 0),  # eight
+        ("<answer>abcdefxxxx</answer>", "abcdefyyyy", 1),
+        ("éclair", "Éclair", 1),
+    ],
+)
+def test_ctbench_open(reply: str, answer: str, score: int) -> None:
+    assert rules.ctbench_open({"answer": answer}, [reply]) == {"ctbench_open": score}
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer", "score"),
+    [
+        ("<think>A or C?</think><answer>C</answer>", "C", 1),
+        ("<think>C</think><answer>A</answer>", "C", 0),
+        ("(c) neutral", "C", 1),
+        (" ( b ), not a", "B", 1),
+        ("c: neutral", "C", 1),
+        ("c neutral", "C", 1),
+        ("The answer is C.", "C", 1),
+        ("a cat, so C", "C", 0),  # names A
+        ("AC", "C", 1),  # names none: as text, of which the truth is part
+        ("I", "I", 1),
+        ("neutral", "C", 0),
+        ("It is neutral", "neutral", 1),
+        ("B", "b. dovish", 1),
+        ("dovish", "B. dovish", 0),
+        ("B", "Option B", 1),
+        ("", "C", 0),
+    ],
+)
+def test_ctbench_choice(reply: str, answer: str, score: int) -> None:
+    assert rules.ctbench_choice({"answer": answer}, [reply]) == {"ctbench_choice": score}
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer", "score"),
+    [
+        ("<think>5</think><answer>It is 12.</answer>", "12", 1),
+        ("12, not 13", "12", 0),  # the last number counts
+        ("1,200", "1200", 1),
+        ("12.0009", "12", 1),
+        ("12.0011", "12", 0),
+        ("-12", "12", 0),
+        ("3-12", "-12", 1),
+        (".5", "5", 1),
+        ("0.5", ".5", 0),
+        ("7", "step 1 of 7", 1),
+        ("twelve", "12", 0),
+        ("12", "twelve", 0),
+        ("", "12", 0),
+    ],
+)
+def test_ctbench_number(reply: str, answer: str, score: int) -> None:
+    assert rules.ctbench_number({"answer": answer}, [reply]) == {"ctbench_number": score}
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer", "score"),
+    [
+        # a letter
+        ("<answer>(b)</answer>", "b", 1),
+        ("It is 3", "B", 0),
+        # yes or no: among three words
+        ("well, I say YES", "yes", 0),
+        ("I say, YES!", "yes", 1),
+        ("<think>yes</think> no", "Yes", 0),
+        ("yesterday", "yes", 0),
+        # a number, or a text
+        ("145.0", "145°", 1),
+        ("It is 145° in all", "145°", 1),
+        ("the ratio is 2:3", "2:3", 1),
+        ("4:3", "2:3", 1),  # by the last number
+        ("x = 4", "2:3", 0),
+        ("an isosceles triangle", "isosceles", 1),
+        ("I", "I", 1),
+        ("", "12", 0),
+    ],
+)
+def test_ctbench_math(reply: str, answer: str, score: int) -> None:
+    assert rules.ctbench_math({"answer": answer}, [reply]) == {"ctbench_math": score}
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer", "score"),
+    [
+        ("Acme Corp", "acme corp", 1),
+        ("Acme Corp.", ["acme corp"], 0.9),
+        ("kitten", "sitting", 1 - 3 / 7),
+        ("sitting", ["kitten", "fitting"], 1 - 1 / 7),
+        ("abcd", "abxy", 0.5),
+        ("abcd", "axyz", 0.25),  # below DocVQA's threshold
+        ("abcd", "wxyz", 0),
+        ("  12  ", " 12", 1),
+        ("İ", "x", 0),  # two characters in lower case, but not below 0
+        ("", "12", 0),
+    ],
+)
+def test_trigap_anls(reply: str, answer: str | list[str], score: float) -> None:
+    assert rules.trigap_anls({"answer": answer}, [reply]) == pytest.approx({"trigap_anls": score})
+
+
+def test_next_textvqa_is_vqa_accuracy_over_a_list_in_text() -> None:
+    answers = ["red"] * 2 + ["blue"] * 8
+    for reply in ("red", "blue", "Blue.", "green", ""):
+        score = rules.vqa_accuracy({"answers": answers}, [reply])["vqa_accuracy"]
+        for answer in (str(answers), answers):
+            assert rules.next_textvqa({"answer": answer}, [reply]) == {"next_textvqa": score}
+
+
+@pytest.mark.parametrize("answer", ["red", "['red']", "red, blue", "(" * 9, "", ["red"] * 9, str(tuple("abcdefghij"))])
+def test_next_textvqa_needs_ten_answers(answer: str) -> None:
+    with pytest.raises(ValueError, match="question_id 1: the answer is .* a list of 10 texts"):
+        rules.next_textvqa({"question_id": 1, "answer": answer}, ["red"])
+
+
+@pytest.mark.parametrize(
+    ("reply", "box", "score"),
+    [
+        ("[0.1,0.2,0.5,0.6]", "[0.1, 0.2, 0.5, 0.6]", 1),
+        ("It is at 0.1, 0.2, 0.5, 0.6.", "[0.1,0.2,0.5,0.6]", 1),
+        ("[0, 0, 1, 0.5]", "[0, 0, 1, 1]", 1),  # an IoU of 0.5
+        ("[0, 0, 1, 0.49]", "[0, 0, 1, 1]", 0),
+        ("[0, 0, 7, 1]", "[0, 0, 1, 1]", 1),  # cut to 1
+        ("[0.1 0.2 0.5 0.6]", "[0.1,0.2,0.5,0.6]", 0),  # no commas
+        ("[0.1,0.2,0.5]", "[0.1,0.2,0.5,0.6]", 0),
+        ("[9,9,9,9] no, [0.1,0.2,0.5,0.6]", "[0.1,0.2,0.5,0.6]", 0),  # the first counts
+        ("[0.6,0.6,0.6,0.6]", "[0.6,0.6,0.6,0.6]", 0),  # empty boxes
+        ("", "[0.1,0.2,0.5,0.6]", 0),
+    ],
+)
+def test_next_grounding(reply: str, box: str, score: int) -> None:
+    assert rules.next_grounding({"answer": box}, [reply]) == {"next_grounding": score}
+
+
+def test_next_grounding_needs_a_box() -> None:
+    with pytest.raises(ValueError, match=r"question_id 1: the answer is '\[1, 2\]'.*four numbers"):
+        rules.next_grounding({"question_id": 1, "answer": "[1, 2]"}, ["[0.1, 0.2, 0.3, 0.4]"])
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer", "score"),
+    [
+        ("A dog.", "dog", 1),
+        ("dog", "Dog.", 1),
+        ("a cat\na dog", "dog", 0),  # the first line alone
+        ("dog", "dog\nor cat", 1),
+        ("hotdogs", "dog", 1),
+        ("dog..", "dog.", 1),
+        ("dog", "a dog", 0),
+        ("", ".", 1),  # nothing is left of the truth
+        ("", "dog", 0),
+    ],
+)
+def test_next_blank(reply: str, answer: str, score: int) -> None:
+    assert rules.next_blank({"answer": answer}, [reply]) == {"next_blank": score}
 
 
 def test_captions_are_cut_at_300_characters_unless_asked_not_to() -> None:

@@ -356,7 +356,7 @@ def test_the_worked_example_of_the_docs_works(tmp_path: Path, monkeypatch: pytes
     load_training_records(stream)
     # Every other form that the page shows is read as well, as training and as test.
     others = [name for name in blocks if name.startswith("my_data/") and "/drives/" not in name]
-    assert len(others) == 7
+    assert len(others) == 8
     for name in others:
         samples, _ = load_records(tmp_path / name, (tmp_path / name).parent)
         assert all(sample.media for sample in samples)
