@@ -403,15 +403,7 @@ def _ctbench_alike(truth: str, answer: str) -> bool:
 
 def _similarity(first: str, second: str) -> float:
     """1 for equal texts, 0 for texts of which nothing can stay."""
+    from lmms_eval.api.metrics import levenshtein_distance  # imported late: lmms-eval takes seconds
+
     longer = max(len(first), len(second))  # as written: a few characters are two in lower case
-    return max(0.0, 1 - _edit_distance(first.lower(), second.lower()) / longer) if longer else 1.0
-
-
-def _edit_distance(first: str, second: str) -> int:
-    """Levenshtein's: the least number of characters added, removed or replaced."""
-    row = list(range(len(second) + 1))
-    for removed, one in enumerate(first, 1):
-        above, row = row, [removed]
-        for place, other in enumerate(second):
-            row.append(min(above[place + 1] + 1, row[-1] + 1, above[place] + (one != other)))
-    return row[-1]
+    return max(0.0, 1 - levenshtein_distance(first.lower(), second.lower()) / longer) if longer else 1.0
