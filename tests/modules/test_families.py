@@ -112,7 +112,7 @@ def test_two_batches_join_to_the_one_of_all_their_samples(
 
 
 def test_the_table_and_the_tiny_models_are_the_same_families() -> None:
-    assert set(WRITING) == set(BUILDERS)
+    assert set(FAMILIES) == set(BUILDERS)
     assert {media for family in FAMILIES.values() for media in family.vision_layers} == set(get_args(Media))
 
 

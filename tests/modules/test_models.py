@@ -32,7 +32,7 @@ from mllm_keeplora.modeling.loading import (
 from mllm_keeplora.planning.plan import make_plan
 from mllm_keeplora.planning.skeleton import build_processor, build_skeleton, describe_weights
 from tests.modules.conftest import all_targets, batch, model_config
-from tests.modules.tiny_families import BUILDERS
+from tests.modules.tiny_families import BUILDERS, WRITING
 
 
 def test_both_towers_are_4_bit_and_guarded_and_the_rest_is_not(nf4_model: Any) -> None:
@@ -417,7 +417,7 @@ def test_a_base_that_is_stored_in_nf4_is_the_same_model(tiny_llava: Path, nf4_mo
         load_base(model_config(directory, "none"))
 
 
-@pytest.mark.parametrize("family", BUILDERS)
+@pytest.mark.parametrize("family", WRITING)
 @pytest.mark.parametrize("kind", ["image", "video"])
 @pytest.mark.parametrize("wrong", ["config", "tokenizer", "beyond"])
 def test_media_tokens_of_another_model_are_refused(family: str, kind: str, wrong: str) -> None:

@@ -22,7 +22,7 @@ from mllm_keeplora.data.stream import Stream, TaskSpec, load_training_records
 from mllm_keeplora.data.video.reader import Clip
 from mllm_keeplora.modeling.loss import IGNORED_LABEL
 from tests.conversations import Turn, sample
-from tests.modules.tiny_families import BUILDERS
+from tests.modules.tiny_families import BUILDERS, WRITING
 
 SIZES = [(80, 72), (64, 3), (200, 100), (30, 140), (80, 72)]
 IN_WORKERS = module._in_workers
@@ -78,7 +78,7 @@ def samples(tmp_path: Path) -> dict[int, Sample]:
     )
 
 
-@pytest.mark.parametrize("family", BUILDERS)
+@pytest.mark.parametrize("family", WRITING)
 def test_it_counts_what_the_collator_counts(family: str, samples: dict[int, Sample]) -> None:
     processor = processor_of(family)
     if family in VIDEO_FAMILIES:

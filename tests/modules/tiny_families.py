@@ -343,7 +343,7 @@ def _gemma3() -> tuple[Any, Any]:
     return config, processor
 
 
-def _clip() -> tuple[Any, Any]:
+def _two_towers() -> tuple[Any, Any]:
     """2 layers of 64 a tower, 4 x 4 patches; a tokenizer of words that marks both ends."""
     tokenizer = word_tokenizer((), ["a", "picture", "of", "this", "is", "or", "so", "red", "green", "blue", "pink"])
     ends = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
@@ -367,7 +367,7 @@ BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "qwen3_vl": _qwen3_vl,
     "internvl": _internvl,
     "gemma3": _gemma3,
-    "clip": _clip,
+    "clip": _two_towers,
 }
 
 
