@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from scipy.linalg import eigh_tridiagonal, lapack
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
@@ -51,8 +52,11 @@ def leading_eigenvectors(matrix: Tensor, rank: Callable[[Tensor], int]) -> Tenso
         DecompositionError: as for `symmetric_eigen`.
     """
     if matrix.device.type == "cpu" and len(matrix) >= WIDE:
+        # SciPy's threads are not torch's: a thread a core, and where cores are busy with other work each step of the
+        # reduction waits for all of them.
         try:
-            return _leading_by_tridiagonal_form(matrix, rank)
+            with threadpool_limits(torch.get_num_threads(), user_api="blas"):
+                return _leading_by_tridiagonal_form(matrix, rank)
         except (np.linalg.LinAlgError, ValueError):
             pass  # no convergence, which the other algorithm need not share; or entries that are no numbers, said there
     values, vectors = symmetric_eigen(matrix)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_info, threadpool_limits
 from torch import Tensor
 
 from mllm_keeplora.errors import KeepLoRAError
@@ -138,6 +139,25 @@ def test_a_part_of_the_eigenvectors_is_that_of_them_all(
     k, columns = found.shape[1], found.double()
     assert torch.allclose(matrix.double() @ columns, columns * exact[:k], rtol=0, atol=1e-5 * float(exact[0]))
     assert float((columns.T @ matrix.double() @ columns).trace()) >= float(exact[:k].sum()) * (1 - 1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_part_is_computed_on_torchs_number_of_threads(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SciPy would take a thread a core, and 12 times as long where another process has the cores."""
+    monkeypatch.setattr("mllm_keeplora.linalg.decompositions.WIDE", 2)
+    before, found = torch.get_num_threads(), set[int]()
+
+    def rank(energies: Tensor) -> int:
+        found.update(library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas")
+        return 1
+
+    try:
+        torch.set_num_threads(threads)
+        with threadpool_limits(3, user_api="blas"):
+            leading_eigenvectors(torch.eye(6), rank)
+    finally:
+        torch.set_num_threads(before)
+    assert found == {threads}
 
 
 @pytest.mark.parametrize("wide", [2, 10_000])
