@@ -80,9 +80,8 @@ STANDARD = {"math", "typing", "collections", "statistics", "contextlib", "datacl
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "linalg").glob("*.py")), ids=lambda p: p.name)
 def test_the_maths_needs_torch_alone(path: Path) -> None:
-    lapack = (
-        {"numpy", "scipy", "threadpoolctl"} if path.name == "decompositions.py" else set()
-    )  # torch has no part of an eigenproblem
+    # torch has no part of an eigenproblem
+    lapack = {"numpy", "scipy", "threadpoolctl"} if path.name == "decompositions.py" else set()
     assert {module.split(".")[0] for module in imported(path)} <= {"torch", "mllm_keeplora"} | STANDARD | lapack
 
 
