@@ -107,7 +107,7 @@ def settings(request: pytest.FixtureRequest) -> Settings:
 
 def collated(stage: StageContext, lessons: Sequence[Lesson]) -> dict[str, torch.Tensor]:
     run = stage.run
-    return run.to_device(collator_of(run.processor, None, None)([lesson.sample for lesson in lessons]))
+    return run.to_device(collator_of(run.processor, None)([lesson.sample for lesson in lessons]))
 
 
 def test_a_run_keeps_its_promises(settings: Settings) -> None:
@@ -269,10 +269,10 @@ def test_past_tasks_are_rehearsed_by_the_models_own_replies(distil: str, setting
     with Run.open(asked) as run:
         past = run.accumulated(1)
         stage, model = run.stage_context(2, past), attach_accumulated(run.context.model, past)
-        prompts = general.past_prompts(stage)
+        prompts = general.past_prompts(stage, run.method)
         first, second = (run.directory.stage(n, task.name) for n, task in enumerate(run.stream.tasks, start=1))
         facts = json.loads(second.facts("recall").read_text())
-        found = general.recall(stage, model)
+        found = general.recall(stage, run.method, model)
         detach(model)
     assert not first.facts("recall").exists() and first.manifest.exists()
     assert len(prompts) == len(facts["replies"]) == 3 and {p.messages[-1].role for p in prompts} == {"user"}
