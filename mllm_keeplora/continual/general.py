@@ -123,7 +123,7 @@ def prompts(config: GeneralConfig, checker: Preflight | None = None) -> list[Sam
     root = path.parent if config.media_root is None else Path(config.media_root)
     if path.is_dir():
         raise ConfigError(f"general.samples {path} is a folder; name a file of prompts, for a CLIP a YAML of pictures")
-    source, classes = read_reference(path, root) if path.suffix == ".yaml" else (path, None)
+    source, classes = read_reference(path, root) if path.suffix in (".yaml", ".yml") else (path, None)
     read, _ = load_records(source, root, allow_text_only=True, answered=False, checker=checker, classes=classes)
     chosen = [read[i] for i in select_evenly(len(read), 1.0, config.max_samples)]
     if len(chosen) < HELD_OUT:

@@ -450,6 +450,16 @@ def write_reference(folder: Path, form: str) -> Path:
     return folder / "general.yaml"
 
 
+@pytest.mark.parametrize("place", ["general.yaml", "general.yml"])
+def test_a_reference_is_found_from_elsewhere(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it names lies beside it, wherever the command runs; pictures may be there twice."""
+    file = write_reference(tmp_path / "in/here", "pictures").rename(tmp_path / "in/here" / place)
+    shutil.copy(file.parent / "shown/0.png", file.parent / "shown/8.png")
+    monkeypatch.chdir(tmp_path / "in")
+    found = general.prompts(GeneralConfig(samples=f"here/{place}"), Preflight())
+    assert [sample.media[0].path.stem for sample in found] == [str(number) for number in range(9)]
+
+
 @pytest.mark.parametrize("form", ["folders", "pictures", "records", "a file of classes"])
 def test_pictures_and_texts_have_four_forms(form: str, tmp_path: Path) -> None:
     found = general.prompts(GeneralConfig(samples=str(write_reference(tmp_path, form))), Preflight())
@@ -490,8 +500,25 @@ def test_what_pictures_are_compared_with_is_part_of_a_runs_identity(change: str,
         ({"pictures": "shown", "classes": ["a"]}, "expected templates and names"),
         (
             {"pictures": "gone", "classes": {"templates": ["{}"], "names": ["a", "b"]}},
-            "gone: unknown kind of data file",
+            "pictures: .*gone is not there; name a folder",
         ),
+        (
+            {"pictures": "a" * 5000, "classes": {"templates": ["{}"], "names": ["a", "b"]}},
+            "pictures: .* is not there; name a folder",
+        ),
+        (
+            {"pictures": "shown", "classes": {"templates": ["{}"], "names": ["a", "b"], 1: "a", "x": "b"}},
+            "unknown key 1; known keys: templates, names",
+        ),
+        *(
+            ({"pictures": "shown", "classes": {"templates": ["{}"], "names": names}}, "names is .* all texts")
+            for names in ([["a"], "b"], [{"a": "b"}, "c"], [1, 2], [], "a, b", {"a": ["b"]}, {1: "a", 2: "b"})
+        ),
+        *(
+            ({"pictures": "shown", "classes": {"templates": ["{}"], "names": names}}, "both have the name")
+            for names in (["a", "A "], ["a red", "a  red"], {"n1": "a", "n2": "a"}, ["a\tred", "A red"])
+        ),
+        ({"pictures": "shown", "classes": {"templates": ["{}"], "names": ["a"]}}, "one class alone"),
         ({"pictures": "shown", "classes": "gone.yaml"}, "general.yaml: classes: gone.yaml: cannot be read"),
     ],
 )
