@@ -77,7 +77,7 @@ def _test_batches(run: SavedRun, processor: Any, questions: int) -> list[dict[st
         extracted=stream.extracted,
         classes=stream.classes(task),
     )
-    collator = collator_of(processor, None, run.reader())
+    collator = collator_of(processor, run.reader())
     return [collator([sample]) for sample in samples[:questions]]
 
 

@@ -88,7 +88,7 @@ class Batches:
 
     def __init__(self, run: RunContext, samples: Sequence[Sample]) -> None:
         self.run, self.samples = run, samples
-        self.collator = collator_of(run.processor, None, run.reader)
+        self.collator = collator_of(run.processor, run.reader)
         size, self.rows = run.config.probe.batch_size, list[list[int]]()
         for _, group in groupby(range(len(samples)), key=lambda number: samples[number].classes):
             numbers = list(group)
@@ -123,7 +123,7 @@ def prompts(config: GeneralConfig, checker: Preflight | None = None) -> list[Sam
     root = path.parent if config.media_root is None else Path(config.media_root)
     if path.is_dir():
         raise ConfigError(f"general.samples {path} is a folder; name a file of prompts, for a CLIP a YAML of pictures")
-    source, classes = read_reference(path, root) if path.suffix == ".yaml" else (path, None)
+    source, classes = read_reference(path, root) if path.suffix in (".yaml", ".yml") else (path, None)
     read, _ = load_records(source, root, allow_text_only=True, answered=False, checker=checker, classes=classes)
     chosen = [read[i] for i in select_evenly(len(read), 1.0, config.max_samples)]
     if len(chosen) < HELD_OUT:
@@ -389,11 +389,14 @@ def _lessons(samples: Sequence[Sample], said: Mapping[str, Tensor]) -> list[Less
     ]
 
 
-def past_prompts(stage: StageContext) -> list[Sample]:
-    """Prompts of past tasks: `general.rehearsed` training samples of each, evenly spaced, of each one question."""
+def past_prompts(stage: StageContext, method: Method) -> list[Sample]:
+    """Prompts of past tasks: `general.rehearsed` training samples of each, evenly spaced, of each one question.
+
+    What the method holds out of a task is not asked here either.
+    """
     run, prompts = stage.run, []
     for task in run.stream.tasks[: stage.number - 1]:
-        samples, _ = run.records[task.name]
+        samples = method.task_samples(run, task.name)
         for place, index in enumerate(select_evenly(len(samples), 1.0, run.config.general.rehearsed)):
             questions = samples[index].questions
             before, _ = questions[place % len(questions)]
@@ -401,13 +404,13 @@ def past_prompts(stage: StageContext) -> list[Sample]:
     return prompts
 
 
-def recall(stage: StageContext, model: Model) -> Outcome:
+def recall(stage: StageContext, method: Method, model: Model) -> Outcome:
     """What the model says to prompts of past tasks before the stage changes it.
 
     Returns:
         As facts "replies", in the order of `past_prompts`; as tensors what `_said` gives of those with a reply.
     """
-    run, asked = stage.run, past_prompts(stage)
+    run, asked = stage.run, past_prompts(stage, method)
     logger.info(f"{stage.name}: the model answers {len(asked)} prompts of past tasks")
     replies = _ask(run, model, asked, max(task.max_new_tokens for task in run.stream.tasks[: stage.number - 1]))
     answered = _answered(asked, replies)
@@ -415,9 +418,9 @@ def recall(stage: StageContext, model: Model) -> Outcome:
     return Outcome(_said(run, model, answered) if learns_said else None, {"replies": replies})
 
 
-def recalled(stage: StageContext, phase: Phase) -> list[Lesson]:
+def recalled(stage: StageContext, method: Method, phase: Phase) -> list[Lesson]:
     """The lessons of `recall`."""
-    answered = _answered(past_prompts(stage), phase.facts["replies"])
+    answered = _answered(past_prompts(stage, method), phase.facts["replies"])
     return _lessons(answered, phase.tensors if answered and stage.run.config.general.distil == "kl" else {})
 
 
@@ -432,7 +435,7 @@ class Distillation:
         self._stage, self._config = stage, stage.run.config.general
         self._lessons = lessons
         self._count = self._config.beside(stage.train.per_device_train_batch_size)
-        self._collator = collator_of(stage.run.processor, None, stage.run.reader)
+        self._collator = collator_of(stage.run.processor, stage.run.reader)
         self._step, self._forwards = -1, 0
 
     def __call__(self, batch: Mapping[str, Tensor], step: int) -> Joined:

@@ -322,6 +322,8 @@ def _load_context(run: Run) -> RunContext:
     if config.general.given:
         context = _with_general(run, context)
     from_main(lambda: check_ranks(context))
+    for number in range(1, len(stream.tasks) + 1):
+        run.method.samples(context, number)  # what a late stage cannot train on is said before the first
     if sharding_asked():
         logger.info(f"spreading the language layers over {num_processes()} processes (FSDP)")
         shard_base(model)  # after the weight bases, which need whole weights

@@ -21,6 +21,7 @@ from mllm_keeplora.continual.stage import Stage, check_no_leakage, counts, evalu
 from mllm_keeplora.continual.trainer import CURVES
 from mllm_keeplora.distributed.processes import from_main, num_processes
 from mllm_keeplora.distributed.progress import progress
+from mllm_keeplora.methods.base import Method
 from mllm_keeplora.methods.context import Lesson, StageContext
 from mllm_keeplora.modeling.adapters import Factors, Model, attach_accumulated, detach
 from mllm_keeplora.runs.files import write_json
@@ -52,7 +53,7 @@ def run_stage(run: Run, number: int, past: Factors) -> Factors:
         bases = context.bases  # M: principal subspaces of the weights (E1), features of past tasks (E8)
 
         probe = stage.phase("probe", lambda: measure_a(context, method, model))  # A (E2-E4)
-        lessons = lessons_of(stage, context, model) if method.learns(number) else []  # G3
+        lessons = lessons_of(stage, context, method, model) if method.learns(number) else []  # G3
         train = stage.phase("train", lambda: learn(context, method, model, probe.tensors, lessons))  # B (E5, E6)
         factors = as_factors(train.tensors)
 
@@ -78,12 +79,12 @@ def run_stage(run: Run, number: int, past: Factors) -> Factors:
     return past
 
 
-def lessons_of(stage: Stage, context: StageContext, model: Model) -> list[Lesson]:
+def lessons_of(stage: Stage, context: StageContext, method: Method, model: Model) -> list[Lesson]:
     """What the stage learns beside its task: general prompts and those of past tasks, with the model's own replies."""
     settings, general = context.run.config.general, context.run.general
     lessons = list(general.learnt) if general is not None and settings.share else []
     if settings.rehearsed and context.number > 1:
-        lessons += recalled(context, stage.phase("recall", lambda: recall(context, model)))
+        lessons += recalled(context, method, stage.phase("recall", lambda: recall(context, method, model)))
     return lessons
 
 

@@ -26,6 +26,7 @@ from mllm_keeplora.data.record_files import BadRecord, RecordError, is_folder, v
 from mllm_keeplora.data.record_forms import Parsed, Said, Slot, read_name
 from mllm_keeplora.errors import ConfigError, did_you_mean
 from mllm_keeplora.modeling.loss import IGNORED_LABEL
+from mllm_keeplora.resources import is_there
 from mllm_keeplora.settings import shown
 from mllm_keeplora.yaml_files import read_yaml
 
@@ -44,7 +45,7 @@ def build_classes(entry: Mapping[str, Any], source: Path | None) -> Classes:
         ConfigError: an entry of another form, a template without a place for the name, or one name for two classes.
         RecordError: the folder cannot be read.
     """
-    if unknown := sorted(set(entry) - {"templates", "names"}):
+    if unknown := [key for key in entry if key not in ("templates", "names")]:
         raise ConfigError(f"unknown key {shown(unknown[0])}; known keys: templates, names")
     templates: Any = entry.get("templates")
     names: Any = entry.get("names")
@@ -55,8 +56,8 @@ def build_classes(entry: Mapping[str, Any], source: Path | None) -> Classes:
             raise ConfigError("names is missing; only folders of pictures name the classes themselves")
         keys = [path.name for path in visible(source) if path.is_dir()]
         names = {key: key.replace("_", " ") for key in keys}
-    if isinstance(names, list):
-        twice = [name for name, count in Counter(map(str, names)).items() if count > 1]
+    if isinstance(names, list) and _are_texts(names):
+        twice = [name for name, count in Counter(names).items() if count > 1]
         if twice:
             raise ConfigError(f"two classes have the name {twice[0]!r}; give each its own")
         names = {name: name for name in names}
@@ -71,10 +72,10 @@ def _are_texts(values: Any) -> bool:
 
 
 def _check_different(names: Mapping[str, str]) -> None:
-    """As replies are compared: without case and white space around."""
+    """As a CLIP reads them: without case, and any white space as one blank."""
     first: dict[str, str] = {}
     for key, name in names.items():
-        other = first.setdefault(name.strip().lower(), key)
+        other = first.setdefault(" ".join(name.lower().split()), key)
         if other != key:
             raise ConfigError(f"classes {other!r} and {key!r} both have the name {name!r}; give each its own")
     if len(names) < 2:
@@ -114,6 +115,8 @@ def _read_reference(file: Path, root: Path) -> tuple[Path, Classes]:
     if not isinstance(pictures, str) or not pictures:
         raise ConfigError(f"pictures is {shown(pictures)}; expected a folder, or a file of records")
     source = root / pictures
+    if not is_there(source):
+        raise ConfigError(f"pictures: {source} is not there; name a folder, or a file of records")
     names = source if is_folder(source) and any(path.is_dir() for path in visible(source)) else None
     try:
         classes = read_yaml(file.parent / classes) if isinstance(classes, str) else classes

@@ -305,9 +305,9 @@ class ChatCollator:
             )
 
 
-def collator_of(processor: Any, max_length: int | None, reader: VideoReader | None) -> ChatCollator | ClassCollator:
-    """The collator of a processor's kind; a CLIP's has no use for the length and the reader."""
-    return ClassCollator(processor) if classifies(processor) else ChatCollator(processor, max_length, reader)
+def collator_of(processor: Any, reader: VideoReader | None) -> ChatCollator | ClassCollator:
+    """The collator of a processor's kind; a CLIP's has no use for the reader."""
+    return ClassCollator(processor) if classifies(processor) else ChatCollator(processor, reader=reader)
 
 
 @dataclass(frozen=True)

@@ -195,8 +195,10 @@ def _read_form(record: Mapping[str, Any], answered: bool) -> tuple[list[Said], s
     """The messages, and the key of the questions."""
     found = [key for key in _CHATS if key in record]
     complete = [q for q, answers in _QUESTIONS.items() if q in record and any(a in record for a in answers)]
-    if found and complete == ["problem"]:  # data of mathematics have the pair once more as messages
-        complete = []
+    if len(found) == 1 and complete == ["problem"]:  # data of mathematics have the pair once more as messages
+        said = _said_in(_read_chat(record[found[0]], found[0], answered))
+        if all(_words(text) in said for key in ("problem", "solution") for text in _texts(record[key])):
+            complete = []
     if len(found) + len(complete) > 1:
         names = ", ".join(map(repr, (*found, *complete)))
         raise BadRecord(f"several forms in one record, beginning with {names}; keep one of them")
@@ -238,7 +240,7 @@ def _read_pair(record: Mapping[str, Any], question: str, answered: bool) -> list
         raise BadRecord(
             f"no answer: none of {', '.join(map(repr, wanted))} is there; found {', '.join(map(repr, record))}"
         )
-    if answers:
+    if answers and (answered or _texts(record[answers[0]])):  # questions to be handed in have '' there
         messages.append(_read_answer(record[answers[0]], "answer"))
     return messages
 
@@ -246,14 +248,13 @@ def _read_pair(record: Mapping[str, Any], question: str, answered: bool) -> list
 def _refuse_unasked(record: Mapping[str, Any], question: str, messages: Sequence[Said]) -> None:
     """Other questions, other answers, and what belongs to the question: a record has to say which of them counts."""
     questions = [message for message in messages if message.role == "user"]
-    said = _words(" ".join(part for message in messages for part in message.parts if isinstance(part, str)))
-    asked = _words(" ".join(part for part in questions[-1].parts if isinstance(part, str)))
+    said, asked = _said_in(messages), _said_in(questions[-1:])
     for key, value in record.items():
         options = _texts(value)
         if key in _QUESTIONS and key != question:  # Alpaca's `text` is all of the record
             unread = any(_words(text) not in said and asked not in _words(text) for text in options)
         elif _is_other_answer(key, question):
-            unread = any(_words(text) not in said for text in options)
+            unread = any(_words(text) not in said for text in [*options, *_numbers(value)])
         elif _ADDED_TO_QUESTIONS.fullmatch(key):
             unread = bool(options) and not any(_words(_LABEL.sub("", text, count=1)) in said for text in options)
         else:
@@ -275,6 +276,16 @@ def _texts(value: Any) -> list[str]:
     """The texts of a text, or of a list or object of texts, blanks left out."""
     values = value if isinstance(value, list) else value.values() if isinstance(value, dict) else [value]
     return [text for text in values if isinstance(text, str) and text.strip()]
+
+
+def _numbers(value: Any) -> list[str]:
+    """A number in digits."""
+    return [f"{value:.15g}"] if isinstance(value, int | float) and not isinstance(value, bool) else []
+
+
+def _said_in(messages: Sequence[Said]) -> str:
+    """The words of all messages."""
+    return _words(" ".join(part for message in messages for part in message.parts if isinstance(part, str)))
 
 
 def _words(text: str) -> str:

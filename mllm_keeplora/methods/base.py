@@ -99,9 +99,13 @@ class Method:
         """Whether stage `number` (1-based) trains at all; one that does not leaves the model as it is."""
         return True
 
+    def task_samples(self, run: RunContext, task: str) -> list[Sample]:
+        """What of a task's samples stages may train on: all of them."""
+        return run.task_samples(task)
+
     def samples(self, run: RunContext, number: int) -> list[Sample]:
         """What stage `number` trains on: the task's own samples."""
-        return run.task_samples(run.stream.tasks[number - 1].name)
+        return self.task_samples(run, run.stream.tasks[number - 1].name)
 
     def train_config(self, run: RunContext, config: TrainConfig) -> TrainConfig:
         """A stage's training settings, from those of its task."""

@@ -169,8 +169,12 @@ class StageContext:
 
     @cached_property
     def collator(self) -> ChatCollator | ClassCollator:
-        """Samples to model inputs; shared by probes and training because it remembers tokens."""
-        return collator_of(self.run.processor, self.train.max_length, self.run.reader)
+        """Samples to model inputs; shared by probes and training because it remembers tokens.
+
+        It refuses no length: each record has been held to its own task's `max_length`, and a stage also sees those of
+        other tasks and general ones.
+        """
+        return collator_of(self.run.processor, self.run.reader)
 
     @cached_property
     def probe_indices(self) -> list[int]:

@@ -47,9 +47,9 @@ class Lines(Method):
 
     held_out: Annotated[float, Range(0, 1, "[)")] = 0.1
 
-    def samples(self, run: RunContext, number: int) -> list[Sample]:
-        """The task's own, without those held out."""
-        return self._split(run, number)[0]
+    def task_samples(self, run: RunContext, task: str) -> list[Sample]:
+        """Without those held out."""
+        return self._split(run, task)[0]
 
     def folded_layer_scale(self, config: RunConfig, target: Target) -> float:
         """lambda_l within the tower; 1 where the search has put it into B."""
@@ -59,7 +59,8 @@ class Lines(Method):
         """B scaled by the lambda_l of the best gamma."""
         if not self.held_out:
             return Learnt(factors)
-        watched = [self._split(stage.run, number)[1] for number in range(stage.number, 0, -1)]
+        tasks = stage.run.stream.tasks[: stage.number]
+        watched = [self._split(stage.run, task.name)[1] for task in reversed(tasks)]
         if stage.run.general is not None:
             watched.append(stage.run.general.held_out)
 
@@ -76,9 +77,8 @@ class Lines(Method):
         scaled = {t.name: (factors[t.name][0], factors[t.name][1] * scale_of(t, gamma)) for t in stage.targets}
         return Learnt(scaled, {"gamma": gamma, "before": before, "accuracies": list(found.values())})
 
-    def _split(self, run: RunContext, number: int) -> tuple[list[Sample], list[Sample]]:
-        """What stage `number` trains on, and what is held out of its task."""
-        task = run.stream.tasks[number - 1].name
+    def _split(self, run: RunContext, task: str) -> tuple[list[Sample], list[Sample]]:
+        """What stages may train on of a task, and what is held out of it."""
         samples = run.task_samples(task)
         chosen = set(select_evenly(len(samples), self.held_out, MOST_HELD_OUT) if self.held_out else ())
         kept = [sample for place, sample in enumerate(samples) if place not in chosen]

@@ -198,7 +198,7 @@ def longest_shape(
     processor: Any, model: PreTrainedModel, config: RunConfig, records: Mapping[str, list[Sample]]
 ) -> SampleShape:
     """The longest of the tasks' long samples: per task the longest text of a sample of records, collated."""
-    collator = collator_of(processor, None, VideoReader(config.video, None))
+    collator = collator_of(processor, VideoReader(config.video, None))
     shapes = []
     for task, samples in records.items():
         drawn = [samples[i] for i in select_evenly(len(samples), 1.0, RECORDS_SAMPLED)]

@@ -107,7 +107,7 @@ def settings(request: pytest.FixtureRequest) -> Settings:
 
 def collated(stage: StageContext, lessons: Sequence[Lesson]) -> dict[str, torch.Tensor]:
     run = stage.run
-    return run.to_device(collator_of(run.processor, None, None)([lesson.sample for lesson in lessons]))
+    return run.to_device(collator_of(run.processor, None)([lesson.sample for lesson in lessons]))
 
 
 def test_a_run_keeps_its_promises(settings: Settings) -> None:
@@ -269,10 +269,10 @@ def test_past_tasks_are_rehearsed_by_the_models_own_replies(distil: str, setting
     with Run.open(asked) as run:
         past = run.accumulated(1)
         stage, model = run.stage_context(2, past), attach_accumulated(run.context.model, past)
-        prompts = general.past_prompts(stage)
+        prompts = general.past_prompts(stage, run.method)
         first, second = (run.directory.stage(n, task.name) for n, task in enumerate(run.stream.tasks, start=1))
         facts = json.loads(second.facts("recall").read_text())
-        found = general.recall(stage, model)
+        found = general.recall(stage, run.method, model)
         detach(model)
     assert not first.facts("recall").exists() and first.manifest.exists()
     assert len(prompts) == len(facts["replies"]) == 3 and {p.messages[-1].role for p in prompts} == {"user"}
@@ -450,6 +450,16 @@ def write_reference(folder: Path, form: str) -> Path:
     return folder / "general.yaml"
 
 
+@pytest.mark.parametrize("place", ["general.yaml", "general.yml"])
+def test_a_reference_is_found_from_elsewhere(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it names lies beside it, wherever the command runs; pictures may be there twice."""
+    file = write_reference(tmp_path / "in/here", "pictures").rename(tmp_path / "in/here" / place)
+    shutil.copy(file.parent / "shown/0.png", file.parent / "shown/8.png")
+    monkeypatch.chdir(tmp_path / "in")
+    found = general.prompts(GeneralConfig(samples=f"here/{place}"), Preflight())
+    assert [sample.media[0].path.stem for sample in found] == [str(number) for number in range(9)]
+
+
 @pytest.mark.parametrize("form", ["folders", "pictures", "records", "a file of classes"])
 def test_pictures_and_texts_have_four_forms(form: str, tmp_path: Path) -> None:
     found = general.prompts(GeneralConfig(samples=str(write_reference(tmp_path, form))), Preflight())
@@ -490,8 +500,25 @@ def test_what_pictures_are_compared_with_is_part_of_a_runs_identity(change: str,
         ({"pictures": "shown", "classes": ["a"]}, "expected templates and names"),
         (
             {"pictures": "gone", "classes": {"templates": ["{}"], "names": ["a", "b"]}},
-            "gone: unknown kind of data file",
+            "pictures: .*gone is not there; name a folder",
         ),
+        (
+            {"pictures": "a" * 5000, "classes": {"templates": ["{}"], "names": ["a", "b"]}},
+            "pictures: .* is not there; name a folder",
+        ),
+        (
+            {"pictures": "shown", "classes": {"templates": ["{}"], "names": ["a", "b"], 1: "a", "x": "b"}},
+            "unknown key 1; known keys: templates, names",
+        ),
+        *(
+            ({"pictures": "shown", "classes": {"templates": ["{}"], "names": names}}, "names is .* all texts")
+            for names in ([["a"], "b"], [{"a": "b"}, "c"], [1, 2], [], "a, b", {"a": ["b"]}, {1: "a", 2: "b"})
+        ),
+        *(
+            ({"pictures": "shown", "classes": {"templates": ["{}"], "names": names}}, "both have the name")
+            for names in (["a", "A "], ["a red", "a  red"], {"n1": "a", "n2": "a"}, ["a\tred", "A red"])
+        ),
+        ({"pictures": "shown", "classes": {"templates": ["{}"], "names": ["a"]}}, "one class alone"),
         ({"pictures": "shown", "classes": "gone.yaml"}, "general.yaml: classes: gone.yaml: cannot be read"),
     ],
 )

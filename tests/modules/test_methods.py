@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -15,12 +16,22 @@ import yaml
 from peft import PeftModel
 from PIL import Image
 
-from mllm_keeplora.config import ConfigError, ModelConfig, ProbeConfig, RunConfig, TowerConfig, TrainConfig
+from mllm_keeplora.config import (
+    ConfigError,
+    GeneralConfig,
+    ModelConfig,
+    ProbeConfig,
+    RunConfig,
+    TowerConfig,
+    TrainConfig,
+)
+from mllm_keeplora.continual.general import past_prompts
 from mllm_keeplora.continual.learning import as_factors, learn
 from mllm_keeplora.continual.run import Run
 from mllm_keeplora.continual.run_stream import run_stream
 from mllm_keeplora.continual.trainer import StageTrainer, train_stage
 from mllm_keeplora.data.collator import SampleDataset
+from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.linalg.lora_init import lora_a_from_gradient
 from mllm_keeplora.linalg.sketch import extend_basis_from_covariance
 from mllm_keeplora.linalg.subspace import orthonormality_error
@@ -868,7 +879,7 @@ def test_lines_folds_what_it_measured(tiny_llava: Path, stream_file: Path, tmp_p
     for t in stage.targets:
         assert torch.equal(finished.factors[t.name][1], trained[t.name][1] * lines.scale_of(t, gamma))
     model.unload()
-    held = lines.Lines(0.5)._split(stage.run, 1)[1]
+    held = lines.Lines(0.5)._split(stage.run, "first")[1]
     for number, gamma in enumerate(GAMMAS):
         scaled = {t.name: (trained[t.name][0], trained[t.name][1] * lines.scale_of(t, gamma)) for t in stage.targets}
         beside = attach(stage.run.model, STAGE, scaled, dict.fromkeys(scaled, 1.0))
@@ -883,6 +894,71 @@ def test_lines_folds_what_it_measured(tiny_llava: Path, stream_file: Path, tmp_p
             tokens += int((labels != IGNORED_LABEL).sum())
         assert finished.facts["accuracies"][number] == [pytest.approx(right / tokens)]
         beside.unload()
+
+
+def test_lines_rehearses_nothing_that_it_holds_out(tiny_llava: Path, stream_file: Path, tmp_path: Path) -> None:
+    """However many prompts of past tasks are asked for."""
+    for rehearsed, expected in ((3, 3), (6, 4)):
+        settings = config(tiny_llava, stream_file, tmp_path, "lines", held_out=0.3)
+        settings = replace(settings, general=GeneralConfig(rehearsed=rehearsed, share=0.3))
+        stage, run = open_stage(settings, 2)
+        held = {shown_by(s) for s in lines.Lines(0.3)._split(stage.run, "first")[1]}
+        asked = {shown_by(s) for s in past_prompts(stage, run.method)}
+        assert (len(held), len(asked)) == (2, expected) and not held & asked
+
+
+@pytest.mark.parametrize("records", [(6, 1), (1, 6)])
+def test_lines_says_before_the_first_stage_that_nothing_would_be_left(
+    records: tuple[int, int], tiny_llava: Path, stream_file: Path, tmp_path: Path
+) -> None:
+    file = with_records(stream_file, tmp_path / "data", records=records)
+    with pytest.raises(ConfigError, match="held_out leaves none of the 1 records of"):
+        run_stream(settings := config(tiny_llava, file, tmp_path, "lines"))
+    assert not list((tmp_path / "run/stages").glob("*"))
+    run_stream(replace(settings, method_options={"held_out": 0.0}))
+
+
+def with_records(
+    stream_file: Path, root: Path, records: tuple[int, int] = (6, 6), more: tuple[str, str] = ("", "")
+) -> Path:
+    """The stream with so many records in each task, and words behind their questions."""
+    shutil.copytree(stream_file.parent, root)
+    for task, count, words in zip(TASKS, records, more, strict=True):
+        found = json.loads((root / f"{task}.json").read_text())[:count]
+        for record in found:
+            record["conversations"][0]["value"] += words
+        (root / f"{task}.json").write_text(json.dumps(found))
+    stream = yaml.safe_load(stream_file.read_text())
+    (root / "stream.yaml").write_text(yaml.safe_dump({**stream, "data_root": str(root)}))
+    return root / "stream.yaml"
+
+
+@pytest.mark.parametrize(
+    ("method", "short"),
+    [("lines", "second"), ("replay", "second"), ("joint", "first"), ("joint_gradient_lora", "first")],
+)
+def test_a_stage_sees_records_of_other_tasks_that_its_own_task_may_not_have(
+    method: str, short: str, tiny_llava: Path, stream_file: Path, tmp_path: Path
+) -> None:
+    """Each was held to its own task's `max_length`."""
+    more = {"first": ("", " is this red ?" * 3), "second": (" is this red ?" * 3, "")}[short]
+    file = with_records(stream_file, tmp_path / "data", more=more)
+    settings = config(tiny_llava, file, tmp_path, method)
+    run_stream(replace(settings, train_overrides={short: {"max_length": 27}}))
+    everywhere = replace(settings, run_dir=str(tmp_path / "other"), train=replace(settings.train, max_length=27))
+    with pytest.raises(KeepLoRAError, match="max_length is 27"):
+        run_stream(everywhere)
+
+
+def test_lines_watches_general_samples_longer_than_a_task_may_have(
+    tiny_llava: Path, stream_file: Path, tmp_path: Path
+) -> None:
+    longer = " ".join(["is this red ?"] * 8)
+    asked = [{"question_id": n, "text": longer + " yes" * n} for n in range(8)]
+    (tmp_path / "general.json").write_text(json.dumps(asked))
+    settings = config(tiny_llava, stream_file, tmp_path, "lines", held_out=0.3)
+    settings = replace(settings, train=replace(settings.train, max_length=27))
+    run_stream(replace(settings, general=GeneralConfig(samples=str(tmp_path / "general.json"), max_new_tokens=4)))
 
 
 def test_replay_adds_a_share_of_every_earlier_task(tiny_llava: Path, stream_file: Path, tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def batch_of(
         shown = Message("user", (MediaFile("image", media_files / "0.png"), ""))
         names = ("red", "green", "blue", "pink", "a red", "a blue")
         sample = Sample("0", (shown, Message("assistant", ("red",))), Classes(names, names, ("a picture of {}.",)))
-    return collator_of(processor, None, reader())([sample] * number)
+    return collator_of(processor, reader())([sample] * number)
 
 
 def kept_for_backward(model: nn.Module, batch: dict[str, Any]) -> int:

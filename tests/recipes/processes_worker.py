@@ -137,7 +137,7 @@ def compare(config: RunConfig, out: Path) -> None:
         trained, seen = train(stage, method, shared)
         found |= trained | {f"own_A/{name}": a for name, a in own.items()}
         _, seen["uneven"] = train(uneven, method, shared)
-        seen["recalled"] = recall(uneven, context.model).facts
+        seen["recalled"] = recall(uneven, method, context.model).facts
         seen["told"] = told_for_replies(context)
         for limit in LIMITS:
             folder = Path(config.run_dir) / f"limit_{limit}"

@@ -14,7 +14,7 @@ from PIL import Image
 
 from mllm_keeplora.data.conversation import MediaFile, Message, Part
 from mllm_keeplora.data.record_files import HubTable, RecordError
-from mllm_keeplora.data.records import read_records
+from mllm_keeplora.data.records import load_records, read_records
 from mllm_keeplora.data.stream import Stream, TaskSpec
 from mllm_keeplora.evaluation.errors import EvaluationError
 from mllm_keeplora.evaluation.task_files import write_task_files
@@ -136,8 +136,16 @@ def test_mathematics_has_a_short_answer_beside_its_derivation(root: Path) -> Non
     record = {"image": "1.png", "problem": "What is it?", "solution": "a cat"}
     assert outcome(root, {**record, "answer": "cat"}) == asks(shown(root), "What is it?")
     assert "it has 'answer' 'a dog' beside 'problem'" in str(outcome(root, {**record, "answer": "a dog"}))
-    messages = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "a cat"}]
-    assert outcome(root, {**record, "messages": messages}) == asks(shown(root), "What is it?")
+    counted = {"problem": "What is it?", "solution": "so 12.5"}
+    for number, said in ((12.5, True), (13, False), (True, True)):
+        assert (str(outcome(root, {**counted, "answer": number})).startswith("it has 'answer'")) != said
+    messages = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "I think of a cat."}]
+    longer = outcome(root, {**record, "messages": messages})
+    assert [message.text for message in longer] == ["What is it?", "I think of a cat."]  # type: ignore[union-attr]
+    for other in ({"problem": "What is that?"}, {"solution": "a dog"}, {"solution": ["a cat", "a dog"]}):
+        assert "several forms in one record, beginning with 'messages', 'problem'" in str(
+            outcome(root, {**record, **other, "messages": messages})
+        )
     # As in every other form, two questions with an answer each are one too many.
     assert "several forms" in str(outcome(root, {**record, "query": "What?", "response": "a dog"}))
 
@@ -421,3 +429,16 @@ def test_a_suffix_for_an_answer_where_several_are_accepted(root: Path) -> None:
     copy = yaml.safe_load(written.read_text())
     asked = [record["asked"][-1]["content"][-1]["text"] for record in read_copy(copy)]
     assert asked == ["What is it? Yes or no?", "What is it? Yes or no?", "What is it? Say."]
+
+
+@pytest.mark.parametrize(
+    "form", [("question", "answer"), ("text", "answer"), ("problem", "solution"), ("query", "response")]
+)
+@pytest.mark.parametrize("hidden", ["", " ", [], None])
+def test_an_answer_that_is_not_read_may_be_empty(root: Path, form: tuple[str, str], hidden: Any) -> None:
+    """Of general prompts, and of questions whose answers lie in another file; never of what is learnt."""
+    asked, answer = form
+    (root / "r.json").write_text(json.dumps([record := {asked: "What is it?", answer: hidden}]))
+    samples, bad = load_records(root / "r.json", root, allow_text_only=True, answered=False)
+    assert not bad and [m.role for m in samples[0].messages] == ["user"]
+    assert "no answer" in str(outcome(root, record))
