@@ -93,7 +93,7 @@ class Run:
         method = check_before(config, stream, device)
         directory = RunDirectory(Path(config.run_dir))
         with lost_processes_explained(), _held(directory):
-            history = from_main(lambda: _begin(config, stream, directory))
+            history = from_main(lambda: _begin(config, stream, method, directory))
             yield cls(config, stream, method, history)
         end_processes()
 
@@ -165,14 +165,28 @@ def check_before(config: RunConfig, stream: Stream, device: torch.device) -> Met
     return method
 
 
-def _begin(config: RunConfig, stream: Stream, directory: RunDirectory) -> History:
+def _begin(config: RunConfig, stream: Stream, method: Method, directory: RunDirectory) -> History:
     """The history, and the files that other commands read; written also for a finished run: data may have moved."""
     for folder in (directory.path, Path(config.cache_dir)):
         remove_temporaries(folder)
     history = History.read(config, stream, directory)
+    _check_appended(history, method)
     write_json(directory.config, asdict(config))
     write_task_files(stream, directory.task_files)
     return history
+
+
+def _check_appended(history: History, method: Method) -> None:
+    """A method that learns all tasks in the first stage has not learnt one that was appended after it."""
+    if len(history.manifests) < 2 or not method.learns(1):
+        return
+    seen = history.manifests[1]["data"]
+    for number in history.missing_stages:
+        if not method.learns(number) and history.task_name(number) not in seen:
+            raise ArtifactError(
+                f"method {history.config.method} learns all tasks in its first stage, which is complete in "
+                f"{history.directory.path} and has not seen {history.task_name(number)}; use another run_dir"
+            )
 
 
 def _check_ours(directory: RunDirectory) -> None:

@@ -972,6 +972,25 @@ def test_replay_adds_a_share_of_every_earlier_task(tiny_llava: Path, stream_file
     assert {shown_by(s) for s in kept} < {shown_by(s) for s in second.run.task_samples("first")}
 
 
+@pytest.mark.parametrize("method", ["joint", "joint_gradient_lora", "zero_shot", "lora"])
+def test_a_task_appended_behind_joint_training_is_refused(
+    method: str, tiny_llava: Path, stream_file: Path, tmp_path: Path
+) -> None:
+    """It would never be learnt; a method that learns it, or nothing at all, goes on."""
+    file = with_records(stream_file, tmp_path / "data")
+    stream = yaml.safe_load(file.read_text())
+    second = stream["tasks"].pop()
+    settings = config(tiny_llava, file, tmp_path, method)
+    file.write_text(yaml.safe_dump(stream))
+    run_stream(settings)
+    file.write_text(yaml.safe_dump({**stream, "tasks": [*stream["tasks"], second]}))
+    if method.startswith("joint"):
+        with pytest.raises(ArtifactError, match=rf"method {method} learns all .* has not seen second; use another"):
+            run_stream(settings)
+    else:
+        assert len(run_stream(settings)["rows"]) == 3
+
+
 def test_joint_training_sees_all_tasks_for_the_steps_of_all(
     tiny_llava: Path, stream_file: Path, tmp_path: Path
 ) -> None:
