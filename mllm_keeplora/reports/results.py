@@ -49,9 +49,11 @@ def read_results(run: SavedRun) -> Results:
     """Reads and checks what reports need.
 
     Raises:
-        ReportError: a file is missing, is not JSON, lacks a key, has another schema version or is of another
-            stage than its place says.
+        ReportError: an edited adapter; a file is missing, is not JSON, lacks a key, has another schema version or is of
+            another stage than its place says.
     """
+    if run.edit is not None:
+        raise ReportError(f"{run.directory.path} holds what `keeplora edit` made, which has no stages: name a run")
     retention = _read(run.directory.retention, RETENTION_KEYS)
     manifests = []
     for row in retention["rows"]:

@@ -273,6 +273,9 @@ def test_an_edit_is_measured_and_reported_like_a_stage(
     assert made.ask("Which digit is written here?") == run.ask("Which digit is written here?")
     card = (out / "adapter/README.md").read_text()
     assert "has not been measured itself" not in card
+    with pytest.raises(SystemExit):
+        main(["compare", str(run.directory.path), str(out)])
+    assert "which has no stages: name a run" in capsys.readouterr().err
     assert "| 1 digits + charts |" in card  # the factor that is all but 1; a sum is no stage and has no number
 
 
