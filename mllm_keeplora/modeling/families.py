@@ -136,6 +136,18 @@ FAMILIES: dict[str, ModelFamily] = {
             clips_of_any_length=True,
             head_norms={"self_attn.q_norm": "self_attn.q_proj", "self_attn.k_norm": "self_attn.k_proj"},
         ),
+        # Three in four of its language layers keep a state in place of keys and values (gated delta rule).
+        ModelFamily(
+            "qwen3_5",
+            {"image": _QWEN, "video": _QWEN},
+            projectors=("model.visual.merger",),
+            used_vision_layers=_all_layers,
+            vision_rows=_patches_cut_by_the_processor,
+            writers=("proj", "linear_fc2", "o_proj", "out_proj", "down_proj"),
+            fused=("qkv",),
+            clips_of_any_length=True,
+            head_norms={"self_attn.q_norm": "self_attn.q_proj", "self_attn.k_norm": "self_attn.k_proj"},
+        ),
         # InternVL3 in transformers' form: it shows the frames of a clip as images of one tile.
         ModelFamily(
             "internvl",
