@@ -259,15 +259,18 @@ def test_the_table_names_what_the_model_has_and_counts_its_rows(family: str, bas
     """A wrong name of a layer would change the plan in silence."""
     facts = FAMILIES[family]
     model, processor = load_base(config_of(bases(family)).model)
-    towers = {layers: model.get_submodule(f"{layers}.0") for layers in facts.towers}
+    inside = {  # of any layer
+        layers: {name: module for layer in model.get_submodule(layers) for name, module in layer.named_modules()}
+        for layers in facts.towers
+    }
     linears = {
-        layers: {name for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
-        for layers, layer in towers.items()
+        layers: {name for name, module in modules.items() if isinstance(module, nn.Linear)}
+        for layers, modules in inside.items()
     }
     last = {name.rsplit(".", 1)[-1] for names in linears.values() for name in names}
     assert {*facts.writers, *facts.fused} <= last
     assert {facts.keys, *facts.head_norms.values()} <= linears[facts.language_layers]
-    assert set(facts.head_norms) <= {name for name, _ in towers[facts.language_layers].named_modules()}
+    assert {*facts.head_norms, facts.recurrence} - {None} <= set(inside[facts.language_layers])
 
     for media, layers in facts.vision_layers.items():
         batch = batch_of(family, processor, media_files, media=media)
