@@ -250,7 +250,8 @@ class TowerMemory:
     @property
     def hidden(self) -> int:
         """Width of the residual stream."""
-        return next(iter(self.kinds[0].linears.values())).in_features
+        first = self.kinds[0]
+        return next(module.in_features for name, module in first.linears.items() if not first.writes(name))
 
     def hidden_states(self) -> int:
         """The input of every layer."""
@@ -293,14 +294,15 @@ class LayerMemory:
         width = self.linears[tower.family.keys].out_features
         return 2 * (tower.rows + tower.batch * new_tokens) * width * itemsize
 
-    def _writes(self, name: str) -> bool:
+    def writes(self, name: str) -> bool:
+        """Whether a linear layer writes to the residual stream; the others read it."""
         return name.rsplit(".", 1)[-1] in self.tower.family.writers
 
     def kept(self) -> int:
         """What the layer keeps for the backward pass: inputs of what writes to the residual stream, outputs
         of the other linear layers, and what norms, adapters and attention add."""
         tower, itemsize = self.tower, self.tower.memory.itemsize
-        linear = sum(m.in_features if self._writes(n) else m.out_features for n, m in self.linears.items())
+        linear = sum(m.in_features if self.writes(n) else m.out_features for n, m in self.linears.items())
         # Values are a view of a fused layer's whole output, which stays beside the turned queries and keys.
         fused = (m for n, m in self.linears.items() if n.rsplit(".", 1)[-1] in tower.family.fused)
         linear += sum(2 * m.out_features // 3 for m in fused)
@@ -328,7 +330,7 @@ class LayerMemory:
         if not inputs:
             return 0
         # Layers with one input share it, where it is kept as it is.
-        shared = 2 * tower.hidden + max((n for name, n in inputs.items() if self._writes(name)), default=0)
+        shared = 2 * tower.hidden + max((n for name, n in inputs.items() if self.writes(name)), default=0)
         if tower.seen == "weights":
             return shared * tower.memory.itemsize
         total = 4 * config.towers()[tower.name].rank * len(inputs)

@@ -15,8 +15,8 @@ PRODUCTS, DECOMPOSITIONS, TRAFFIC, LAUNCH_SECONDS = 0.5, 0.05, 0.7, 8e-6
 # Operations of a layer's forward: norms, attention and additions, and a linear layer with its adapters. Twice as many
 # in a backward pass. benchmarks/low_rank.py counts 326 for a language and a vision layer, 13 linear layers, both ways.
 LAYER_LAUNCHES, LINEAR_LAUNCHES, DEQUANTISING_LAUNCHES = 20, 5, 2
-# Likewise of a gated delta rule without a kernel of its own, once and for every chunk.
-RECURRENCE_LAUNCHES, CHUNK_LAUNCHES = 60, 12
+# Likewise of a gated delta rule without a kernel of its own, once and for every chunk, as torch dispatches them.
+RECURRENCE_LAUNCHES, CHUNK_LAUNCHES = 46, 9
 # Readings and writings of the residual stream between a layer's products: two norms, two additions, attention.
 STREAM_PASSES = 12
 
@@ -118,7 +118,8 @@ class TimeModel:
         language, layers = memory.towers(batch, "B")[0], []
         for kind in language.kinds:
             linears = [self._linear(language, m.in_features, m.out_features, batch) for m in kind.linears.values()]
-            layer = total([*linears, Cost(moved=kind.cache(0), launches=LAYER_LAUNCHES)])
+            launches = LAYER_LAUNCHES + (kind.recurrence is not None) * RECURRENCE_LAUNCHES
+            layer = total([*linears, Cost(moved=kind.cache(0), launches=launches)])
             layers.append(total([layer], kind.number))
         token = total([*layers, self._words(batch, passes=1)])
         return total([self._passed(batch, "B", forward=1, backward=0), total([token], tokens)], 1 / batch)

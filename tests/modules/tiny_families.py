@@ -333,14 +333,14 @@ def _qwen3_5() -> tuple[Any, Any]:
         num_position_embeddings=(SIZE // PATCH) ** 2,
     )
     processor.tokenizer = _words_among_pieces()
-    # A layer of either kind; twice as many heads of values as of keys, as in the larger ones.
+    # A layer of either kind; twice as many heads of values as of keys, and wider than the model, as in larger ones.
     text = {
         **_qwen_text(len(processor.tokenizer)),
         "model_type": "qwen3_5_text",
         "layer_types": ["linear_attention", "full_attention"],
         "head_dim": 32,
         "linear_key_head_dim": 16,
-        "linear_value_head_dim": 16,
+        "linear_value_head_dim": 32,
         "linear_num_key_heads": 4,
         "linear_num_value_heads": 8,
     }
@@ -424,8 +424,10 @@ def save_tiny(family: str, directory: Path) -> None:
     config, processor = BUILDERS[family]()
     torch.manual_seed(0)
     model = (AutoModel if FAMILIES[family].classifies else AutoModelForImageTextToText).from_config(config)
-    for parameter in model.parameters():  # the default init is so small that gradients drown in rounding
-        if parameter.ndim == 2:
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:  # the default init is so small that gradients drown in rounding
             torch.nn.init.xavier_normal_(parameter)
+        elif name.endswith("A_log"):  # and forgets a picture within a few words
+            torch.nn.init.constant_(parameter, -3.0)
     model.save_pretrained(directory)
     processor.save_pretrained(directory)
