@@ -70,6 +70,7 @@ class ModelFamily:
             one.
         heads: modules between a tower's features and its output; they are neither quantised nor adapted.
         classifies: the model compares pictures with the prompts of classes, and writes no text.
+        recurrence: what some language layers have in place of attention: a gated delta rule, by its name in a layer.
     """
 
     model_type: str
@@ -85,6 +86,7 @@ class ModelFamily:
     head_norms: Mapping[str, str] = field(default_factory=dict)
     heads: tuple[str, ...] = ("lm_head",)
     classifies: bool = False
+    recurrence: str | None = None
 
     @property
     def towers(self) -> dict[str, Tower]:
@@ -135,6 +137,19 @@ FAMILIES: dict[str, ModelFamily] = {
             fused=("qkv",),
             clips_of_any_length=True,
             head_norms={"self_attn.q_norm": "self_attn.q_proj", "self_attn.k_norm": "self_attn.k_proj"},
+        ),
+        # Three in four of its language layers keep a state in place of keys and values (gated delta rule).
+        ModelFamily(
+            "qwen3_5",
+            {"image": _QWEN, "video": _QWEN},
+            projectors=("model.visual.merger",),
+            used_vision_layers=_all_layers,
+            vision_rows=_patches_cut_by_the_processor,
+            writers=("proj", "linear_fc2", "o_proj", "out_proj", "down_proj"),
+            fused=("qkv",),
+            clips_of_any_length=True,
+            head_norms={"self_attn.q_norm": "self_attn.q_proj", "self_attn.k_norm": "self_attn.k_proj"},
+            recurrence="linear_attn",
         ),
         # InternVL3 in transformers' form: it shows the frames of a clip as images of one tile.
         ModelFamily(

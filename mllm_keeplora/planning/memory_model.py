@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -32,6 +32,9 @@ LOGITS_FACTOR = 3
 EIGH_FACTOR = 4
 # Bytes of optimizer state per trained parameter, by what an optimizer's name holds; AdamW's 8 otherwise.
 _OPTIMIZER_STATE = {"8bit": 2, "adafactor": 0, "sgd": 0, "lion": 4, "rmsprop": 4, "adagrad": 4}
+
+# Tokens that transformers' gated delta rule takes at a time.
+CHUNK = 64
 
 # What gets a gradient: the weights, sketched (E2), or a stage's factors.
 Seen = Literal["weights", "B", "both"]
@@ -166,7 +169,7 @@ class MemoryModel:
         }
 
     def _evaluation(self) -> dict[str, int]:
-        """Keys and values of prompt and answer, and the forward of the prompt; of a CLIP, that of its larger tower."""
+        """What is cached of prompt and answer, and the forward of the prompt; of a CLIP, that of its larger tower."""
         batch = self.config.evaluation.batch_size
         if self.shape.prompts:
             asked = replace(self, shape=self.shape._replace(prompts=PROMPTS))
@@ -174,11 +177,9 @@ class MemoryModel:
             work = [tower.working() + 3 * tower.rows * tower.hidden * self.itemsize for tower in towers]
             return {"activations": batch * self.shape.pixels * self.itemsize, "largest temporary": max(work)}
         language, *vision = self.towers(batch, "B")
-        key_width = language.linears[language.family.keys].out_features
-        cache = 2 * (language.rows + batch * self.new_tokens) * key_width * self.itemsize
         seeing = sum(tower.hidden_states() + tower.working() for tower in vision)
         return {
-            "keys and values": cache * len(language.layers),
+            "keys and values": sum(kind.number * kind.cache(self.new_tokens) for kind in language.kinds),
             "activations": batch * self.shape.pixels * self.itemsize
             + language.rows * language.hidden * 3 * self.itemsize,
             "largest temporary": max(seeing, language.working(), 8 * batch * self.words),
@@ -199,9 +200,9 @@ class MemoryModel:
                 kept += tower.hidden_states()
             elif self.config.train.activation_checkpointing:
                 kept += tower.hidden_states()
-                working = max(working, tower.layer() + tower.working())
+                working = max(working, *(kind.kept() + kind.working() for kind in tower.kinds))
             else:
-                kept += len(tower.layers) * tower.layer()
+                kept += sum(kind.number * kind.kept() for kind in tower.kinds)
                 working = max(working, tower.working())
         return kept, working
 
@@ -226,7 +227,7 @@ class TowerMemory:
     memory: MemoryModel
     family: ModelFamily
     name: Tower
-    layers: Sequence[nn.Module]  # all alike
+    layers: Sequence[nn.Module]
     sample_rows: int  # tokens or patches
     batch: int  # samples; prompts of a CLIP
     seen: Seen
@@ -237,80 +238,168 @@ class TowerMemory:
         return self.batch * self.sample_rows
 
     @cached_property
-    def linears(self) -> dict[str, nn.Linear]:
-        """The linear layers inside one layer."""
-        return {name: module for name, module in self.layers[0].named_modules() if is_linear(module)}
+    def kinds(self) -> list["LayerMemory"]:
+        """The tower's layers, those with the same linear layers together."""
+        alike: dict[object, list[LayerMemory]] = {}
+        for layer in self.layers:
+            linears = {name: module for name, module in layer.named_modules() if is_linear(module)}
+            shapes = tuple((name, m.in_features, m.out_features) for name, m in linears.items())
+            alike.setdefault(shapes, []).append(LayerMemory(self, layer, linears))
+        return [replace(kind[0], number=len(kind)) for kind in alike.values()]
 
     @property
     def hidden(self) -> int:
         """Width of the residual stream."""
-        return next(iter(self.linears.values())).in_features
-
-    def _writes(self, name: str) -> bool:
-        return name.rsplit(".", 1)[-1] in self.family.writers
+        first = self.kinds[0]
+        return next(module.in_features for name, module in first.linears.items() if not first.writes(name))
 
     def hidden_states(self) -> int:
         """The input of every layer."""
         return (len(self.layers) + 1) * self.rows * self.hidden * self.memory.itemsize
 
-    def layer(self) -> int:
-        """What one layer keeps for the backward pass: inputs of what writes to the residual stream, outputs
+    def working(self) -> int:
+        """Work on the layer that needs most."""
+        return max(kind.working() for kind in self.kinds)
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """What a layer leaves behind and works with for its tower's batch, in bytes."""
+
+    tower: TowerMemory
+    layer: nn.Module
+    linears: dict[str, nn.Linear]  # those inside it
+    number: int = 1  # of such layers
+
+    @property
+    def recurrence(self) -> "Recurrence | None":
+        """Of a layer that keeps a state in place of keys and values."""
+        name = self.tower.family.recurrence
+        if name is None or not any(linear.startswith(f"{name}.") for linear in self.linears):
+            return None
+        text = self.tower.memory.model.config.get_text_config()
+        return Recurrence(
+            text.linear_num_value_heads,
+            text.linear_key_head_dim,
+            text.linear_value_head_dim,
+            2 * text.linear_num_key_heads * text.linear_key_head_dim,
+            text.linear_conv_kernel_dim,
+        )
+
+    def cache(self, new_tokens: int) -> int:
+        """Keys and values of prompts and answers; of a recurrence its states, whatever the length."""
+        tower, itemsize = self.tower, self.tower.memory.itemsize
+        if self.recurrence is not None:
+            return tower.batch * self.recurrence.state(itemsize)
+        width = self.linears[tower.family.keys].out_features
+        return 2 * (tower.rows + tower.batch * new_tokens) * width * itemsize
+
+    def writes(self, name: str) -> bool:
+        """Whether a linear layer writes to the residual stream; the others read it."""
+        return name.rsplit(".", 1)[-1] in self.tower.family.writers
+
+    def kept(self) -> int:
+        """What the layer keeps for the backward pass: inputs of what writes to the residual stream, outputs
         of the other linear layers, and what norms, adapters and attention add."""
-        linear = sum(m.in_features if self._writes(n) else m.out_features for n, m in self.linears.items())
+        tower, itemsize = self.tower, self.tower.memory.itemsize
+        linear = sum(m.in_features if self.writes(n) else m.out_features for n, m in self.linears.items())
         # Values are a view of a fused layer's whole output, which stays beside the turned queries and keys.
-        fused = (m for n, m in self.linears.items() if n.rsplit(".", 1)[-1] in self.family.fused)
+        fused = (m for n, m in self.linears.items() if n.rsplit(".", 1)[-1] in tower.family.fused)
         linear += sum(2 * m.out_features // 3 for m in fused)
-        return self.rows * (linear * self.memory.itemsize + self._norms() + self._lora() + self._scores())
+        kept = tower.rows * (linear * itemsize + self._norms() + self._lora() + self._scores())
+        if self.recurrence is not None:
+            kept += self.recurrence.kept(tower.batch, tower.sample_rows, itemsize)
+        return kept
 
     def _norms(self) -> int:
         """LayerNorm keeps its input; an RMSNorm of transformers keeps it in fp32."""
-        total = 0
-        for name, module in self.layers[0].named_modules():
+        total, tower = 0, self.tower
+        for name, module in self.layer.named_modules():
             if type(module).__name__.endswith("Norm"):
-                heads = self.family.head_norms.get(name)
-                width = self.hidden if heads is None else self.linears[heads].out_features
-                total += width * (self.memory.itemsize if isinstance(module, nn.LayerNorm) else 4)
+                heads = tower.family.head_norms.get(name)
+                width = tower.hidden if heads is None else self.linears[heads].out_features
+                total += width * (tower.memory.itemsize if isinstance(module, nn.LayerNorm) else 4)
         return total
 
     def _lora(self) -> int:
         """Inputs of what gets a gradient: x for a probe, x in fp32 for A, A x for B."""
-        targets = (t for t in self.memory.targets if t.tower == self.name)
+        tower, config = self.tower, self.tower.memory.config
+        targets = (t for t in tower.memory.targets if t.tower == tower.name)
         names = {t.name.split(f".{t.depth}.", 1)[-1] for t in targets}
         inputs = {name: module.in_features for name, module in self.linears.items() if name in names}
         if not inputs:
             return 0
         # Layers with one input share it, where it is kept as it is.
-        shared = 2 * self.hidden + max((n for name, n in inputs.items() if self._writes(name)), default=0)
-        if self.seen == "weights":
-            return shared * self.memory.itemsize
-        config = self.memory.config
-        total = 4 * config.towers()[self.name].rank * len(inputs)
+        shared = 2 * tower.hidden + max((n for name, n in inputs.items() if self.writes(name)), default=0)
+        if tower.seen == "weights":
+            return shared * tower.memory.itemsize
+        total = 4 * config.towers()[tower.name].rank * len(inputs)
         if config.train.lora_dropout > 0:
             total += sum(inputs.values())  # the mask
-        if self.seen == "both":
-            total += 4 * (shared if self.memory.itemsize == 4 else sum(inputs.values()))
+        if tower.seen == "both":
+            total += 4 * (shared if tower.memory.itemsize == 4 else sum(inputs.values()))
         return total
 
     def _scores(self) -> int:
         """Eager attention keeps its scores, in fp32 and in the compute dtype; fused attention none."""
-        if self.memory.config.model.attn_implementation != "eager":
+        tower, memory = self.tower, self.tower.memory
+        if memory.config.model.attn_implementation != "eager" or self.recurrence is not None:
             return 0
-        config = self.memory.model.config
-        tower = config.get_text_config() if self.name == "language" else config.vision_config
-        return int(tower.num_attention_heads) * self.sample_rows * (4 + self.memory.itemsize)
+        config = memory.model.config
+        heads = config.get_text_config() if tower.name == "language" else config.vision_config
+        return int(heads.num_attention_heads) * tower.sample_rows * (4 + memory.itemsize)
 
     def working(self) -> int:
         """Work on a layer's largest linear: its weight dequantised, input, result and update in fp32; of a
-        probe, in the backward pass, gradients of input and output, and input and dY in fp32."""
-        itemsize, nf4 = self.memory.itemsize, self.memory.config.model.quantization == "nf4"
+        probe, in the backward pass, gradients of input and output, and input and dY in fp32. Or on a recurrence:
+        what a forward holds of it at once, and gradients of as much."""
+        tower, itemsize = self.tower, self.tower.memory.itemsize
+        nf4 = tower.memory.config.model.quantization == "nf4"
         inputs, outputs = 4, 8 + 2 * itemsize
-        if self.seen == "weights":
+        if tower.seen == "weights":
             inputs = outputs = itemsize + 4 * (itemsize < 4)
-        return max(
+        largest = max(
             m.in_features * m.out_features * itemsize * nf4
-            + self.rows * (inputs * m.in_features + outputs * m.out_features)
+            + tower.rows * (inputs * m.in_features + outputs * m.out_features)
             for m in self.linears.values()
         )
+        if self.recurrence is not None:
+            largest = max(largest, self.recurrence.kept(tower.batch, tower.sample_rows, itemsize))
+        return largest
+
+
+class Recurrence(NamedTuple):
+    """A gated delta rule as transformers computes it without a kernel of its own: in fp32, chunk by chunk.
+
+    With one (flash-linear-attention) less is kept: chunks' products are computed again.
+    """
+
+    heads: int  # of values; queries and keys are repeated to as many
+    key: int  # width of a head of queries or keys
+    value: int
+    queries_and_keys: int  # their widths together, before they are repeated
+    kernel: int  # tokens that the convolution in front of it sees
+
+    @property
+    def convolved(self) -> int:
+        """Width of queries, keys and values as they come from their linear layer."""
+        return self.queries_and_keys + self.heads * self.value
+
+    def state(self, itemsize: int) -> int:
+        """Bytes of what a sample carries to its next token: the state in fp32, and the convolution's last inputs."""
+        return 4 * self.heads * self.key * self.value + self.convolved * self.kernel * itemsize
+
+    def kept(self, batch: int, tokens: int, itemsize: int) -> int:
+        """Bytes kept for the backward pass beside the linear layers' own."""
+        chunks = batch * -(-tokens // CHUNK)
+        keys, values = self.heads * self.key, self.heads * self.value
+        # Queries, keys, both decayed, keys times beta, keys that read the state; values, and two corrections of them.
+        chunk = CHUNK * (6 * keys + 3 * values)
+        # Decays; keys against keys and against queries, before and after the decay; a state.
+        chunk += 5 * CHUNK * CHUNK * self.heads + keys * self.value
+        # Queries and keys before they are normed, what the gated norm works with, and what the convolution gives.
+        rows = 4 * (2 * keys + 3 * values) + itemsize * (self.convolved + 2 * values)
+        return 4 * chunks * chunk + batch * tokens * rows
 
 
 def optimizer_state(name: str) -> int:

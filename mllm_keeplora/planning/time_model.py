@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from mllm_keeplora.planning.memory_model import MemoryModel, Seen, TowerMemory, nf4_bytes
+from mllm_keeplora.planning.memory_model import CHUNK, LayerMemory, MemoryModel, Seen, TowerMemory, nf4_bytes
 
 # Shares of a card's peaks that a training of this kind is assumed to reach, and a launch from Python.
 PRODUCTS, DECOMPOSITIONS, TRAFFIC, LAUNCH_SECONDS = 0.5, 0.05, 0.7, 8e-6
 # Operations of a layer's forward: norms, attention and additions, and a linear layer with its adapters. Twice as many
 # in a backward pass. benchmarks/low_rank.py counts 326 for a language and a vision layer, 13 linear layers, both ways.
 LAYER_LAUNCHES, LINEAR_LAUNCHES, DEQUANTISING_LAUNCHES = 20, 5, 2
+# Likewise of a gated delta rule without a kernel of its own, once and for every chunk, as torch dispatches them.
+RECURRENCE_LAUNCHES, CHUNK_LAUNCHES = 46, 9
 # Readings and writings of the residual stream between a layer's products: two norms, two additions, attention.
 STREAM_PASSES = 12
 
@@ -113,11 +115,13 @@ class TimeModel:
         if memory.shape.prompts:
             return total([self._passed(batch, "B", forward=1, backward=0)], 1 / batch)
         tokens = min(memory.shape.supervised, memory.new_tokens)
-        language = memory.towers(batch, "B")[0]
-        cache = 2 * language.rows * language.linears[language.family.keys].out_features * memory.itemsize
-        linears = [self._linear(language, m.in_features, m.out_features, batch) for m in language.linears.values()]
-        layer = total([*linears, Cost(moved=cache, launches=LAYER_LAUNCHES)])
-        token = total([total([layer], len(language.layers)), self._words(batch, passes=1)])
+        language, layers = memory.towers(batch, "B")[0], []
+        for kind in language.kinds:
+            linears = [self._linear(language, m.in_features, m.out_features, batch) for m in kind.linears.values()]
+            launches = LAYER_LAUNCHES + (kind.recurrence is not None) * RECURRENCE_LAUNCHES
+            layer = total([*linears, Cost(moved=kind.cache(0), launches=launches)])
+            layers.append(total([layer], kind.number))
+        token = total([*layers, self._words(batch, passes=1)])
         return total([self._passed(batch, "B", forward=1, backward=0), total([token], tokens)], 1 / batch)
 
     @cached_property
@@ -146,21 +150,38 @@ class TimeModel:
         """Both towers and the loss; a vision tower that is not adapted needs no backward pass."""
         costs = []
         for tower in self.memory.towers(batch, seen):
-            there = self._layer(tower)
-            # To the inputs alone: no gradient of a weight, and A x is not computed again.
-            back = there._replace(exact=0, moved=2 * there.moved, launches=2 * there.launches)
             adapted = tower.name == "language" or self.memory.config.vision.adapt
-            ways, number = (forward, backward) if adapted else (1, 0), len(tower.layers)
-            costs += [total([there], ways[0] * number), total([back], ways[1] * number)]
+            ways = (forward, backward) if adapted else (1, 0)
+            for kind in tower.kinds:
+                there, mixed = self._layer(kind), self._recurrence(kind)
+                # To the inputs alone: no gradient of a weight, and A x is not computed again.
+                back = there._replace(exact=0, moved=2 * there.moved, launches=2 * there.launches)
+                costs += [total([there, mixed], ways[0] * kind.number)]
+                costs += [total([back, mixed, mixed], ways[1] * kind.number)]
         supervised = batch * self.memory.shape.supervised if backward else batch
         return total([*costs, self._words(supervised, passes=1 + backward)])
 
-    def _layer(self, tower: TowerMemory) -> Cost:
-        """A layer's forward."""
-        attended = 4 * tower.rows * tower.sample_rows * tower.hidden
+    def _layer(self, kind: LayerMemory) -> Cost:
+        """A layer's forward, less a recurrence."""
+        tower = kind.tower
+        attended = 4 * tower.rows * tower.sample_rows * tower.hidden * (kind.recurrence is None)
         between = STREAM_PASSES * tower.rows * tower.hidden * self.memory.itemsize
-        linears = [self._linear(tower, m.in_features, m.out_features, tower.rows) for m in tower.linears.values()]
+        linears = [self._linear(tower, m.in_features, m.out_features, tower.rows) for m in kind.linears.values()]
         return total([*linears, Cost(products=attended, moved=between, launches=LAYER_LAUNCHES)])
+
+    def _recurrence(self, kind: LayerMemory) -> Cost:
+        """Its forward in fp32: products and solutions inside chunks, and of each chunk with the state."""
+        rule, tower = kind.recurrence, kind.tower
+        if rule is None:
+            return Cost()
+        inside = CHUNK * (4 * rule.key + 2 * rule.value + rule.key + rule.value)
+        across = 6 * rule.key * rule.value
+        chunks = -(-tower.sample_rows // CHUNK)
+        return Cost(
+            exact=tower.batch * chunks * CHUNK * rule.heads * (inside + across),
+            moved=2 * rule.kept(tower.batch, tower.sample_rows, self.memory.itemsize),
+            launches=RECURRENCE_LAUNCHES + CHUNK_LAUNCHES * chunks,
+        )
 
     def _linear(self, tower: TowerMemory, inputs: int, outputs: int, rows: int) -> Cost:
         """A linear layer with its adapters: the product with the dequantised weight, A x in fp32, B u."""

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -12,6 +13,7 @@ import torch
 import yaml
 from peft import PeftModel
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoProcessor, GenerationConfig
 
@@ -220,6 +222,31 @@ def test_a_question_in_a_later_turn_is_asked_as_it_was_learnt(
         assert torch.equal(torch.as_tensor(learnt[key]), torch.as_tensor(asked[key])), key
 
 
+@pytest.mark.parametrize("family, media", CASES)
+def test_what_a_model_keeps_between_tokens_changes_no_answer(
+    family: str, media: Media, tiny: Any, media_root: Path
+) -> None:
+    """Keys and values, or states: as without, for questions padded on the left to one length, and for each alone."""
+    model, processor = load_base(model_config(tiny(family), "none"))
+    conversations = [[opened(m) for m in several(media_root, media, 0).messages[:5]]]
+    conversations += [[opened(m) for m in one.messages[:1]] for one in samples(media_root, media)[1:2]]
+
+    def logits(questions: list[list[Message]], use_cache: bool) -> torch.Tensor:
+        """Of six tokens, [questions, 6, words]."""
+        inputs = prepare_questions(processor, questions, torch.device("cpu"))
+        settings = {"do_sample": False, "pad_token_id": 0, "use_cache": use_cache, "return_dict_in_generate": True}
+        words = processor.tokenizer.all_special_ids  # an end, or a token of images without one, is no reply
+        asked = GenerationConfig(max_new_tokens=6, suppress_tokens=words, output_logits=True, **settings)
+        with torch.no_grad():
+            return torch.stack(model.generate(**inputs, generation_config=asked).logits, dim=1)
+
+    kept = logits(conversations, True)
+    torch.testing.assert_close(kept, logits(conversations, False), rtol=1e-4, atol=1e-4)
+    for row, conversation in enumerate(conversations):
+        torch.testing.assert_close(kept[row], logits([conversation], True)[0], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(kept[0], kept[1], atol=1e-3)
+
+
 def opened(message: Message) -> Message:
     parts = [
         part
@@ -248,6 +275,17 @@ def test_gemma_3_is_told_which_tokens_see_each_other_both_ways(tiny: Any, media_
     for inputs in (learnt, prepare_questions(processor, questions, torch.device("cpu"))):
         soft = processor.tokenizer.convert_tokens_to_ids("<image_soft_token>")
         assert torch.equal(inputs["token_type_ids"] == 1, inputs["input_ids"] == soft)
+
+
+def test_the_layer_that_foretells_further_tokens_is_left_out(tiny: Any, tmp_path: Path) -> None:
+    """Qwen3.5's checkpoints have one beside the model; it is no sign of another model's weights."""
+    shutil.copytree(tiny("qwen3_5"), tmp_path / "base")
+    weights = load_file(tmp_path / "base/model.safetensors")
+    for name in ("mtp.layers.0.mlp.up_proj.weight", "mtp.fc.weight"):
+        weights[name] = torch.zeros(4, 4)
+    save_file(weights, tmp_path / "base/model.safetensors", {"format": "pt"})
+    model, _ = load_base(model_config(tmp_path / "base", "nf4"))
+    assert not any("mtp" in name for name, _ in model.named_parameters())
 
 
 @pytest.mark.parametrize("family", [f for f in WRITING if "video" not in FAMILIES[f].vision_layers])

@@ -61,7 +61,7 @@ def test_what_slides_stays_a_convolution(conv: nn.Conv3d) -> None:
     assert torch.equal(conv(pixels), expected)
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen3_5"])
 def test_a_base_is_loaded_so(family: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     directory = tmp_path_factory.mktemp(family)
     save_tiny(family, directory)

@@ -18,6 +18,7 @@ import yaml
 from huggingface_hub.errors import OfflineModeIsEnabled
 from PIL import Image
 from torch import nn
+from torch.utils import _pytree as pytree
 from transformers import AutoModelForImageTextToText
 
 from mllm_keeplora.commands.run import parse_flags
@@ -259,15 +260,18 @@ def test_the_table_names_what_the_model_has_and_counts_its_rows(family: str, bas
     """A wrong name of a layer would change the plan in silence."""
     facts = FAMILIES[family]
     model, processor = load_base(config_of(bases(family)).model)
-    towers = {layers: model.get_submodule(f"{layers}.0") for layers in facts.towers}
+    inside = {  # of any layer
+        layers: {name: module for layer in model.get_submodule(layers) for name, module in layer.named_modules()}
+        for layers in facts.towers
+    }
     linears = {
-        layers: {name for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
-        for layers, layer in towers.items()
+        layers: {name for name, module in modules.items() if isinstance(module, nn.Linear)}
+        for layers, modules in inside.items()
     }
     last = {name.rsplit(".", 1)[-1] for names in linears.values() for name in names}
     assert {*facts.writers, *facts.fused} <= last
     assert {facts.keys, *facts.head_norms.values()} <= linears[facts.language_layers]
-    assert set(facts.head_norms) <= {name for name, _ in towers[facts.language_layers].named_modules()}
+    assert {*facts.head_norms, facts.recurrence} - {None} <= set(inside[facts.language_layers])
 
     for media, layers in facts.vision_layers.items():
         batch = batch_of(family, processor, media_files, media=media)
@@ -277,6 +281,22 @@ def test_the_table_names_what_the_model_has_and_counts_its_rows(family: str, bas
         ):
             model(**batch)
         assert sample_shape(batch, model.config, media, "").vision_tokens == sum(rows)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl", "qwen3_5"])
+def test_what_is_cached_is_planned(family: str, dtype: str, bases: Any, media_files: Path) -> None:
+    """Keys and values of every layer that has them, and the states of those that keep one instead."""
+    config = config_of(bases(family))
+    config = replace(config, model=replace(config.model, compute_dtype=dtype))
+    model, processor = load_base(config.model)
+    batch = ready_batch(batch_of(family, processor, media_files, 3), model.dtype)
+    language = memory_of(config, batch_of(family, processor, media_files), MAIN_MEDIA[family]).towers(3, "B")[0]
+    with torch.no_grad():
+        cache = model(**batch, use_cache=True).past_key_values
+    held = [vars(layer).values() for layer in cache.layers]
+    tensors = [t for found in held for t in pytree.tree_leaves(list(found)) if isinstance(t, torch.Tensor)]
+    assert sum(t.nbytes for t in tensors) == sum(kind.number * kind.cache(0) for kind in language.kinds)
 
 
 def test_what_lowers_memory_lowers_the_plan(bases: Any, media_files: Path) -> None:

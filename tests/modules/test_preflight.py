@@ -26,7 +26,7 @@ from tests.modules.tiny_families import BUILDERS, WRITING
 
 SIZES = [(80, 72), (64, 3), (200, 100), (30, 140), (80, 72)]
 IN_WORKERS = module._in_workers
-VIDEO_FAMILIES = ["llava_onevision", "video_llava", "llava_next_video", "qwen2_5_vl", "qwen3_vl", "internvl"]
+VIDEO_FAMILIES = ["llava_onevision", "video_llava", "llava_next_video", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "internvl"]
 
 
 class DrawnClips:

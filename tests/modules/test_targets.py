@@ -79,7 +79,8 @@ def test_nothing_to_adapt_is_an_error(nf4_model: Any) -> None:
         find_targets(nf4_model, {})
 
 
-def test_an_unknown_family_is_an_error(nf4_model: Any) -> None:
-    nf4_model.config.model_type = "gpt7"
-    with pytest.raises(TargetError, match="'gpt7' is not in the table.*llava"):
+@pytest.mark.parametrize("unknown", ["gpt7", "qwen3_5_moe", "gemma4"])
+def test_an_unknown_family_is_an_error(unknown: str, nf4_model: Any) -> None:
+    nf4_model.config.model_type = unknown
+    with pytest.raises(TargetError, match=f"'{unknown}' is not in the table.*llava"):
         all_targets(nf4_model)

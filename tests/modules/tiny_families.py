@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModel,
@@ -37,6 +37,8 @@ from transformers import (
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3_5Config,
+    Qwen3_5Tokenizer,
     Qwen3VLConfig,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
@@ -306,6 +308,47 @@ def _qwen3_vl() -> tuple[Any, Any]:
     )
 
 
+def _words_among_pieces() -> Qwen3_5Tokenizer:
+    """One token a word, with the spaces around it, as its class allows: it would cut any other's words into bytes."""
+    special = ["<pad>", "<s>", "</s>", "<unk>", *QWEN_TOKENS.values(), *QWEN_FRAME]
+    tokenizer = Qwen3_5Tokenizer(
+        vocab={token: number for number, token in enumerate(special)},
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=special[4:],
+    )
+    tokenizer.add_tokens([AddedToken(word, single_word=True, lstrip=True, rstrip=True) for word in WORDS])
+    return tokenizer
+
+
+def _qwen3_5() -> tuple[Any, Any]:
+    config, processor = _qwen(
+        Qwen3_5Config,
+        Qwen3VLProcessor,
+        Qwen3VLVideoProcessor,
+        "qwen3_5",
+        8 * SIZE**2,
+        num_position_embeddings=(SIZE // PATCH) ** 2,
+    )
+    processor.tokenizer = _words_among_pieces()
+    # A layer of either kind; twice as many heads of values as of keys, and wider than the model, as in larger ones.
+    text = {
+        **_qwen_text(len(processor.tokenizer)),
+        "model_type": "qwen3_5_text",
+        "layer_types": ["linear_attention", "full_attention"],
+        "head_dim": 32,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 32,
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 8,
+    }
+    text["rope_parameters"] = {**text["rope_parameters"], "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.25}
+    config = Qwen3_5Config(**{**config.to_dict(), "text_config": text})
+    return config, processor
+
+
 def _internvl() -> tuple[Any, Any]:
     tokenizer = _tokenizer(INTERNVL_TOKENS, INTERNVL_FRAME, INTERNVL_NAMES)
     side = {"height": SIZE, "width": SIZE}
@@ -365,6 +408,7 @@ BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "llava_next_video": _llava_next_video,
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen3_vl": _qwen3_vl,
+    "qwen3_5": _qwen3_5,
     "internvl": _internvl,
     "gemma3": _gemma3,
     "clip": _two_towers,
@@ -380,8 +424,10 @@ def save_tiny(family: str, directory: Path) -> None:
     config, processor = BUILDERS[family]()
     torch.manual_seed(0)
     model = (AutoModel if FAMILIES[family].classifies else AutoModelForImageTextToText).from_config(config)
-    for parameter in model.parameters():  # the default init is so small that gradients drown in rounding
-        if parameter.ndim == 2:
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:  # the default init is so small that gradients drown in rounding
             torch.nn.init.xavier_normal_(parameter)
+        elif name.endswith("A_log"):  # and forgets a picture within a few words
+            torch.nn.init.constant_(parameter, -3.0)
     model.save_pretrained(directory)
     processor.save_pretrained(directory)
