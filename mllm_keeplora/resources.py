@@ -32,11 +32,13 @@ def find(path: str | Path) -> Path:
 
 
 def unusable(path: str | Path) -> str | None:
-    """Why no file or folder can have a path: a name that is too long, links in a circle; None where one can."""
+    """Why no file or folder can have a path: a name that is too long, links in a circle, NUL; None where one can."""
     try:
         os.stat(path)  # noqa: PTH116
     except OSError as error:
         return error.strerror if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) else None
+    except ValueError:
+        return "it holds a NUL or what is no UTF-8"
     return None
 
 
