@@ -91,7 +91,9 @@ def _train(
     stage: StageContext, method: Method, model: Model, start: Start, lessons: Sequence[Lesson]
 ) -> tuple[Factors, dict[str, Any]]:
     if not start.factors:
-        raise StageError(f"{stage.name}: no adapted module has residual space left; lower eps_w or eps_f")
+        raise StageError(
+            f"{stage.name}: no adapted module has residual space left; lower eps_w, eps_f or general.eps_g"
+        )
     run = stage.run
     before, past = _first_logits(stage, model), [] if start.replaces_past else active_adapters(model)
     adapted = attach(model, STAGE, start.factors, stage.scales, dropout=stage.train.lora_dropout)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
+from accelerate.logging import get_logger
 from peft import PeftModel
 from torch import Tensor
 
@@ -27,6 +28,8 @@ from mllm_keeplora.runs.files import sha256_json
 from mllm_keeplora.runs.manifests import write_manifest
 from mllm_keeplora.runs.record import Outcome, Phase, StageRecord
 from mllm_keeplora.runs.run_directory import StageDirectory
+
+logger = get_logger(__name__)
 
 # ||dW M||_F / ||dW||_F that fp32 factors from an fp64 re-projection stay below by an order of magnitude.
 LEAKAGE_TOLERANCE = 1e-6
@@ -203,20 +206,31 @@ def protected_answer(a: Tensor, basis: Tensor) -> float:
 
 
 def check_ranks(run: RunContext) -> None:
-    """E9 before the first stage: a rank that the residual space cannot hold is a mistake in the settings.
+    """E9 before the first stage: a rank that the weights' residual space cannot hold is a mistake in the settings.
+
+    What general inputs take of that space differs from sample to sample, as with features of past tasks: modules that
+    they leave less room learn at the rank that fits, and a warning says how many.
 
     Raises:
         StageError: names the module, its residual space and the settings that decide it.
     """
     bases = ProtectedBases(run.weight_files, run.general_basis, [], run.device)
+    narrow = []
     for t in run.targets:
-        rank, k = run.rank(t), sum(bases.sizes(t))
-        if rank > t.in_features - k:
+        rank, (k_w, k_g, _) = run.rank(t), bases.sizes(t)
+        left = t.in_features - k_w
+        if rank > left:
             raise StageError(
-                f"{t.name}: rank {rank} exceeds its residual space of {t.in_features} - {k} = {t.in_features - k} "
+                f"{t.name}: rank {rank} exceeds its residual space of {t.in_features} - {k_w} = {left} "
                 f"directions; lower {t.tower}.rank or {t.tower}.eps_w"
-                + (", or general.eps_g" if run.general_basis else "")
             )
+        if rank > left - k_g:
+            narrow.append(f"{t.name} ({left - k_g} left of {t.in_features}, {k_g} of them protected as general inputs)")
+    if narrow:
+        logger.warning(
+            f"{len(narrow)} of {len(run.targets)} modules have fewer directions left than their rank and learn with "
+            f"those, {narrow[0]} first; lower general.eps_g to leave them more"
+        )
 
 
 def counts(stage: StageContext, method: Method, factors: Factors, account: Mapping[str, Any]) -> dict[str, Any]:

@@ -48,7 +48,7 @@ from mllm_keeplora.distributed.processes import from_main, num_processes
 from mllm_keeplora.distributed.progress import progress
 from mllm_keeplora.distributed.sharding import is_sharded
 from mllm_keeplora.errors import KeepLoRAError
-from mllm_keeplora.methods.hooks import Batch, Hooks
+from mllm_keeplora.methods.hooks import Batch, Hooks, Step
 from mllm_keeplora.modeling.precision import exact_products
 from mllm_keeplora.runs.files import (
     ArtifactError,
@@ -121,8 +121,8 @@ class StageTrainer(Trainer):
             self._task_alone = task_alone
             return super(StageTrainer, self).training_step(model, dict(batch), num_items_in_batch)
 
-        gradients = self._hooks.gradients
-        loss = gradients(inputs, self.state.global_step, backward) if gradients else backward(inputs, False)
+        gradients, step = self._hooks.gradients, Step(self.state.global_step, self.state.max_steps)
+        loss = gradients(inputs, step, backward) if gradients else backward(inputs, False)
         self._finite.losses.append(loss)
         return loss
 

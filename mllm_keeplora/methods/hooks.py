@@ -10,11 +10,18 @@ Batch = Mapping[str, Tensor]  # model inputs with labels
 Backward = Callable[[Batch, bool], Tensor]
 
 
+class Step(NamedTuple):
+    """Where a stage's training is, in optimizer steps."""
+
+    taken: int
+    total: int
+
+
 class Hooks(NamedTuple):
     """What a method adds to each optimizer step."""
 
     penalty: Callable[[int], Tensor] | None = None  # scalar added to the loss, given the steps so far
     after_step: Callable[[], None] | None = None  # called when the optimizer has moved the factors
-    # In place of a batch's one pass: given the batch, the steps so far and what makes a pass; gives the loss. All
+    # In place of a batch's one pass: given the batch, where training is and what makes a pass; gives the loss. All
     # processes make the same number of passes, and one of them with what is added to the loss.
-    gradients: Callable[[Batch, int, Backward], Tensor] | None = None
+    gradients: Callable[[Batch, Step, Backward], Tensor] | None = None

@@ -15,11 +15,17 @@ from torch import Tensor
 from mllm_keeplora.config import RunConfig
 from mllm_keeplora.distributed.processes import num_processes, sum_of_all
 from mllm_keeplora.linalg.decompositions import thin_svd
-from mllm_keeplora.linalg.subspace import orthonormal_columns, orthonormal_complement, project_to_residual
+from mllm_keeplora.linalg.subspace import (
+    RANK_TOLERANCE,
+    orthonormal_columns,
+    orthonormal_complement,
+    project_to_residual,
+    residual_directions,
+)
 from mllm_keeplora.methods.base import Learnt, Method, per_module
 from mllm_keeplora.methods.context import StageContext
-from mllm_keeplora.methods.hooks import Backward, Batch, Hooks
-from mllm_keeplora.modeling.adapters import STAGE, Factors, Model, Trainable, factor_parameters
+from mllm_keeplora.methods.hooks import Backward, Batch, Hooks, Step
+from mllm_keeplora.modeling.adapters import STAGE, Factors, Model, Trainable, live_factors
 from mllm_keeplora.modeling.loss import IGNORED_LABEL
 from mllm_keeplora.modeling.targets import Target
 from mllm_keeplora.probes.gradients import module_generator
@@ -76,11 +82,15 @@ class Loda(Method):
 
         def rows(t: Target) -> Tensor:
             basis = bases.load(t)
-            new, *old = (project_to_residual(sketch.to(basis.device), basis) for sketch in _of(t, [inputs, *earlier]))
-            shared = shared_rank(stage.run.rank(t), old)
+            found = [sketch.to(basis.device) for sketch in _of(t, [inputs, *earlier])]
+            new, *old = (project_to_residual(sketch, basis) for sketch in found)
+            # What general inputs leave may have fewer directions than the rank (E9).
+            floor = RANK_TOLERANCE * float(found[0].double().square().sum())
+            rank = min(stage.run.rank(t), residual_directions(new, basis, floor)[0].shape[1])
+            shared = shared_rank(rank, old)
             parts = [(self.shared_weight, energy_rows([new, *old], shared))]
             if old:
-                own = energy_ratio_rows(new, old, self.ridge, stage.run.rank(t) - shared)
+                own = energy_ratio_rows(new, old, self.ridge, rank - shared)
                 parts.append((1.0, own))
             return torch.cat([weight * orthonormal_complement(part.T, basis).T for weight, part in parts])
 
@@ -90,8 +100,7 @@ class Loda(Method):
         """Gradients that agree between answers."""
         if not self.rho:
             return Hooks()
-        factors = {t.name: factor_parameters(model, STAGE, t.name) for t in stage.targets}
-        scaled = [(stage.scales[name] * a.detach(), b) for name, (a, b) in factors.items()]
+        scaled = [(stage.scales[name] * a.detach(), b) for name, (a, b) in live_factors(model, STAGE).items()]
         return Hooks(gradients=AlignedGradients(scaled, self.rho, stage.seed))
 
     def finish(self, stage: StageContext, model: PeftModel, factors: Factors) -> Learnt:
@@ -99,9 +108,9 @@ class Loda(Method):
         if stage.number == 1:
             return Learnt(factors)
         inputs, earlier, recalibrated = stage.sketch_inputs(model, 1), stage.rehearsals(), {}
-        for t in stage.targets:
+        for t in (t for t in stage.targets if t.name in factors):
             (a, b), (new, *old) = factors[t.name], _of(t, [inputs, *earlier])
-            shared = shared_rank(stage.run.rank(t), old)
+            shared = shared_rank(len(a), old)
             kept = recalibration(a[:shared], new, old, self.new_weight)
             recalibrated[t.name] = a, torch.cat([b[:, :shared] * kept, b[:, shared:]], dim=1)
         return Learnt(recalibrated)
@@ -203,9 +212,9 @@ class AlignedGradients:
         self._trained, self._rho, self._seed = [b for _, b in factors], rho, seed
         self._grams = [a @ a.T for a, _ in factors]
 
-    def __call__(self, batch: Batch, step: int, backward: Backward) -> Tensor:
+    def __call__(self, batch: Batch, step: Step, backward: Backward) -> Tensor:
         """Adds a batch's gradient to what earlier parts of the step have left; gives the loss at the points above."""
-        generator = module_generator(self._seed, f"answers/{step}")
+        generator = module_generator(self._seed, f"answers/{step.taken}")
         halves = answer_halves(batch["labels"], generator)
         if not _everywhere(halves is not None, batch["labels"].device) or halves is None:
             return backward(batch, False)

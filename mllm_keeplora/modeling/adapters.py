@@ -117,6 +117,13 @@ def factor_parameters(model: PeftModel, adapter: str, name: str) -> tuple[nn.Par
     return cast(nn.Parameter, a.weight), cast(nn.Parameter, b.weight)
 
 
+def live_factors(model: PeftModel, adapter: str) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """Name -> `factor_parameters`, of every module that carries the adapter: one without room in a stage does not."""
+    modules = model.get_base_model().named_modules()
+    carrying = [name for name, module in modules if isinstance(module, LoraLayer) and adapter in module.lora_A]
+    return {name: factor_parameters(model, adapter, name) for name in carrying}
+
+
 def activate(
     model: PeftModel, adapters: Sequence[str], train: str | None = None, trainable: Trainable = "none"
 ) -> list[str]:

@@ -21,6 +21,7 @@ from mllm_keeplora.continual.general import Batches, Distillation, held_out_dive
 from mllm_keeplora.continual.run import Run
 from mllm_keeplora.continual.run_stream import run_stream
 from mllm_keeplora.continual.saved_run import load_run
+from mllm_keeplora.continual.stage import StageError
 from mllm_keeplora.continual.trainer import StageTrainer
 from mllm_keeplora.data.collator import collator_of
 from mllm_keeplora.data.preflight import Preflight
@@ -157,6 +158,33 @@ def test_an_update_cannot_use_the_energy_of_general_inputs(method: str, settings
         assert (x @ update.T).norm() <= torch.linalg.matrix_norm(update, 2) * outside + 1e-6
         energy = json.loads(run.directory.general_energy.read_text())[target.name]
         assert energy["saturated"] or outside.square() <= 0.15 * x.square().sum(), target.name
+
+
+@pytest.mark.parametrize(
+    "method, eps_g", [("keeplora", 0.95), ("inflora", 0.95), ("gpm", 0.95), ("gpm", 1.0), ("loda", 0.95), ("loda", 1.0)]
+)
+def test_modules_that_general_inputs_leave_less_room_learn_with_what_is_left(
+    method: str, eps_g: float, in_words: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    """How much they take depends on the sample: no mistake in the settings, unlike a rank beyond the weights' space."""
+    asked = in_words(method, eps_g=eps_g)
+    with Run.open(asked) as run:
+        context = run.stage_context(1, {})
+        sizes = {t.name: context.bases.sizes(t) for t in context.targets}
+        rank = min(t.in_features - sizes[t.name][0] for t in context.targets)
+        narrow = {t.name for t in context.targets if rank > t.in_features - sum(sizes[t.name])}
+        assert narrow
+    tower = replace(asked.language, rank=rank)
+    wide = replace(asked, language=tower, vision=tower, run_dir=f"{asked.run_dir}_wide")
+    run_stream(wide)
+    assert f"{len(narrow)} of {len(sizes)} modules have fewer directions left than their rank" in caplog.text
+    with Run.open(wide) as run:
+        rows = {row["name"]: row for row in run.history.manifests[1]["modules"]}
+    for name in narrow & rows.keys():
+        assert rows[name]["leakage"] < 1e-6
+    beyond = {w: replace(tower, rank=rank + 1) for w in ("language", "vision")}
+    with pytest.raises(StageError, match=f"rank {rank + 1} exceeds its residual space of .* lower .*eps_w"):
+        run_stream(replace(wide, **beyond, run_dir=f"{asked.run_dir}_beyond"))
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import importlib
 import json
 import shutil
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -40,8 +41,9 @@ from mllm_keeplora.methods.base import load_method, method_names
 from mllm_keeplora.methods.context import StageContext
 from mllm_keeplora.methods.ewc import fisher_diagonal, weighted_distance
 from mllm_keeplora.methods.gpm import project_factors
-from mllm_keeplora.methods.hooks import Hooks
+from mllm_keeplora.methods.hooks import Hooks, Step
 from mllm_keeplora.methods.inflora import risen
+from mllm_keeplora.methods.layerwise import block_of, squared_norms
 from mllm_keeplora.methods.lines import GAMMAS, Lines, best_gamma
 from mllm_keeplora.methods.loda import AlignedGradients, answer_halves, energy_ratio_rows, energy_rows, recalibration
 from mllm_keeplora.methods.lora_throughout import LoraThroughout
@@ -74,6 +76,7 @@ COVERED = {
     "joint",
     "joint_gradient_lora",
     "keeplora",
+    "layerwise",
     "lines",
     "loda",
     "lora",
@@ -168,6 +171,8 @@ def test_every_method_is_covered_here() -> None:
         ("olora", {"strength": -1.0}, r"method_options.strength: expected a number in \[0, .*found -1.0"),
         ("inflora", {"final_eps_f": 0.0}, r"method_options.final_eps_f: expected a number in \(0, 1\], found 0.0"),
         ("inflora", {"energy_of": "weights"}, "covariance or inputs"),
+        ("layerwise", {"blocks": 0}, r"method_options.blocks: expected a whole number in \[1, .*found 0"),
+        ("layerwise", {"stability": -1.0}, r"method_options.stability: expected a number in \[0, .*found -1.0"),
         ("lines", {"held_out": 1.0}, r"method_options.held_out: expected a number in \[0, 1\), found 1.0"),
         ("loda", {"rho": -1.0}, r"method_options.rho: expected a number in \[0, .*found -1.0"),
         ("loda", {"ridge": 0.0}, r"method_options.ridge: expected a number in \(0, .*found 0.0"),
@@ -258,13 +263,19 @@ def test_a_killed_stage_that_remembers_continues(tiny_llava: Path, stream_file: 
     assert_equal(found, expected)
 
 
-def test_a_training_by_aligned_gradients_continues_where_it_was_killed(
-    tiny_llava: Path, stream_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("method, options", [("loda", {"rho": 0.5}), ("layerwise", {"blocks": 2})])
+def test_a_training_by_other_gradients_continues_where_it_was_killed(
+    method: str,
+    options: dict[str, Any],
+    tiny_llava: Path,
+    stream_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Halves and lengths belong to a step, whatever was drawn before it."""
+    """Halves, lengths and the block whose turn it is belong to a step, whatever came before it."""
     found = []
     for name, kills in (("whole", ()), ("killed", (3, 2))):
-        settings = config(tiny_llava, stream_file, tmp_path / name, "loda", rho=0.5)
+        settings = config(tiny_llava, stream_file, tmp_path / name, method, **options)
         settings = replace(settings, train=replace(settings.train, max_steps=4, save_steps=1))
         for steps in kills:
             with monkeypatch.context() as patch, pytest.raises(OSError, match="power cut"):
@@ -681,6 +692,75 @@ def test_halves_of_a_batch_have_no_answer_in_common() -> None:
     assert answer_halves(labels[4:], torch.Generator()) is None
 
 
+def test_layerwise_blocks_learn_one_after_another(
+    tiny_llava: Path, stream_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block waits at its start, moves in every step of its turn, and stays as it is from then on."""
+    settings = config(tiny_llava, stream_file, tmp_path, "layerwise")
+    train = replace(settings.train, max_steps=4, gradient_accumulation_steps=2, warmup_ratio=0.0)
+    stage, run = open_stage(replace(settings, train=train))
+    start = run.method.initial_a(stage, stage.run.model)
+    states: list[dict[str, tuple[torch.Tensor, torch.Tensor]]] = []
+    hooks_of = type(run.method).hooks
+
+    def watched(method: Any, stage: StageContext, model: PeftModel) -> Hooks:
+        def keep() -> None:
+            pairs = ((t.name, factor_parameters(model, STAGE, t.name)) for t in stage.targets)
+            states.append({name: (a.detach().clone(), b.detach().clone()) for name, (a, b) in pairs})
+
+        return hooks_of(method, stage, model)._replace(after_step=keep)
+
+    monkeypatch.setattr(type(run.method), "hooks", watched)
+    learnt = as_factors(learn(stage, run.method, stage.run.model, start, []).tensors)
+    first = {t.name: (start[t.name], torch.zeros(t.out_features, RANK)) for t in stage.targets}
+    assert {(t.tower, block_of(t, 2)) for t in stage.targets} == {
+        (w, k) for w in ("vision", "language") for k in (0, 1)
+    }
+    for t in stage.targets:
+        path = [first[t.name], *(state[t.name] for state in states)]
+        moved = [not torch.equal(before[1], after[1]) for before, after in pairwise(path)]
+        assert moved == ([True, True, False, False] if block_of(t, 2) == 0 else [False, False, True, True]), t.name
+        still = [torch.equal(before[0], after[0]) for before, after in pairwise(path)]
+        assert all(stays for stays, moves in zip(still, moved, strict=True) if not moves)
+        assert all(torch.equal(x, y) for x, y in zip(learnt[t.name], path[-1], strict=True))
+
+
+def test_layerwise_with_one_block_and_no_penalty_is_sequential_lora(
+    tiny_llava: Path, stream_file: Path, tmp_path: Path
+) -> None:
+    for name, method, options in (("lora", "lora", {}), ("one", "layerwise", {"blocks": 1, "stability": 0.0})):
+        run_stream(config(tiny_llava, stream_file, tmp_path / name, method, **options))
+    assert_equal(*(read_adapter(tmp_path / name / "run/adapter") for name in ("one", "lora")))
+
+
+def test_layerwise_bounds_how_an_update_answers_inputs_that_are_near() -> None:
+    """The penalty is the mean squared answer to unit noise in the inputs, which autograd lowers."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(3, 7, generator=generator), torch.randn(5, 3, generator=generator).requires_grad_()
+    value = squared_norms({"one": (2.0, a, b), "other": (0.5, a, b)})
+    assert torch.allclose(value, (2.0**2 + 0.5**2) * (b @ a).square().sum(), rtol=1e-5)
+    noise = torch.randn(200_000, 7, generator=generator)
+    answered = (noise @ (2.0 * b @ a).detach().T).square().sum(dim=1).mean()
+    assert torch.allclose(squared_norms({"one": (2.0, a, b)}), answered, rtol=0.02)
+    value.backward()
+    assert torch.allclose(b.grad, 2 * (2.0**2 + 0.5**2) * b.detach() @ a @ a.T, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "blocks, steps, message",
+    [
+        (3, 9, r"method_options.blocks: expected at most 2, the layers of the \w+ tower, found 3"),
+        (2, 1, r"method_options.blocks: 2 blocks need as many steps, the stage has 1"),
+    ],
+)
+def test_layerwise_refuses_blocks_that_could_not_learn(
+    blocks: int, steps: int, message: str, tiny_llava: Path, stream_file: Path, tmp_path: Path
+) -> None:
+    settings = config(tiny_llava, stream_file, tmp_path, "layerwise", blocks=blocks)
+    with pytest.raises(ConfigError, match=message):
+        run_stream(replace(settings, train=replace(settings.train, max_steps=steps)))
+
+
 @pytest.mark.parametrize("rho", [1e-12, 0.3])
 def test_aligned_gradients_look_along_the_other_half(rho: float) -> None:
     """On a quadratic per answer, where the gradient at B - e is known: H (B - e - C). B is where it was."""
@@ -701,7 +781,7 @@ def test_aligned_gradients_look_along_the_other_half(rho: float) -> None:
     before, earlier = b.detach().clone(), torch.randn(5, 2, generator=generator)
     b.grad = earlier.clone()
     aligned = AlignedGradients([(a, b)], rho, seed=3)
-    loss = aligned({"labels": labels}, 4, backward)
+    loss = aligned({"labels": labels}, Step(4, 9), backward)
     assert torch.equal(b, before)
     (first,), (second,) = (of for of, _ in passes[:2])
     assert passes == [([first], True), ([second], True), ([second], True), ([first], False)]
@@ -715,7 +795,7 @@ def test_aligned_gradients_look_along_the_other_half(rho: float) -> None:
     # Where the halves agree, a step along it lowers both: no loss rises to first order.
     agree = AlignedGradients([(a, b)], rho, seed=3)
     centres[1], b.grad = centres[0] + 0.01, None
-    agree({"labels": labels}, 4, backward)
+    agree({"labels": labels}, Step(4, 9), backward)
     assert all(float((b.grad * (h @ (before - c))).sum()) > 0 for h, c in zip(hessians, centres, strict=True))
 
 
