@@ -251,7 +251,7 @@ class GeneralConfig:
             first stage (G2), in (0, 1]; None protects none of it.
         columns: Most columns of the sketch that these directions come from, per module.
         rehearsed: Training prompts of each past task that are learnt like general ones, by what the model itself
-            answered before the stage; their own answers are not read.
+            answered before the stage; their own answers are not learnt.
         share: Share of general and rehearsed samples in what each training step sees (G3), in [0, 1); the task's own
             samples stay as many as they are.
         distil: What they are learnt by: kl (the divergence from what the base said over its replies, of rehearsed

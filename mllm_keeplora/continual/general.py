@@ -228,9 +228,12 @@ def general_samples(run: RunContext, asked: Sequence[Sample], key: str) -> Gener
 
 
 def _answered(asked: Sequence[Sample], replies: Sequence[str]) -> list[Sample]:
-    """The prompts that were answered, with the replies."""
+    """The prompts that were answered, with the replies. Earlier answers in them are no model's own: none is learnt."""
     return [
-        replace(prompt, messages=(*prompt.messages, Message("assistant", (reply,))))
+        replace(
+            prompt,
+            messages=(*(replace(said, supervised=False) for said in prompt.messages), Message("assistant", (reply,))),
+        )
         for prompt, reply in zip(asked, replies, strict=True)
         if reply
     ]
@@ -359,7 +362,8 @@ def _teachers(run: RunContext, samples: Sequence[Sample], key: str) -> dict[str,
     """What the base says at the reply tokens of general samples, cached for all runs; nothing where that is unasked."""
     if not run.config.general.share or run.config.general.distil != "kl":
         return {}
-    path = _cached(run, key, "teacher.safetensors", teacher=[TEACHER_WORDS, [sample.id for sample in samples]])
+    learnt = [[said.supervised for said in sample.messages] for sample in samples]
+    path = _cached(run, key, "teacher.safetensors", teacher=[TEACHER_WORDS, [sample.id for sample in samples], learnt])
     if not from_main(path.exists):
         said = _said(run, run.model, samples)
         from_main(lambda: save_tensors(path, said))

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from mllm_keeplora.continual.saved_run import load_run
 from mllm_keeplora.continual.trainer import StageTrainer
 from mllm_keeplora.data.collator import collator_of
 from mllm_keeplora.data.preflight import Preflight
+from mllm_keeplora.data.records import load_records
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.methods.context import Lesson, StageContext
 from mllm_keeplora.modeling import loss
@@ -281,6 +283,52 @@ def test_past_tasks_are_rehearsed_by_the_models_own_replies(distil: str, setting
     if distil == "kl":
         written = load_tensors(second.tensors("recall"))
         assert all(torch.equal(tensor, written[name]) for name, tensor in found.tensors.items())
+
+
+def dialogues(folder: Path) -> Path:
+    """Records of two questions each, of which the second shows a picture."""
+    records = []
+    for number in range(8):
+        draw_picture(np.random.default_rng(number), COLORS["red"], folder / f"{number}.png")
+        shown = [
+            {"type": "image", "image": f"{number}.png"},
+            {"type": "text", "text": f"is this {WORDS[number % 4]} ?"},
+        ]
+        texts = ("what is this ?", "red", shown, "blue")
+        turns = [{"role": role, "content": said} for role, said in zip(("user", "assistant") * 2, texts, strict=True)]
+        records.append({"id": number, "messages": turns})
+    file = folder / "dialogues.json"
+    file.write_text(json.dumps(records))
+    return file
+
+
+@pytest.mark.parametrize("distil", ["kl", "replies"])
+@pytest.mark.parametrize("of", ["general samples", "held-out ones", "past tasks"])
+def test_of_a_conversation_the_models_own_reply_alone_is_learnt(
+    of: str, distil: str, in_words: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Earlier answers stand in the file: the prompt holds them, and no loss, teacher or budget looks at them."""
+    monkeypatch.setattr(general, "greedy_replies", lambda model, processor, asked, length: ["no"] * len(asked))
+    made = in_words(samples=str(file := dialogues(tmp_path)), eps_g=None, share=0.5, rehearsed=8, distil=distil)
+    stage, run = open_stage(replace(made, cache_dir=str(tmp_path / "cache")), 2)
+    if of == "past tasks":
+        records = {**stage.run.records, "first": load_records(file, tmp_path)}
+        stage = replace(stage, run=replace(stage.run, records=records))
+        outcome = general.recall(stage, run.method, stage.run.model)
+        lessons = general.recalled(stage, run.method, SimpleNamespace(facts=outcome.facts, tensors=outcome.tensors))
+    elif of == "general samples":
+        lessons = stage.run.general.learnt
+    else:
+        lessons = [Lesson(sample, None) for sample in stage.run.general.held_out]
+    tokenizer, turned = stage.run.processor.tokenizer, 0
+    for lesson in lessons:
+        batch = collator_of(stage.run.processor, None)([lesson.sample])
+        said = batch["labels"][batch["labels"] != -100]
+        assert tokenizer.decode(said).split() == ["no", "</s>"]
+        turned += "red" in tokenizer.decode(batch["input_ids"][0]).split()
+        assert (lesson.teacher is not None) == (distil == "kl" and of != "held-out ones")
+        assert lesson.teacher is None or len(lesson.teacher.words) == len(said)
+    assert turned == len(lessons) / (2 if of == "past tasks" else 1)  # of those every other is a first question
 
 
 def test_a_killed_training_goes_on_to_the_same_bits(
