@@ -25,6 +25,7 @@ from mllm_keeplora.config import (
     TowerConfig,
     TrainConfig,
 )
+from mllm_keeplora.continual import learning
 from mllm_keeplora.continual.general import past_prompts
 from mllm_keeplora.continual.learning import as_factors, learn
 from mllm_keeplora.continual.run import Run
@@ -53,10 +54,11 @@ from mllm_keeplora.modeling.adapters import (
     activate,
     attach,
     attach_accumulated,
+    detach,
     factor_parameters,
     read_factors,
 )
-from mllm_keeplora.modeling.loss import IGNORED_LABEL
+from mllm_keeplora.modeling.loss import IGNORED_LABEL, reply_logits
 from mllm_keeplora.planning.plan import make_plan
 from mllm_keeplora.probes.activations import sketch_inputs
 from mllm_keeplora.probes.gradients import GradientError, module_generator
@@ -560,6 +562,47 @@ def test_gradient_lora_takes_the_leading_directions_of_the_unprojected_gradient(
         assert torch.allclose(torch.linalg.svdvals(rows.double() @ leading.T), torch.ones(RANK).double(), atol=1e-5)
         assert torch.equal(learnt[f"{name}.A"], rows)
     assert any(b.abs().max() > 0 for name, b in learnt.items() if name.endswith(".B"))
+
+
+@pytest.mark.parametrize("method", ["lora_throughout", "ewc"])
+@pytest.mark.parametrize("left_out", ["vision", "language"])
+def test_an_adapter_throughout_trains_beside_the_past_of_what_it_does_not_reach(
+    method: str, left_out: str, tiny_llava: Path, stream_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training starts from the function that the past has left, also where that changes more modules."""
+    settings = config(tiny_llava, stream_file, tmp_path, method)
+    tower = replace(getattr(settings, left_out), adapt=False)
+    stage, run = open_stage(replace(settings, **{left_out: tower}))
+    generator = torch.Generator().manual_seed(0)
+    past = {
+        t.name: (
+            torch.randn(RANK, t.in_features, generator=generator),
+            torch.randn(t.out_features, RANK, generator=generator) / 30,
+        )
+        for t in all_targets(stage.run.model)
+    }
+    stage, model = replace(stage, accumulated=past), attach_accumulated(stage.run.model, past)
+    inputs = stage.run.to_device(stage.collator(stage.samples[:2]))
+
+    def begins(adapted: PeftModel, *_: Any, **__: Any) -> dict[str, Any]:
+        with torch.no_grad():
+            found.append(reply_logits(adapted.eval(), inputs))
+        trained.extend(name for name, parameter in adapted.named_parameters() if parameter.requires_grad)
+        return {"steps": 0, "repeated_samples": 0, "loss": []}
+
+    with torch.no_grad():
+        expected = reply_logits(model.eval(), inputs)
+    found: list[torch.Tensor] = []
+    trained: list[str] = []
+    monkeypatch.setattr(learning, "train_stage", begins)
+    learnt = as_factors(learn(stage, run.method, model, run.method.initial_a(stage, model), []).tensors)
+    assert (found[0] - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert len(trained) == 2 * len(stage.targets) < 2 * len(past)
+    folded = run.method.fold(past, learnt, stage.folded_scales)
+    model = attach_accumulated(stage.run.model, folded)
+    with torch.no_grad():
+        assert (reply_logits(model.eval(), inputs) - expected).abs().max() < 1e-4 * expected.abs().max()
+    detach(model)
 
 
 def test_joint_training_along_the_gradient_is_both(tiny_llava: Path, stream_file: Path, tmp_path: Path) -> None:
