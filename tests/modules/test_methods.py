@@ -26,6 +26,7 @@ from mllm_keeplora.config import (
     TrainConfig,
 )
 from mllm_keeplora.continual import learning
+from mllm_keeplora.continual import run_stream as continual_stream
 from mllm_keeplora.continual.general import past_prompts
 from mllm_keeplora.continual.learning import as_factors, learn
 from mllm_keeplora.continual.run import Run
@@ -281,10 +282,10 @@ def until(step: Any, last: int) -> Any:
     """A training step that fails after so many."""
     taken = iter(range(last))
 
-    def training_step(*arguments: Any) -> torch.Tensor:
+    def training_step(*arguments: Any, **settings: Any) -> Any:
         if next(taken, None) is None:
             raise OSError("power cut")
-        return step(*arguments)
+        return step(*arguments, **settings)
 
     return training_step
 
@@ -1032,6 +1033,31 @@ def test_a_task_appended_behind_joint_training_is_refused(
             run_stream(settings)
     else:
         assert len(run_stream(settings)["rows"]) == 3
+
+
+@pytest.mark.parametrize("killed", ["train_stage", "check_no_leakage"])
+@pytest.mark.parametrize("method", ["joint", "joint_gradient_lora", "lora"])
+def test_a_task_appended_while_the_first_stage_learns_is_learnt(
+    method: str, killed: str, tiny_llava: Path, stream_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Joint training begins anew with the records of all tasks; a method that learns one by one goes on."""
+    file = with_records(stream_file, tmp_path / "data")
+    stream = yaml.safe_load(file.read_text())
+    second = stream["tasks"].pop()
+    settings = config(tiny_llava, file, tmp_path, method)
+    file.write_text(yaml.safe_dump(stream))
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="power cut"):
+        patch.setattr(learning if killed == "train_stage" else continual_stream, killed, until(None, 0))
+        run_stream(settings)
+    file.write_text(yaml.safe_dump({**stream, "tasks": [*stream["tasks"], second]}))
+    run_stream(settings)
+    manifest = json.loads((tmp_path / "run/stages/01-first/manifest.json").read_text())
+    whole = method.startswith("joint")
+    assert (manifest["counts"]["train_samples"], manifest["counts"]["steps"]) == ((12, 6) if whole else (6, 3))
+    if whole:
+        fresh = replace(settings, run_dir=str(tmp_path / "fresh"))
+        run_stream(fresh)
+        assert_equal(read_adapter(tmp_path / "run/adapter"), read_adapter(tmp_path / "fresh/adapter"))
 
 
 def test_joint_training_sees_all_tasks_for_the_steps_of_all(
