@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from torch.nn.functional import cross_entropy
 from transformers import AutoProcessor, CLIPModel
 
 from mllm_keeplora.config import ConfigError, GeneralConfig, RunConfig
@@ -195,12 +196,12 @@ def test_distillation_is_the_mean_over_reply_tokens(distil: str, taught: tuple[S
     stage = replace(stage, run=run)
     batch = run.to_device(stage.collator(stage.samples[:2]))
     distillation = Distillation(stage, stage.run.general.learnt)
-    joined, loss_of = distillation(batch, 0)
+    joined, loss_of = distillation(batch, 0, 1)
     outputs = model(**joined)
     assert float(outputs.loss.detach()) == pytest.approx(float(model(**batch).loss.detach()), rel=1e-4)  # the task's
     found = loss_of(outputs.logits)
     total, tokens = 0.0, 0
-    for number in Distillation(stage, stage.run.general.learnt)._drawn(0):
+    for number in Distillation(stage, stage.run.general.learnt)._drawn(0, 1):
         alone = collated(stage, [run.general.learnt[number]])
         logits = reply_logits(model, alone).log_softmax(-1)
         with torch.no_grad(), adapters_off(model):
@@ -256,11 +257,67 @@ def test_what_a_step_sees_depends_on_the_step_alone(taught: tuple[StageContext, 
     assert len(set(order[:known])) == known  # all of them before any comes again
     again = Distillation(stage, stage.run.general.learnt)
     again._step = 4  # as after a resumption: no step before was seen
-    assert again._drawn(4) == order[4 * 2 : 4 * 2 + 2]
+    assert again._drawn(4, 1) == order[4 * 2 : 4 * 2 + 2]
 
 
 def _steps(stage: StageContext, model: Any, step: int) -> list[int]:
-    return Distillation(stage, stage.run.general.learnt)._drawn(step)
+    return Distillation(stage, stage.run.general.learnt)._drawn(step, 1)
+
+
+@pytest.mark.parametrize(
+    ("batch", "passes", "share", "whole"),
+    [
+        (8, 1, 0.2, 2),
+        (1, 8, 0.2, 2),
+        (4, 16, 0.2, 16),
+        (1, 64, 0.2, 16),
+        (3, 5, 0.25, 5),
+        (2, 3, 0.4, 4),
+        (1, 4, 0.01, 1),
+    ],
+)
+def test_a_steps_share_is_spread_over_its_forwards(batch: int, passes: int, share: float, whole: int) -> None:
+    found = GeneralConfig(samples="builtin", share=share).beside(batch, passes)
+    assert len(found) == passes and sum(found) == whole and max(found) - min(found) <= 1
+
+
+@pytest.mark.parametrize("distil", ["kl", "replies"])
+@pytest.mark.parametrize("passes", [1, 2, 8, 3])
+def test_a_step_sees_the_same_general_samples_however_it_accumulates(
+    passes: int, distil: str, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight of the task and two beside them, whose mean counts once; 3 of 8 passes are an epoch's last step."""
+    monkeypatch.setattr(general, "greedy_replies", lambda model, processor, asked, length: ["no"] * len(asked))
+    made = replace(settings(eps_g=None, share=0.2, distil=distil), cache_dir=str(tmp_path / "cache"))
+    size, full = (1, 8) if passes == 3 else (8 // passes, passes)
+    train = replace(made.train, per_device_train_batch_size=size, gradient_accumulation_steps=full)
+    stage, _ = open_stage(replace(made, train=train))
+    lessons, model = stage.run.general.learnt, stage_adapter(stage.run.model)
+    batch = stage.run.to_device(stage.collator(stage.samples[:2]))
+
+    def step(stage: StageContext, passes: int) -> tuple[float, int]:
+        distillation, total, seen = Distillation(stage, lessons), 0.0, 0
+        for _ in range(passes):
+            if (beside := distillation(batch, 3, passes)) is not None:
+                joined, loss_of = beside
+                total += float(loss_of(model(**joined).logits).detach())
+                seen += len(joined["labels"]) - len(batch["labels"])
+        return total / passes, seen
+
+    at_once = replace(stage, train=replace(train, per_device_train_batch_size=8, gradient_accumulation_steps=1))
+    found, expected = step(stage, passes), step(at_once, 1)
+    if passes == 3:  # one sample, of those at the step's first place
+        first = Distillation(stage, lessons)._sample(3 * 2)
+        batch_of_it = collated(stage, [lessons[first]])
+        with torch.no_grad():
+            logits = reply_logits(model, batch_of_it)
+            with adapters_off(model):
+                base = reply_logits(model, batch_of_it)
+        said = batch_of_it["shift_labels"][batch_of_it["shift_labels"] != -100]
+        alone = divergence(base, logits) if distil == "kl" else cross_entropy(logits, said, reduction="sum")
+        expected = float(alone) / len(said), 1
+    detach(model)
+    assert found[1] == expected[1] and found[0] == pytest.approx(expected[0], rel=1e-3, abs=1e-7)
 
 
 @pytest.mark.parametrize("distil", ["kl", "replies"])
@@ -462,10 +519,10 @@ def test_pictures_of_a_step_are_each_compared_with_their_own_texts(in_classes: S
     assert len({lesson.sample.classes for lesson in lessons}) == 3
     model = stage_adapter(stage.run.model)
     distillation = Distillation(stage, lessons)
-    [drawn, again] = [Distillation(stage, lessons)._drawn(0), distillation._drawn(0)]
+    [drawn, again] = [Distillation(stage, lessons)._drawn(0, 1), distillation._drawn(0, 1)]
     assert drawn == again and len({lessons[number].sample.classes for number in drawn}) > 1
     batch = stage.run.to_device(stage.collator(stage.samples[:2]))
-    joined, loss_of = Distillation(stage, lessons)(batch, 0)
+    joined, loss_of = Distillation(stage, lessons)(batch, 0, 1)
     found, total = loss_of(model(**joined).logits), 0.0
     for number in drawn:
         alone = collated(stage, [lessons[number]])
