@@ -13,6 +13,7 @@ from mllm_keeplora.methods.base import Features, Method, extended_features
 from mllm_keeplora.methods.context import StageContext
 from mllm_keeplora.methods.hooks import Hooks
 from mllm_keeplora.modeling.adapters import STAGE, Model, factor_parameters
+from mllm_keeplora.modeling.targets import Target
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,19 @@ class Gpm(Method):
     input_passes: ClassVar[int] = 1
 
     def initial_a(self, stage: StageContext, model: Model) -> dict[str, Tensor]:
-        """PEFT's default, projected."""
+        """PEFT's default, projected; of no more rows than there are directions left (E9)."""
         start, bases = super().initial_a(stage, model), stage.bases
-        return {t.name: project_to_residual(start[t.name], bases.load(t).cpu()) for t in stage.targets}
+
+        def rows(t: Target) -> Tensor:
+            basis = bases.load(t).cpu()
+            return project_to_residual(start[t.name][: t.in_features - basis.shape[1]], basis)
+
+        return {t.name: rows(t) for t in stage.targets}
 
     def hooks(self, stage: StageContext, model: PeftModel) -> Hooks:
-        """Projects every A after each step."""
-        bases = {t.name: stage.bases.load(t) for t in stage.targets}
+        """Projects every A after each step; a module that has no direction left has none."""
+        loaded = {t.name: stage.bases.load(t) for t in stage.targets}
+        bases = {name: basis for name, basis in loaded.items() if basis.shape[1] < len(basis)}
         return Hooks(after_step=lambda: project_factors(model, bases))
 
     def features(self, stage: StageContext, model: Model) -> Features:

@@ -478,6 +478,30 @@ def test_gpm_projects_exactly_onto_the_complement(nf4_model: Any) -> None:
     assert (a @ m).norm() < 1e-6 * a.norm()
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("gpm", {}), ("inflora", {"energy_of": "inputs"}), ("keeplora", {"features_from": "activations"})],
+)
+def test_a_module_without_directions_left_is_skipped(
+    method: str, options: dict[str, str], tiny_llava: Path, stream_file: Path, tmp_path: Path
+) -> None:
+    """After a task whose inputs fill a layer's whole input side, and beside one that leaves few directions (E9)."""
+    settings = config(tiny_llava, stream_file, tmp_path, method, **options)
+    tower = replace(settings.language, rank=48, eps_w=0.01, eps_f=1.0)
+    run_stream(replace(settings, language=tower, vision=tower))
+    rows = json.loads((tmp_path / "run/stages/02-second/manifest.json").read_text())["modules"]
+    left = {row["name"]: row["in_features"] - row["k_w"] - row["k_f"] for row in rows}
+    assert 0 in left.values() and any(0 < room < 48 for room in left.values()), left
+    for row in rows:
+        room = min(48, left[row["name"]])
+        assert row["rank"] == room if method == "gpm" else row["rank"] <= room  # or the rank of what others learn along
+        assert row["leakage"] < 1e-6
+    second = load_tensors(tmp_path / "run/stages/02-second/factors.safetensors")
+    assert {name.removesuffix(".A") for name in second if name.endswith(".A")} == {
+        row["name"] for row in rows if row["rank"]
+    }
+
+
 def test_inflora_learns_where_the_inputs_are_and_the_past_is_not(
     tiny_llava: Path, stream_file: Path, tmp_path: Path
 ) -> None:
