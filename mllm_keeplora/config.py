@@ -251,7 +251,7 @@ class GeneralConfig:
             first stage (G2), in (0, 1]; None protects none of it.
         columns: Most columns of the sketch that these directions come from, per module.
         rehearsed: Training prompts of each past task that are learnt like general ones, by what the model itself
-            answered before the stage; their own answers are not read.
+            answered before the stage; their own answers are not learnt.
         share: Share of general and rehearsed samples in what each training step sees (G3), in [0, 1); the task's own
             samples stay as many as they are.
         distil: What they are learnt by: kl (the divergence from what the base said over its replies, of rehearsed
@@ -289,9 +289,15 @@ class GeneralConfig:
         """Whether there are general samples at all."""
         return self.samples != "none"
 
-    def beside(self, batch: int) -> int:
-        """General samples that a forward pass over `batch` samples of the task has beside it."""
-        return max(1, round(batch * self.share / (1.0 - self.share))) if self.share else 0
+    def beside(self, batch: int, passes: int) -> list[int]:
+        """General samples in each forward pass of a training step, as evenly as they can be spread.
+
+        Args:
+            batch: samples of the task in a pass.
+            passes: that accumulate to a step, which sees one general sample at least.
+        """
+        whole = max(1, round(batch * passes * self.share / (1.0 - self.share))) if self.share else 0
+        return [(number + 1) * whole // passes - number * whole // passes for number in range(passes)]
 
 
 @dataclass(frozen=True)

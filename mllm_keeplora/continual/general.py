@@ -228,9 +228,12 @@ def general_samples(run: RunContext, asked: Sequence[Sample], key: str) -> Gener
 
 
 def _answered(asked: Sequence[Sample], replies: Sequence[str]) -> list[Sample]:
-    """The prompts that were answered, with the replies."""
+    """The prompts that were answered, with the replies. Earlier answers in them are no model's own: none is learnt."""
     return [
-        replace(prompt, messages=(*prompt.messages, Message("assistant", (reply,))))
+        replace(
+            prompt,
+            messages=(*(replace(said, supervised=False) for said in prompt.messages), Message("assistant", (reply,))),
+        )
         for prompt, reply in zip(asked, replies, strict=True)
         if reply
     ]
@@ -359,7 +362,8 @@ def _teachers(run: RunContext, samples: Sequence[Sample], key: str) -> dict[str,
     """What the base says at the reply tokens of general samples, cached for all runs; nothing where that is unasked."""
     if not run.config.general.share or run.config.general.distil != "kl":
         return {}
-    path = _cached(run, key, "teacher.safetensors", teacher=[TEACHER_WORDS, [sample.id for sample in samples]])
+    learnt = [[said.supervised for said in sample.messages] for sample in samples]
+    path = _cached(run, key, "teacher.safetensors", teacher=[TEACHER_WORDS, [sample.id for sample in samples], learnt])
     if not from_main(path.exists):
         said = _said(run, run.model, samples)
         from_main(lambda: save_tensors(path, said))
@@ -434,31 +438,38 @@ class Distillation:
     def __init__(self, stage: StageContext, lessons: Sequence[Lesson]) -> None:
         self._stage, self._config = stage, stage.run.config.general
         self._lessons = lessons
-        self._count = self._config.beside(stage.train.per_device_train_batch_size)
         self._collator = collator_of(stage.run.processor, stage.run.reader)
         self._step, self._forwards = -1, 0
 
-    def __call__(self, batch: Mapping[str, Tensor], step: int) -> Joined:
+    def __call__(self, batch: Mapping[str, Tensor], step: int, forwards: int) -> Joined | None:
         """The batch with general samples behind it, so that one forward pass serves both.
 
         Args:
             batch: model inputs of the task's own samples, with labels and the positions of `answers_alone`.
             step: optimizer steps so far.
+            forwards: of this step, whose general samples are spread over them.
 
         Returns:
             The joint batch, whose labels leave the general samples out; and a function that gives weight * the mean
             over the reply tokens of all processes from its logits, [batch, kept positions, vocabulary]; of a CLIP,
-            over its pictures.
+            over its pictures. Where forwards have different numbers of general samples, it is weighted by these. None
+            for a forward without any.
         """
         self._forwards = self._forwards + 1 if step == self._step else 0
         self._step = step
-        drawn, own, words = self._drawn(step), len(batch["labels"]), classes_in(batch)
+        drawn, own, words = self._drawn(step, forwards), len(batch["labels"]), classes_in(batch)
+        if not drawn:
+            return None
+        weight = self._config.weight * len(drawn) * forwards / sum(self._beside(forwards))
         samples = answers_alone(self._collator([self._lessons[index].sample for index in drawn]))
         pad_token_id = self._stage.run.processor.tokenizer.pad_token_id
         joined = join_batches(batch, self._stage.run.to_device(samples), pad_token_id)
         for labels in ("labels", "shift_labels"):
             joined[labels][own:] = IGNORED_LABEL
-        return joined, lambda logits: self._loss(logits[own:, :, words:], samples, drawn)
+        return joined, lambda logits: weight * self._loss(logits[own:, :, words:], samples, drawn)
+
+    def _beside(self, forwards: int) -> list[int]:
+        return self._config.beside(self._stage.train.per_device_train_batch_size, forwards)
 
     def _loss(self, logits: Tensor, batch: Mapping[str, Tensor], drawn: Sequence[int]) -> Tensor:
         """`batch` is on the CPU, so that nothing waits for the device to say where its labels are."""
@@ -471,7 +482,7 @@ class Distillation:
             loss = self._divergence(found, batch, drawn)
         # DDP averages the processes' gradients: their number times the own share of the sum gives the mean over all.
         share = num_processes() / sum_of_all(torch.tensor(len(rows), device=device))
-        return self._config.weight * share * loss
+        return share * loss
 
     def _divergence(self, found: Tensor, batch: Mapping[str, Tensor], drawn: Sequence[int]) -> Tensor:
         """Sum over [tokens, vocabulary] logits; of pictures, those that are compared with the same texts together."""
@@ -488,11 +499,12 @@ class Distillation:
             total = total + teacher_divergence(teacher, logits)
         return total
 
-    def _drawn(self, step: int) -> list[int]:
-        """Numbers of the samples that the next forward of a step sees."""
-        forward = step * self._stage.train.gradient_accumulation_steps + self._forwards
-        first = (forward * num_processes() + process_index()) * self._count
-        return [self._sample(place) for place in range(first, first + self._count)]
+    def _drawn(self, step: int, forwards: int) -> list[int]:
+        """Numbers of the samples that the next of a step's forwards sees."""
+        counts, own = self._beside(forwards), self._beside(forwards)[self._forwards]
+        before = step * sum(self._beside(self._stage.train.gradient_accumulation_steps)) + sum(counts[: self._forwards])
+        first = before * num_processes() + process_index() * own
+        return [self._sample(place) for place in range(first, first + own)]
 
     def _sample(self, place: int) -> int:
         """The sample at a place of an endless sequence: one random order of all after another."""

@@ -22,6 +22,7 @@ from mllm_keeplora.modeling.adapters import (
     activate,
     active_adapters,
     attach,
+    attach_accumulated,
     detach,
     read_factors,
 )
@@ -94,8 +95,12 @@ def _train(
         raise StageError(
             f"{stage.name}: no adapted module has residual space left; lower eps_w, eps_f or general.eps_g"
         )
-    run = stage.run
-    before, past = _first_logits(stage, model), [] if start.replaces_past else active_adapters(model)
+    run, before = stage.run, _first_logits(stage, model)
+    if start.replaces_past:  # of its own modules; those that the stage does not reach keep theirs
+        detach(model)
+        kept = {name: pair for name, pair in stage.accumulated.items() if name not in start.factors}
+        model = attach_accumulated(run.model, kept)
+    past = active_adapters(model)
     adapted = attach(model, STAGE, start.factors, stage.scales, dropout=stage.train.lora_dropout)
     activate(adapted, [*past, STAGE], STAGE, method.trains)
     # Factors that replace the past hold it up to the rounding of B / s * s; new ones have B = 0.

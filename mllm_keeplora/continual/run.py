@@ -117,10 +117,20 @@ class Run:
     def stage(self, number: int) -> Iterator[Stage]:
         """Opens the next stage; when the block ends well its manifest is written and the stage is complete."""
         history, path = self.history, self.history.stage(number)
-        stage = Stage(self.context, path, history.header(number), history.inputs(number))
+        stage = Stage(
+            self.context, path, history.header(number), {**history.inputs(number), **self._learnt_early(number)}
+        )
         with memory_explained("fold", self.config, number, history.task_name(number)):  # and what else is no phase
             yield stage
         history.manifests.append(stage.finish())
+
+    def _learnt_early(self, number: int) -> dict[str, Any]:
+        """Data of later tasks that stage `number` learns already, since their own stages learn nothing."""
+        history, later = self.history, range(number + 1, len(self.stream.tasks) + 1)
+        if number == 0 or not self.method.learns(number):
+            return {}
+        names = [str(history.task_name(n)) for n in later if not self.method.learns(n)]
+        return {"early": {name: history.data[name] for name in names}} if names else {}
 
     def accumulated(self, number: int) -> Factors:
         """Factors after stage `number`, bit for bit as they were; before the first, those of `initial_adapter`."""

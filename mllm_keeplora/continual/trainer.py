@@ -74,7 +74,8 @@ class TrainingError(KeepLoRAError, RuntimeError):
 
 # The batch with further samples behind it, which the task's loss leaves out, and their own loss of its logits.
 Joined = tuple[dict[str, Tensor], Callable[[Tensor], Tensor]]
-Beside = Callable[[Mapping[str, Tensor], int], Joined]  # given a batch and the steps so far
+# Given a batch, the steps so far and the forwards of this one; None where nothing passes beside that batch.
+Beside = Callable[[Mapping[str, Tensor], int, int], Joined | None]
 
 
 class StageTrainer(Trainer):
@@ -103,16 +104,17 @@ class StageTrainer(Trainer):
 
         The forwards of one step share both. Training calls it, and asks for no outputs.
         """
-        step, more = self.state.global_step, []
+        step, forwards, more = self.state.global_step, self.current_gradient_accumulation_steps, []
         if self._hooks.penalty is not None and not self._task_alone:
             more.append(self._hooks.penalty(step))
-        if self._beside is None or self._task_alone:
+        beside = self._beside(inputs, step, forwards) if self._beside is not None and not self._task_alone else None
+        if beside is None:
             loss: Any = super().compute_loss(model, inputs, False, num_items_in_batch)
         else:
-            joined, loss_of = self._beside(inputs, step)
+            joined, loss_of = beside
             loss, outputs = super().compute_loss(model, joined, True, num_items_in_batch)
             more.append(loss_of(outputs["logits"]))
-        return loss + sum(more) / self.current_gradient_accumulation_steps if more else loss
+        return loss + sum(more) / forwards if more else loss
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One forward and backward, or what the method has in place of it; `FiniteGradients` looks at the loss."""

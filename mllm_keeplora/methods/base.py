@@ -49,7 +49,7 @@ class Start(NamedTuple):
     """Where a stage's training begins."""
 
     factors: Factors  # module name -> (A [r, in], B [out, r]) of every module that has room
-    replaces_past: bool = False  # the factors hold the accumulated adapter, which is then left out
+    replaces_past: bool = False  # the factors hold their modules' past, which is then left out
 
 
 class Learnt(NamedTuple):

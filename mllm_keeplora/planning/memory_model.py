@@ -158,7 +158,8 @@ class MemoryModel:
             state = optimizer_state(train.optim) * trained
             batch = train.per_device_train_batch_size
             # General samples pass beside the batch and wait for the same backward pass.
-            work.append((state, *self.training.activations(batch + self.config.general.beside(batch), seen)))
+            beside = max(self.config.general.beside(batch, train.gradient_accumulation_steps))
+            work.append((state, *self.training.activations(batch + beside, seen)))
         state, kept, working = max(work, key=sum)
         return {
             "stage's adapter or Omega": 4 * (self.factors() + self.on_cpu * self.factors("A")),

@@ -106,7 +106,8 @@ def _work_lines(plan: Plan) -> Iterator[str]:
 
 def _general_lines(plan: Plan) -> Iterator[str]:
     config = plan.memory.config
-    general, batch = config.general, config.train.per_device_train_batch_size
+    general, train = config.general, config.train
+    batch, passes = train.per_device_train_batch_size, train.gradient_accumulation_steps
     said = []
     if general.given:
         said.append(f"{general.samples}, at most {general.max_samples}")
@@ -115,7 +116,9 @@ def _general_lines(plan: Plan) -> Iterator[str]:
     if general.rehearsed:
         said.append(f"{general.rehearsed} prompts of each past task rehearsed")
     if general.share:
-        said.append(f"{general.beside(batch)} beside each {batch} of a task's, by {general.distil}")
+        said.append(
+            f"{sum(general.beside(batch, passes))} beside each {batch * passes} of a task's, by {general.distil}"
+        )
     if general.budget is not None:
         said.append(f"each stage scaled down to raise the divergence by at most {general.budget:g} nats a token")
     if said:

@@ -3,6 +3,7 @@
 It is arithmetic and no measurement. `keeplora plan --measure` replaces it on the machine at hand.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -89,8 +90,12 @@ class TimeModel:
         train, batch = config.train, config.train.per_device_train_batch_size
         again = int(train.activation_checkpointing)
         training = TimeModel(self.memory.training)
-        passed = training._passed(batch + config.general.beside(batch), "B", forward=1 + again, backward=1)
-        return total([passed], train.gradient_accumulation_steps * self.memory.method.step_passes())
+        beside = Counter(config.general.beside(batch, train.gradient_accumulation_steps))
+        passed = [
+            total([training._passed(batch + general, "B", forward=1 + again, backward=1)], times)
+            for general, times in beside.items()
+        ]
+        return total(passed, self.memory.method.step_passes())
 
     @cached_property
     def probe(self) -> Cost:

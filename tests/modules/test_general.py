@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from torch.nn.functional import cross_entropy
 from transformers import AutoProcessor, CLIPModel
 
 from mllm_keeplora.config import ConfigError, GeneralConfig, RunConfig
@@ -25,6 +27,7 @@ from mllm_keeplora.continual.stage import StageError
 from mllm_keeplora.continual.trainer import StageTrainer
 from mllm_keeplora.data.collator import collator_of
 from mllm_keeplora.data.preflight import Preflight
+from mllm_keeplora.data.records import load_records
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.methods.context import Lesson, StageContext
 from mllm_keeplora.modeling import loss
@@ -221,12 +224,12 @@ def test_distillation_is_the_mean_over_reply_tokens(distil: str, taught: tuple[S
     stage = replace(stage, run=run)
     batch = run.to_device(stage.collator(stage.samples[:2]))
     distillation = Distillation(stage, stage.run.general.learnt)
-    joined, loss_of = distillation(batch, 0)
+    joined, loss_of = distillation(batch, 0, 1)
     outputs = model(**joined)
     assert float(outputs.loss.detach()) == pytest.approx(float(model(**batch).loss.detach()), rel=1e-4)  # the task's
     found = loss_of(outputs.logits)
     total, tokens = 0.0, 0
-    for number in Distillation(stage, stage.run.general.learnt)._drawn(0):
+    for number in Distillation(stage, stage.run.general.learnt)._drawn(0, 1):
         alone = collated(stage, [run.general.learnt[number]])
         logits = reply_logits(model, alone).log_softmax(-1)
         with torch.no_grad(), adapters_off(model):
@@ -282,11 +285,67 @@ def test_what_a_step_sees_depends_on_the_step_alone(taught: tuple[StageContext, 
     assert len(set(order[:known])) == known  # all of them before any comes again
     again = Distillation(stage, stage.run.general.learnt)
     again._step = 4  # as after a resumption: no step before was seen
-    assert again._drawn(4) == order[4 * 2 : 4 * 2 + 2]
+    assert again._drawn(4, 1) == order[4 * 2 : 4 * 2 + 2]
 
 
 def _steps(stage: StageContext, model: Any, step: int) -> list[int]:
-    return Distillation(stage, stage.run.general.learnt)._drawn(step)
+    return Distillation(stage, stage.run.general.learnt)._drawn(step, 1)
+
+
+@pytest.mark.parametrize(
+    ("batch", "passes", "share", "whole"),
+    [
+        (8, 1, 0.2, 2),
+        (1, 8, 0.2, 2),
+        (4, 16, 0.2, 16),
+        (1, 64, 0.2, 16),
+        (3, 5, 0.25, 5),
+        (2, 3, 0.4, 4),
+        (1, 4, 0.01, 1),
+    ],
+)
+def test_a_steps_share_is_spread_over_its_forwards(batch: int, passes: int, share: float, whole: int) -> None:
+    found = GeneralConfig(samples="builtin", share=share).beside(batch, passes)
+    assert len(found) == passes and sum(found) == whole and max(found) - min(found) <= 1
+
+
+@pytest.mark.parametrize("distil", ["kl", "replies"])
+@pytest.mark.parametrize("passes", [1, 2, 8, 3])
+def test_a_step_sees_the_same_general_samples_however_it_accumulates(
+    passes: int, distil: str, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight of the task and two beside them, whose mean counts once; 3 of 8 passes are an epoch's last step."""
+    monkeypatch.setattr(general, "greedy_replies", lambda model, processor, asked, length: ["no"] * len(asked))
+    made = replace(settings(eps_g=None, share=0.2, distil=distil), cache_dir=str(tmp_path / "cache"))
+    size, full = (1, 8) if passes == 3 else (8 // passes, passes)
+    train = replace(made.train, per_device_train_batch_size=size, gradient_accumulation_steps=full)
+    stage, _ = open_stage(replace(made, train=train))
+    lessons, model = stage.run.general.learnt, stage_adapter(stage.run.model)
+    batch = stage.run.to_device(stage.collator(stage.samples[:2]))
+
+    def step(stage: StageContext, passes: int) -> tuple[float, int]:
+        distillation, total, seen = Distillation(stage, lessons), 0.0, 0
+        for _ in range(passes):
+            if (beside := distillation(batch, 3, passes)) is not None:
+                joined, loss_of = beside
+                total += float(loss_of(model(**joined).logits).detach())
+                seen += len(joined["labels"]) - len(batch["labels"])
+        return total / passes, seen
+
+    at_once = replace(stage, train=replace(train, per_device_train_batch_size=8, gradient_accumulation_steps=1))
+    found, expected = step(stage, passes), step(at_once, 1)
+    if passes == 3:  # one sample, of those at the step's first place
+        first = Distillation(stage, lessons)._sample(3 * 2)
+        batch_of_it = collated(stage, [lessons[first]])
+        with torch.no_grad():
+            logits = reply_logits(model, batch_of_it)
+            with adapters_off(model):
+                base = reply_logits(model, batch_of_it)
+        said = batch_of_it["shift_labels"][batch_of_it["shift_labels"] != -100]
+        alone = divergence(base, logits) if distil == "kl" else cross_entropy(logits, said, reduction="sum")
+        expected = float(alone) / len(said), 1
+    detach(model)
+    assert found[1] == expected[1] and found[0] == pytest.approx(expected[0], rel=1e-3, abs=1e-7)
 
 
 @pytest.mark.parametrize("distil", ["kl", "replies"])
@@ -309,6 +368,52 @@ def test_past_tasks_are_rehearsed_by_the_models_own_replies(distil: str, setting
     if distil == "kl":
         written = load_tensors(second.tensors("recall"))
         assert all(torch.equal(tensor, written[name]) for name, tensor in found.tensors.items())
+
+
+def dialogues(folder: Path) -> Path:
+    """Records of two questions each, of which the second shows a picture."""
+    records = []
+    for number in range(8):
+        draw_picture(np.random.default_rng(number), COLORS["red"], folder / f"{number}.png")
+        shown = [
+            {"type": "image", "image": f"{number}.png"},
+            {"type": "text", "text": f"is this {WORDS[number % 4]} ?"},
+        ]
+        texts = ("what is this ?", "red", shown, "blue")
+        turns = [{"role": role, "content": said} for role, said in zip(("user", "assistant") * 2, texts, strict=True)]
+        records.append({"id": number, "messages": turns})
+    file = folder / "dialogues.json"
+    file.write_text(json.dumps(records))
+    return file
+
+
+@pytest.mark.parametrize("distil", ["kl", "replies"])
+@pytest.mark.parametrize("of", ["general samples", "held-out ones", "past tasks"])
+def test_of_a_conversation_the_models_own_reply_alone_is_learnt(
+    of: str, distil: str, in_words: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Earlier answers stand in the file: the prompt holds them, and no loss, teacher or budget looks at them."""
+    monkeypatch.setattr(general, "greedy_replies", lambda model, processor, asked, length: ["no"] * len(asked))
+    made = in_words(samples=str(file := dialogues(tmp_path)), eps_g=None, share=0.5, rehearsed=8, distil=distil)
+    stage, run = open_stage(replace(made, cache_dir=str(tmp_path / "cache")), 2)
+    if of == "past tasks":
+        records = {**stage.run.records, "first": load_records(file, tmp_path)}
+        stage = replace(stage, run=replace(stage.run, records=records))
+        outcome = general.recall(stage, run.method, stage.run.model)
+        lessons = general.recalled(stage, run.method, SimpleNamespace(facts=outcome.facts, tensors=outcome.tensors))
+    elif of == "general samples":
+        lessons = stage.run.general.learnt
+    else:
+        lessons = [Lesson(sample, None) for sample in stage.run.general.held_out]
+    tokenizer, turned = stage.run.processor.tokenizer, 0
+    for lesson in lessons:
+        batch = collator_of(stage.run.processor, None)([lesson.sample])
+        said = batch["labels"][batch["labels"] != -100]
+        assert tokenizer.decode(said).split() == ["no", "</s>"]
+        turned += "red" in tokenizer.decode(batch["input_ids"][0]).split()
+        assert (lesson.teacher is not None) == (distil == "kl" and of != "held-out ones")
+        assert lesson.teacher is None or len(lesson.teacher.words) == len(said)
+    assert turned == len(lessons) / (2 if of == "past tasks" else 1)  # of those every other is a first question
 
 
 def test_a_killed_training_goes_on_to_the_same_bits(
@@ -442,10 +547,10 @@ def test_pictures_of_a_step_are_each_compared_with_their_own_texts(in_classes: S
     assert len({lesson.sample.classes for lesson in lessons}) == 3
     model = stage_adapter(stage.run.model)
     distillation = Distillation(stage, lessons)
-    [drawn, again] = [Distillation(stage, lessons)._drawn(0), distillation._drawn(0)]
+    [drawn, again] = [Distillation(stage, lessons)._drawn(0, 1), distillation._drawn(0, 1)]
     assert drawn == again and len({lessons[number].sample.classes for number in drawn}) > 1
     batch = stage.run.to_device(stage.collator(stage.samples[:2]))
-    joined, loss_of = Distillation(stage, lessons)(batch, 0)
+    joined, loss_of = Distillation(stage, lessons)(batch, 0, 1)
     found, total = loss_of(model(**joined).logits), 0.0
     for number in drawn:
         alone = collated(stage, [lessons[number]])

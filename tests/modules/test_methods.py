@@ -26,6 +26,8 @@ from mllm_keeplora.config import (
     TowerConfig,
     TrainConfig,
 )
+from mllm_keeplora.continual import learning
+from mllm_keeplora.continual import run_stream as continual_stream
 from mllm_keeplora.continual.general import past_prompts
 from mllm_keeplora.continual.learning import as_factors, learn
 from mllm_keeplora.continual.run import Run
@@ -55,10 +57,11 @@ from mllm_keeplora.modeling.adapters import (
     activate,
     attach,
     attach_accumulated,
+    detach,
     factor_parameters,
     read_factors,
 )
-from mllm_keeplora.modeling.loss import IGNORED_LABEL
+from mllm_keeplora.modeling.loss import IGNORED_LABEL, reply_logits
 from mllm_keeplora.planning.plan import make_plan
 from mllm_keeplora.probes.activations import sketch_inputs
 from mllm_keeplora.probes.gradients import GradientError, module_generator
@@ -290,10 +293,10 @@ def until(step: Any, last: int) -> Any:
     """A training step that fails after so many."""
     taken = iter(range(last))
 
-    def training_step(*arguments: Any) -> torch.Tensor:
+    def training_step(*arguments: Any, **settings: Any) -> Any:
         if next(taken, None) is None:
             raise OSError("power cut")
-        return step(*arguments)
+        return step(*arguments, **settings)
 
     return training_step
 
@@ -486,6 +489,30 @@ def test_gpm_projects_exactly_onto_the_complement(nf4_model: Any) -> None:
     assert (a @ m).norm() < 1e-6 * a.norm()
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("gpm", {}), ("inflora", {"energy_of": "inputs"}), ("keeplora", {"features_from": "activations"})],
+)
+def test_a_module_without_directions_left_is_skipped(
+    method: str, options: dict[str, str], tiny_llava: Path, stream_file: Path, tmp_path: Path
+) -> None:
+    """After a task whose inputs fill a layer's whole input side, and beside one that leaves few directions (E9)."""
+    settings = config(tiny_llava, stream_file, tmp_path, method, **options)
+    tower = replace(settings.language, rank=48, eps_w=0.01, eps_f=1.0)
+    run_stream(replace(settings, language=tower, vision=tower))
+    rows = json.loads((tmp_path / "run/stages/02-second/manifest.json").read_text())["modules"]
+    left = {row["name"]: row["in_features"] - row["k_w"] - row["k_f"] for row in rows}
+    assert 0 in left.values() and any(0 < room < 48 for room in left.values()), left
+    for row in rows:
+        room = min(48, left[row["name"]])
+        assert row["rank"] == room if method == "gpm" else row["rank"] <= room  # or the rank of what others learn along
+        assert row["leakage"] < 1e-6
+    second = load_tensors(tmp_path / "run/stages/02-second/factors.safetensors")
+    assert {name.removesuffix(".A") for name in second if name.endswith(".A")} == {
+        row["name"] for row in rows if row["rank"]
+    }
+
+
 def test_inflora_learns_where_the_inputs_are_and_the_past_is_not(
     tiny_llava: Path, stream_file: Path, tmp_path: Path
 ) -> None:
@@ -571,6 +598,47 @@ def test_gradient_lora_takes_the_leading_directions_of_the_unprojected_gradient(
         assert torch.allclose(torch.linalg.svdvals(rows.double() @ leading.T), torch.ones(RANK).double(), atol=1e-5)
         assert torch.equal(learnt[f"{name}.A"], rows)
     assert any(b.abs().max() > 0 for name, b in learnt.items() if name.endswith(".B"))
+
+
+@pytest.mark.parametrize("method", ["lora_throughout", "ewc"])
+@pytest.mark.parametrize("left_out", ["vision", "language"])
+def test_an_adapter_throughout_trains_beside_the_past_of_what_it_does_not_reach(
+    method: str, left_out: str, tiny_llava: Path, stream_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training starts from the function that the past has left, also where that changes more modules."""
+    settings = config(tiny_llava, stream_file, tmp_path, method)
+    tower = replace(getattr(settings, left_out), adapt=False)
+    stage, run = open_stage(replace(settings, **{left_out: tower}))
+    generator = torch.Generator().manual_seed(0)
+    past = {
+        t.name: (
+            torch.randn(RANK, t.in_features, generator=generator),
+            torch.randn(t.out_features, RANK, generator=generator) / 30,
+        )
+        for t in all_targets(stage.run.model)
+    }
+    stage, model = replace(stage, accumulated=past), attach_accumulated(stage.run.model, past)
+    inputs = stage.run.to_device(stage.collator(stage.samples[:2]))
+
+    def begins(adapted: PeftModel, *_: Any, **__: Any) -> dict[str, Any]:
+        with torch.no_grad():
+            found.append(reply_logits(adapted.eval(), inputs))
+        trained.extend(name for name, parameter in adapted.named_parameters() if parameter.requires_grad)
+        return {"steps": 0, "repeated_samples": 0, "loss": []}
+
+    with torch.no_grad():
+        expected = reply_logits(model.eval(), inputs)
+    found: list[torch.Tensor] = []
+    trained: list[str] = []
+    monkeypatch.setattr(learning, "train_stage", begins)
+    learnt = as_factors(learn(stage, run.method, model, run.method.initial_a(stage, model), []).tensors)
+    assert (found[0] - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert len(trained) == 2 * len(stage.targets) < 2 * len(past)
+    folded = run.method.fold(past, learnt, stage.folded_scales)
+    model = attach_accumulated(stage.run.model, folded)
+    with torch.no_grad():
+        assert (reply_logits(model.eval(), inputs) - expected).abs().max() < 1e-4 * expected.abs().max()
+    detach(model)
 
 
 def test_joint_training_along_the_gradient_is_both(tiny_llava: Path, stream_file: Path, tmp_path: Path) -> None:
@@ -1069,6 +1137,31 @@ def test_a_task_appended_behind_joint_training_is_refused(
             run_stream(settings)
     else:
         assert len(run_stream(settings)["rows"]) == 3
+
+
+@pytest.mark.parametrize("killed", ["train_stage", "check_no_leakage"])
+@pytest.mark.parametrize("method", ["joint", "joint_gradient_lora", "lora"])
+def test_a_task_appended_while_the_first_stage_learns_is_learnt(
+    method: str, killed: str, tiny_llava: Path, stream_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Joint training begins anew with the records of all tasks; a method that learns one by one goes on."""
+    file = with_records(stream_file, tmp_path / "data")
+    stream = yaml.safe_load(file.read_text())
+    second = stream["tasks"].pop()
+    settings = config(tiny_llava, file, tmp_path, method)
+    file.write_text(yaml.safe_dump(stream))
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="power cut"):
+        patch.setattr(learning if killed == "train_stage" else continual_stream, killed, until(None, 0))
+        run_stream(settings)
+    file.write_text(yaml.safe_dump({**stream, "tasks": [*stream["tasks"], second]}))
+    run_stream(settings)
+    manifest = json.loads((tmp_path / "run/stages/01-first/manifest.json").read_text())
+    whole = method.startswith("joint")
+    assert (manifest["counts"]["train_samples"], manifest["counts"]["steps"]) == ((12, 6) if whole else (6, 3))
+    if whole:
+        fresh = replace(settings, run_dir=str(tmp_path / "fresh"))
+        run_stream(fresh)
+        assert_equal(read_adapter(tmp_path / "run/adapter"), read_adapter(tmp_path / "fresh/adapter"))
 
 
 def test_joint_training_sees_all_tasks_for_the_steps_of_all(

@@ -67,6 +67,7 @@ from mllm_keeplora.planning.skeleton import (
     sample_shape,
 )
 from mllm_keeplora.planning.text import _general_lines, format_plan
+from mllm_keeplora.planning.time_model import TimeModel
 from mllm_keeplora.probes.gradients import _ThinGradient
 from mllm_keeplora.probes.hooks import hooked
 from mllm_keeplora.runs.files import ArtifactError
@@ -243,7 +244,7 @@ def test_a_clips_prompts_pass_once_beside_any_batch(general: bool, bases: Any, m
     memory = replace(memory, shape=memory.shape._replace(prompts_beside=6 * general))
     batch = answers_alone(batch_of("clip", processor, media_files, 6))
     if general:
-        beside = answers_alone(batch_of("clip", processor, media_files, config.general.beside(6)))
+        beside = answers_alone(batch_of("clip", processor, media_files, config.general.beside(6, 1)[0]))
         batch = join_batches(batch, beside, processor.tokenizer.pad_token_id)
         assert batch["input_ids"].shape[0] == 12 and len(batch["labels"]) == 8
     batch = ready_batch(batch, model.dtype)
@@ -436,6 +437,24 @@ def test_general_samples_beside_a_batch_are_planned(share: float, beside: int, b
     plan = SimpleNamespace(memory=memory_of(config, batch, "image"))
     [line] = _general_lines(plan)
     assert said in line and "by at most 0.02 nats a token" in line
+
+
+def test_general_samples_of_an_accumulated_step_are_planned(bases: Any, media_files: Path) -> None:
+    """A quarter as many as the task's, however few pass at once: every fourth pass has one, and that needs most."""
+    config = replace(config_of(bases("llava")), general=GeneralConfig(samples="builtin", share=0.2))
+    batch = ChatCollator(load_base(config.model)[1])(samples(media_files, "image")[:1])
+
+    def planned(size: int, passes: int, share: float) -> MemoryModel:
+        train = replace(config.train, per_device_train_batch_size=size, gradient_accumulation_steps=passes)
+        settings = replace(config, train=train, general=replace(config.general, share=share))
+        return memory_of(settings, batch, "image")
+
+    whole, alone, two = planned(1, 64, 0.2), planned(1, 64, 0.0), planned(2, 16, 0.0)
+    [line] = _general_lines(SimpleNamespace(memory=whole))
+    assert "16 beside each 64 of a task's" in line
+    assert whole.phases()["train"] == two.phases()["train"]
+    passed, more = TimeModel(alone).step, TimeModel(two).step
+    assert TimeModel(whole).step.products == pytest.approx(passed.products * 48 / 64 + more.products)
 
 
 def test_rates_come_from_stages_at_the_same_pace_alone(tmp_path: Path) -> None:
