@@ -1,6 +1,8 @@
 """CLIP: data in folders and records, the stage's promises on both towers, replies, what is saved, and refusals."""
 
 import json
+import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -411,6 +413,11 @@ def _classes(names: Any = None, templates: Any = TEMPLATES) -> Callable[[Path], 
     return lambda root: _edit(root, lambda stream: stream["tasks"][0].update(classes=entry))
 
 
+def _rename(root: Path, old: str, new: str) -> None:
+    for half in ("train", "test"):
+        (root / "warm" / half / old).rename(root / "warm" / half / new)
+
+
 def _records(*records: Any) -> Callable[[Path], None]:
     def change(root: Path) -> None:
         (root / "warm.json").write_text(json.dumps(records))
@@ -446,7 +453,42 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "two classes of one name": (
         _classes({"red": "Red", "pale_pink": "red "}),
-        "classes 'red' and 'pale_pink' both have the name 'red '",
+        "classes 'red' and 'pale_pink' have the names 'Red' and 'red ', which are one to a CLIP",
+    ),
+    "two names of the same letters": (
+        _classes({"red": "caf\u00e9", "pale_pink": "cafe\u0301"}),
+        "which are one to a CLIP",
+    ),
+    "two names that the tokenizer tells not apart": (
+        _classes({"red": "\u8d64", "pale_pink": "\u6843"}),
+        "warm/train: classes: the prompts 'a picture of \u8d64.' and 'a picture of \u6843.' are the same tokens",
+    ),
+    "a folder without letters": (
+        lambda root: _rename(root, "red", "__"),
+        "the folder '__' names no class; rename it, or give names",
+    ),
+    "a folder whose name is no text": (
+        lambda root: (root / "warm/train/red").rename(root / os.fsdecode(b"warm/train/r\xe9d")),
+        r"warm/train: the names of 1 entries are not UTF-8, 'r\\udce9d' first; rename them",
+    ),
+    "a picture whose name is no text": (
+        lambda root: (root / "warm/train/red/0.png").rename(root / os.fsdecode(b"warm/train/red/\xe9.png")),
+        "warm/train/red: the names of 1 entries are not UTF-8",
+    ),
+    "pictures of a class beside the folder of the other": (
+        lambda root: (
+            [shutil.move(f, root / "warm/train") for f in (root / "warm/train/red").iterdir()]
+            and (root / "warm/train/red").rmdir()
+        ),
+        "expected one folder a class with pictures in it, found '0.png' beside them; move it elsewhere",
+    ),
+    "a folder that is not there": (
+        lambda root: _edit(root, lambda stream: stream["tasks"][0].update(train="warm/trian")),
+        "not found under the data root .*warm/trian",
+    ),
+    "folders without classes": (
+        lambda root: _edit(root, lambda stream: stream["tasks"][0].pop("classes")),
+        "train is 'warm/train'; expected a file ending in .*. A folder of pictures needs `classes`",
     ),
     "one name twice in a list": (_classes(["red", "red"]), "two classes have the name 'red'"),
     "names that are numbers": (_classes({1: "red", 2: "pink"}), "classes.names: expected names that are text, found 1"),
@@ -475,7 +517,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a record with a question": (_records({"image": "red/0.png", "class": "red", "text": "?"}), 'and "id" at most'),
     "a prompt that is too long": (
         _classes({"red": "red " * 40, "pale_pink": "pink"}),
-        "has 4[0-9] tokens, the model takes at most 24; shorten",
+        "warm/train: classes: the prompt 'a picture of red .* has 4[0-9] tokens, the model takes at most 24; shorten",
     ),
 }
 
@@ -491,15 +533,66 @@ def test_what_cannot_be_used_is_named(clip: Path, data: Path, tmp_path: Path, ki
         load_training_records(load_stream(root / "stream.yaml"), checker=Preflight(processor=processor))
 
 
-@pytest.mark.parametrize("kind", ["an empty class", "a class that training lacks", "no picture"])
+TOLD = (
+    *(
+        "an empty class",
+        "a class that training lacks",
+        "no picture",
+        "a prompt that is too long",
+        "no place for the name",
+    ),
+    *("two names that the tokenizer tells not apart", "a folder whose name is no text", "a folder without letters"),
+)
+
+
+@pytest.mark.parametrize("kind", TOLD)
 def test_the_checker_reports_the_same(clip: Path, data: Path, tmp_path: Path, kind: str) -> None:
     root = _folder(data, tmp_path)
     _edit(root, lambda stream: None)
     sound = check_stream(load_stream(root / "stream.yaml"), Preflight(processor=AutoProcessor.from_pretrained(clip)))
     assert (sound.problems, sound.counts[0].train, sound.trained["warm"]) == ((), 12, ["12 pictures of 2 classes"])
     WRONG[kind][0](root)
-    found = check_stream(load_stream(root / "stream.yaml"), Preflight())
-    assert [problem.task for problem in found.problems if problem.stops] == ["warm"]
+    processor: Any = AutoProcessor.from_pretrained(clip)
+    found = check_stream(load_stream(root / "stream.yaml"), Preflight(processor=processor))
+    assert [problem.task for problem in found.problems if problem.stops] == ["warm"]  # once, of train and test alike
+    said = "\n".join((found.problems[0].title, *found.problems[0].details))
+    assert re.search(WRONG[kind][1].replace("\\n", "\n").replace("\n  ", "\n").removeprefix("warm/train: "), said)
+
+
+def test_the_checker_tells_of_pictures_that_are_copies_and_of_classes_without_a_test(
+    data: Path, tmp_path: Path
+) -> None:
+    """By their bytes: in folders of classes no path comes twice."""
+    root = _folder(data, tmp_path)
+    _edit(root, lambda stream: None)
+    assert not check_stream(load_stream(root / "stream.yaml"), Preflight()).problems
+    shutil.copy(root / "warm/train/red/3.png", root / "warm/test/red/leak.png")
+    shutil.copy(root / "warm/train/red/2.png", root / "warm/train/pale_pink/other.png")
+    shutil.copy(root / "warm/train/red/1.png", root / "warm/train/red/again.png")  # no harm
+    shutil.rmtree(root / "cold/test/blue")
+    found = check_stream(load_stream(root / "stream.yaml"), Preflight()).problems
+    assert not any(problem.stops for problem in found)
+    said = {(problem.task, problem.title.split(": ", 1)[1]): problem.details for problem in found}
+    assert said == {
+        ("warm", "1 pictures are in the training file too (same media and words)"): (
+            "red/leak.png of the test is red/3.png of the training",
+        ),
+        ("warm", "1 pictures stand in another class too"): ("red/2.png is pale_pink/other.png",),
+        ("cold", "1 of 2 classes have no picture, 'blue' first; scores say nothing about them"): (),
+    }
+
+
+def test_folders_may_hold_links_to_pictures_below_the_media_root(data: Path, tmp_path: Path) -> None:
+    """By default the data root: halves of one set are often made as folders of links."""
+    root = _folder(data, tmp_path)
+    _edit(root, lambda stream: None)
+    for file in [*(root / "warm/train/red").iterdir()]:
+        moved = file.rename(root / f"whole-{file.name}")
+        file.symlink_to(moved)
+    assert len(load_training_records(load_stream(root / "stream.yaml"))["warm"][0]) == 2 * TRAINED
+    _edit(root, lambda stream: stream["tasks"][0].update(media_root="warm"))
+    with pytest.raises(KeepLoRAError, match=r"'red/0.png' lies outside the media root .*/warm \(links resolved\)"):
+        load_training_records(load_stream(root / "stream.yaml"))
 
 
 def test_hidden_files_are_no_pictures_and_records_say_the_same_as_folders(data: Path, tmp_path: Path) -> None:
