@@ -325,8 +325,8 @@ def _locate(slot: Slot, places: _Places) -> MediaFile:
     real = Path(os.path.realpath(path))
     if not any(real.is_relative_to(root) for root in places.roots):
         raise BadRecord(
-            f"{slot.kind} {name!r} lies outside the media root {places.media_root} (links resolved); move the file into "
-            "it, or set the task's 'media_root' in the stream YAML to a folder that holds it"
+            f"{slot.kind} {name!r} lies outside the media root {places.media_root} (links resolved); move the file "
+            "into it, or set the task's 'media_root' in the stream YAML to a folder that holds it"
         )
     return MediaFile(slot.kind, path)
 
