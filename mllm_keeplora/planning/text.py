@@ -113,19 +113,18 @@ def _asked(plan: Plan) -> str:
 def _general_lines(plan: Plan) -> Iterator[str]:
     config = plan.memory.config
     general, batch = config.general, config.train.per_device_train_batch_size
-    chooses = _asked(plan) == "picture"
     said = []
     if general.given:
         said.append(f"{general.samples}, at most {general.max_samples}")
         if general.eps_g is not None and plan.memory.method.projects:
             said.append("inputs protected")
     if general.rehearsed:
-        what = "pictures" if chooses else "prompts"
+        what = {"picture": "pictures", "question": "prompts"}[_asked(plan)]
         said.append(f"{general.rehearsed} {what} of each past task rehearsed")
     if general.share:
         said.append(f"{general.beside(batch)} beside each {batch} of a task's, by {general.distil}")
     if general.budget is not None:
-        unit = "picture" if chooses else "token"
+        unit = {"picture": "picture", "question": "token"}[_asked(plan)]
         said.append(f"each stage scaled down to raise the divergence by at most {general.budget:g} nats a {unit}")
     if said:
         yield f"  general samples: {'; '.join(said)}"

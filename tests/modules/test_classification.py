@@ -18,14 +18,19 @@ from peft import PeftModel
 from PIL import Image
 from transformers import AutoProcessor, BitsAndBytesConfig, CLIPModel
 
+from mllm_keeplora.commands.chat import main as chat
+from mllm_keeplora.commands.export import main as export_command
 from mllm_keeplora.config import (
     EvaluationConfig,
+    GeneralConfig,
+    JudgeConfig,
     ModelConfig,
     ProbeConfig,
     RunConfig,
     TowerConfig,
     TrainConfig,
 )
+from mllm_keeplora.continual.export import export
 from mllm_keeplora.continual.learning import read_stage_factors
 from mllm_keeplora.continual.run_stream import run_stream
 from mllm_keeplora.continual.saved_run import load_run
@@ -38,6 +43,7 @@ from mllm_keeplora.data.stream import data_hash, load_stream, load_training_reco
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.eval.leaderboard import evaluate_saved, find_differences, read_run
 from mllm_keeplora.evaluation.answer import answer
+from mllm_keeplora.evaluation.judge import JudgeError, judge_run
 from mllm_keeplora.evaluation.metrics import summarize
 from mllm_keeplora.evaluation.task_files import follow_move
 from mllm_keeplora.methods import loda
@@ -49,7 +55,9 @@ from mllm_keeplora.planning.check_stream import check_stream
 from mllm_keeplora.probes.activations import sketch_inputs
 from mllm_keeplora.probes.gradients import gaussian_probe, sketch_gradients
 from mllm_keeplora.reports.card import write_card
+from mllm_keeplora.reports.comparison import compare_runs
 from mllm_keeplora.reports.page import write_report
+from mllm_keeplora.reports.tables import format_table
 from mllm_keeplora.runs.run_directory import RunDirectory
 from tests.modules.conftest import BOTH_TOWERS, all_targets, read_adapter
 from tests.modules.test_gradients import autograd_gradients, columns, relative_error
@@ -289,6 +297,92 @@ def test_the_cards_example_prints_what_the_run_was_answered(finished: RunConfig,
     assert "this is" not in page
     assert "a picture of ___." in page
     assert ">pale pink<" in page
+
+
+def test_reports_speak_of_pictures_and_classes(finished: RunConfig, clip: Path, data: Path, tmp_path: Path) -> None:
+    """Where other models have questions, prompts and answers; also with general samples and beside another run."""
+    (tmp_path / "general.yaml").write_text(
+        "pictures: all/train\nclasses: {templates: ['a {}'], names: [dog, cat, car]}"
+    )
+    general = GeneralConfig(
+        samples=str(tmp_path / "general.yaml"), media_root=str(data), share=0.2, rehearsed=2, budget=0.02
+    )
+    config = settings(clip, data, tmp_path, general=general)
+    run_stream(config)
+    run = load_run(config.run_dir)
+    write_card(run)
+    write_report(run)
+    compare_runs([Path(config.run_dir), Path(finished.run_dir)], tmp_path / "compared")
+    page, beside = run.directory.report.read_text(), (tmp_path / "compared/comparison.html").read_text()
+    card = (run.directory.adapter / "README.md").read_text()
+    for text in (page, beside, card, format_table(run.retention, run.guard_note())):
+        shown = re.sub(r"<(style|script|dl).*?</\1>|<[^>]*>", "", text, flags=re.DOTALL)  # settings have names
+        assert not re.findall(r"(?i)\b(?:question|answer|token)s?\b", shown)
+    assert ">General pictures <" in page
+    assert "held-out general pictures by more than 0.02 nats a picture" in page
+    assert '<summary><b>warm</b> <span class="muted">&ensp;6 pictures: ' in page
+    assert f"{2 * 2 * 6} modules ({2 * 6} of them in the vision tower)" in card
+
+
+@pytest.mark.parametrize("name", ["warm", "cold", "all"])
+def test_chat_names_the_class_that_evaluation_named(
+    finished: RunConfig, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = [*RunDirectory(Path(finished.run_dir)).found_stages()][-1]
+    lines = [json.loads(line) for line in (stage.replies / f"{name}.jsonl").read_text().splitlines()][:2]
+    run = load_run(finished.run_dir)
+    assert [run.name_class(line["doc"]["image"], name) for line in lines] == [line["reply"] for line in lines]
+    chat([finished.run_dir, "--image", lines[0]["doc"]["image"], "--task", name])
+    assert capsys.readouterr().out == f"{lines[0]['reply']}\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--task", "warm"], "a CLIP names the class of a picture: give --image, its --task, and no question"),
+        (["--image", "a.png", "--task", "warm", "What?"], "and no question"),
+        (["--video", "a.mp4", "--task", "warm"], "give --image"),
+        (["--image", "a.png"], "the classes of one task; name warm, cold, all"),
+        (["--image", "a.png", "--task", "hot"], "the run has no task 'hot'; name warm, cold, all"),
+        (["--image", "a.png", "--task", "warm"], "a.png does not exist"),
+    ],
+)
+def test_chat_refuses_what_names_no_class(finished: RunConfig, options: list[str], said: str) -> None:
+    with pytest.raises(KeepLoRAError, match=said):
+        chat([finished.run_dir, *options])
+
+
+def test_a_judge_has_nothing_to_grade(finished: RunConfig) -> None:
+    with pytest.raises(JudgeError, match="its replies are names of classes, each right or wrong"):
+        judge_run(Path(finished.run_dir), JudgeConfig(judge="some/model"))
+
+
+def test_an_export_is_the_stock_model_and_is_compared_on_pictures_of_all_classes(
+    finished: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown: list[str] = []
+    collate = ClassCollator.__call__
+    monkeypatch.setattr(ClassCollator, "__call__", lambda self, s: shown.extend(s[0].answers) or collate(self, s))
+    export(Path(finished.run_dir), tmp_path / "two", "float32", questions=2)
+    assert shown == ["blue", "green"]
+    export_command([finished.run_dir, "--out", str(tmp_path / "out")])
+    assert re.search(
+        r"on 6 test pictures, logits differ by .* of their norm, and \d.* % of them have the same nearest class",
+        capsys.readouterr().out,
+    )
+    model, processor = CLIPModel.from_pretrained(tmp_path / "two"), AutoProcessor.from_pretrained(tmp_path / "two")
+    stage = [*RunDirectory(Path(finished.run_dir)).found_stages()][-1]
+    lines = [json.loads(line) for line in (stage.replies / "cold.jsonl").read_text().splitlines()]
+    names = ["blue", "green"]
+    with torch.no_grad():
+        inputs: Any = [
+            processor(text=[t.format(n) for n in names], padding=True, return_tensors="pt") for t in TEMPLATES
+        ]
+        features = [model.get_text_features(**each).pooler_output for each in inputs]
+        classes = torch.nn.functional.normalize(sum(torch.nn.functional.normalize(f) for f in features))
+        pictures: Any = processor(images=[Image.open(x["doc"]["image"]) for x in lines], return_tensors="pt")
+        nearest = (model.get_image_features(**pictures).pooler_output @ classes.T).argmax(1).tolist()
+    assert [names[index] for index in nearest] == [line["reply"] for line in lines]
 
 
 def test_the_leaderboard_asks_the_same_again(finished: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
