@@ -81,8 +81,8 @@ def _check_different(names: Mapping[str, str]) -> None:
         other = first.setdefault(" ".join(unicodedata.normalize("NFC", name).lower().split()), key)
         if other != key:
             raise ConfigError(
-                f"classes {other!r} and {key!r} have the names {names[other]!r} and {name!r}, which are one to a CLIP: "
-                "it sees no case. Give each its own"
+                f"classes {other!r} and {key!r} have the names {names[other]!a} and {name!a}, which are one to a CLIP: "
+                "case, blanks and how letters are composed do not count. Give each its own"
             )
     if len(names) < 2:
         raise ConfigError(f"one class alone, {next(iter(names))!r}; there is nothing to choose from: add another")

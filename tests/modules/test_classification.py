@@ -551,7 +551,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "two names of the same letters": (
         _classes({"red": "caf\u00e9", "pale_pink": "cafe\u0301"}),
-        "which are one to a CLIP",
+        r"'caf\\xe9' and 'cafe\\u0301', which are one to a CLIP",
     ),
     "two names that the tokenizer tells not apart": (
         _classes({"red": "\u8d64", "pale_pink": "\u6843"}),
