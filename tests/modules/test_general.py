@@ -537,7 +537,9 @@ def test_a_picture_that_a_test_shows_is_refused(in_classes: Settings, data: Path
         pass
     shutil.copy(data / "all/test/red/0.png", tmp_path / "shown/7.png")
     with (
-        pytest.raises(ConfigError, match="'7.png' is a picture of all, which measures what is kept; take pictures that"),
+        pytest.raises(
+            ConfigError, match="'7.png' is a picture of all, which measures what is kept; take pictures that"
+        ),
         Run.open(asked),
     ):
         pass
