@@ -295,7 +295,7 @@ def format_analysis(config: AnalysisConfig, results: Mapping[str, Any]) -> str:
     return (
         "Accuracy in %, ± standard error, with weights rebuilt from their principal or residual directions.\n"
         f"general: mean over {', '.join(results['general']) or 'nothing'}; tasks: mean over "
-        f"{', '.join(results['tasks'])}; {asked} questions a row and side.\n"
+        f"{', '.join(results['tasks'])}; {asked} test samples a row and side.\n"
         "kept: share of the input directions that the principal part has; residual has the others.\n\n"
         + pd.DataFrame.from_dict(rows, orient="index", columns=heads).to_string()
     )

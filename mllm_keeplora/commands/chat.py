@@ -1,9 +1,10 @@
-"""Answers questions about an image or a clip by a run's model.
+"""Answers questions about an image or a clip by a run's model, or names the class of a picture.
 
     keeplora chat runs/vqa_small --image photo.png "What is shown?"
     keeplora chat runs/vqa_small --image photo.png                      asks until an empty line
     keeplora chat runs/video_small --video clip.mp4 "What happens?"
     keeplora chat runs/dcl --task Med --image scan.png "Is the heart enlarged?"
+    keeplora chat runs/classification_small --task digits --image photo.png     a CLIP: which of the task's classes
 
 The prompt is that of training and evaluation, and answers are decoded greedily, as there. `--task` adds to each
 question what the stream adds to those of that task in evaluation.
@@ -16,6 +17,7 @@ from typing import Any
 
 from mllm_keeplora.command_line import OptionParser
 from mllm_keeplora.config import NewTokens
+from mllm_keeplora.errors import ConfigError
 
 
 def main(argv: Sequence[str]) -> None:
@@ -26,7 +28,9 @@ def main(argv: Sequence[str]) -> None:
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--image", type=Path, help="what the questions are about; without it, text alone")
     shown.add_argument("--video", type=Path, help="a clip instead, sampled as the run sampled its clips")
-    parser.add_argument("--task", help="a task of the stream: adds to questions what is added to its own")
+    parser.add_argument(
+        "--task", help="of the stream: adds to questions what it adds to its own; of a CLIP, whose classes"
+    )
     parser.add_setting("max_new_tokens", NewTokens, "longest answer, in tokens (default: %(default)s)", default=128)
     given = parser.read(argv)
 
@@ -34,6 +38,11 @@ def main(argv: Sequence[str]) -> None:
     from mllm_keeplora.evaluation.answer import answer
 
     run = load_run(given.run)
+    if run.chooses:
+        if given.image is None or given.question is not None:
+            raise ConfigError("a CLIP names the class of a picture: give --image, its --task, and no question")
+        print(run.name_class(given.image, given.task))
+        return
     media = _open(run, given.image, given.video)
     suffix = _suffix(run, given.task)
     model, processor = run.load_model()

@@ -25,10 +25,14 @@ def main(argv: Sequence[str]) -> None:
     given = parser.read(argv)
 
     from mllm_keeplora.continual.export import export
+    from mllm_keeplora.continual.saved_run import load_run
 
     difference = export(given.run, given.out, given.dtype)
+    asked, same = "questions", "of the answer positions have the same top token"
+    if load_run(given.run).chooses:
+        asked, same = "pictures", "of them have the same nearest class"
     print(
         f"{given.out}: {given.dtype}. Compared with the 4-bit base and its adapter on {difference.questions} "
-        f"test questions, logits differ by {difference.relative_logits:.2e} of their norm, and "
-        f"{100 * difference.same_top_token:.1f} % of the answer positions have the same top token"
+        f"test {asked}, logits differ by {difference.relative_logits:.2e} of their norm, and "
+        f"{100 * difference.same_top_token:.1f} % {same}"
     )

@@ -9,7 +9,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from mllm_keeplora.continual.saved_run import SavedRun, load_run
 from mllm_keeplora.data.collator import collator_of, ready_batch
-from mllm_keeplora.data.records import load_records
+from mllm_keeplora.data.records import load_records, select_evenly
 from mllm_keeplora.evaluation.answer import generation_settings
 from mllm_keeplora.modeling.linear4bit import free_4bit_weights
 from mllm_keeplora.modeling.loading import DTYPES, load_dense
@@ -78,7 +78,8 @@ def _test_batches(run: SavedRun, processor: Any, questions: int) -> list[dict[st
         classes=stream.classes(task),
     )
     collator = collator_of(processor, run.reader())
-    return [collator([sample]) for sample in samples[:questions]]
+    # Evenly spaced: records may be in the order of their classes.
+    return [collator([samples[index]]) for index in select_evenly(len(samples), 1.0, questions)]
 
 
 @torch.no_grad()

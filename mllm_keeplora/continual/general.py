@@ -127,7 +127,8 @@ def prompts(config: GeneralConfig, checker: Preflight | None = None) -> list[Sam
     read, _ = load_records(source, root, allow_text_only=True, answered=False, checker=checker, classes=classes)
     chosen = [read[i] for i in select_evenly(len(read), 1.0, config.max_samples)]
     if len(chosen) < HELD_OUT:
-        raise ConfigError(f"general.samples {config.samples} has {len(chosen)} prompts; expected at least {HELD_OUT}")
+        what = "prompts" if classes is None else "pictures"
+        raise ConfigError(f"general.samples {config.samples} has {len(chosen)} {what}; expected at least {HELD_OUT}")
     return [_without_last_answers(sample) for sample in chosen]
 
 
@@ -174,9 +175,12 @@ def check_unwatched(asked: Sequence[Sample], stream: Stream) -> None:
         for messages in (before for sample in read.values() for before, _ in sample.questions):
             for prompt in alike.get(_at_sight(messages, classes), ()):
                 if _shown(messages) == _shown(prompt.messages):
+                    said = f"prompt {prompt.id!r} ({prompt.messages[-1].text[:80]!r}) is a question", "prompts", "asks"
+                    if classes is not None:
+                        said = f"{prompt.id!r} is a picture", "pictures", "shows"
                     raise ConfigError(
-                        f"general.samples: prompt {prompt.id!r} ({prompt.messages[-1].text[:80]!r}) is a question of "
-                        f"{spec.name}, which measures what is kept; take prompts that no test asks"
+                        f"general.samples: {said[0]} of {spec.name}, which measures what is kept; take {said[1]} that "
+                        f"no test {said[2]}"
                     )
 
 
@@ -243,7 +247,9 @@ def _replies(run: RunContext, asked: Sequence[Sample], key: str) -> list[str]:
     """The base's reply to every prompt, cached for all runs; the run directory gets a copy that can be read."""
     path = _cached(run, key, "replies.json")
     if not from_main(path.exists):
-        logger.info(f"the base answers {len(asked)} general prompts")
+        chooses = classifies(run.processor)
+        says = "names the nearest texts of {} general pictures" if chooses else "answers {} general prompts"
+        logger.info(f"the base {says.format(len(asked))}")
         said = _ask(run, run.model, asked, run.config.general.max_new_tokens)
         from_main(lambda: write_json(path, said))
     replies: list[str] = from_main(lambda: read_json(path))
@@ -415,7 +421,9 @@ def recall(stage: StageContext, method: Method, model: Model) -> Outcome:
         As facts "replies", in the order of `past_prompts`; as tensors what `_said` gives of those with a reply.
     """
     run, asked = stage.run, past_prompts(stage, method)
-    logger.info(f"{stage.name}: the model answers {len(asked)} prompts of past tasks")
+    chooses = classifies(run.processor)
+    says = "names the classes of {} pictures" if chooses else "answers {} prompts"
+    logger.info(f"{stage.name}: the model {says.format(len(asked))} of past tasks")
     replies = _ask(run, model, asked, max(task.max_new_tokens for task in run.stream.tasks[: stage.number - 1]))
     answered = _answered(asked, replies)
     learns_said = answered and run.config.general.distil == "kl"

@@ -11,10 +11,13 @@ from peft import PeftModel
 from PIL import Image
 
 from mllm_keeplora.config import RunConfig, config_from_dict
+from mllm_keeplora.data.classification import process_pictures
 from mllm_keeplora.data.images import load_image
 from mllm_keeplora.data.stream import Stream, load_stream
 from mllm_keeplora.data.video.reader import VideoReader
-from mllm_keeplora.evaluation.answer import answer
+from mllm_keeplora.evaluation.answer import answer, class_features, inference_state, name_classes
+from mllm_keeplora.evaluation.errors import EvaluationError
+from mllm_keeplora.evaluation.task_files import classes_of, has_classes
 from mllm_keeplora.modeling.loading import load_base
 from mllm_keeplora.modeling.saved_adapters import load_adapter
 from mllm_keeplora.runs.files import ArtifactError, read_json, read_sealed
@@ -83,7 +86,7 @@ class SavedRun:
         if not held:
             return ""
         said = [f"stage {m['stage']} {_scaled(m['guard']['factors'])}" for m in held if min(_factors(m)) < 1]
-        budget = f"each stage within {self.config.general.budget:g} nats a token"
+        budget = f"each stage within {self.config.general.budget:g} nats a {'picture' if self.chooses else 'token'}"
         return f"General ability kept, {budget}: {'; '.join(said) or 'no stage had to be scaled'}."
 
     @property
@@ -160,6 +163,32 @@ class SavedRun:
         suffix = self.stream(check_files=False).question_suffix(task) if task is not None else ""
         model, processor = self.model
         return answer(model, processor, question + suffix, shown, max_new_tokens)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the model names the classes of pictures, and writes no text."""
+        return has_classes(self.directory.task_files)
+
+    def name_class(self, image: Image.Image | str | Path, task: str | None = None) -> str:
+        """The class that is nearest to a picture, as in evaluation; the model is loaded at the first picture.
+
+        Args:
+            image: opened or as a file.
+            task: task or benchmark of the stream whose classes are chosen from; None where it has one alone.
+
+        Raises:
+            EvaluationError: a model that answers in words, or a task that is not one of the stream.
+            ArtifactError, ConfigError, AdapterError: see `load_model`.
+            ImageError: a picture that cannot be read.
+        """
+        if not self.chooses:
+            raise EvaluationError(f"the model of {self.directory.path} answers in words: ask it a question")
+        classes = classes_of(self.directory.task_files, task)
+        picture = load_image(Path(image) if isinstance(image, str) else image)
+        model, processor = self.model
+        with inference_state(model):
+            features = class_features(model, processor, classes)
+            return name_classes(model, classes, features, process_pictures(processor, [picture]))[0]
 
     @cached_property
     def matrix(self) -> pd.DataFrame:

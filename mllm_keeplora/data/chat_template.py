@@ -91,7 +91,10 @@ def chat_form(processor: ProcessorMixin) -> ChatForm:
             an answer is not what it asks for one with, or it asks for thoughts alone; or the tokenizer ends all texts.
     """
     if classifies(processor):
-        raise ProcessorError("a CLIP chooses among classes and writes no answers (docs/classification.md)")
+        raise ProcessorError(
+            "a CLIP chooses among classes and writes no answers: `keeplora chat RUN --image FILE --task TASK` names "
+            "the class of a picture"
+        )
     probe = [Message("user", (_QUESTION,)), Message("assistant", (_ANSWER.format(0),))]
     try:
         return _chat_form(processor, probe, parts=True)

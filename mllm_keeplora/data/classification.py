@@ -10,6 +10,7 @@ A task of this kind has `classes` in the stream's YAML, or the name of a YAML be
 {"image": "a.jpg", "class": "n01"} whose paths are relative to `media_root`.
 """
 
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from transformers import CLIPProcessor
 from mllm_keeplora.data.chat_template import ProcessorError
 from mllm_keeplora.data.conversation import Classes, Sample
 from mllm_keeplora.data.images import ImageError, load_image
-from mllm_keeplora.data.record_files import BadRecord, RecordError, is_folder, visible
+from mllm_keeplora.data.record_files import BadRecord, RecordError, class_folders, is_folder, visible
 from mllm_keeplora.data.record_forms import Parsed, Said, Slot, read_name
 from mllm_keeplora.errors import ConfigError, did_you_mean
 from mllm_keeplora.modeling.loss import IGNORED_LABEL
@@ -54,8 +55,10 @@ def build_classes(entry: Mapping[str, Any], source: Path | None) -> Classes:
     if names is None:
         if source is None:
             raise ConfigError("names is missing; only folders of pictures name the classes themselves")
-        keys = [path.name for path in visible(source) if path.is_dir()]
+        keys = [path.name for path in class_folders(source)]
         names = {key: key.replace("_", " ") for key in keys}
+        if blank := [key for key, name in names.items() if not name.strip()]:
+            raise ConfigError(f"the folder {blank[0]!r} names no class; rename it, or give names")
     if isinstance(names, list) and _are_texts(names):
         twice = [name for name, count in Counter(names).items() if count > 1]
         if twice:
@@ -72,14 +75,17 @@ def _are_texts(values: Any) -> bool:
 
 
 def _check_different(names: Mapping[str, str]) -> None:
-    """As a CLIP reads them: without case, and any white space as one blank."""
+    """As a CLIP reads them: letters composed (NFC), without case, and any white space as one blank."""
     first: dict[str, str] = {}
     for key, name in names.items():
-        other = first.setdefault(" ".join(name.lower().split()), key)
+        other = first.setdefault(" ".join(unicodedata.normalize("NFC", name).lower().split()), key)
         if other != key:
-            raise ConfigError(f"classes {other!r} and {key!r} both have the name {name!r}; give each its own")
+            raise ConfigError(
+                f"classes {other!r} and {key!r} have the names {names[other]!a} and {name!a}, which are one to a CLIP: "
+                "case, blanks and how letters are composed do not count. Give each its own"
+            )
     if len(names) < 2:
-        raise ConfigError(f"one class alone, {next(iter(names))!r}; there is nothing to choose from")
+        raise ConfigError(f"one class alone, {next(iter(names))!r}; there is nothing to choose from: add another")
 
 
 def read_reference(file: Path, root: Path) -> tuple[Path, Classes]:
@@ -232,6 +238,20 @@ def process_pictures(processor: CLIPProcessor, pictures: Sequence[Any]) -> Tenso
     return pixels
 
 
+def check_prompts(processor: CLIPProcessor, classes: Classes) -> None:
+    """Raises ProcessorError for a prompt that is too long, or that is another class's too, to the tokenizer."""
+    for template in classes.templates:
+        prompts = classes.prompts(template)
+        first: dict[tuple[int, ...], int] = {}
+        for row, tokens in enumerate(tokenise(processor, prompts)["input_ids"].tolist()):
+            other = first.setdefault(tuple(tokens), row)
+            if other != row:
+                raise ProcessorError(
+                    f"the prompts {shown(prompts[other])} and {shown(prompts[row])} are the same tokens: the model's "
+                    "tokenizer does not know letters in them, or tells them not apart. Give the classes other names"
+                )
+
+
 def tokenise(processor: CLIPProcessor, prompts: Sequence[str]) -> dict[str, Tensor]:
     """input_ids and attention_mask [prompts, tokens] int64, padded on the right.
 
@@ -239,12 +259,12 @@ def tokenise(processor: CLIPProcessor, prompts: Sequence[str]) -> dict[str, Tens
         ProcessorError: a prompt of more tokens than the model has places for.
     """
     most = processor.tokenizer.model_max_length
-    tokens = processor.tokenizer(list(prompts), padding=True, padding_side="right", return_tensors="pt")
+    tokens = processor.tokenizer(list(prompts), padding=True, padding_side="right", return_tensors="pt", verbose=False)
     lengths = tokens["attention_mask"].sum(1)
     if int(lengths.max()) > most:
         row = int(lengths.argmax())
         raise ProcessorError(
-            f"the prompt {prompts[row]!r} has {int(lengths[row])} tokens, the model takes at most {most}; shorten the "
-            "template, or the class's name"
+            f"the prompt {shown(prompts[row])} has {int(lengths[row])} tokens, the model takes at most {most}; shorten "
+            "the template, or the class's name"
         )
     return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}

@@ -21,7 +21,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from mllm_keeplora.config import RunConfig
-from mllm_keeplora.data.classification import tokenise
+from mllm_keeplora.data.classification import check_prompts
 from mllm_keeplora.data.collator import ChatCollator
 from mllm_keeplora.data.conversation import MediaFile, Sample
 from mllm_keeplora.data.images import ImageError, load_image
@@ -130,6 +130,9 @@ class Preflight:
             label: what the progress bar calls them.
             task: the task that trains on them; None for records that evaluation asks, whose answers the model is
                 not given.
+
+        Raises:
+            ProcessorError: classes whose prompts are too long for a CLIP, or the same to it.
         """
         shapes = self._shapes({file for sample in samples.values() for file in sample.media}, label)
         bad: dict[int, str] = {}
@@ -160,12 +163,11 @@ class Preflight:
         return Findings(bad, lengths)
 
     def _check_prompts(self, samples: Collection[Sample], task: str | None) -> None:
-        """Raises ProcessorError for a class whose prompt is too long."""
+        """Raises ProcessorError for classes that the model cannot be asked for."""
         lists = dict.fromkeys(sample.classes for sample in samples if sample.classes is not None)
         for classes in lists:
-            for template in classes.templates:
-                tokenise(self.processor, classes.prompts(template))
-        if task is not None:
+            check_prompts(self.processor, classes)
+        if task is not None and samples:
             self.trained[task] = [f"{len(samples)} pictures of {sum(len(each.names) for each in lists)} classes"]
 
     def _refused(self, sample: Sample, length: Length, task: str | None) -> str | None:

@@ -120,13 +120,9 @@ def folder_rows(folder: Path, classed: bool = True) -> Rows:
     """
     rows: list[dict[str, str]] = []
     entries = visible(folder)
-    beside = [path.name for path in entries if not path.is_dir()]
-    if not classed and entries and len(beside) == len(entries):
-        return [(row, {"image": name}) for row, name in enumerate(beside, start=1)]
-    if beside or not entries:
-        found = f"{beside[0]!r} beside them" if beside else "none"
-        raise RecordError(f"{folder}: expected one folder a class with pictures in it, found {found}")
-    for path in entries:
+    if not classed and entries and not any(path.is_dir() for path in entries):
+        return [(row, {"image": path.name}) for row, path in enumerate(entries, start=1)]
+    for path in class_folders(folder):
         files = visible(path)
         if not files:
             raise RecordError(f"{path}: the class has no picture; add some, or remove the folder")
@@ -134,16 +130,35 @@ def folder_rows(folder: Path, classed: bool = True) -> Rows:
     return list(enumerate(rows, start=1))
 
 
+def class_folders(folder: Path) -> list[Path]:
+    """The folders of the classes, by name.
+
+    Raises:
+        RecordError: there are none, or files beside them.
+    """
+    entries = visible(folder)
+    beside = [path.name for path in entries if not path.is_dir()]
+    if beside or not entries:
+        found = f"{beside[0]!r} beside them; move it elsewhere" if beside else "none"
+        raise RecordError(f"{folder}: expected one folder a class with pictures in it, found {found}")
+    return entries
+
+
 def visible(folder: Path) -> list[Path]:
     """What lies in a folder, by name; hidden files, which systems leave, do not count.
 
     Raises:
-        RecordError: it cannot be read.
+        RecordError: it cannot be read, or a name is no text.
     """
     try:
-        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+        found = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
         raise RecordError(f"{folder} cannot be read: {error.strerror}") from error
+    if strange := [path.name for path in found if _SURROGATE.search(path.name)]:
+        raise RecordError(
+            f"{folder}: the names of {len(strange)} entries are not UTF-8, {_shown(strange[0])} first; rename them"
+        )
+    return found
 
 
 def content_hash(source: Path | HubTable, extracted: Path) -> str:

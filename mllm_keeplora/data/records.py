@@ -7,8 +7,9 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+from mllm_keeplora.data.chat_template import ProcessorError
 from mllm_keeplora.data.classification import check_every_class, parse_classified
 from mllm_keeplora.data.conversation import Classes, MediaFile, Message, Part, Sample
 from mllm_keeplora.data.preflight import IMAGES_ONLY, Preflight
@@ -75,7 +76,7 @@ def load_records(
     Args:
         path: a file (`RECORD_SUFFIXES`) or a dataset.
         media_root: folder that the records' image and video paths are relative to and must stay in, links
-            resolved.
+            resolved. Paths of a folder of pictures are relative to that one; its links may lead to this.
         answers: the file with the answers, where questions and answers lie apart.
         prompt_suffix: appended to every question as it is.
         allow_text_only: accept records without an image or video.
@@ -92,7 +93,8 @@ def load_records(
 
     Raises:
         RecordError: the file cannot be read, has no usable record, or (with "error") has bad records: all of
-            them are counted and the first ten named; or questions and answers differ in number.
+            them are counted and the first ten named; or questions and answers differ in number; or classes that
+            the model cannot be asked for.
     """
     samples, bad = read_records(
         path,
@@ -105,7 +107,10 @@ def load_records(
         classes=classes,
     )
     if checker is not None:
-        bad |= checker.records(samples, path.name, task).bad
+        try:
+            bad |= checker.records(samples, path.name, task).bad
+        except ProcessorError as error:
+            raise RecordError(f"{path}: classes: {error}") from error
 
     kept = [sample for row, sample in samples.items() if row not in bad]
     skipped = [SkippedRecord(file=str(path), row=row, reason=bad[row]) for row in sorted(bad)]
@@ -168,13 +173,13 @@ def each_record(
     Raises:
         RecordError: the file cannot be read; or questions and answers differ in number.
     """
-    media_root = path if isinstance(path, Path) and is_folder(path) else media_root
-    roots = tuple(os.path.realpath(root) for root in (media_root, extracted))
+    folder = path if isinstance(path, Path) and is_folder(path) else media_root
+    places = _Places(folder, media_root, tuple(os.path.realpath(root) for root in (folder, media_root, extracted)))
     name = path.name
     for row, value in _read_pairs(path, answers, answered, extracted):
         try:
             parsed = parse_record(value, answered) if classes is None else parse_classified(value, classes, answered)
-            sample = _to_sample(parsed, f"{name}:{row}", media_root, roots, allow_text_only, classes)
+            sample = _to_sample(parsed, f"{name}:{row}", places, allow_text_only, classes)
             yield Record(row, value, sample, is_test_form=parsed.is_test_form)
         except BadRecord as error:
             yield Record(row, value, problem=str(error))
@@ -281,15 +286,25 @@ def _join(question: object, reply: object) -> object:
     return question if isinstance(question, BadRecord) else BadRecord("the answer is no JSON object")
 
 
+class _Places(NamedTuple):
+    """Where media lie.
+
+    Attributes:
+        folder: what names are relative to, as written: the media root, or a folder of pictures.
+        media_root: as written.
+        roots: real paths of the folders that files may lie in. A data root that is itself a link is fine, a link that
+            leads out of it is not.
+    """
+
+    folder: Path
+    media_root: Path
+    roots: tuple[str, ...]
+
+
 def _to_sample(
-    parsed: Parsed,
-    default_id: str,
-    media_root: Path,
-    roots: Sequence[str],
-    allow_text_only: bool,
-    classes: Classes | None,
+    parsed: Parsed, default_id: str, places: _Places, allow_text_only: bool, classes: Classes | None
 ) -> Sample:
-    messages = tuple(_to_message(said, media_root, roots) for said in parsed.messages)
+    messages = tuple(_to_message(said, places) for said in parsed.messages)
     sample = Sample(default_id if parsed.id is None else str(parsed.id), messages, classes)
     if not sample.media and not allow_text_only:
         raise BadRecord(
@@ -298,27 +313,20 @@ def _to_sample(
     return sample
 
 
-def _to_message(said: Said, media_root: Path, roots: Sequence[str]) -> Message:
-    parts: list[Part] = [_locate(part, media_root, roots) if isinstance(part, Slot) else part for part in said.parts]
+def _to_message(said: Said, places: _Places) -> Message:
+    parts: list[Part] = [_locate(part, places) if isinstance(part, Slot) else part for part in said.parts]
     return Message(said.role, tuple(parts), said.supervised, said.accepted)
 
 
-def _locate(slot: Slot, media_root: Path, roots: Sequence[str]) -> MediaFile:
-    """The file, which has to lie in the media root, or among the media of tables.
-
-    Args:
-        slot: its name is known.
-        media_root: as written.
-        roots: real paths of the folders that files may lie in. A data root that is itself a link is fine, a link that
-            leads out of it is not.
-    """
+def _locate(slot: Slot, places: _Places) -> MediaFile:
+    """The file of a name that is known; it has to lie in the media root, or among the media of tables."""
     name = str(slot.name)
-    path = _find_file(name, media_root, slot.kind)
+    path = _find_file(name, places.folder, slot.kind)
     real = Path(os.path.realpath(path))
-    if not any(real.is_relative_to(root) for root in roots):
+    if not any(real.is_relative_to(root) for root in places.roots):
         raise BadRecord(
-            f"{slot.kind} {name!r} lies outside the media root {media_root} (links resolved); move the file into "
-            "it, or set the task's 'media_root' in the stream YAML to a folder that holds it"
+            f"{slot.kind} {name!r} lies outside the media root {places.media_root} (links resolved); move the file "
+            "into it, or set the task's 'media_root' in the stream YAML to a folder that holds it"
         )
     return MediaFile(slot.kind, path)
 

@@ -259,6 +259,8 @@ class Stream:
         if not isinstance(spec.classes, Mapping):
             return None
         named = self.source(spec.train) if isinstance(spec, TaskSpec) else self.test_file(spec)
+        if "names" not in spec.classes and isinstance(named, Path) and not is_there(named):
+            raise StreamError(f"{spec.name!r}: classes: {named} is not there, whose folders name them")
         try:
             return build_classes(spec.classes, named if isinstance(named, Path) and is_folder(named) else None)
         except ConfigError as error:
@@ -559,7 +561,8 @@ def _check_record_file(spec: TaskSpec | GeneralSpec, key: str, value: str | Mapp
     _check_inside(spec, key, value)
     if spec.classes is None and not value.endswith(RECORD_SUFFIXES):
         raise StreamError(
-            f"{spec.name!r}: {key} is {shown(value)}; expected a file ending in {' or '.join(RECORD_SUFFIXES)}"
+            f"{spec.name!r}: {key} is {shown(value)}; expected a file ending in {' or '.join(RECORD_SUFFIXES)}. "
+            "A folder of pictures needs `classes`"
         )
 
 

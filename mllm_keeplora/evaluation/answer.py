@@ -10,12 +10,14 @@ from PIL import Image
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from mllm_keeplora.data.chat_template import ChatForm, chat_form
+from mllm_keeplora.data.classification import tokenise
 from mllm_keeplora.data.collator import prepare_questions
-from mllm_keeplora.data.conversation import Message
+from mllm_keeplora.data.conversation import Classes, Message
 from mllm_keeplora.data.video.reader import Clip
 from mllm_keeplora.evaluation.errors import LogitsError
 from mllm_keeplora.evaluation.settled import CUT_MARK
-from mllm_keeplora.modeling.clip import classifies
+from mllm_keeplora.modeling.adapters import base_of
+from mllm_keeplora.modeling.clip import PROMPTS, CLIPClassifier, classifies
 
 # Tokens between two looks at what has been said. A character is spread over at most 4.
 LOOK_EVERY = 8
@@ -128,6 +130,43 @@ def greedy_replies(
     inputs = prepare_questions(processor, conversations, model.device, form)
     with inference_state(model):
         return [reply.strip() for reply in generate_replies(model, processor, form, inputs, max_new_tokens)]
+
+
+def class_features(model: Any, processor: Any, classes: Classes) -> torch.Tensor:
+    """Of each class the mean over the templates of its prompts' features.
+
+    Args:
+        model: a CLIP, with or without an adapter.
+        processor: the model's.
+        classes: with their templates.
+
+    Returns:
+        [classes, projection] fp32, of norm 1.
+    """
+    base: CLIPClassifier = base_of(model)  # type: ignore[assignment]
+    features = torch.zeros((), device=base.device)
+    for template in classes.templates:
+        tokens = tokenise(processor, classes.prompts(template))
+        parts = zip(*(tokens[key].to(base.device).split(PROMPTS) for key in tokens), strict=True)
+        features = features + torch.cat([base.prompt_features(*part) for part in parts])
+    return torch.nn.functional.normalize(features, dim=-1)
+
+
+def name_classes(model: Any, classes: Classes, features: torch.Tensor, pixels: torch.Tensor) -> list[str]:
+    """The name of the class whose prompts are nearest to each picture; nothing is generated.
+
+    Args:
+        model: a CLIP, with or without an adapter, in eval mode.
+        classes: to choose from.
+        features: theirs, by `class_features`.
+        pixels: [pictures, 3, height, width].
+
+    Raises:
+        LogitsError: similarities that are no numbers.
+    """
+    base: CLIPClassifier = base_of(model)  # type: ignore[assignment]
+    pictures = base.picture_features(pixels.to(base.device, base.dtype))
+    return [classes.names[index] for index in nearest_classes(base.similarities(pictures, features))]
 
 
 def nearest_classes(similarities: torch.Tensor) -> list[int]:

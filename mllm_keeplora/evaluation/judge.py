@@ -34,7 +34,7 @@ from mllm_keeplora.evaluation.answer import greedy, own_stop_tokens
 from mllm_keeplora.evaluation.metrics import summarize
 from mllm_keeplora.evaluation.score import Score
 from mllm_keeplora.evaluation.settled import CUT_MARK, RULES
-from mllm_keeplora.evaluation.task_files import SCORED_BY
+from mllm_keeplora.evaluation.task_files import SCORED_BY, has_classes
 from mllm_keeplora.modeling.linear4bit import guard_linear4bit
 from mllm_keeplora.modeling.loading import DTYPES, MODEL_FILES, base_model_hash, check_weights, nf4_config
 from mllm_keeplora.runs.files import ArtifactError, atomic_path, read_json, read_json_lines, sha256_json, write_json
@@ -121,12 +121,17 @@ def judge_run(run_dir: Path, settings: JudgeConfig, tasks: Sequence[str] | None 
 
     Raises:
         ArtifactError: no run there, one that is not at its end, or one of its files is damaged.
-        JudgeError: no replies, an edited adapter, an unknown task, or a judge that cannot be loaded.
+        JudgeError: no replies, or names of classes; an edited adapter, an unknown task, or a judge that cannot be
+            loaded.
     """
     run = RunDirectory(run_dir)
     if run.edit.exists():
         raise JudgeError(
             f"{run.path} holds what `keeplora edit` made, and a judge grades the stages of a run: name a run"
+        )
+    if has_classes(run.task_files):
+        raise JudgeError(
+            f"{run.path}: its replies are names of classes, each right or wrong; a judge has nothing to grade in them"
         )
     retention = read_json(run.retention)
     cells = read_replies(run, retention)
@@ -212,7 +217,9 @@ def load_judge(settings: JudgeConfig, cache: Path) -> Judge:
         model, info = loaded
         check_weights(model, info, f"judge {directory}")
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        raise JudgeError(f"judge {settings.judge} cannot be loaded: {type(error).__name__}: {error}") from error
+        raise JudgeError(
+            f"judge {settings.judge} cannot be loaded: {type(error).__name__}: {_first_line(error)}"
+        ) from error
     if tokenizer.chat_template is None:
         raise JudgeError(f"judge {settings.judge} has no chat template; use an instruction-tuned model")
     if tokenizer.pad_token_id is None:
@@ -230,6 +237,11 @@ def load_judge(settings: JudgeConfig, cache: Path) -> Judge:
         "prompt": sha256_json([INSTRUCTION, REQUEST]),
     }
     return Judge(model.eval(), tokenizer, identity)
+
+
+def _first_line(error: Exception) -> str:
+    """transformers lists all classes that it knows."""
+    return str(error).partition("\n")[0]
 
 
 def _judge_directory(settings: JudgeConfig) -> Path:

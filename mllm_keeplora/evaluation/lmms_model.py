@@ -25,20 +25,18 @@ from PIL import Image
 
 from mllm_keeplora.config import VideoConfig
 from mllm_keeplora.data.chat_template import chat_form, render
-from mllm_keeplora.data.classification import process_pictures, tokenise
+from mllm_keeplora.data.classification import process_pictures
 from mllm_keeplora.data.collator import prepare_questions
 from mllm_keeplora.data.conversation import Classes, Message, Part, Role
 from mllm_keeplora.data.images import FORMATS, load_image
 from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.distributed.progress import progress
 from mllm_keeplora.distributed.sharding import gathered
-from mllm_keeplora.evaluation.answer import generate_replies, inference_state, nearest_classes
+from mllm_keeplora.evaluation.answer import class_features, generate_replies, inference_state, name_classes
 from mllm_keeplora.evaluation.errors import EvaluationError
 from mllm_keeplora.evaluation.settled import settled
-from mllm_keeplora.evaluation.task_files import ASKED, CLASSES, COPY_COLUMN, Document
-from mllm_keeplora.modeling.adapters import base_of
-from mllm_keeplora.modeling.clip import PROMPTS, CLIPClassifier, classifies
-from mllm_keeplora.runs.files import read_json
+from mllm_keeplora.evaluation.task_files import ASKED, CLASSES, COPY_COLUMN, Document, read_classes
+from mllm_keeplora.modeling.clip import classifies
 from mllm_keeplora.runs.run_directory import ADAPTER_HASHES
 
 logger = logging.getLogger(__name__)
@@ -184,8 +182,9 @@ class KeepLoRAModel(lmms):
         answers: dict[int, str] = {}
         self._beyond_context: Counter[str] = Counter()
         self._fitting = self.batch_size
-        self._class_features: dict[str, tuple[list[str], torch.Tensor]] = {}
-        bar = progress("answering", "questions", total=len(requests))
+        self._classes: dict[str, tuple[Classes, torch.Tensor]] = {}
+        what = ("naming classes", "pictures") if self.form is None else ("answering", "questions")
+        bar = progress(*what, total=len(requests))
         with gathered(self.model), inference_state(self.model), bar:
             for batch in self._prepared(requests):
                 for question, reply in zip(batch.questions, self._answer(batch), strict=True):
@@ -316,27 +315,13 @@ class KeepLoRAModel(lmms):
         return [_cut(reply, decoding.until) for reply in replies]
 
     def _choose(self, file: str | None, pixels: torch.Tensor) -> list[str]:
-        """The name of the class whose prompts are nearest to each picture; nothing is generated."""
+        """The name of the nearest class of a file of classes, of each picture."""
         if file is None:
             raise ValueError("the model chooses among the classes of a task, and this one names none")
-        if file not in self._class_features:
-            self._class_features[file] = self._features_of(file)
-        names, classes = self._class_features[file]
-        base: CLIPClassifier = base_of(self.model)  # type: ignore[assignment]
-        pictures = base.picture_features(pixels.to(self.device, base.dtype))
-        return [names[index] for index in nearest_classes(base.similarities(pictures, classes))]
-
-    def _features_of(self, file: str) -> tuple[list[str], torch.Tensor]:
-        """The names in a file of classes, and of each the mean over the templates of its prompts' features."""
-        known = read_json(Path(file))
-        classes = Classes(tuple(known["names"]), tuple(known["names"]), tuple(known["templates"]))
-        base: CLIPClassifier = base_of(self.model)  # type: ignore[assignment]
-        features = torch.zeros((), device=self.device)
-        for template in classes.templates:
-            tokens = tokenise(self.processor, classes.prompts(template))
-            parts = zip(*(tokens[key].to(self.device).split(PROMPTS) for key in tokens), strict=True)
-            features = features + torch.cat([base.prompt_features(*part) for part in parts])
-        return list(classes.names), torch.nn.functional.normalize(features, dim=-1)
+        if file not in self._classes:
+            classes = read_classes(Path(file))
+            self._classes[file] = classes, class_features(self.model, self.processor, classes)
+        return name_classes(self.model, *self._classes[file], pixels)
 
 
 def load_for_evaluation(settings: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
-from mllm_keeplora.data.conversation import MediaFile, Message, Sample
+from mllm_keeplora.data.conversation import Classes, MediaFile, Message, Sample
 from mllm_keeplora.data.record_files import HubTable, RecordError, is_folder
 from mllm_keeplora.data.records import Record, SkippedRecord, bad_records, each_record, suffix_for, with_suffix
 from mllm_keeplora.data.stream import GeneralSpec, Stream, TaskSpec
@@ -131,6 +131,39 @@ def read_index(directory: Path) -> tuple[str, list[ScoredTask]]:
             "again, which writes it"
         ) from error
     return index["stream"], entries
+
+
+def has_classes(directory: Path) -> bool:
+    """Whether the replies to a run's tasks are names of classes; its model then writes no text."""
+    return any(directory.glob(f"*{CLASSES_SUFFIX}"))
+
+
+def read_classes(file: Path) -> Classes:
+    """Names and prompts of classes, as `write_task_files` left them.
+
+    Raises:
+        ArtifactError: the file is missing or damaged.
+    """
+    known = read_json(file)
+    try:
+        return Classes(tuple(known["names"]), tuple(known["names"]), tuple(known["templates"]))
+    except (TypeError, KeyError) as error:
+        raise ArtifactError(f"{file} is not what a run writes; start the run again, which writes it") from error
+
+
+def classes_of(directory: Path, task: str | None) -> Classes:
+    """The classes of a task or benchmark; of None, of the only one.
+
+    Raises:
+        EvaluationError: no such task, or several.
+        ArtifactError: a file of the run is missing or damaged.
+    """
+    entries = read_index(directory)[1]
+    found = [entry for entry in entries if task in (None, entry.name)]
+    if len(found) != 1:
+        wrong = "a picture needs the classes of one task" if task is None else f"the run has no task {task!r}"
+        raise EvaluationError(f"{wrong}; name {', '.join(entry.name for entry in entries)}")
+    return read_classes(directory / f"{found[0].lmms_task}{CLASSES_SUFFIX}")
 
 
 def follow_move(directory: Path) -> None:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mllm_keeplora.modeling.adapters import ACCUMULATED, AdapterError, Factors, attach
+from mllm_keeplora.modeling.families import FAMILIES
 from mllm_keeplora.runs.files import ArtifactError, check_hashes, check_regular, read_json
 from mllm_keeplora.runs.run_directory import ADAPTER_HASHES, CARD_FILES
 
@@ -34,7 +35,10 @@ logger = logging.getLogger(__name__)
 
 _LARGEST = 1e9  # of a rank or an alpha, far beyond any sensible one
 _PREFIX = "base_model.model."
-_OF_VISION = re.compile(r"\b(vision_tower|visual|image_tower|video_tower)\.")
+_VISION = {
+    name.removeprefix("model.").partition(".")[0] for f in FAMILIES.values() for name in f.vision_layers.values()
+}
+_OF_VISION = re.compile(rf"\b({'|'.join(sorted(_VISION))})\.")
 # Of a LoRA config, what W x + s B A x is made of, and what says nothing about it.
 _UNDERSTOOD = {
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"),

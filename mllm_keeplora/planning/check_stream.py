@@ -2,18 +2,21 @@
 
 Every record is read, every image and clip decoded and, where a base model is named, every record collated, as a
 run does before its first stage. Beyond what a run refuses, it looks for what would make scores worth less: ids and
-records that repeat, and test questions that training has shown.
+records that repeat, and test questions that training has shown; of pictures with a class also those that stand in two
+classes, and classes without a test.
 """
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
 import pandas as pd
 
+from mllm_keeplora.data.chat_template import ProcessorError
 from mllm_keeplora.data.classification import check_every_class
 from mllm_keeplora.data.conversation import MediaFile, Sample
 from mllm_keeplora.data.preflight import Preflight
@@ -31,10 +34,11 @@ from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.evaluation.errors import EvaluationError
 from mllm_keeplora.evaluation.task_files import write_task_files
 from mllm_keeplora.modeling.families import Media
-from mllm_keeplora.runs.files import file_state
+from mllm_keeplora.runs.files import file_state, found_hash
 from mllm_keeplora.units import GB, format_bytes
 
 Spec = TaskSpec | GeneralSpec
+Asked = tuple[tuple[MediaFile, ...], str]  # what a question shows, and its words
 
 SHOWN = 10  # lines of one list, unless all are asked for
 _STAT_THREADS = 16  # network file systems answer many questions at once, one at a time slowly
@@ -117,14 +121,19 @@ def check_stream(stream: Stream, preflight: Preflight) -> Report:
         # As the run reads them: with the suffix in training files, which no comparison of questions needs.
         task, suffix = (file.spec.name, file.spec.prompt_suffix) if file.kind == "train" else (None, "")
         sound = {row: with_suffixes(sample, suffix) for row, sample in file.samples.items() if row not in file.bad}
-        file.bad |= preflight.records(sound, file.path.name, task).bad
+        try:
+            file.bad |= preflight.records(sound, file.path.name, task).bad
+        except ProcessorError as error:
+            file.refused = f"classes: {error}"
     media = {shown.path for file in files for shown in file.media}
     with ThreadPoolExecutor(_STAT_THREADS) as pool:
         states = dict(zip(media, pool.map(file_state, media), strict=True))
     sizes = {path: state[0] for path, state in states.items() if state is not None}
     problems: list[Problem] = []
     for spec in specs:
-        problems += _problems_of_task(stream, spec, [file for file in files if file.spec is spec], damaged)
+        own = [file for file in files if file.spec is spec]
+        # Once what is wrong with the training and the test alike, such as their classes.
+        problems += dict.fromkeys(_problems_of_task(stream, spec, own, damaged, sizes))
     named = [path for spec in specs for path in _missing(stream, spec)]
     missing = [*dict.fromkeys(named), *sorted(media - sizes.keys())]
     return Report(
@@ -198,7 +207,7 @@ def _missing(stream: Stream, spec: Spec) -> list[Path]:
 
 
 def _problems_of_task(
-    stream: Stream, spec: Spec, files: Sequence[_DataFile], damaged: Mapping[Path, str]
+    stream: Stream, spec: Spec, files: Sequence[_DataFile], damaged: Mapping[Path, str], sizes: Mapping[Path, int]
 ) -> Iterator[Problem]:
     missing = _missing(stream, spec)
     if missing:
@@ -207,7 +216,9 @@ def _problems_of_task(
     for file in files:
         yield from _problems_of_file(file, damaged)
         yield from _repetitions(file)
-    yield from _overlap(spec, files)
+    yield from _overlap(spec, files, sizes)
+    if spec.classes is not None:
+        yield from _class_problems(files, sizes)
     # A metric's own needs are looked at where the records are fine; else the same fault would be told twice.
     test = next((file for file in files if file.kind == "test"), None)
     if not missing and test is not None and test.refused is None and not test.bad:
@@ -253,20 +264,75 @@ def _repeated(items: Iterable[tuple[int, object]]) -> list[tuple[int, int]]:
     return [(row, first[key]) for row, key in items if first.setdefault(key, row) != row]
 
 
-def _overlap(spec: Spec, files: Sequence[_DataFile]) -> Iterator[Problem]:
-    """Test questions that training shows too: the same file and the same words."""
-    shown = {key: row for f in files if f.kind == "train" for row, s in f.samples.items() for key in _asked(s)}
-    for file in files:
-        if file.kind == "test":
-            hits = [(row, shown[key]) for row, s in file.samples.items() for key in _asked(s) if key in shown]
-            if hits:
-                details = (f"row {row} of the test is row {other} of the training" for row, other in hits)
-                title = f"{file.path}: {len(hits)} questions are in the training file too (same media and words)"
+def _overlap(spec: Spec, files: Sequence[_DataFile], sizes: Mapping[Path, int]) -> Iterator[Problem]:
+    """Test questions that training shows too: the same words, and what is shown has the same bytes."""
+    what = "questions" if spec.classes is None else "pictures"
+    for file in (file for file in files if file.kind == "test"):
+        for trained in (other for other in files if other.kind == "train"):
+            if pairs := _alike(file, trained, sizes):
+                details = (
+                    f"{_place(file, row)} of the test is {_place(trained, other)} of the training"
+                    for row, other in pairs
+                )
+                title = f"{file.path}: {len(pairs)} {what} are in the training file too (same media and words)"
                 yield Problem(spec.name, title, (*details,), stops=False)
 
 
-def _asked(sample: Sample) -> list[tuple[tuple[MediaFile, ...], str]]:
-    return [(sample.media, clean_question(m.text)) for m in sample.messages if m.role == "user"]
+def _alike(file: _DataFile, other: _DataFile, sizes: Mapping[Path, int]) -> list[tuple[int, int]]:
+    """(row, row of the other file that asks the same first). Bytes are read only where words and sizes agree."""
+    content = cache(lambda path: found_hash(path) or str(path))
+
+    def at_sight(asked: Asked) -> Hashable:
+        return tuple(sizes.get(shown.path) for shown in asked[0]), asked[1]
+
+    def read(asked: Asked) -> Hashable:
+        return tuple(content(shown.path) for shown in asked[0])
+
+    groups: dict[Hashable, list[tuple[int, Asked]]] = {}
+    for row, asked in _questions(other):
+        groups.setdefault(at_sight(asked), []).append((row, asked))
+    exact: dict[Hashable, dict[Hashable, int]] = {}
+    pairs = []
+    for row, asked in _questions(file):
+        group = groups.get(key := at_sight(asked), [])
+        if len(group) <= (file is other):  # nothing but itself
+            continue
+        if key not in exact:
+            exact[key] = {read(theirs): number for number, theirs in reversed(group)}
+        if (found := exact[key].get(read(asked))) is not None:
+            pairs.append((row, found))
+    return pairs
+
+
+def _questions(file: _DataFile) -> Iterator[tuple[int, Asked]]:
+    for row, sample in file.samples.items():
+        yield from ((row, (sample.media, clean_question(m.text))) for m in sample.messages if m.role == "user")
+
+
+def _place(file: _DataFile, row: int) -> str:
+    """Where a record stands; of a picture with a class, which may be no line of a file, its name."""
+    return f"row {row}" if file.spec.classes is None else file.samples[row].id
+
+
+def _class_problems(files: Sequence[_DataFile], sizes: Mapping[Path, int]) -> Iterator[Problem]:
+    """Pictures that training shows in two classes, and classes of which the test has no picture."""
+    for file in (file for file in files if file.kind == "train"):
+        samples = file.samples
+        pairs = [(a, b) for a, b in _alike(file, file, sizes) if samples[a].answers != samples[b].answers]
+        if pairs:
+            details = (f"{_place(file, row)} is {_place(file, other)}" for row, other in pairs)
+            title = f"{file.path}: {len(pairs)} pictures stand in another class too"
+            yield Problem(file.spec.name, title, (*details,), stops=False)
+    for file in (file for file in files if file.kind == "test" and file.samples):
+        asked = {sample.answers[0] for sample in file.samples.values()}
+        classes = next(iter(file.samples.values())).classes
+        names = () if classes is None else classes.names
+        if untested := [name for name in names if name not in asked]:
+            title = (
+                f"{file.path}: {len(untested)} of {len(names)} classes have no picture, {untested[0]!r} first; scores "
+                "say nothing about them"
+            )
+            yield Problem(file.spec.name, title, stops=False)
 
 
 def _metric_problems(stream: Stream, spec: Spec) -> Iterator[Problem]:

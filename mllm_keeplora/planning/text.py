@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mllm_keeplora.continual.saved_run import load_run
+from mllm_keeplora.modeling.families import family_of
 from mllm_keeplora.planning.plan import Plan, needed
 from mllm_keeplora.planning.time_model import (
     CARDS,
@@ -89,7 +90,7 @@ def _disk_lines(plan: Plan) -> Iterator[str]:
 
 
 def _work_lines(plan: Plan) -> Iterator[str]:
-    yield _row("stages", "samples", "probe", "epochs", "steps", "questions")
+    yield _row("stages", "samples", "probe", "epochs", "steps", f"{_asked(plan)}s")
     for work in plan.work:
         train = plan.memory.config.train_for(work.task)
         probe = f"{work.probe_passes} x {_known(work.probe_samples)}" if work.probe_passes else "-"
@@ -101,7 +102,12 @@ def _work_lines(plan: Plan) -> Iterator[str]:
     yield from _general_lines(plan)
     asked, unknown = sum(n or 0 for n in plan.questions), plan.questions.count(None)
     more = f" and {unknown} unknown" if unknown else ""
-    yield f"  evaluations: {len(plan.work) + 1} rows of {asked} questions{more}"
+    yield f"  evaluations: {len(plan.work) + 1} rows of {asked} {_asked(plan)}s{more}"
+
+
+def _asked(plan: Plan) -> str:
+    """What an evaluation asks one after another."""
+    return "picture" if family_of(plan.memory.model.config).classifies else "question"
 
 
 def _general_lines(plan: Plan) -> Iterator[str]:
@@ -114,13 +120,15 @@ def _general_lines(plan: Plan) -> Iterator[str]:
         if general.eps_g is not None and plan.memory.method.projects:
             said.append("inputs protected")
     if general.rehearsed:
-        said.append(f"{general.rehearsed} prompts of each past task rehearsed")
+        what = {"picture": "pictures", "question": "prompts"}[_asked(plan)]
+        said.append(f"{general.rehearsed} {what} of each past task rehearsed")
     if general.share:
         said.append(
             f"{sum(general.beside(batch, passes))} beside each {batch * passes} of a task's, by {general.distil}"
         )
     if general.budget is not None:
-        said.append(f"each stage scaled down to raise the divergence by at most {general.budget:g} nats a token")
+        unit = {"picture": "picture", "question": "token"}[_asked(plan)]
+        said.append(f"each stage scaled down to raise the divergence by at most {general.budget:g} nats a {unit}")
     if said:
         yield f"  general samples: {'; '.join(said)}"
     if RunDirectory(Path(config.run_dir)).config.is_file() and (note := load_run(config.run_dir).guard_note()):
@@ -137,7 +145,7 @@ def _time_lines(plan: Plan) -> Iterator[str]:
         return
     rates, total = plan.rates, plan.seconds(plan.rates)
     probe = f" {rates.probe:.3g} s a probe sample," if rates.probe else ""
-    step, question = f"{rates.step:.3g} s a step,", f" {rates.question:.3g} s a question"
+    step, question = f"{rates.step:.3g} s a step,", f" {rates.question:.3g} s a {_asked(plan)}"
     yield f"time         {step}{probe}{question} ({rates.source})"
     if total is None:
         yield f"             {_NO_TOTAL}"
@@ -148,7 +156,7 @@ def _time_lines(plan: Plan) -> Iterator[str]:
 def _card_lines(plan: Plan) -> Iterator[str]:
     """Nothing is measured yet: what data sheets say of cards, with what is assumed of them."""
     yield "time         nothing measured with these settings (--measure does that here); by arithmetic:"
-    yield "  " + _card_row("card", "step, s", "probe, s", "question, s", "stage, s", "bases, min", "run, h")
+    yield "  " + _card_row("card", "step, s", "probe, s", f"{_asked(plan)}, s", "stage, s", "bases, min", "run, h")
     for card in CARDS:
         rates = TimeModel(plan.memory).rates(card)
         total = plan.seconds(rates)

@@ -45,6 +45,19 @@ KINDS = {
 }
 
 
+class Words(NamedTuple):
+    """What a page calls what was asked: the part, one of it, a reply, and what stands beside the replies."""
+
+    heading: str
+    one: str
+    reply: str
+    columns: tuple[str, str, str]
+
+
+OF_QUESTIONS = Words("Answers", "question", "What the model said", ("shown", "question", "reference"))
+OF_PICTURES = Words("Pictures", "picture", "The class that the model named", ("picture", "prompt", "class"))
+
+
 class Answer(NamedTuple):
     """A reply; `right` is None where the metric gives single questions no score."""
 

@@ -13,15 +13,15 @@ from huggingface_hub.repocard import metadata_load
 
 from mllm_keeplora.continual.edits import edit_label, is_state, stage_facts
 from mllm_keeplora.continual.saved_run import SavedRun
+from mllm_keeplora.data.conversation import Classes
 from mllm_keeplora.data.stream import StreamError, load_stream
-from mllm_keeplora.evaluation.task_files import ASKED, CLASSES, COPY_COLUMN, ScoredTask, read_index
+from mllm_keeplora.evaluation.task_files import ASKED, CLASSES, COPY_COLUMN, ScoredTask, read_classes, read_index
 from mllm_keeplora.modeling.saved_adapters import AdapterFacts, adapter_facts
 from mllm_keeplora.reports.figures import matrix_picture
 from mllm_keeplora.reports.page import write_atomically
 from mllm_keeplora.reports.results import names_of, score_of, written
 from mllm_keeplora.reports.tables import metric_frame, percent, stage_label, subset_note
 from mllm_keeplora.resources import find
-from mllm_keeplora.runs.files import read_json
 from mllm_keeplora.runs.run_directory import CARD, CARD_PICTURE, RunDirectory
 from mllm_keeplora.yaml_files import read_yaml
 
@@ -263,11 +263,11 @@ def _task_file(run: SavedRun, entry: ScoredTask) -> Any:
     return read_yaml(file) if file.is_file() else None
 
 
-def _classes(run: SavedRun, entry: ScoredTask) -> Any:
+def _classes(run: SavedRun, entry: ScoredTask) -> Classes | None:
     """Names and prompts of the classes that a task's replies are chosen from; None where replies are words."""
     settings = _task_file(run, entry)
     named = (settings or {}).get("generation_kwargs", {}).get(CLASSES)
-    return None if named is None else read_json(run.directory.task_files / Path(named).name)
+    return None if named is None else read_classes(run.directory.task_files / Path(named).name)
 
 
 def _parts(document: Json) -> list[Json]:

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from mllm_keeplora.continual.saved_run import load_run
 from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.evaluation.metrics import Estimate, mean_over_seeds
-from mllm_keeplora.reports.answers import Section, difference_sections
+from mllm_keeplora.reports.answers import OF_PICTURES, OF_QUESTIONS, Section, difference_sections
 from mllm_keeplora.reports.figures import chart_style, method_styles, picture_style, plot_intervals, png, svg
 from mllm_keeplora.reports.intervals import Interval, around, mean_of_intervals
 from mllm_keeplora.reports.page import Charts, render, score_charts, write_atomically
@@ -32,7 +32,7 @@ PAGE, PICTURE = "comparison.html", "comparison.png"
 COMPARED = ("mft", "last", "bwt", "forgetting")
 LEARNT, GENERAL = "tasks learnt so far", "general benchmarks"  # curves beside those of each task
 ERRORS = """Several runs: mean ± standard error over their seeds.
-One run: in brackets the 95 % interval that its test questions give, where there is one."""
+One run: in brackets the 95 % interval that its tests give, where there is one."""
 LABEL_WIDTH = 48  # characters of a label in the picture
 # Decide no number, or are compared otherwise (seeds are averaged over, data by their hashes).
 NOT_COMPARED = {"run_dir", "cache_dir", "report_to", "seed", "stream", "data_root"}
@@ -382,6 +382,7 @@ def _page(groups: Sequence[Group], runs: Sequence[tuple[str, Results]], answers:
         score_charts=score_charts(retention, curves, looks(groups)),
         apart=apart,
         answers=answers,
+        words=OF_PICTURES if results[0].chooses else OF_QUESTIONS,
         scores=pd.DataFrame(scores).set_index("task"),
         # Runs of one label differ in no setting.
         settings=settings[~settings.index.duplicated()].T.rename_axis("setting"),

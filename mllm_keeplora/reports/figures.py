@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from mllm_keeplora.continual.stage import LEAKAGE_TOLERANCE
 from mllm_keeplora.reports.intervals import Interval
@@ -37,6 +37,7 @@ LOSS_POINTS = 240  # a wider curve would only repeat pixels
 # Curves of a training, where the run has them.
 TRAINING = {"loss": "loss", "grad_norm": "gradient norm before clipping", "learning_rate": "learning rate"}
 LOGARITHMIC = ("loss", "grad_norm")
+NARROW = 50.0  # largest by least value of a logarithmic axis that powers of 10 would give a line or two
 LEAST_SHARE = 1e-6  # of the largest value: what is smaller, zero included, is drawn at the foot of a logarithmic axis
 # Owners of the colours, in the order of `styles`.
 METHODS = ("keeplora", "lora", "inflora", "olora", "gpm", "replay", "ewc", "loda", "joint", "zero_shot")
@@ -201,6 +202,7 @@ def training_chart(stage: str, curves: Mapping[str, Sequence[Sequence[float]]], 
             floor = max(low, high * LEAST_SHARE)
             axes.plot(steps, values.clip(floor), color=COLOURS[0])
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < NARROW * floor else (1,)))
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter(NullFormatter())
             axes.set_ylim(floor / 1.5, high * 1.5)

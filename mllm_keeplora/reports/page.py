@@ -17,7 +17,7 @@ from markupsafe import Markup
 from mllm_keeplora.continual.saved_run import SavedRun
 from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.reports import figures
-from mllm_keeplora.reports.answers import Section, cut, run_sections
+from mllm_keeplora.reports.answers import OF_PICTURES, OF_QUESTIONS, Section, cut, run_sections
 from mllm_keeplora.reports.intervals import Interval, interval_of, mean_of_intervals
 from mllm_keeplora.reports.results import Json, Results, names_of, read_results, score_of, written
 from mllm_keeplora.reports.tables import (
@@ -112,6 +112,8 @@ def _page(results: Results, name: str, answers: Sequence[Section], guard_note: s
         widest=max((h - w for c in curves.values() for _, w, h in c if w is not None and h is not None), default=0.0),
         means=[mean_of_intervals([score_of(row, name) for name in retention["general"]]) for row in rows],
         answers=answers,
+        words=OF_PICTURES if results.chooses else OF_QUESTIONS,
+        chooses=results.chooses,
         guard_note=guard_note,
         subset_note=subset_note(retention),
         metrics=metric_frame(retention),
@@ -119,7 +121,7 @@ def _page(results: Results, name: str, answers: Sequence[Section], guard_note: s
         shares=_shares(retention),
         guards=_guards(manifests),
         energies=_energies(results.directory),
-        replies=_general_replies(results.directory),
+        replies=_general_replies(results),
         modules=modules,
         room=figures.ROOM,
         towers=_tower_charts(modules),
@@ -227,10 +229,13 @@ def _energies(directory: RunDirectory) -> pd.DataFrame:
     return frame.sort_values("held", kind="stable").rename_axis("module")
 
 
-def _general_replies(directory: RunDirectory) -> pd.DataFrame:
-    """The general prompts with the base's own replies (G1)."""
-    rows = read_json(directory.general_replies) if directory.general_replies.exists() else []
-    return pd.DataFrame(rows, columns=["id", "prompt", "reply"]).set_index("id").rename_axis("sample")
+def _general_replies(results: Results) -> pd.DataFrame:
+    """The general prompts with the base's own replies (G1); of a CLIP pictures, and the text nearest to each."""
+    file = results.directory.general_replies
+    found = pd.DataFrame(read_json(file) if file.exists() else [], columns=["id", "prompt", "reply"]).set_index("id")
+    if results.chooses:
+        return found[["reply"]].rename(columns={"reply": "nearest text"}).rename_axis("picture")
+    return found.rename_axis("sample")
 
 
 def _counts(manifests: Sequence[Json]) -> pd.DataFrame:

@@ -12,6 +12,7 @@ from typing import Any
 from mllm_keeplora.config import flatten
 from mllm_keeplora.continual.saved_run import SavedRun
 from mllm_keeplora.errors import KeepLoRAError
+from mllm_keeplora.evaluation.task_files import has_classes
 from mllm_keeplora.reports.intervals import Interval, interval_of
 from mllm_keeplora.runs.files import ArtifactError, read_json
 from mllm_keeplora.runs.manifests import SCHEMA_VERSION
@@ -43,6 +44,11 @@ class Results:
     config: Json
     retention: Json
     manifests: list[Json]
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the model names the classes of pictures, and writes no text."""
+        return has_classes(self.directory.task_files)
 
 
 def read_results(run: SavedRun) -> Results:

@@ -188,11 +188,11 @@ def metric_frame(retention: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def subset_note(retention: Mapping[str, Any]) -> str:
-    """What the scores leave out; empty where every question was asked after every stage. Older runs do not say."""
+    """What the scores leave out; empty where all was asked after every stage. Older runs do not say."""
     limits = retention.get("limits", {})
     kinds = {"task": "each task", "general": "each general benchmark"}
     parts = [f"{limits[kind]} of {name}" for kind, name in kinds.items() if limits.get(kind) is not None]
-    notes = [f"A subset: scores are of the first questions alone, {' and '.join(parts)}."] if parts else []
+    notes = [f"A subset: scores are of the first {' and the first '.join(parts)} alone."] if parts else []
     rows = retention.get("rows", [])
     appended = [n for n in names_of(retention) if any(score_of(row, n).value is None for row in rows)] if rows else []
     if appended:

@@ -1,6 +1,8 @@
 """CLIP: data in folders and records, the stage's promises on both towers, replies, what is saved, and refusals."""
 
 import json
+import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -16,14 +18,19 @@ from peft import PeftModel
 from PIL import Image
 from transformers import AutoProcessor, BitsAndBytesConfig, CLIPModel
 
+from mllm_keeplora.commands.chat import main as chat
+from mllm_keeplora.commands.export import main as export_command
 from mllm_keeplora.config import (
     EvaluationConfig,
+    GeneralConfig,
+    JudgeConfig,
     ModelConfig,
     ProbeConfig,
     RunConfig,
     TowerConfig,
     TrainConfig,
 )
+from mllm_keeplora.continual.export import export
 from mllm_keeplora.continual.learning import read_stage_factors
 from mllm_keeplora.continual.run_stream import run_stream
 from mllm_keeplora.continual.saved_run import load_run
@@ -36,6 +43,7 @@ from mllm_keeplora.data.stream import data_hash, load_stream, load_training_reco
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.eval.leaderboard import evaluate_saved, find_differences, read_run
 from mllm_keeplora.evaluation.answer import answer
+from mllm_keeplora.evaluation.judge import JudgeError, judge_run
 from mllm_keeplora.evaluation.metrics import summarize
 from mllm_keeplora.evaluation.task_files import follow_move
 from mllm_keeplora.methods import loda
@@ -47,7 +55,9 @@ from mllm_keeplora.planning.check_stream import check_stream
 from mllm_keeplora.probes.activations import sketch_inputs
 from mllm_keeplora.probes.gradients import gaussian_probe, sketch_gradients
 from mllm_keeplora.reports.card import write_card
+from mllm_keeplora.reports.comparison import compare_runs
 from mllm_keeplora.reports.page import write_report
+from mllm_keeplora.reports.tables import format_table
 from mllm_keeplora.runs.run_directory import RunDirectory
 from tests.modules.conftest import BOTH_TOWERS, all_targets, read_adapter
 from tests.modules.test_gradients import autograd_gradients, columns, relative_error
@@ -289,6 +299,92 @@ def test_the_cards_example_prints_what_the_run_was_answered(finished: RunConfig,
     assert ">pale pink<" in page
 
 
+def test_reports_speak_of_pictures_and_classes(finished: RunConfig, clip: Path, data: Path, tmp_path: Path) -> None:
+    """Where other models have questions, prompts and answers; also with general samples and beside another run."""
+    (tmp_path / "general.yaml").write_text(
+        "pictures: all/train\nclasses: {templates: ['a {}'], names: [dog, cat, car]}"
+    )
+    general = GeneralConfig(
+        samples=str(tmp_path / "general.yaml"), media_root=str(data), share=0.2, rehearsed=2, budget=0.02
+    )
+    config = settings(clip, data, tmp_path, general=general)
+    run_stream(config)
+    run = load_run(config.run_dir)
+    write_card(run)
+    write_report(run)
+    compare_runs([Path(config.run_dir), Path(finished.run_dir)], tmp_path / "compared")
+    page, beside = run.directory.report.read_text(), (tmp_path / "compared/comparison.html").read_text()
+    card = (run.directory.adapter / "README.md").read_text()
+    for text in (page, beside, card, format_table(run.retention, run.guard_note())):
+        shown = re.sub(r"<(style|script|dl).*?</\1>|<[^>]*>", "", text, flags=re.DOTALL)  # settings have names
+        assert not re.findall(r"(?i)\b(?:question|answer|token)s?\b", shown)
+    assert ">General pictures <" in page
+    assert "held-out general pictures by more than 0.02 nats a picture" in page
+    assert '<summary><b>warm</b> <span class="muted">&ensp;6 pictures: ' in page
+    assert f"{2 * 2 * 6} modules ({2 * 6} of them in the vision tower)" in card
+
+
+@pytest.mark.parametrize("name", ["warm", "cold", "all"])
+def test_chat_names_the_class_that_evaluation_named(
+    finished: RunConfig, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = [*RunDirectory(Path(finished.run_dir)).found_stages()][-1]
+    lines = [json.loads(line) for line in (stage.replies / f"{name}.jsonl").read_text().splitlines()][:2]
+    run = load_run(finished.run_dir)
+    assert [run.name_class(line["doc"]["image"], name) for line in lines] == [line["reply"] for line in lines]
+    chat([finished.run_dir, "--image", lines[0]["doc"]["image"], "--task", name])
+    assert capsys.readouterr().out == f"{lines[0]['reply']}\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--task", "warm"], "a CLIP names the class of a picture: give --image, its --task, and no question"),
+        (["--image", "a.png", "--task", "warm", "What?"], "and no question"),
+        (["--video", "a.mp4", "--task", "warm"], "give --image"),
+        (["--image", "a.png"], "the classes of one task; name warm, cold, all"),
+        (["--image", "a.png", "--task", "hot"], "the run has no task 'hot'; name warm, cold, all"),
+        (["--image", "a.png", "--task", "warm"], "a.png does not exist"),
+    ],
+)
+def test_chat_refuses_what_names_no_class(finished: RunConfig, options: list[str], said: str) -> None:
+    with pytest.raises(KeepLoRAError, match=said):
+        chat([finished.run_dir, *options])
+
+
+def test_a_judge_has_nothing_to_grade(finished: RunConfig) -> None:
+    with pytest.raises(JudgeError, match="its replies are names of classes, each right or wrong"):
+        judge_run(Path(finished.run_dir), JudgeConfig(judge="some/model"))
+
+
+def test_an_export_is_the_stock_model_and_is_compared_on_pictures_of_all_classes(
+    finished: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown: list[str] = []
+    collate = ClassCollator.__call__
+    monkeypatch.setattr(ClassCollator, "__call__", lambda self, s: shown.extend(s[0].answers) or collate(self, s))
+    export(Path(finished.run_dir), tmp_path / "two", "float32", questions=2)
+    assert shown == ["blue", "green"]
+    export_command([finished.run_dir, "--out", str(tmp_path / "out")])
+    assert re.search(
+        r"on 6 test pictures, logits differ by .* of their norm, and \d.* % of them have the same nearest class",
+        capsys.readouterr().out,
+    )
+    model, processor = CLIPModel.from_pretrained(tmp_path / "two"), AutoProcessor.from_pretrained(tmp_path / "two")
+    stage = [*RunDirectory(Path(finished.run_dir)).found_stages()][-1]
+    lines = [json.loads(line) for line in (stage.replies / "cold.jsonl").read_text().splitlines()]
+    names = ["blue", "green"]
+    with torch.no_grad():
+        inputs: Any = [
+            processor(text=[t.format(n) for n in names], padding=True, return_tensors="pt") for t in TEMPLATES
+        ]
+        features = [model.get_text_features(**each).pooler_output for each in inputs]
+        classes = torch.nn.functional.normalize(sum(torch.nn.functional.normalize(f) for f in features))
+        pictures: Any = processor(images=[Image.open(x["doc"]["image"]) for x in lines], return_tensors="pt")
+        nearest = (model.get_image_features(**pictures).pooler_output @ classes.T).argmax(1).tolist()
+    assert [names[index] for index in nearest] == [line["reply"] for line in lines]
+
+
 def test_the_leaderboard_asks_the_same_again(finished: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["lmms-eval"])  # which it replaces
     run = read_run(Path(finished.run_dir))
@@ -411,6 +507,11 @@ def _classes(names: Any = None, templates: Any = TEMPLATES) -> Callable[[Path], 
     return lambda root: _edit(root, lambda stream: stream["tasks"][0].update(classes=entry))
 
 
+def _rename(root: Path, old: str, new: str) -> None:
+    for half in ("train", "test"):
+        (root / "warm" / half / old).rename(root / "warm" / half / new)
+
+
 def _records(*records: Any) -> Callable[[Path], None]:
     def change(root: Path) -> None:
         (root / "warm.json").write_text(json.dumps(records))
@@ -446,7 +547,42 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "two classes of one name": (
         _classes({"red": "Red", "pale_pink": "red "}),
-        "classes 'red' and 'pale_pink' both have the name 'red '",
+        "classes 'red' and 'pale_pink' have the names 'Red' and 'red ', which are one to a CLIP",
+    ),
+    "two names of the same letters": (
+        _classes({"red": "caf\u00e9", "pale_pink": "cafe\u0301"}),
+        r"'caf\\xe9' and 'cafe\\u0301', which are one to a CLIP",
+    ),
+    "two names that the tokenizer tells not apart": (
+        _classes({"red": "\u8d64", "pale_pink": "\u6843"}),
+        "warm/train: classes: the prompts 'a picture of \u8d64.' and 'a picture of \u6843.' are the same tokens",
+    ),
+    "a folder without letters": (
+        lambda root: _rename(root, "red", "__"),
+        "the folder '__' names no class; rename it, or give names",
+    ),
+    "a folder whose name is no text": (
+        lambda root: (root / "warm/train/red").rename(root / os.fsdecode(b"warm/train/r\xe9d")),
+        r"warm/train: the names of 1 entries are not UTF-8, 'r\\udce9d' first; rename them",
+    ),
+    "a picture whose name is no text": (
+        lambda root: (root / "warm/train/red/0.png").rename(root / os.fsdecode(b"warm/train/red/\xe9.png")),
+        "warm/train/red: the names of 1 entries are not UTF-8",
+    ),
+    "pictures of a class beside the folder of the other": (
+        lambda root: (
+            [shutil.move(f, root / "warm/train") for f in (root / "warm/train/red").iterdir()]
+            and (root / "warm/train/red").rmdir()
+        ),
+        "expected one folder a class with pictures in it, found '0.png' beside them; move it elsewhere",
+    ),
+    "a folder that is not there": (
+        lambda root: _edit(root, lambda stream: stream["tasks"][0].update(train="warm/trian")),
+        "not found under the data root .*warm/trian",
+    ),
+    "folders without classes": (
+        lambda root: _edit(root, lambda stream: stream["tasks"][0].pop("classes")),
+        "train is 'warm/train'; expected a file ending in .*. A folder of pictures needs `classes`",
     ),
     "one name twice in a list": (_classes(["red", "red"]), "two classes have the name 'red'"),
     "names that are numbers": (_classes({1: "red", 2: "pink"}), "classes.names: expected names that are text, found 1"),
@@ -475,7 +611,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a record with a question": (_records({"image": "red/0.png", "class": "red", "text": "?"}), 'and "id" at most'),
     "a prompt that is too long": (
         _classes({"red": "red " * 40, "pale_pink": "pink"}),
-        "has 4[0-9] tokens, the model takes at most 24; shorten",
+        "warm/train: classes: the prompt 'a picture of red .* has 4[0-9] tokens, the model takes at most 24; shorten",
     ),
 }
 
@@ -491,15 +627,66 @@ def test_what_cannot_be_used_is_named(clip: Path, data: Path, tmp_path: Path, ki
         load_training_records(load_stream(root / "stream.yaml"), checker=Preflight(processor=processor))
 
 
-@pytest.mark.parametrize("kind", ["an empty class", "a class that training lacks", "no picture"])
+TOLD = (
+    *(
+        "an empty class",
+        "a class that training lacks",
+        "no picture",
+        "a prompt that is too long",
+        "no place for the name",
+    ),
+    *("two names that the tokenizer tells not apart", "a folder whose name is no text", "a folder without letters"),
+)
+
+
+@pytest.mark.parametrize("kind", TOLD)
 def test_the_checker_reports_the_same(clip: Path, data: Path, tmp_path: Path, kind: str) -> None:
     root = _folder(data, tmp_path)
     _edit(root, lambda stream: None)
     sound = check_stream(load_stream(root / "stream.yaml"), Preflight(processor=AutoProcessor.from_pretrained(clip)))
     assert (sound.problems, sound.counts[0].train, sound.trained["warm"]) == ((), 12, ["12 pictures of 2 classes"])
     WRONG[kind][0](root)
-    found = check_stream(load_stream(root / "stream.yaml"), Preflight())
-    assert [problem.task for problem in found.problems if problem.stops] == ["warm"]
+    processor: Any = AutoProcessor.from_pretrained(clip)
+    found = check_stream(load_stream(root / "stream.yaml"), Preflight(processor=processor))
+    assert [problem.task for problem in found.problems if problem.stops] == ["warm"]  # once, of train and test alike
+    said = "\n".join((found.problems[0].title, *found.problems[0].details))
+    assert re.search(WRONG[kind][1].replace("\\n", "\n").replace("\n  ", "\n").removeprefix("warm/train: "), said)
+
+
+def test_the_checker_tells_of_pictures_that_are_copies_and_of_classes_without_a_test(
+    data: Path, tmp_path: Path
+) -> None:
+    """By their bytes: in folders of classes no path comes twice."""
+    root = _folder(data, tmp_path)
+    _edit(root, lambda stream: None)
+    assert not check_stream(load_stream(root / "stream.yaml"), Preflight()).problems
+    shutil.copy(root / "warm/train/red/3.png", root / "warm/test/red/leak.png")
+    shutil.copy(root / "warm/train/red/2.png", root / "warm/train/pale_pink/other.png")
+    shutil.copy(root / "warm/train/red/1.png", root / "warm/train/red/again.png")  # no harm
+    shutil.rmtree(root / "cold/test/blue")
+    found = check_stream(load_stream(root / "stream.yaml"), Preflight()).problems
+    assert not any(problem.stops for problem in found)
+    said = {(problem.task, problem.title.split(": ", 1)[1]): problem.details for problem in found}
+    assert said == {
+        ("warm", "1 pictures are in the training file too (same media and words)"): (
+            "red/leak.png of the test is red/3.png of the training",
+        ),
+        ("warm", "1 pictures stand in another class too"): ("red/2.png is pale_pink/other.png",),
+        ("cold", "1 of 2 classes have no picture, 'blue' first; scores say nothing about them"): (),
+    }
+
+
+def test_folders_may_hold_links_to_pictures_below_the_media_root(data: Path, tmp_path: Path) -> None:
+    """By default the data root: halves of one set are often made as folders of links."""
+    root = _folder(data, tmp_path)
+    _edit(root, lambda stream: None)
+    for file in [*(root / "warm/train/red").iterdir()]:
+        moved = file.rename(root / f"whole-{file.name}")
+        file.symlink_to(moved)
+    assert len(load_training_records(load_stream(root / "stream.yaml"))["warm"][0]) == 2 * TRAINED
+    _edit(root, lambda stream: stream["tasks"][0].update(media_root="warm"))
+    with pytest.raises(KeepLoRAError, match=r"'red/0.png' lies outside the media root .*/warm \(links resolved\)"):
+        load_training_records(load_stream(root / "stream.yaml"))
 
 
 def test_hidden_files_are_no_pictures_and_records_say_the_same_as_folders(data: Path, tmp_path: Path) -> None:

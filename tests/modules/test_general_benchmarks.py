@@ -156,7 +156,7 @@ def test_a_subset_says_so() -> None:
     assert subset_note({"limits": {"task": None, "general": None}}) == ""
     assert subset_note({}) == "", "runs from before limits were recorded"
     note = subset_note({"limits": {"task": None, "general": 500}})
-    assert note == "A subset: scores are of the first questions alone, 500 of each general benchmark."
+    assert note == "A subset: scores are of the first 500 of each general benchmark alone."
     metrics = dict.fromkeys(("last", "mft", "maa", "bwt", "forgetting", "transfer", "average"))
     retention = {
         "tasks": ["t"],
@@ -166,7 +166,7 @@ def test_a_subset_says_so() -> None:
         "limits": {"task": 2, "general": 2},
     }
     text = format_table({**retention, "metrics": {**metrics, "retention": {}}})
-    assert "A subset: scores are of the first questions alone, 2 of each task and 2 of each" in text
+    assert "A subset: scores are of the first 2 of each task and the first 2 of each" in text
 
 
 # Logins

@@ -17,8 +17,16 @@ from torch import Tensor
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.evaluation.lmms_model import load_for_evaluation
 from mllm_keeplora.modeling.adapters import ACCUMULATED, AdapterError, attach
+from mllm_keeplora.modeling.families import FAMILIES, ModelFamily
 from mllm_keeplora.modeling.loading import load_base, load_dense
-from mllm_keeplora.modeling.saved_adapters import CONFIG, WEIGHTS, load_adapter, read_adapter, read_initial_adapter
+from mllm_keeplora.modeling.saved_adapters import (
+    CONFIG,
+    WEIGHTS,
+    adapter_facts,
+    load_adapter,
+    read_adapter,
+    read_initial_adapter,
+)
 from tests.modules.conftest import batch, model_config
 
 LANGUAGE = r".*language_model.*\.(q_proj|v_proj|down_proj)"
@@ -358,6 +366,15 @@ def test_a_pickled_adapter_is_not_read(bare: Any, tmp_path: Path, name: str) -> 
 
 
 # Said, and read
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_modules_of_a_vision_tower_are_known_by_their_names(family: ModelFamily, tmp_path: Path) -> None:
+    """Those of every family, as PEFT saves them."""
+    layers = [*family.vision_layers.values(), family.language_layers]
+    tensors = {f"base_model.model.{layer}.0.q_proj.lora_A.weight": torch.ones(3, 4) for layer in layers}
+    save_file(tensors, tmp_path / WEIGHTS)
+    assert adapter_facts(tmp_path / WEIGHTS).vision_modules == len({*family.vision_layers.values()})
 
 
 def test_an_adapter_of_another_base_and_zero_updates_are_told_of(

@@ -13,7 +13,7 @@ from PIL import Image
 from mllm_keeplora.continual.saved_run import SavedRun, load_run
 from mllm_keeplora.evaluation.task_files import ASKED
 from mllm_keeplora.reports import answers
-from mllm_keeplora.reports.answers import Answer, Section, difference_sections, run_sections, story_of
+from mllm_keeplora.reports.answers import OF_QUESTIONS, Answer, Section, difference_sections, run_sections, story_of
 from mllm_keeplora.reports.page import template_environment
 from mllm_keeplora.reports.results import ReportError, read_results
 from mllm_keeplora.runs.run_directory import RunDirectory
@@ -66,8 +66,8 @@ def sections(run: SavedRun) -> list[Section]:
 def page_with(found: list[Section]) -> str:
     """The answers alone on a page, without its charts."""
     template = "{% extends 'layout.html.j2' %}{% from 'macros.html.j2' import answers %}{% block content %}"
-    template += "{% for section in found %}{{ answers(section) }}{% endfor %}{% endblock %}"
-    return template_environment().from_string(template).render(found=found)
+    template += "{% for section in found %}{{ answers(section, words) }}{% endfor %}{% endblock %}"
+    return template_environment().from_string(template).render(found=found, words=OF_QUESTIONS)
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,19 @@ def test_tables_of_few_columns_become_lists_on_a_telephone(browser: Any, pages: 
     page.close()
 
 
+@pytest.mark.parametrize("name", ["run", "comparison"])
+def test_no_number_is_broken_on_a_telephone(browser: Any, pages: dict[str, Path], name: str) -> None:
+    """Also beside a label of several lines."""
+    page = opened(browser, pages[name], PHONE, "light")
+    broken = """[...document.querySelectorAll('.cards td:not(.text)')].filter((cell) => {
+      const text = document.createRange();
+      text.selectNodeContents(cell);
+      return new Set([...text.getClientRects()].map((line) => line.top)).size > 1;
+    }).map((cell) => cell.textContent).filter((text) => !text.includes(' '))"""
+    assert page.evaluate(broken) == []
+    page.close()
+
+
 @pytest.mark.parametrize("size", [PHONE, DESK], ids=["phone", "desk"])
 def test_the_filter_finds_questions_by_what_became_of_them_and_by_words(
     browser: Any, pages: dict[str, Path], size: dict[str, int]

@@ -577,6 +577,13 @@ def test_means_have_the_limits_of_what_they_are_of():
     assert mean_of_intervals([]) == (None, None, None)
 
 
+@pytest.mark.parametrize(("low", "high"), [(0.36, 3.5), (1.1, 1.9), (0.02, 0.8), (2e-5, 4.0), (0.0, 3.0)])
+def test_a_logarithmic_axis_has_lines_to_read_it_by(low, high):
+    chart = str(figures.training_chart("1 digits", {"loss": [[10, high], [20, low]]}, {"loss": (low, high)}))
+    ticks = [float(text) for text in re.findall(r"<text[^>]*>([\d.e+-]+)</text>", chart)]
+    assert 2 <= sum(tick not in (10, 12, 14, 16, 18, 20) for tick in ticks) <= 8
+
+
 def test_several_general_benchmarks_have_a_mean_beside_them(tmp_path):
     page = Page(page_of(tmp_path, make_retention(general=["scenes", "pope"])))
     page.check_tables()
