@@ -210,7 +210,7 @@ class StageContext:
             yield self.run.to_device(batch)
 
     def sketch(self, model: Model, pass_number: int) -> dict[str, Tensor]:
-        """Omega^T G of every module [q, in] (E2), q = columns_per_rank * r; each pass draws its own Omega."""
+        """Omega^T G of every module [q, in] (E2), q = columns_per_rank * r, 2 at least; each pass draws its own Omega."""
         seed = 2 * self.seed + pass_number
         return sketch_gradients(model, self.targets, self._columns(), self.probe_batches, seed)
 
@@ -221,4 +221,5 @@ class StageContext:
 
     def _columns(self) -> dict[str, int]:
         per_rank = self.run.config.probe.columns_per_rank
-        return {t.name: per_rank * self.run.rank(t) for t in self.targets}
+        # Two at least: E8 builds directions from some and decides by the others.
+        return {t.name: max(2, per_rank * self.run.rank(t)) for t in self.targets}

@@ -502,6 +502,20 @@ def test_a_module_without_directions_left_is_skipped(
     }
 
 
+@pytest.mark.parametrize("method", ["keeplora", "gpm", "inflora", "loda"])
+@pytest.mark.parametrize(("rank", "columns"), [(1, 1), (1, 2), (3, 1)])
+def test_the_smallest_sketches_are_enough(
+    rank: int, columns: int, method: str, tiny_llava: Path, stream_file: Path, tmp_path: Path
+) -> None:
+    options = {"energy_of": "inputs"} if method == "inflora" else {}
+    settings = config(tiny_llava, stream_file, tmp_path, method, **options)
+    tower = replace(settings.language, rank=rank)
+    probe = replace(settings.probe, columns_per_rank=columns)
+    run_stream(replace(settings, language=tower, vision=tower, probe=probe))
+    rows = json.loads((tmp_path / "run/stages/02-second/manifest.json").read_text())["modules"]
+    assert all(row["rank"] == rank and row["leakage"] < 1e-6 for row in rows)
+
+
 def test_inflora_learns_where_the_inputs_are_and_the_past_is_not(
     tiny_llava: Path, stream_file: Path, tmp_path: Path
 ) -> None:
