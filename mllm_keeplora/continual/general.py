@@ -9,6 +9,7 @@ text, and what it says there is its distribution over them.
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any, cast
@@ -549,26 +550,27 @@ def guard(
     run, budget = stage.run, stage.run.config.general.budget or 0.0
     general = cast(General, run.general)
     batches = Batches(run, general.held_out)
+    towers: list[Tower] = list(dict.fromkeys(target.tower for target in stage.targets))
 
-    def measure(c: Mapping[Tower, float]) -> float:
-        folded = method.fold(stage.accumulated, factors, stage.scaled(c).folded_scales)
-        return held_out_divergence(model_of(folded), batches)
+    @cache
+    def measure(*c: float) -> float:
+        scales = stage.scaled(dict(zip(towers, c, strict=True))).folded_scales
+        return held_out_divergence(model_of(method.fold(stage.accumulated, factors, scales)), batches)
 
     before = held_out_divergence(model_of(stage.accumulated), batches)
-    c: dict[Tower, float] = {target.tower: 1.0 for target in stage.targets}
-    unscaled = after = measure(c)
+    c = [1.0] * len(towers)
+    unscaled = measure(*c)
     if unscaled > before + budget:
-        common = _largest(0.0, lambda value: measure(dict.fromkeys(c, value)) <= before + budget)
-        c = dict.fromkeys(c, common)
-        for tower in c if len(c) > 1 else ():
+        c = [_largest(0.0, lambda value: measure(*[value] * len(towers)) <= before + budget)] * len(towers)
+        for place in range(len(towers)) if len(towers) > 1 else ():
 
-            def fits(value: float, tower: Tower = tower) -> bool:
-                return measure({**c, tower: value}) <= before + budget
+            def fits(value: float, place: int = place) -> bool:
+                return measure(*c[:place], value, *c[place + 1 :]) <= before + budget
 
-            c[tower] = _largest(common, fits)
-        after = measure(c)
-        _say(stage, c, budget)
-    return {"factors": c, "before": before, "unscaled": unscaled, "after": after}
+            c[place] = _largest(c[place], fits)
+        _say(stage, dict(zip(towers, c, strict=True)), budget)
+    after = measure(*c) if any(c) else before
+    return {"factors": dict(zip(towers, c, strict=True)), "before": before, "unscaled": unscaled, "after": after}
 
 
 def _say(stage: StageContext, c: Mapping[Tower, float], budget: float) -> None:

@@ -210,7 +210,7 @@ class StageContext:
             yield self.run.to_device(batch)
 
     def sketch(self, model: Model, pass_number: int) -> dict[str, Tensor]:
-        """Omega^T G of every module [q, in] (E2), q = columns_per_rank * r, 2 at least; each pass draws its own Omega."""
+        """Omega^T G of every module [q, in] (E2), q = columns_per_rank * r, at least 2; its own Omega a pass."""
         seed = 2 * self.seed + pass_number
         return sketch_gradients(model, self.targets, self._columns(), self.probe_batches, seed)
 

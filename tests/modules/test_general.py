@@ -28,7 +28,7 @@ from mllm_keeplora.data.collator import collator_of
 from mllm_keeplora.data.preflight import Preflight
 from mllm_keeplora.data.records import load_records
 from mllm_keeplora.errors import KeepLoRAError
-from mllm_keeplora.methods.context import Lesson, StageContext
+from mllm_keeplora.methods.context import General, Lesson, StageContext
 from mllm_keeplora.modeling import loss
 from mllm_keeplora.modeling.adapters import STAGE, active_adapters, adapters_off, attach_accumulated, detach
 from mllm_keeplora.modeling.loss import as_teacher, divergence, reply_logits, teacher_divergence
@@ -426,6 +426,40 @@ def test_the_guard_takes_the_largest_update_that_fits(settings: Settings) -> Non
             detach(model)
         assert found == pytest.approx(facts["after"], rel=1e-3, abs=1e-9)
         assert facts["after"] <= budget
+
+
+@pytest.mark.parametrize(
+    ("vision", "language", "most"),
+    [(0.1, 0.2, 2), (3.0, 0.2, 19), (0.2, 3.0, 19), (3.0, 4.0, 19), (90.0, 0.2, 19), (90.0, 90.0, 19), (0.0, 3.0, 19)],
+)
+def test_the_guard_measures_no_factor_twice(
+    vision: float, language: float, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a divergence grows with each tower's factor: both kept in the budget, neither could be a step larger."""
+    seen: list[dict[str, float]] = []
+    monkeypatch.setattr(general, "Batches", lambda run, samples: None)
+    monkeypatch.setattr(general, "held_out_divergence", lambda model, batches: seen.append(model) or divergence(model))
+
+    def divergence(c: dict[str, float]) -> float:
+        return 0.5 + vision * c.get("vision", 0.0) + language * c.get("language", 0.0)
+
+    settings = SimpleNamespace(general=GeneralConfig(samples="builtin", budget=1.0))
+    stage: Any = SimpleNamespace(
+        run=SimpleNamespace(config=settings, general=General([], [])),
+        name="stage 1",
+        targets=[SimpleNamespace(tower=tower) for tower in ("vision", "vision", "language")],
+        accumulated={},
+        scaled=lambda c: SimpleNamespace(folded_scales=c),
+    )
+    method: Any = SimpleNamespace(fold=lambda past, factors, scales: scales)
+    found = general.guard(stage, method, lambda folded: folded, {})
+    assert len(seen) <= most and len({str(c) for c in seen}) == len(seen)
+    factors = found["factors"]
+    assert found["after"] == divergence(factors) <= found["before"] + 1.0 == 1.5
+    assert found["unscaled"] == divergence({"vision": 1.0, "language": 1.0})
+    for tower in factors:
+        more = {**factors, tower: factors[tower] + 1 / 16}
+        assert factors[tower] == 1.0 or divergence(more) > 1.5
 
 
 @pytest.mark.parametrize(

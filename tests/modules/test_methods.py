@@ -214,7 +214,11 @@ def test_two_stages(
     for number, (work, found) in enumerate(zip(planned, stages, strict=True), start=1):
         assert work.probe_passes == passes.count(number)
         assert (work.samples, work.steps) == (found["counts"]["train_samples"], found["counts"]["steps"])
-        assert not found["counts"]["steps"] or work.probe_samples == len(found["probe_indices"])
+        looks = work.probe_passes and found["counts"]["steps"]
+        assert len(found["probe_indices"]) == (
+            work.probe_samples if looks else 0
+        )  # what nothing looked at is not named
+        assert (found["counts"]["trainable_parameters"] > 0) == (found["counts"]["steps"] > 0)
     adapter = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
     assert (adapter["rank_pattern"], adapter["alpha_pattern"]) == ({}, {})
     assert adapter["lora_alpha"] == adapter["r"] == len(next(iter(second.values()))[0])
