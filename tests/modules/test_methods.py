@@ -25,10 +25,11 @@ from mllm_keeplora.config import (
     TowerConfig,
     TrainConfig,
 )
-from mllm_keeplora.continual import learning
+from mllm_keeplora.continual import history, learning
 from mllm_keeplora.continual import run_stream as continual_stream
 from mllm_keeplora.continual.general import past_prompts
 from mllm_keeplora.continual.learning import as_factors, learn
+from mllm_keeplora.continual.memory import DeviceMemoryError
 from mllm_keeplora.continual.run import Run
 from mllm_keeplora.continual.run_stream import run_stream
 from mllm_keeplora.continual.trainer import StageTrainer, train_stage
@@ -64,6 +65,7 @@ from mllm_keeplora.planning.plan import make_plan
 from mllm_keeplora.probes.activations import sketch_inputs
 from mllm_keeplora.probes.gradients import GradientError, module_generator
 from mllm_keeplora.runs.files import ArtifactError, load_tensors
+from mllm_keeplora.runs.record import StageRecord
 from tests.conversations import shown_by
 from tests.modules.conftest import WORDS, all_targets, batch, read_adapter
 
@@ -292,6 +294,50 @@ def until(step: Any, last: int) -> Any:
         return step(*arguments, **settings)
 
     return training_step
+
+
+@pytest.mark.parametrize("phase", ["protect", "rehearse", "evaluate"])
+def test_a_stage_that_ran_out_of_memory_goes_on_with_what_its_message_names(
+    phase: str, tiny_llava: Path, stream_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Complete stages stay valid, and so do the finished phases of this one."""
+    settings, compute = config(tiny_llava, stream_file, tmp_path, "keeplora"), StageRecord.phase
+
+    def fails(record: StageRecord, name: str, *given: Any) -> Any:
+        if name == phase and record.directory.path.name == "02-second":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return compute(record, name, *given)
+
+    with monkeypatch.context() as patch, pytest.raises(DeviceMemoryError) as raised:
+        patch.setattr(StageRecord, "phase", fails)
+        run_stream(settings)
+    for name, value in raised.value.smaller.items():
+        group, key = name.split(".")
+        settings = replace(settings, **{group: replace(getattr(settings, group), **{key: value})})
+    monkeypatch.setattr(learning, "train_stage", fails)  # it is not called again
+    assert raised.value.smaller and len(run_stream(settings)["rows"]) == 3
+
+
+def test_stages_of_earlier_versions_go_on_with_other_probe_batches(
+    tiny_llava: Path, stream_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their manifests hold what was compared then."""
+    settings, found = config(tiny_llava, stream_file, tmp_path, "lora"), history.identity
+
+    def earlier(settings: RunConfig, task: str | None) -> dict[str, Any]:
+        values = found(settings, task)
+        if task is not None:
+            values["probe"]["batch_size"] = settings.probe.batch_size
+            values["train"]["activation_checkpointing"] = settings.train.activation_checkpointing
+        return values
+
+    with monkeypatch.context() as patch:
+        patch.setattr(history, "identity", earlier)
+        run_stream(settings)
+    smaller = replace(settings, probe=replace(settings.probe, batch_size=1))
+    run_stream(smaller)
+    with pytest.raises(ArtifactError, match=r"other settings \(probe.fraction: 1.0 there, 0.5 now\)"):
+        run_stream(replace(smaller, probe=replace(smaller.probe, fraction=0.5)))
 
 
 # Input activations
