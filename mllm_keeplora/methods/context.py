@@ -37,10 +37,12 @@ class Lesson(NamedTuple):
     Attributes:
         sample: prompt and reply.
         teacher: what that model said at each token of the reply; None where the reply alone is learnt.
+        cut: whether the reply was ended by the longest length that it may have, and not by the model.
     """
 
     sample: Sample
     teacher: Teacher | None
+    cut: bool = False
 
 
 class General(NamedTuple):

@@ -208,6 +208,8 @@ def test_distillation_is_the_mean_over_reply_tokens(distil: str, taught: tuple[S
             base = reply_logits(model, alone).log_softmax(-1)
         labels = alone["labels"][:, 1:]
         said = labels[labels != -100]
+        if distil == "replies" and run.general.learnt[number].cut:
+            said, logits = said[:-1], logits[:-1]
         if distil == "kl":
             total += float((base.exp() * (base - logits)).detach().sum())
         else:
@@ -219,6 +221,35 @@ def test_distillation_is_the_mean_over_reply_tokens(distil: str, taught: tuple[S
         p for n, p in model.named_parameters() if "lora_B.stage" in n and ("language" in n or "text_model" in n)
     ]
     assert learning and all(p.grad is not None for p in learning)
+
+
+@pytest.mark.parametrize("of", ["general samples", "past tasks"])
+def test_a_reply_that_was_cut_does_not_teach_to_stop(
+    of: str, in_words: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a whole one the end is learnt as well."""
+    texts = ("no", "no yes", "no yes red", "no yes red no")  # of four tokens at most
+    said = [texts[number % 4] for number in range(12)]
+    monkeypatch.setattr(general, "greedy_replies", lambda model, processor, asked, length: said[: len(asked)])
+    monkeypatch.setattr(general, "_longest_recalled", lambda stage: 4)
+    made = in_words(eps_g=None, share=0.5, rehearsed=6, distil="replies")
+    stage, run = open_stage(replace(made, cache_dir=str(tmp_path / "cache")), 2)
+    lessons = stage.run.general.learnt
+    if of == "past tasks":
+        recalled = general.recall(stage, run.method, stage.run.model)
+        lessons = general.recalled(stage, run.method, SimpleNamespace(facts=recalled.facts))
+    learnt: list[torch.Tensor] = []
+    monkeypatch.setattr(general, "cross_entropy", lambda found, labels, **_: learnt.append(labels) or found.sum())
+    batch = stage.run.to_device(stage.collator(stage.samples[:2]))
+    for lesson in lessons:
+        joined, loss_of = Distillation(stage, [lesson])(batch, 0, 1)
+        with torch.no_grad():
+            loss_of(stage.run.model(**joined).logits)
+        reply = lesson.sample.messages[-1].text.split()
+        assert lesson.cut == (len(reply) >= 3)
+        expected = 2 * (reply if lesson.cut else [*reply, "</s>"])  # it comes twice beside two samples
+        assert stage.run.processor.tokenizer.convert_ids_to_tokens(learnt.pop()) == expected
+    assert {lesson.cut for lesson in lessons} == {True, False}
 
 
 @pytest.mark.parametrize("kept", [3, 7, 1000])
@@ -549,7 +580,7 @@ def test_pictures_of_a_step_are_each_compared_with_their_own_texts(in_classes: S
     stage, _ = open_stage(in_classes(eps_g=None, share=0.75))
     records = [sample for samples, _ in stage.run.records.values() for sample in samples[4:8]]
     said = general._said(stage.run, stage.run.model, records)
-    lessons = [*general._lessons(records, said), *stage.run.general.learnt]
+    lessons = [*general._lessons(stage.run, records, said, 1), *stage.run.general.learnt]
     assert len({lesson.sample.classes for lesson in lessons}) == 3
     model = stage_adapter(stage.run.model)
     distillation = Distillation(stage, lessons)
