@@ -473,7 +473,8 @@ FREE_SETTINGS = (
 )
 
 
-# Two that decide rounding alone, and what a phase needs of memory; manifests of earlier versions hold them.
+# These decide what a phase needs of memory, and as the number of processes does, rounding and which numbers a sketch of
+# inputs draws. Manifests of earlier versions hold them.
 FREED_SETTINGS = ("probe.batch_size", "train.activation_checkpointing")
 
 

@@ -726,6 +726,16 @@ def test_loda_isolates_by_the_generalised_eigenproblem() -> None:
     assert rows[:, :6].norm() < 0.2 * rows.norm()
 
 
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-12, 1e-7, 1.0])
+def test_loda_isolates_whatever_is_left_of_the_new_inputs(size: float) -> None:
+    """Beside a past whose sketch has fewer rows than the layer has inputs; of nothing there are no directions."""
+    generator = torch.Generator().manual_seed(0)
+    new, old = (torch.randn(8, 64, generator=generator) for _ in range(2))
+    rows = energy_ratio_rows(size * new, [100 * old], 0.01, 3)
+    assert len(rows) == (3 if size else 0) and torch.isfinite(rows).all()
+    assert orthonormality_error(rows.T) < 1e-6 if size else rows.shape == (0, 64)
+
+
 def test_loda_shares_what_has_energy_in_old_and_new_inputs() -> None:
     """The leading eigenvectors of the sum of both; of its directions each task has more energy there than elsewhere."""
     generator = torch.Generator().manual_seed(0)

@@ -338,6 +338,8 @@ def test_the_paired_test_is_scipys() -> None:
     assert paired_test(first, second.drop(1))["n"] == 2, "over the seeds that both have"
     assert paired_test(series(0.5), series(0.4))["p"] is None
     assert paired_test(series(0.5, 0.75), series(0.25, 0.5))["p"] is None, "no spread, no test"
+    for three in (series(0.95, 0.7, 0.3), series(0.9, 0.6, 0.4), series(0.71, 0.31, 0.91)):  # rounding is no spread
+        assert paired_test(three, three - 0.3)["p"] is None and paired_test(three - 0.3, three)["p"] is None
     assert paired_test(series(), series()) == {"n": 0, "difference": None, "p": None}
 
 
