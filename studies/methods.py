@@ -289,7 +289,8 @@ def held_out_stream(stream_file: Path, tuning: Tuning) -> Path:
     """
     target = Path(tuning.data) / "stream.yaml"
     stream = load_stream(stream_file)
-    tasks, files = [], {}
+    tasks: list[dict[str, Any]] = []
+    files: dict[str, list[Any]] = {}
     for task in stream.tasks[: tuning.tasks]:
         kept, asked = _split(stream, task, tuning)
         tasks.append(_entry(stream, task, tuning))
