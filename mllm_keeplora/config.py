@@ -473,6 +473,11 @@ FREE_SETTINGS = (
 )
 
 
+# These decide what a phase needs of memory, and as the number of processes does, rounding and which numbers a sketch of
+# inputs draws. Manifests of earlier versions hold them.
+FREED_SETTINGS = ("probe.batch_size", "train.activation_checkpointing")
+
+
 def identity(config: RunConfig, task: str | None) -> dict[str, Any]:
     """What makes a stage's result what it is, apart from its data: compared when a run is continued.
 
@@ -482,9 +487,10 @@ def identity(config: RunConfig, task: str | None) -> dict[str, Any]:
     values = {key: value for key, value in asdict(config).items() if key not in FREE_SETTINGS}
     values["evaluation"] = {k: values["evaluation"][k] for k in ("limit", "general_limit")}
     values["video"] = {"frames": config.video.frames, "fps": config.video.fps}
+    values["probe"] = {key: value for key, value in values["probe"].items() if key != "batch_size"}
     if task is None:
         return {key: values[key] for key in ("model", "video", "evaluation", "initial_adapter")}
-    free = ("logging_steps", "save_steps", "dataloader_num_workers", "max_length")
+    free = ("logging_steps", "save_steps", "dataloader_num_workers", "max_length", "activation_checkpointing")
     values["train"] = {key: value for key, value in asdict(config.train_for(task)).items() if key not in free}
     return values
 

@@ -53,6 +53,7 @@ from mllm_keeplora.runs.files import (
     write_json,
 )
 from mllm_keeplora.runs.manifests import SCHEMA_VERSION
+from mllm_keeplora.runs.run_directory import CARD_FILES
 from mllm_keeplora.studies.analysis_config import AnalysisConfig
 
 RESULTS, PICTURE = "analysis.json", "analysis.png"
@@ -212,7 +213,7 @@ def _open_results(config: AnalysisConfig, stream: Stream) -> dict[str, Any]:
     free = ("base_model", "revision", "device", "trust_remote_code")
     identity = {
         "base_model": base_model_hash(resolve_model_directory(config.model), Path(config.cache_dir)),
-        "adapter": None if adapter is None else hash_files(adapter),
+        "adapter": None if adapter is None else hash_files(adapter, CARD_FILES),
         "model": {key: value for key, value in asdict(config.model).items() if key not in free},
         "video": {"frames": config.video.frames, "fps": config.video.fps},
         "limit": config.limit,
@@ -222,6 +223,8 @@ def _open_results(config: AnalysisConfig, stream: Stream) -> dict[str, Any]:
     if not path.exists():
         return {"schema_version": SCHEMA_VERSION, "identity": identity, **names, "cells": {}}
     results: dict[str, Any] = read_json(path)
+    for name in CARD_FILES:  # earlier versions compared the card
+        (results["identity"]["adapter"] or {}).pop(name, None)
     if other := differences(results["identity"], identity):
         raise ArtifactError(
             f"{path} is the analysis of something else ({'; '.join(other[:3])}); name another directory with "

@@ -23,7 +23,7 @@ from mllm_keeplora.continual.saved_run import SavedRun
 from mllm_keeplora.data.record_files import read_rows
 from mllm_keeplora.data.stream import Stream, TaskSpec, load_stream
 from mllm_keeplora.resources import find
-from mllm_keeplora.runs.files import replaced_directory, write_json
+from mllm_keeplora.runs.files import read_json, replaced_directory, write_json
 from mllm_keeplora.runs.run_directory import RunDirectory
 from mllm_keeplora.settings import build, flat_settings, shown
 from mllm_keeplora.yaml_files import read_yaml
@@ -283,28 +283,54 @@ def held_out_stream(stream_file: Path, tuning: Tuning) -> Path:
 
     Returns:
         The split's stream file; its paths start where the run's do.
+
+    Raises:
+        ConfigError: the folder holds another split, or records that cannot be turned into questions.
     """
     target = Path(tuning.data) / "stream.yaml"
-    if target.exists():
-        return target
     stream = load_stream(stream_file)
-    with replaced_directory(Path(tuning.data)) as folder:
-        tasks = [_split(stream, task, tuning, folder) for task in stream.tasks[: tuning.tasks]]
-        text = yaml.safe_dump({"name": f"{stream.name}_held_out", "data_root": ".", "tasks": tasks})
-        (folder / target.name).write_text(text)
+    tasks: list[dict[str, Any]] = []
+    files: dict[str, list[Any]] = {}
+    for task in stream.tasks[: tuning.tasks]:
+        kept, asked = _split(stream, task, tuning)
+        tasks.append(_entry(stream, task, tuning))
+        files |= {f"{task.name}/train.json": kept, f"{task.name}/test.json": asked}
+    split = {"name": f"{stream.name}_held_out", "data_root": ".", "tasks": tasks}
+    if target.exists():
+        found = {name: target.parent / name for name in files}
+        changed = [name for name, path in found.items() if not path.exists() or read_json(path) != files[name]]
+        if changed or read_yaml(target) != split:
+            raise ConfigError(
+                f"tuning.data {tuning.data} holds another split than tuning and its records say now "
+                f"({(changed or [target.name])[0]} first); what was tuned on it is of no use: name other folders in "
+                "tuning.data and runs, or remove that one and the study's tuning_* runs"
+            )
+        return target
+    with replaced_directory(target.parent) as folder:
+        for name, records in files.items():
+            write_json(folder / name, records)
+        (folder / target.name).write_text(yaml.safe_dump(split))
     return target
 
 
-def _split(stream: Stream, task: TaskSpec, tuning: Tuning, folder: Path) -> dict[str, Any]:
-    """Writes a task's records to `folder`; its entry in the split's stream file."""
+def _split(stream: Stream, task: TaskSpec, tuning: Tuning) -> tuple[list[Any], list[dict[str, Any]]]:
+    """A task's records to train on, and the others as questions."""
     if task.classes is not None:
         raise ConfigError(f"tuning.held_out takes records with questions; {task.name} has `classes`, leave tuning out")
     records = [value for _, value in read_rows(stream.train_file(task), stream.extracted)]
     kept, held_out = records[: -tuning.held_out], records[-tuning.held_out :]
     if not kept:
         raise ConfigError(f"tuning.held_out is {tuning.held_out}; {stream.train_file(task)} has {len(records)} records")
-    write_json(folder / task.name / "train.json", kept)
-    write_json(folder / task.name / "test.json", [_question(i, r) for i, r in enumerate(held_out)])
+    if not all(isinstance(record, Mapping) and len(record.get("conversations") or ()) > 1 for record in held_out):
+        raise ConfigError(
+            f"tuning.held_out takes records with `conversations`, and {stream.train_file(task)} has others; leave "
+            "tuning out, or write them so"
+        )
+    return kept, [_question(i, r) for i, r in enumerate(held_out)]
+
+
+def _entry(stream: Stream, task: TaskSpec, tuning: Tuning) -> dict[str, Any]:
+    """A task in the split's stream file."""
     place = Path(tuning.data) / task.name
     return {
         "name": task.name,
@@ -314,6 +340,7 @@ def _split(stream: Stream, task: TaskSpec, tuning: Tuning, folder: Path) -> dict
         "prompt_suffix": task.prompt_suffix,
         "metric": task.metric,
         "max_new_tokens": task.max_new_tokens,
+        **({"allow_text_only": True} if task.allow_text_only else {}),
     }
 
 

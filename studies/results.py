@@ -34,6 +34,7 @@ from mllm_keeplora.studies.methods import (
 
 STREAM_METRICS = {"mft": "MFT", "last": "Last", "bwt": "BWT", "transfer": "Transfer", "average": "Average"}
 METRICS = {**STREAM_METRICS, "general": "general, at the end"}
+SCORE_ROUNDING = 1e-9  # of differences of scores, which are fractions of questions
 TESTED = {"last": "Last", "bwt": "BWT", "general": "general"}  # the p-values that the table shows
 
 
@@ -184,10 +185,11 @@ def paired_test(first: pd.Series, second: pd.Series) -> dict[str, Any]:
 
     Returns:
         {"n", "difference": mean of first - second, "p"}; None where it is undefined: under two pairs, or
-        differences that are all equal.
+        differences that are all equal up to rounding.
     """
     differences = list((first - second).dropna())
-    p = stats.ttest_1samp(differences, 0.0).pvalue if len(set(differences)) > 1 else None
+    differ = bool(differences) and max(differences) - min(differences) > SCORE_ROUNDING
+    p = stats.ttest_1samp(differences, 0.0).pvalue if differ else None
     mean = fmean(differences) if differences else None
     return {"n": len(differences), "difference": mean, "p": None if p is None else float(p)}
 

@@ -9,6 +9,7 @@ text, and what it says there is its distribution over them.
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any, cast
@@ -228,7 +229,8 @@ def general_samples(run: RunContext, asked: Sequence[Sample], key: str) -> Gener
     if len(answered) < len(asked):
         logger.warning(f"the base answers {len(asked) - len(answered)} of {len(asked)} general prompts with nothing")
     learnt = [sample for number, sample in enumerate(answered, start=1) if number % HELD_OUT]
-    return General(_lessons(learnt, _teachers(run, learnt, key)), answered[HELD_OUT - 1 :: HELD_OUT])
+    lessons = _lessons(run, learnt, _teachers(run, learnt, key), run.config.general.max_new_tokens)
+    return General(lessons, answered[HELD_OUT - 1 :: HELD_OUT])
 
 
 def _answered(asked: Sequence[Sample], replies: Sequence[str]) -> list[Sample]:
@@ -391,12 +393,21 @@ def _said(run: RunContext, model: Model, samples: Sequence[Sample]) -> dict[str,
     return {name: tensor for part in gather(own) for name, tensor in part.items()}
 
 
-def _lessons(samples: Sequence[Sample], said: Mapping[str, Tensor]) -> list[Lesson]:
-    """Samples with what was said of each; without, where `said` is empty."""
-    return [
-        Lesson(sample, Teacher(*(said[f"{number}/{field}"] for field in Teacher._fields)) if said else None)
-        for number, sample in enumerate(samples)
-    ]
+def _lessons(run: RunContext, samples: Sequence[Sample], said: Mapping[str, Tensor], new_tokens: int) -> list[Lesson]:
+    """Samples with what was said of each, without where `said` is empty; replies have `new_tokens` at most."""
+
+    def teacher(number: int) -> Teacher | None:
+        return Teacher(*(said[f"{number}/{field}"] for field in Teacher._fields)) if said else None
+
+    return [Lesson(sample, teacher(n), _is_cut(run, sample, new_tokens)) for n, sample in enumerate(samples)]
+
+
+def _is_cut(run: RunContext, sample: Sample, new_tokens: int) -> bool:
+    """As far as the text says: without the white space around it, it may have a token less than was generated."""
+    if classifies(run.processor):
+        return False
+    tokens = run.processor.tokenizer(sample.messages[-1].text, add_special_tokens=False)["input_ids"]
+    return len(tokens) >= new_tokens - 1
 
 
 def past_prompts(stage: StageContext, method: Method) -> list[Sample]:
@@ -424,7 +435,7 @@ def recall(stage: StageContext, method: Method, model: Model) -> Outcome:
     chooses = classifies(run.processor)
     says = "names the classes of {} pictures" if chooses else "answers {} prompts"
     logger.info(f"{stage.name}: the model {says.format(len(asked))} of past tasks")
-    replies = _ask(run, model, asked, max(task.max_new_tokens for task in run.stream.tasks[: stage.number - 1]))
+    replies = _ask(run, model, asked, _longest_recalled(stage))
     answered = _answered(asked, replies)
     learns_said = answered and run.config.general.distil == "kl"
     return Outcome(_said(run, model, answered) if learns_said else None, {"replies": replies})
@@ -433,7 +444,13 @@ def recall(stage: StageContext, method: Method, model: Model) -> Outcome:
 def recalled(stage: StageContext, method: Method, phase: Phase) -> list[Lesson]:
     """The lessons of `recall`."""
     answered = _answered(past_prompts(stage, method), phase.facts["replies"])
-    return _lessons(answered, phase.tensors if answered and stage.run.config.general.distil == "kl" else {})
+    said = phase.tensors if answered and stage.run.config.general.distil == "kl" else {}
+    return _lessons(stage.run, answered, said, _longest_recalled(stage))
+
+
+def _longest_recalled(stage: StageContext) -> int:
+    """Tokens of a reply to a prompt of a past task, at most."""
+    return max(task.max_new_tokens for task in stage.run.stream.tasks[: stage.number - 1])
 
 
 class Distillation:
@@ -470,6 +487,9 @@ class Distillation:
             return None
         weight = self._config.weight * len(drawn) * forwards / sum(self._beside(forwards))
         samples = answers_alone(self._collator([self._lessons[index].sample for index in drawn]))
+        if self._config.distil == "replies":
+            cut = torch.tensor([self._lessons[index].cut for index in drawn])
+            samples["shift_labels"] = without_ends(samples["shift_labels"], cut)
         pad_token_id = self._stage.run.processor.tokenizer.pad_token_id
         joined = join_batches(batch, self._stage.run.to_device(samples), pad_token_id)
         for labels in ("labels", "shift_labels"):
@@ -521,6 +541,13 @@ class Distillation:
         return int(torch.randperm(len(self._lessons), generator=generator)[index])
 
 
+def without_ends(labels: Tensor, rows: Tensor) -> Tensor:
+    """Labels [rows, k]; of some rows, [rows] bool, the last one is left out: that a reply ends there is not learnt."""
+    last = (labels != IGNORED_LABEL).sum(1) - 1  # those that count come first
+    ends = torch.arange(labels.shape[1]) == last[:, None]
+    return labels.masked_fill(ends & rows[:, None], IGNORED_LABEL)
+
+
 # --- G4 ---
 
 
@@ -557,26 +584,27 @@ def guard(
     run, budget = stage.run, stage.run.config.general.budget or 0.0
     general = cast(General, run.general)
     batches = Batches(run, general.held_out)
+    towers: list[Tower] = list(dict.fromkeys(target.tower for target in stage.targets))
 
-    def measure(c: Mapping[Tower, float]) -> float:
-        folded = method.fold(stage.accumulated, factors, stage.scaled(c).folded_scales)
-        return held_out_divergence(model_of(folded), batches)
+    @cache
+    def measure(*c: float) -> float:
+        scales = stage.scaled(dict(zip(towers, c, strict=True))).folded_scales
+        return held_out_divergence(model_of(method.fold(stage.accumulated, factors, scales)), batches)
 
     before = held_out_divergence(model_of(stage.accumulated), batches)
-    c: dict[Tower, float] = {target.tower: 1.0 for target in stage.targets}
-    unscaled = after = measure(c)
+    c = [1.0] * len(towers)
+    unscaled = measure(*c)
     if unscaled > before + budget:
-        common = _largest(0.0, lambda value: measure(dict.fromkeys(c, value)) <= before + budget)
-        c = dict.fromkeys(c, common)
-        for tower in c if len(c) > 1 else ():
+        c = [_largest(0.0, lambda value: measure(*[value] * len(towers)) <= before + budget)] * len(towers)
+        for place in range(len(towers)) if len(towers) > 1 else ():
 
-            def fits(value: float, tower: Tower = tower) -> bool:
-                return measure({**c, tower: value}) <= before + budget
+            def fits(value: float, place: int = place) -> bool:
+                return measure(*c[:place], value, *c[place + 1 :]) <= before + budget
 
-            c[tower] = _largest(common, fits)
-        after = measure(c)
-        _say(stage, c, budget)
-    return {"factors": c, "before": before, "unscaled": unscaled, "after": after}
+            c[place] = _largest(c[place], fits)
+        _say(stage, dict(zip(towers, c, strict=True)), budget)
+    after = measure(*c) if any(c) else before
+    return {"factors": dict(zip(towers, c, strict=True)), "before": before, "unscaled": unscaled, "after": after}
 
 
 def _say(stage: StageContext, c: Mapping[Tower, float], budget: float) -> None:

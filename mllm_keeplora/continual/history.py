@@ -9,7 +9,7 @@ from typing import Any
 
 from accelerate.logging import get_logger
 
-from mllm_keeplora.config import RunConfig, differences, identity
+from mllm_keeplora.config import FREED_SETTINGS, RunConfig, differences, flatten, identity
 from mllm_keeplora.continual.general import prompts, prompts_hash
 from mllm_keeplora.data.conversation import Sample
 from mllm_keeplora.data.stream import Stream, data_hash
@@ -190,7 +190,8 @@ class History:
 
     def _check(self, number: int, manifest: Mapping[str, Any]) -> None:
         where = self.stage(number).manifest
-        different = differences(manifest["identity"], self.identity(number))
+        there = {name: v for name, v in flatten(manifest["identity"]).items() if name not in FREED_SETTINGS}
+        different = differences(there, self.identity(number))
         if different:
             raise ArtifactError(
                 f"{where} was written with other settings ({'; '.join(different[:5])}); use another run_dir, or the "

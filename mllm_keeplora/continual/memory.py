@@ -10,6 +10,7 @@ from mllm_keeplora.errors import KeepLoRAError
 
 # What errors say that are of no class of their own: of torch's allocators, cuBLAS and the CUDA driver.
 _SAID = ("out of memory", "you tried to allocate", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_BEFORE_STAGES = {"load": "loading the base model", "general": "the base at the general samples"}
 
 
 class DeviceMemoryError(KeepLoRAError, RuntimeError):
@@ -30,7 +31,7 @@ def memory_explained(phase: str, config: RunConfig, number: int = 0, task: str |
     """Says which settings lower the memory of a phase that ran out of it.
 
     Args:
-        phase: `load`, or one of a stage's.
+        phase: `load`, `general` (what the base does with general samples), or one of a stage's.
         config: settings of the run.
         number: of the stage.
         task: that it learns; None for the starting model.
@@ -43,7 +44,7 @@ def memory_explained(phase: str, config: RunConfig, number: int = 0, task: str |
     except (MemoryError, RuntimeError) as error:  # torch.cuda.OutOfMemoryError is a RuntimeError
         if isinstance(error, KeepLoRAError) or not _is_out_of_memory(error):
             raise
-        where = "loading the base model" if phase == "load" else f"stage {number} ({task or 'base'}), phase {phase!r}"
+        where = _BEFORE_STAGES.get(phase, f"stage {number} ({task or 'base'}), phase {phase!r}")
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         smaller = _smaller(phase, config, task)
         changes = [f"{_spelt(name, number, task)}: {str(value).lower()}" for name, value in smaller.items()]
@@ -73,13 +74,23 @@ def _smaller(phase: str, config: RunConfig, task: str | None) -> dict[str, objec
             found["train.per_device_train_batch_size"] = batch // 2
             found["train.gradient_accumulation_steps"] = -(-steps * batch // (batch // 2))
         return found | _recomputed(config)
+    probe, asked = (
+        {"probe.batch_size": config.probe.batch_size},
+        {"evaluation.batch_size": config.evaluation.batch_size},
+    )
     if phase in ("probe", "protect", "rehearse"):
-        size = config.probe.batch_size
-        return ({"probe.batch_size": size // 2} if size > 1 else {}) | _recomputed(config)
+        return _halved(probe) | _recomputed(config)
+    if phase == "guard":
+        return _halved(probe)
+    if phase in ("general", "recall"):  # replies, and what is said and read at their tokens
+        return _halved(asked | probe)
     if phase == "evaluate":
-        size = config.evaluation.batch_size
-        return {"evaluation.batch_size": size // 2} if size > 1 else {}
+        return _halved(asked)
     return {} if config.model.quantization == "nf4" else {"model.quantization": "nf4"}
+
+
+def _halved(sizes: Mapping[str, int]) -> dict[str, object]:
+    return {name: size // 2 for name, size in sizes.items() if size > 1}
 
 
 def _recomputed(config: RunConfig) -> dict[str, object]:
@@ -93,8 +104,11 @@ def _others(phase: str, config: RunConfig) -> Iterator[str]:
         return
     yield "smaller images (model.max_pixels with Qwen's models, else the size in the base's preprocessor_config.json)"
     yield f"fewer frames a clip (video.frames, now {config.video.frames})"
-    if phase == "evaluate":
+    if phase in ("evaluate", "recall"):
         yield "a smaller max_new_tokens in the stream's entries"
+    elif phase in ("general", "guard"):
+        yield "shorter prompts in general.samples"
+        yield f"shorter replies (general.max_new_tokens, now {config.general.max_new_tokens})"
     else:
         yield "shorter samples (train.max_length refuses long ones)"
         yield "a lower rank (language.rank, vision.rank)"

@@ -344,7 +344,8 @@ def _load_context(run: Run) -> RunContext:
         device=resolve_device(config.model),
     )
     if config.general.given:
-        context = _with_general(run, context)
+        with memory_explained("general", config):
+            context = _with_general(run, context)
     from_main(lambda: check_ranks(context))
     for number in range(1, len(stream.tasks) + 1):
         run.method.samples(context, number)  # what a late stage cannot train on is said before the first

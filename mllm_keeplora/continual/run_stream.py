@@ -75,7 +75,8 @@ def run_stage(run: Run, number: int, past: Factors) -> Factors:
         rows = [{**row, **protect.facts[name]} for name, row in table.items()]
         stage.note(modules=rows, counts=counts(context, method, factors, train.facts))
         stage.note(**{name: train.facts[name] for name in (*CURVES, FINISH) if name in train.facts})
-        stage.note(probe_indices=context.probe_indices)
+        probed = method.learns(number) and method.probe_passes(context.run.config, number)
+        stage.note(probe_indices=context.probe_indices if probed else [])
     return past
 
 

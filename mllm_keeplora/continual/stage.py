@@ -248,7 +248,9 @@ def counts(stage: StageContext, method: Method, factors: Factors, account: Mappi
         "train_samples": len(stage.samples) if account["steps"] else 0,
         "steps": account["steps"],
         "repeated_samples": account["repeated_samples"],
-        "trainable_parameters": sum(b.numel() + both * a.numel() for a, b in factors.values()),
+        "trainable_parameters": sum(b.numel() + both * a.numel() for a, b in factors.values())
+        if account["steps"]
+        else 0,
         "skipped_records": [vars(record) for record in skipped],
     }
 

@@ -94,6 +94,9 @@ class StageTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        # Qwen's models say that they take no number of tokens, and take it. The Trainer would give them a mean of the
+        # batches' means, and divide what is added to the loss a second time by the forwards of a step.
+        self.model_accepts_loss_kwargs = True
         self._finite, self._hooks, self._beside = finite, hooks, beside
         self._task_alone = False
 

@@ -37,10 +37,12 @@ class Lesson(NamedTuple):
     Attributes:
         sample: prompt and reply.
         teacher: what that model said at each token of the reply; None where the reply alone is learnt.
+        cut: whether the reply was ended by the longest length that it may have, and not by the model.
     """
 
     sample: Sample
     teacher: Teacher | None
+    cut: bool = False
 
 
 class General(NamedTuple):
@@ -210,7 +212,7 @@ class StageContext:
             yield self.run.to_device(batch)
 
     def sketch(self, model: Model, pass_number: int) -> dict[str, Tensor]:
-        """Omega^T G of every module [q, in] (E2), q = columns_per_rank * r; each pass draws its own Omega."""
+        """Omega^T G of every module [q, in] (E2), q = columns_per_rank * r, at least 2; its own Omega a pass."""
         seed = 2 * self.seed + pass_number
         return sketch_gradients(model, self.targets, self._columns(), self.probe_batches, seed)
 
@@ -221,4 +223,5 @@ class StageContext:
 
     def _columns(self) -> dict[str, int]:
         per_rank = self.run.config.probe.columns_per_rank
-        return {t.name: per_rank * self.run.rank(t) for t in self.targets}
+        # Two at least: E8 builds directions from some and decides by the others.
+        return {t.name: max(2, per_rank * self.run.rank(t)) for t in self.targets}

@@ -156,15 +156,19 @@ def energy_ratio_rows(new: Tensor, old: Sequence[Tensor], ridge: float, rank: in
         rank: rows wanted; fewer where the sketch has fewer.
 
     Returns:
-        [min(rank, q), in] fp32, orthonormal. Computed in fp64: one Cholesky factor [in, in] and one SVD
-        [q, in].
+        [min(rank, q), in] fp32, orthonormal; no row where `new` is zero. Computed in fp64: one Cholesky factor [in, in]
+        and one SVD [q, in].
     """
     y = new.double() / len(new) ** 0.5
-    in_features = y.shape[1]
-    bottom = torch.eye(in_features, dtype=y.dtype, device=y.device) * ridge * y.square().sum() / in_features
+    in_features, energy = y.shape[1], y.square().sum()
+    if energy == 0:
+        return new.new_zeros(0, in_features)
+    bottom = torch.eye(in_features, dtype=y.dtype, device=y.device) * ridge * energy / in_features
     for sketch in old:
         z = sketch.double() / len(sketch) ** 0.5
         bottom += z.T @ z
+    # Where next to nothing of the new inputs is left outside M, the ridge alone would be rounding of old energy.
+    bottom.diagonal().add_(torch.finfo(y.dtype).eps * in_features * bottom.diagonal().max())
     root = torch.linalg.cholesky(bottom)  # L L^T = bottom; u = L^T v turns the ratio into ||Y L^-T u||^2
     whitened = torch.linalg.solve_triangular(root, y.T, upper=False).T
     u = thin_svd(whitened)[1][:rank].T

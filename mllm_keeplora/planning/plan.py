@@ -53,7 +53,7 @@ from mllm_keeplora.units import GB
 # may fit: a phase has been measured to take 1.68 times less than its estimate (docs/plan.md).
 IMPOSSIBLE = 2.0
 # The column of the plan that a phase of a run belongs to.
-_COLUMNS = {"load": "weight bases", "train": "train", "evaluate": "evaluation"}
+_COLUMNS = {"load": "weight bases", "train": "train", **dict.fromkeys(("evaluate", "general", "recall"), "evaluation")}
 # Share of a device's free memory that the estimate leaves alone: CUDA context, fragmentation, and its error.
 HEADROOM = 0.1
 logger = get_logger(__name__)

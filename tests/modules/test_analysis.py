@@ -12,11 +12,12 @@ import yaml
 from PIL import Image
 
 from mllm_keeplora.config import ConfigError, ModelConfig, RunConfig
+from mllm_keeplora.data.stream import load_stream
 from mllm_keeplora.linalg.subspace import principal_basis
 from mllm_keeplora.modeling.loading import load_dense
 from mllm_keeplora.modeling.targets import Target
 from mllm_keeplora.probes.protected_bases import weight_basis_files
-from mllm_keeplora.runs.files import ArtifactError, write_json
+from mllm_keeplora.runs.files import ArtifactError, hash_files, write_json
 from mllm_keeplora.runs.run_directory import RunDirectory
 from mllm_keeplora.studies import analysis
 from mllm_keeplora.studies.analysis import (
@@ -244,6 +245,33 @@ def test_another_model_does_not_join_the_results(config: AnalysisConfig, asked: 
     other = AnalysisConfig(**{**vars(config), "model": ModelConfig(quantization="none", device="cpu")})
     with pytest.raises(ArtifactError, match=r"something else .*model.quantization: 'nf4' there, 'none' now"):
         analyze(other)
+
+
+@pytest.mark.parametrize(
+    ("file", "refused"), [("README.md", False), ("accuracy_matrix.png", False), ("adapter_model.safetensors", True)]
+)
+@pytest.mark.parametrize("before", ["there", "missing", "of an earlier version"])
+def test_a_run_s_card_is_no_part_of_what_was_analysed(
+    before: str, file: str, refused: bool, config: AnalysisConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run writes it after its last stage, and people may edit it."""
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").write_text("weights")
+    if before != "missing":
+        (adapter / file).write_text("first")
+    monkeypatch.setattr(analysis, "_adapter", lambda _: adapter)
+    read = load_stream(Path(config.stream), None)
+    begun = analysis._open_results(config, read)
+    if before == "of an earlier version":
+        begun["identity"]["adapter"] = hash_files(adapter)
+    write_json(Path(config.out) / analysis.RESULTS, begun)
+    (adapter / file).write_text("edited")
+    if refused:
+        with pytest.raises(ArtifactError, match=r"something else \(adapter.adapter_model.safetensors"):
+            analysis._open_results(config, read)
+    else:
+        assert analysis._open_results(config, read)["cells"] == {}
 
 
 def test_a_model_too_small_for_thirds_is_refused(config: AnalysisConfig, tiny_llava: Path) -> None:

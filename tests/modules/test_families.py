@@ -20,12 +20,23 @@ from transformers import AutoProcessor, GenerationConfig
 from mllm_keeplora.config import ModelConfig, ProbeConfig, RunConfig, TowerConfig, TrainConfig, VideoConfig
 from mllm_keeplora.continual.run_stream import run_stream
 from mllm_keeplora.continual.saved_run import load_run
-from mllm_keeplora.data.collator import ChatCollator, ProcessorError, join_batches, prepare_questions
+from mllm_keeplora.continual.trainer import train_stage
+from mllm_keeplora.data.collator import (
+    ChatCollator,
+    ProcessorError,
+    SampleDataset,
+    join_batches,
+    prepare_questions,
+    ready_batch,
+)
 from mllm_keeplora.data.conversation import MediaFile, Message, Sample
 from mllm_keeplora.data.images import load_image
 from mllm_keeplora.data.video.reader import VideoReader
+from mllm_keeplora.methods.hooks import Hooks
+from mllm_keeplora.modeling.adapters import STAGE, activate, attach, factor_parameters, without_dropout
 from mllm_keeplora.modeling.families import FAMILIES, Media, TargetError, family_of
 from mllm_keeplora.modeling.loading import load_base, load_dense
+from mllm_keeplora.modeling.loss import summed_token_loss, supervised_positions
 from mllm_keeplora.modeling.targets import find_targets
 from mllm_keeplora.probes.gradients import gaussian_probe, sketch_gradients
 from tests.clips import write_clip
@@ -336,6 +347,61 @@ def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("family", WRITING)
+@pytest.mark.parametrize(("batch", "passes"), [(4, 1), (2, 2), (1, 4)])
+def test_a_step_is_the_mean_over_its_tokens_however_it_accumulates(
+    batch: int, passes: int, family: str, tiny: Any, media_root: Path, tmp_path: Path, one_thread: None
+) -> None:
+    """Beside the gradient of the summed loss over the number of tokens, and of a penalty that counts once a step.
+
+    Answers have different lengths. Some of transformers' models say of themselves that their loss does not take the
+    number of tokens, Qwen's among them.
+    """
+    model, processor = load_base(model_config(tiny(family), "nf4"))
+    collator = ChatCollator(processor, None, reader())
+    shown = samples(media_root, MAIN_MEDIA[family])
+    targets = find_targets(model, {"language": ["all-linear"]})
+    generator = torch.Generator().manual_seed(0)
+    factors = {
+        t.name: (torch.randn(4, t.in_features, generator=generator), torch.zeros(t.out_features, 4)) for t in targets
+    }
+    adapted = attach(model, STAGE, factors, dict.fromkeys(factors, 1.0))
+    activate(adapted, [STAGE], STAGE, "B")
+    trained = {t.name: factor_parameters(adapted, STAGE, t.name)[1] for t in targets}
+    with without_dropout(adapted):
+        tokens = 0
+        for single in shown:
+            inputs = ready_batch(collator([single]), model.dtype)
+            summed_token_loss(adapted, inputs).backward()
+            tokens += int(supervised_positions(inputs["labels"]).sum())
+    expected = {name: -(b.grad / tokens + 0.01) for name, b in trained.items()}
+    adapted.zero_grad()
+    train_stage(
+        adapted,
+        SampleDataset(shown),
+        collator,
+        TrainConfig(
+            learning_rate=1.0,
+            max_steps=1,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=passes,
+            optim="sgd",
+            lr_scheduler_type="constant",
+            warmup_ratio=0.0,
+            max_grad_norm=1e9,
+        ),
+        seed=0,
+        directory=tmp_path / "train",
+        log_dir=tmp_path / "log",
+        mixed=False,
+        report_to=[],
+        device=torch.device("cpu"),
+        hooks=Hooks(penalty=lambda _: 0.01 * torch.stack([b.sum() for b in trained.values()]).sum()),
+    )
+    for name, b in trained.items():
+        assert (b.detach() - expected[name]).norm() < 1e-3 * expected[name].norm(), name
 
 
 @pytest.mark.parametrize("family", WRITING)

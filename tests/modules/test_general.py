@@ -29,7 +29,7 @@ from mllm_keeplora.data.collator import collator_of
 from mllm_keeplora.data.preflight import Preflight
 from mllm_keeplora.data.records import load_records
 from mllm_keeplora.errors import KeepLoRAError
-from mllm_keeplora.methods.context import Lesson, StageContext
+from mllm_keeplora.methods.context import General, Lesson, StageContext
 from mllm_keeplora.modeling import loss
 from mllm_keeplora.modeling.adapters import STAGE, active_adapters, adapters_off, attach_accumulated, detach
 from mllm_keeplora.modeling.loss import as_teacher, divergence, reply_logits, teacher_divergence
@@ -236,6 +236,8 @@ def test_distillation_is_the_mean_over_reply_tokens(distil: str, taught: tuple[S
             base = reply_logits(model, alone).log_softmax(-1)
         labels = alone["labels"][:, 1:]
         said = labels[labels != -100]
+        if distil == "replies" and run.general.learnt[number].cut:
+            said, logits = said[:-1], logits[:-1]
         if distil == "kl":
             total += float((base.exp() * (base - logits)).detach().sum())
         else:
@@ -247,6 +249,35 @@ def test_distillation_is_the_mean_over_reply_tokens(distil: str, taught: tuple[S
         p for n, p in model.named_parameters() if "lora_B.stage" in n and ("language" in n or "text_model" in n)
     ]
     assert learning and all(p.grad is not None for p in learning)
+
+
+@pytest.mark.parametrize("of", ["general samples", "past tasks"])
+def test_a_reply_that_was_cut_does_not_teach_to_stop(
+    of: str, in_words: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a whole one the end is learnt as well."""
+    texts = ("no", "no yes", "no yes red", "no yes red no")  # of four tokens at most
+    said = [texts[number % 4] for number in range(12)]
+    monkeypatch.setattr(general, "greedy_replies", lambda model, processor, asked, length: said[: len(asked)])
+    monkeypatch.setattr(general, "_longest_recalled", lambda stage: 4)
+    made = in_words(eps_g=None, share=0.5, rehearsed=6, distil="replies")
+    stage, run = open_stage(replace(made, cache_dir=str(tmp_path / "cache")), 2)
+    lessons = stage.run.general.learnt
+    if of == "past tasks":
+        recalled = general.recall(stage, run.method, stage.run.model)
+        lessons = general.recalled(stage, run.method, SimpleNamespace(facts=recalled.facts))
+    learnt: list[torch.Tensor] = []
+    monkeypatch.setattr(general, "cross_entropy", lambda found, labels, **_: learnt.append(labels) or found.sum())
+    batch = stage.run.to_device(stage.collator(stage.samples[:2]))
+    for lesson in lessons:
+        joined, loss_of = Distillation(stage, [lesson])(batch, 0, 1)
+        with torch.no_grad():
+            loss_of(stage.run.model(**joined).logits)
+        reply = lesson.sample.messages[-1].text.split()
+        assert lesson.cut == (len(reply) >= 3)
+        expected = 2 * (reply if lesson.cut else [*reply, "</s>"])  # it comes twice beside two samples
+        assert stage.run.processor.tokenizer.convert_ids_to_tokens(learnt.pop()) == expected
+    assert {lesson.cut for lesson in lessons} == {True, False}
 
 
 @pytest.mark.parametrize("kept", [3, 7, 1000])
@@ -457,6 +488,40 @@ def test_the_guard_takes_the_largest_update_that_fits(settings: Settings) -> Non
 
 
 @pytest.mark.parametrize(
+    ("vision", "language", "most"),
+    [(0.1, 0.2, 2), (3.0, 0.2, 19), (0.2, 3.0, 19), (3.0, 4.0, 19), (90.0, 0.2, 19), (90.0, 90.0, 19), (0.0, 3.0, 19)],
+)
+def test_the_guard_measures_no_factor_twice(
+    vision: float, language: float, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a divergence grows with each tower's factor: both kept in the budget, neither could be a step larger."""
+    seen: list[dict[str, float]] = []
+    monkeypatch.setattr(general, "Batches", lambda run, samples: None)
+    monkeypatch.setattr(general, "held_out_divergence", lambda model, batches: seen.append(model) or divergence(model))
+
+    def divergence(c: dict[str, float]) -> float:
+        return 0.5 + vision * c.get("vision", 0.0) + language * c.get("language", 0.0)
+
+    settings = SimpleNamespace(general=GeneralConfig(samples="builtin", budget=1.0))
+    stage: Any = SimpleNamespace(
+        run=SimpleNamespace(config=settings, general=General([], [])),
+        name="stage 1",
+        targets=[SimpleNamespace(tower=tower) for tower in ("vision", "vision", "language")],
+        accumulated={},
+        scaled=lambda c: SimpleNamespace(folded_scales=c),
+    )
+    method: Any = SimpleNamespace(fold=lambda past, factors, scales: scales)
+    found = general.guard(stage, method, lambda folded: folded, {})
+    assert len(seen) <= most and len({str(c) for c in seen}) == len(seen)
+    factors = found["factors"]
+    assert found["after"] == divergence(factors) <= found["before"] + 1.0 == 1.5
+    assert found["unscaled"] == divergence({"vision": 1.0, "language": 1.0})
+    for tower in factors:
+        more = {**factors, tower: factors[tower] + 1 / 16}
+        assert factors[tower] == 1.0 or divergence(more) > 1.5
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"samples": "none", "share": 0.2}, "general.share need prompts"),
@@ -543,7 +608,7 @@ def test_pictures_of_a_step_are_each_compared_with_their_own_texts(in_classes: S
     stage, _ = open_stage(in_classes(eps_g=None, share=0.75))
     records = [sample for samples, _ in stage.run.records.values() for sample in samples[4:8]]
     said = general._said(stage.run, stage.run.model, records)
-    lessons = [*general._lessons(records, said), *stage.run.general.learnt]
+    lessons = [*general._lessons(stage.run, records, said, 1), *stage.run.general.learnt]
     assert len({lesson.sample.classes for lesson in lessons}) == 3
     model = stage_adapter(stage.run.model)
     distillation = Distillation(stage, lessons)

@@ -26,10 +26,11 @@ from mllm_keeplora.config import (
     TowerConfig,
     TrainConfig,
 )
-from mllm_keeplora.continual import learning
+from mllm_keeplora.continual import history, learning
 from mllm_keeplora.continual import run_stream as continual_stream
 from mllm_keeplora.continual.general import past_prompts
 from mllm_keeplora.continual.learning import as_factors, learn
+from mllm_keeplora.continual.memory import DeviceMemoryError
 from mllm_keeplora.continual.run import Run
 from mllm_keeplora.continual.run_stream import run_stream
 from mllm_keeplora.continual.trainer import StageTrainer, train_stage
@@ -66,6 +67,7 @@ from mllm_keeplora.planning.plan import make_plan
 from mllm_keeplora.probes.activations import sketch_inputs
 from mllm_keeplora.probes.gradients import GradientError, module_generator
 from mllm_keeplora.runs.files import ArtifactError, load_tensors
+from mllm_keeplora.runs.record import StageRecord
 from tests.conversations import shown_by
 from tests.modules.conftest import WORDS, all_targets, batch, read_adapter
 
@@ -219,7 +221,11 @@ def test_two_stages(
     for number, (work, found) in enumerate(zip(planned, stages, strict=True), start=1):
         assert work.probe_passes == passes.count(number)
         assert (work.samples, work.steps) == (found["counts"]["train_samples"], found["counts"]["steps"])
-        assert not found["counts"]["steps"] or work.probe_samples == len(found["probe_indices"])
+        looks = work.probe_passes and found["counts"]["steps"]
+        assert len(found["probe_indices"]) == (
+            work.probe_samples if looks else 0
+        )  # what nothing looked at is not named
+        assert (found["counts"]["trainable_parameters"] > 0) == (found["counts"]["steps"] > 0)
     adapter = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
     assert (adapter["rank_pattern"], adapter["alpha_pattern"]) == ({}, {})
     assert adapter["lora_alpha"] == adapter["r"] == len(next(iter(second.values()))[0])
@@ -299,6 +305,50 @@ def until(step: Any, last: int) -> Any:
         return step(*arguments, **settings)
 
     return training_step
+
+
+@pytest.mark.parametrize("phase", ["protect", "rehearse", "evaluate"])
+def test_a_stage_that_ran_out_of_memory_goes_on_with_what_its_message_names(
+    phase: str, tiny_llava: Path, stream_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Complete stages stay valid, and so do the finished phases of this one."""
+    settings, compute = config(tiny_llava, stream_file, tmp_path, "keeplora"), StageRecord.phase
+
+    def fails(record: StageRecord, name: str, *given: Any) -> Any:
+        if name == phase and record.directory.path.name == "02-second":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return compute(record, name, *given)
+
+    with monkeypatch.context() as patch, pytest.raises(DeviceMemoryError) as raised:
+        patch.setattr(StageRecord, "phase", fails)
+        run_stream(settings)
+    for name, value in raised.value.smaller.items():
+        group, key = name.split(".")
+        settings = replace(settings, **{group: replace(getattr(settings, group), **{key: value})})
+    monkeypatch.setattr(learning, "train_stage", fails)  # it is not called again
+    assert raised.value.smaller and len(run_stream(settings)["rows"]) == 3
+
+
+def test_stages_of_earlier_versions_go_on_with_other_probe_batches(
+    tiny_llava: Path, stream_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their manifests hold what was compared then."""
+    settings, found = config(tiny_llava, stream_file, tmp_path, "lora"), history.identity
+
+    def earlier(settings: RunConfig, task: str | None) -> dict[str, Any]:
+        values = found(settings, task)
+        if task is not None:
+            values["probe"]["batch_size"] = settings.probe.batch_size
+            values["train"]["activation_checkpointing"] = settings.train.activation_checkpointing
+        return values
+
+    with monkeypatch.context() as patch:
+        patch.setattr(history, "identity", earlier)
+        run_stream(settings)
+    smaller = replace(settings, probe=replace(settings.probe, batch_size=1))
+    run_stream(smaller)
+    with pytest.raises(ArtifactError, match=r"other settings \(probe.fraction: 1.0 there, 0.5 now\)"):
+        run_stream(replace(smaller, probe=replace(smaller.probe, fraction=0.5)))
 
 
 # Input activations
@@ -513,6 +563,20 @@ def test_a_module_without_directions_left_is_skipped(
     }
 
 
+@pytest.mark.parametrize("method", ["keeplora", "gpm", "inflora", "loda"])
+@pytest.mark.parametrize(("rank", "columns"), [(1, 1), (1, 2), (3, 1)])
+def test_the_smallest_sketches_are_enough(
+    rank: int, columns: int, method: str, tiny_llava: Path, stream_file: Path, tmp_path: Path
+) -> None:
+    options = {"energy_of": "inputs"} if method == "inflora" else {}
+    settings = config(tiny_llava, stream_file, tmp_path, method, **options)
+    tower = replace(settings.language, rank=rank)
+    probe = replace(settings.probe, columns_per_rank=columns)
+    run_stream(replace(settings, language=tower, vision=tower, probe=probe))
+    rows = json.loads((tmp_path / "run/stages/02-second/manifest.json").read_text())["modules"]
+    assert all(row["rank"] == rank and row["leakage"] < 1e-6 for row in rows)
+
+
 def test_inflora_learns_where_the_inputs_are_and_the_past_is_not(
     tiny_llava: Path, stream_file: Path, tmp_path: Path
 ) -> None:
@@ -671,6 +735,16 @@ def test_loda_isolates_by_the_generalised_eigenproblem() -> None:
     cosines = torch.linalg.svdvals(rows.double() @ leading)
     assert torch.allclose(cosines, torch.ones(3, dtype=torch.double), atol=1e-6)
     assert rows[:, :6].norm() < 0.2 * rows.norm()
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-12, 1e-7, 1.0])
+def test_loda_isolates_whatever_is_left_of_the_new_inputs(size: float) -> None:
+    """Beside a past whose sketch has fewer rows than the layer has inputs; of nothing there are no directions."""
+    generator = torch.Generator().manual_seed(0)
+    new, old = (torch.randn(8, 64, generator=generator) for _ in range(2))
+    rows = energy_ratio_rows(size * new, [100 * old], 0.01, 3)
+    assert len(rows) == (3 if size else 0) and torch.isfinite(rows).all()
+    assert orthonormality_error(rows.T) < 1e-6 if size else rows.shape == (0, 64)
 
 
 def test_loda_shares_what_has_energy_in_old_and_new_inputs() -> None:

@@ -278,6 +278,53 @@ def test_the_split_asks_about_records_that_training_does_not_show(tmp_path: Path
         held_out_stream(stream, Tuning([1e-3], 1, 5, 0, str(tmp_path / "none")))
 
 
+def conversations(number: int, answer: str = "a") -> dict[str, Any]:
+    turns = [{"from": "human", "value": f"q{number}"}, {"from": "gpt", "value": answer}]
+    return {"id": number, "conversations": turns}
+
+
+@pytest.mark.parametrize("change", ["held_out", "tasks", "a record", "max_new_tokens", "nothing"])
+def test_a_split_of_other_records_is_not_taken_for_this_one(change: str, tmp_path: Path) -> None:
+    """What was tuned on it would be read as tuned on this."""
+    for name in "tu":
+        (tmp_path / f"{name}.json").write_text(json.dumps([conversations(number) for number in range(5)]))
+    more: dict[str, Any] = {"metric": "exact", "allow_text_only": True}
+    tasks = [{"name": name, "train": f"{name}.json", "test": f"{name}.json", **more} for name in "tu"]
+    stream = tmp_path / "stream.yaml"
+    stream.write_text(yaml.safe_dump({"name": "s", "data_root": str(tmp_path), "tasks": tasks}))
+    tuning = Tuning([1e-3], 2, 2, 0, str(tmp_path / "split"))
+    path = held_out_stream(stream, tuning)
+    assert all(task["allow_text_only"] for task in yaml.safe_load(path.read_text())["tasks"])
+    if change == "a record":
+        (tmp_path / "u.json").write_text(json.dumps([conversations(number, "b") for number in range(5)]))
+    elif change == "max_new_tokens":
+        tasks[1]["max_new_tokens"] = 7
+        stream.write_text(yaml.safe_dump({"name": "s", "data_root": str(tmp_path), "tasks": tasks}))
+    elif change != "nothing":
+        tuning = replace(tuning, **{change: 1})
+    if change == "nothing":
+        assert held_out_stream(stream, tuning) == path
+        return
+    with pytest.raises(ConfigError, match="holds another split .*name other folders in tuning.data and runs"):
+        held_out_stream(stream, tuning)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"id": 1, "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+        {"id": 1, "problem": "q", "solution": "a"},
+        ["q", "a"],
+    ],
+)
+def test_records_that_no_question_can_be_made_of_are_named(record: Any, tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_text(json.dumps([record] * 3))
+    task = {"name": "t", "train": "t.json", "test": "t.json", "metric": "exact"}
+    (tmp_path / "stream.yaml").write_text(yaml.safe_dump({"name": "s", "data_root": str(tmp_path), "tasks": [task]}))
+    with pytest.raises(ConfigError, match="takes records with `conversations`, and .*t.json has others"):
+        held_out_stream(tmp_path / "stream.yaml", Tuning([1e-3], 1, 1, 0, str(tmp_path / "split")))
+
+
 def series(*values: float) -> pd.Series:
     """Values under the seeds 0, 1, .."""
     return pd.Series(values, dtype=float)
@@ -291,6 +338,8 @@ def test_the_paired_test_is_scipys() -> None:
     assert paired_test(first, second.drop(1))["n"] == 2, "over the seeds that both have"
     assert paired_test(series(0.5), series(0.4))["p"] is None
     assert paired_test(series(0.5, 0.75), series(0.25, 0.5))["p"] is None, "no spread, no test"
+    for three in (series(0.95, 0.7, 0.3), series(0.9, 0.6, 0.4), series(0.71, 0.31, 0.91)):  # rounding is no spread
+        assert paired_test(three, three - 0.3)["p"] is None and paired_test(three - 0.3, three)["p"] is None
     assert paired_test(series(), series()) == {"n": 0, "difference": None, "p": None}
 
 

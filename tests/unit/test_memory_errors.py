@@ -41,6 +41,9 @@ PHASES = {
     "train": r"train.per_device_train_batch_size: 4, train.gradient_accumulation_steps: 4, .*; smaller images",
     "protect": "probe.batch_size: 4",
     "rehearse": "probe.batch_size: 4",
+    "general": r"the base at the general samples: .*: evaluation.batch_size: 16, probe.batch_size: 4; .*max_new_tokens",
+    "recall": "evaluation.batch_size: 16, probe.batch_size: 4; .*max_new_tokens",
+    "guard": "probe.batch_size: 4; .*shorter prompts in general.samples",
     "fold": "lower rank",
     "evaluate": "evaluation.batch_size: 16; .*max_new_tokens",
 }
