@@ -111,7 +111,7 @@ class StageContext:
         number: 1-based.
         task: what is learnt.
         accumulated: factors of all earlier stages, scales absorbed in B; empty before the first.
-        earlier: the earlier stages that learnt, oldest first.
+        earlier: all earlier stages, oldest first.
         samples: what the stage trains on.
         train: how.
         targets: the modules that the samples reach: of Video-LLaVA's two vision towers the one for clips, say.

@@ -44,14 +44,14 @@ class Ewc(LoraThroughout):
     strength: Annotated[float, Range(0, 1_000_000_000)] = 100.0
 
     def hooks(self, stage: StageContext, model: PeftModel) -> Hooks:
-        """The penalty at each step; none before there is a past."""
-        rehearsals = stage.rehearsals()
-        if not rehearsals:
-            return Hooks()
-        device = stage.run.device
-        fisher = {name: value.to(device) for name, value in rehearsals[-1].items()}
-        anchor = {n: p.detach().clone() for n, p in _named_factors(model, STAGE, stage).items()}
+        """The penalty at each step; none before there is a past of what the stage trains."""
+        device, rehearsals = stage.run.device, stage.rehearsals()
         parameters = _named_factors(model, STAGE, stage)
+        known = rehearsals[-1] if rehearsals else {}
+        fisher = {name: value.to(device) for name, value in known.items() if name in parameters}
+        if not fisher:
+            return Hooks()
+        anchor = {name: parameters[name].detach().clone() for name in fisher}
         return Hooks(penalty=lambda _: self.strength / 2 * weighted_distance(parameters, anchor, fisher))
 
     def rehearsal(self, stage: StageContext, model: Model) -> dict[str, Tensor]:
@@ -76,9 +76,8 @@ def _named_factors(model: PeftModel, adapter: str, stage: StageContext) -> dict[
 def weighted_distance(
     parameters: Mapping[str, Tensor], anchor: Mapping[str, Tensor], fisher: Mapping[str, Tensor]
 ) -> Tensor:
-    """sum F (theta - theta*)^2 over all factors that have an F; differentiable scalar."""
-    names = [name for name in parameters if name in fisher]
-    return torch.stack([(fisher[n] * (parameters[n] - anchor[n]).square()).sum() for n in names]).sum()
+    """sum F (theta - theta*)^2 over all factors that have an F, at least one; differentiable scalar."""
+    return torch.stack([(f * (parameters[n] - anchor[n]).square()).sum() for n, f in fisher.items()]).sum()
 
 
 def fisher_diagonal(stage: StageContext, model: PeftModel) -> dict[str, Tensor]:

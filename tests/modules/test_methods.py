@@ -1000,6 +1000,33 @@ def test_ewc_pulls_back_to_the_past_in_proportion_to_its_fisher_information() ->
     assert torch.equal(gradient, torch.tensor([0.0, 14.0, 0.0]))
 
 
+@pytest.mark.parametrize("past", ["vision", "language", "both", "other modules"])
+def test_ewc_looks_at_what_past_tasks_and_this_one_reach(
+    past: str, tiny_llava: Path, stream_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two vision towers, say, tasks may reach one each: then nothing pulls back."""
+    stage, run = open_stage(config(tiny_llava, stream_file, tmp_path, "ewc", strength=2.0), 2)
+    model = stage_adapter(stage.run.model)
+    known = {
+        f"{t.name}.{factor}": torch.ones_like(p)
+        for t in stage.targets
+        if past in (t.tower, "both")
+        for factor, p in zip("AB", factor_parameters(model, STAGE, t.name), strict=True)
+    }
+    fisher = {**known, "of.another.tower.A": torch.ones(RANK, 4)}
+    monkeypatch.setattr(StageContext, "rehearsals", lambda _: [fisher])
+    penalty = run.method.hooks(stage, model).penalty
+    if past == "other modules":
+        assert penalty is None
+        return
+    assert float(penalty(0).detach()) == 0.0
+    with torch.no_grad():
+        for t in stage.targets:
+            for parameter in factor_parameters(model, STAGE, t.name):
+                parameter.add_(0.5)
+    assert float(penalty(0).detach()) == pytest.approx(0.25 * sum(f.numel() for f in known.values()), rel=1e-5)
+
+
 def test_ewc_adds_up_the_information_of_past_tasks(tiny_llava: Path, stream_file: Path, tmp_path: Path) -> None:
     run_stream(config(tiny_llava, stream_file, tmp_path, "ewc"))
     first, second = (
