@@ -1,11 +1,19 @@
 """The package comes first: its guards must run before transformers and lmms-eval are imported."""
 
+import gc
 from collections.abc import Iterator
 from functools import cache
 
 import pytest
 
 import mllm_keeplora  # noqa: F401
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _libraries_stay() -> None:
+    """Full collections, as at every loading of a 4-bit model, pass over what was imported: half a second each."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
