@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,7 +26,7 @@ from mllm_keeplora.data.conversation import MediaFile, Message, Sample
 from mllm_keeplora.data.images import load_image
 from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.modeling.families import FAMILIES, Media, TargetError, family_of
-from mllm_keeplora.modeling.loading import load_base, load_dense
+from mllm_keeplora.modeling.loading import load_base, load_base_processor, load_dense
 from mllm_keeplora.modeling.targets import find_targets
 from mllm_keeplora.probes.gradients import gaussian_probe, sketch_gradients
 from tests.clips import write_clip
@@ -82,7 +83,9 @@ def samples(root: Path, media: Media) -> list[Sample]:
     ]
 
 
+@cache
 def reader() -> VideoReader:
+    """One decoder for all: each is a process of its own."""
     return VideoReader(VideoConfig(frames=8), None)
 
 
@@ -149,7 +152,7 @@ def test_targets_are_what_gets_a_gradient_and_probes_measure_it(
 def test_training_and_evaluation_give_the_model_the_same(
     family: str, media: Media, tiny: Any, media_root: Path
 ) -> None:
-    _, processor = load_base(model_config(tiny(family), "nf4"))
+    processor = load_base_processor(model_config(tiny(family), "nf4"))
     one = samples(media_root, media)[0]
     collator = ChatCollator(processor, None, reader())
     batch, again = collator([one]), collator([one])
@@ -211,7 +214,7 @@ def test_media_in_later_turns(family: str, media: Media, tiny: Any, media_root: 
 def test_a_question_in_a_later_turn_is_asked_as_it_was_learnt(
     family: str, media: Media, tiny: Any, media_root: Path
 ) -> None:
-    _, processor = load_base(model_config(tiny(family), "none"))
+    processor = load_base_processor(model_config(tiny(family), "none"))
     shown = several(media_root, media, 0)
     learnt = ChatCollator(processor, None, reader())([shown])
     asked = prepare_questions(processor, [[opened(message) for message in shown.messages[:5]]], torch.device("cpu"))
@@ -268,7 +271,7 @@ def test_a_projector_without_linear_layers_cannot_be_protected(tiny: Any) -> Non
 
 def test_gemma_3_is_told_which_tokens_see_each_other_both_ways(tiny: Any, media_root: Path) -> None:
     """Those of images, in what is learnt and in what is asked, padded on either side."""
-    _, processor = load_base(model_config(tiny("gemma3"), "none"))
+    processor = load_base_processor(model_config(tiny("gemma3"), "none"))
     shown = samples(media_root, "image")[:2]
     learnt = ChatCollator(processor)(shown)
     questions = [ask(turns_of(one)[0].question, load_image(one.media[0].path)) for one in shown]
@@ -290,7 +293,7 @@ def test_the_layer_that_foretells_further_tokens_is_left_out(tiny: Any, tmp_path
 
 @pytest.mark.parametrize("family", [f for f in WRITING if "video" not in FAMILIES[f].vision_layers])
 def test_an_image_family_refuses_clips(family: str, tiny: Any, media_root: Path) -> None:
-    _, processor = load_base(model_config(tiny(family), "nf4"))
+    processor = load_base_processor(model_config(tiny(family), "nf4"))
     with pytest.raises(ProcessorError, match="takes no video"):
         ChatCollator(processor, None, reader())(samples(media_root, "video"))
 

@@ -41,7 +41,7 @@ from mllm_keeplora.methods.base import method_names
 from mllm_keeplora.modeling.adapters import STAGE, attach
 from mllm_keeplora.modeling.adapters import activate as activate_adapters
 from mllm_keeplora.modeling.families import FAMILIES, Media
-from mllm_keeplora.modeling.loading import load_base
+from mllm_keeplora.modeling.loading import load_base, load_base_processor
 from mllm_keeplora.modeling.loss import answers_alone
 from mllm_keeplora.modeling.targets import left_out, targets_of
 from mllm_keeplora.planning import skeleton as skeleton_module
@@ -301,7 +301,7 @@ def test_what_is_cached_is_planned(family: str, dtype: str, bases: Any, media_fi
 
 def test_what_lowers_memory_lowers_the_plan(bases: Any, media_files: Path) -> None:
     config = config_of(bases("llava"), train=TrainConfig(per_device_train_batch_size=8))
-    _, processor = load_base(config.model)
+    processor = load_base_processor(config.model)
     memory = memory_of(config, ChatCollator(processor)(samples(media_files, "image")[:1]), "image")
 
     def sums(**settings: Any) -> dict[str, int]:
@@ -429,7 +429,7 @@ def test_general_samples_beside_a_batch_are_planned(share: float, beside: int, b
         config, general=GeneralConfig(), train=replace(config.train, per_device_train_batch_size=16 + beside)
     )
     config = replace(config, train=replace(config.train, per_device_train_batch_size=16))
-    batch = ChatCollator(load_base(config.model)[1])(samples(media_files, "image")[:1])
+    batch = ChatCollator(load_base_processor(config.model))(samples(media_files, "image")[:1])
     found, expected = (memory_of(c, batch, "image").phases()["train"] for c in (config, more))
     assert found == expected
     said = f"inputs protected; {beside} beside each 16 of a task's, by kl" if share else "inputs protected; each stage"
@@ -605,7 +605,7 @@ def test_a_hub_model_whose_headers_cannot_be_read_is_counted_by_its_config(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_assumed_samples_pass_every_processor(family: str, bases: Any) -> None:
     config = config_of(bases(family))
-    _, processor = load_base(config.model)
+    processor = load_base_processor(config.model)
     shape = assumed_shape(processor, build_skeleton(config.model), config)
     assert shape.media == MAIN_MEDIA.get(family, "image")
     chooses = FAMILIES[family].classifies
