@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import yaml
@@ -530,7 +531,8 @@ def test_corpus_metrics_against_hand_computed_ones() -> None:
     assert scores["ROUGE-L"] == pytest.approx((1 + 2 * f + 0) / 4)
     assert 0 < scores["METEOR"] < 1 and scores["CIDEr"] > 0
     assert list(scores) == ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr"]
-    assert captions.corpus_score(items) == pytest.approx(100 * sum(scores.values()) / 7)
+    with mock.patch.object(captions, "corpus_metrics", lambda _: scores):  # Java takes seconds
+        assert captions.corpus_score(items) == pytest.approx(100 * sum(scores.values()) / 7)
 
 
 @pytest.mark.slow
