@@ -18,9 +18,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _libraries_stay() -> None:
-    """Full collections, as at every loading of a 4-bit model, pass over what was imported: half a second each."""
+    """Full collections, as at every loading of a 4-bit model, pass over what was there before: half a second each."""
     gc.collect()
     gc.freeze()
 

@@ -8,7 +8,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -29,10 +28,9 @@ from mllm_keeplora.modeling.families import FAMILIES, Media, TargetError, family
 from mllm_keeplora.modeling.loading import load_base, load_base_processor, load_dense
 from mllm_keeplora.modeling.targets import find_targets
 from mllm_keeplora.probes.gradients import gaussian_probe, sketch_gradients
-from tests.clips import write_clip
 from tests.conversations import Turn, ask, sample, turns_of
 from tests.modules.conftest import BOTH_TOWERS, model_config, read_adapter
-from tests.modules.tiny_families import BUILDERS, WRITING, save_tiny
+from tests.modules.tiny_families import BUILDERS, WRITING
 
 COLUMNS = 8
 CASES = [(family, media) for family in WRITING for media in FAMILIES[family].vision_layers]
@@ -42,35 +40,6 @@ MAIN_MEDIA: dict[str, Media] = {
     if name in WRITING
 }
 IN_BF16 = ("qwen2_5_vl",)  # what the default suite runs; --slow runs them all
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Directory of a family's tiny model, made on first use."""
-    root = tmp_path_factory.mktemp("families")
-
-    def directory(family: str) -> Path:
-        if not (root / family).exists():
-            save_tiny(family, root / family)
-        return root / family
-
-    return directory
-
-
-@pytest.fixture(scope="session")
-def media_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("media")
-    write_media(root)
-    return root
-
-
-def write_media(root: Path) -> None:
-    """Four images and four clips of noise, of two sizes."""
-    rng = np.random.default_rng(0)
-    for number in range(4):
-        shape = (64, 64, 3) if number % 2 else (48, 80, 3)
-        Image.fromarray(rng.integers(0, 255, shape, dtype=np.uint8)).save(root / f"{number}.png")
-        write_clip(root / f"{number}.mp4", list(rng.integers(0, 255, (12, *shape), dtype=np.uint8)))
 
 
 def samples(root: Path, media: Media) -> list[Sample]:
