@@ -1,8 +1,6 @@
 """The package comes first: its guards must run before transformers and lmms-eval are imported."""
 
 import gc
-from collections.abc import Iterator
-from functools import cache
 
 import pytest
 
@@ -23,13 +21,3 @@ def _libraries_stay() -> None:
     """Full collections, as at every loading of a 4-bit model, pass over what was there before: half a second each."""
     gc.collect()
     gc.freeze()
-
-
-@pytest.fixture(scope="session")
-def one_meteor() -> Iterator[None]:
-    """METEOR started once: a Java program that takes seconds to start, and then scores any number of corpora."""
-    from pycocoevalcap.meteor import meteor
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(meteor, "Meteor", cache(meteor.Meteor))
-        yield
