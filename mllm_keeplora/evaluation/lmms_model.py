@@ -206,10 +206,13 @@ class KeepLoRAModel(lmms):
     def clean(self) -> None:
         """Lets go of the model; lmms-eval asks for it at the end of every evaluation.
 
-        lmms-eval's own method searches all of the process for garbage too: a tenth of a row's time on a small model.
+        lmms-eval's own method searches all of the process for garbage too, a tenth of a row's time on a small model.
+        On a GPU it stays: training needs the memory that garbage may hold there.
         """
-        del self.model
-        torch.cuda.empty_cache()  # nothing where CUDA was never used
+        if torch.cuda.is_initialized():
+            super().clean()
+        else:
+            del self.model
 
     def loglikelihood(self, requests: list[Instance]) -> NoReturn:
         """Refused: log-likelihood tasks compare given answers, this model generates them."""
