@@ -13,6 +13,6 @@ done
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-"$PYTHON" -m mypy
+"$PYTHON" -m mypy --num-workers auto
 # One worker a core; a file stays on one worker, so that its models are built once.
 exec "$PYTHON" -m pytest -n logical --dist loadfile --no-loadscope-reorder "${selection[@]}" "${arguments[@]}"

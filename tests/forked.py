@@ -81,9 +81,12 @@ def run(arguments: Sequence[str | Path]) -> subprocess.CompletedProcess[str]:
     return Forked(arguments).completed()
 
 
-def run_together(arguments: Sequence[str | Path], processes: int = 2) -> list[subprocess.CompletedProcess[str]]:
+def run_together(
+    arguments: Sequence[str | Path], processes: int = 2, environment: Mapping[str, str] | None = None
+) -> list[subprocess.CompletedProcess[str]]:
     """The same by several processes that know of each other, as `torchrun` starts them."""
-    return [process.completed() for process in [Forked(arguments, rank) for rank in ranks(processes)]]
+    started = [Forked(arguments, {**(environment or {}), **rank}) for rank in ranks(processes)]
+    return [process.completed() for process in started]
 
 
 def ranks(processes: int) -> list[dict[str, str]]:

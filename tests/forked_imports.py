@@ -1,5 +1,7 @@
 """What the commands import, for the fork server of `tests.forked`: code alone, nothing is computed or started."""
 
+import gc
+
 import av  # noqa: F401
 import lmms_eval.evaluator  # noqa: F401
 import matplotlib.pyplot  # noqa: F401
@@ -23,3 +25,5 @@ import mllm_keeplora.continual.saved_run
 import mllm_keeplora.evaluation.lmms_model
 import mllm_keeplora.recipes.small.streams
 import mllm_keeplora.reports.page  # noqa: F401
+
+gc.freeze()  # no collection of a command looks through the libraries, which takes half a second each time

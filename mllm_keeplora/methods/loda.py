@@ -219,11 +219,11 @@ class AlignedGradients:
     def __call__(self, batch: Batch, step: Step, backward: Backward) -> Tensor:
         """Adds a batch's gradient to what earlier parts of the step have left; gives the loss at the points above."""
         generator = module_generator(self._seed, f"answers/{step.taken}")
+        length = self._rho * float(torch.rand((), generator=generator))  # first: one for all processes
         halves = answer_halves(batch["labels"], generator)
         if not _everywhere(halves is not None, batch["labels"].device) or halves is None:
             return backward(batch, False)
         first, second = (only(batch, rows) for rows in halves)
-        length = self._rho * float(torch.rand((), generator=generator))
         start, gradients = [b.detach().clone() for b in self._trained], self._taken()
         losses = []
         for source, target, task_alone in ((first, second, True), (second, first, False)):

@@ -1,10 +1,13 @@
 """A tiny random LLaVA with its processor, loaded by the project's own code, quantised or not."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -21,6 +24,8 @@ from mllm_keeplora.config import ModelConfig
 from mllm_keeplora.modeling.adapters import Factors
 from mllm_keeplora.modeling.loading import load_base
 from mllm_keeplora.modeling.targets import Target, find_targets
+from tests.clips import write_clip
+from tests.modules.tiny_families import save_tiny
 
 WORDS = [
     "<pad>",
@@ -103,6 +108,36 @@ def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
             torch.nn.init.xavier_normal_(parameter)
     model.save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Directory of a family's tiny model, made on first use. Nobody changes it."""
+    root = tmp_path_factory.mktemp("families")
+
+    def directory(family: str) -> Path:
+        if not (root / family).exists():
+            save_tiny(family, root / family)
+        return root / family
+
+    return directory
+
+
+@pytest.fixture(scope="session")
+def media_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of `write_media`."""
+    root = tmp_path_factory.mktemp("media")
+    write_media(root)
+    return root
+
+
+def write_media(root: Path) -> None:
+    """Four images and four clips of noise, of two sizes."""
+    rng = np.random.default_rng(0)
+    for number in range(4):
+        shape = (64, 64, 3) if number % 2 else (48, 80, 3)
+        Image.fromarray(rng.integers(0, 255, shape, dtype=np.uint8)).save(root / f"{number}.png")
+        write_clip(root / f"{number}.mp4", list(rng.integers(0, 255, (12, *shape), dtype=np.uint8)))
 
 
 @pytest.fixture(params=["none", "nf4"])

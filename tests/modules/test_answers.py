@@ -17,7 +17,6 @@ from mllm_keeplora.evaluation.errors import LogitsError
 from mllm_keeplora.modeling.loading import load_base
 from tests.conversations import ask
 from tests.modules.conftest import TEMPLATE, model_config
-from tests.modules.tiny_families import save_tiny
 
 LENGTH = 6
 QUESTIONS = ["what is this ?", "red no what", "is"]
@@ -149,9 +148,9 @@ ENDINGS = {  # a template's end -> ends that the checkpoint's config names
 
 @pytest.mark.parametrize("end, own", [(end, own) for end, all_own in ENDINGS.items() for own in all_own])
 @pytest.mark.parametrize("family", ["llava", "llava_onevision", "qwen2_5_vl"])
-def test_a_reply_ends_at_every_token_that_ends_one(family: str, end: str, own: Any, tmp_path_factory: Any) -> None:
+def test_a_reply_ends_at_every_token_that_ends_one(family: str, end: str, own: Any, tiny: Any) -> None:
     """Those of the config, and the one that training supervises: a config may name another (llama3#104)."""
-    model, processor = tiny(family, tmp_path_factory)
+    model, processor = with_ends(family, tiny)
     media = processor.image_token if family != "qwen2_5_vl" else "<|vision_start|><|image_pad|><|vision_end|>"
     processor.chat_template = TEMPLATE.replace("</s>", end).replace("<image>", media)
     model.generation_config = GenerationConfig(eos_token_id=own, pad_token_id=0)
@@ -178,19 +177,17 @@ def test_a_reply_ends_at_every_token_that_ends_one(family: str, end: str, own: A
         assert calls == 4, "three tokens and the end"
 
 
-_TINY: dict[str, tuple[Any, Any]] = {}
+_WITH_ENDS: dict[str, tuple[Any, Any]] = {}
 
 
-def tiny(family: str, factory: Any) -> tuple[Any, Any]:
+def with_ends(family: str, tiny: Any) -> tuple[Any, Any]:
     """A tiny model of the family whose tokenizer knows all ends."""
-    if family not in _TINY:
-        directory = factory.mktemp(family)
-        save_tiny(family, directory)
-        model, processor = load_base(model_config(directory, "none"))
+    if family not in _WITH_ENDS:
+        model, processor = load_base(model_config(tiny(family), "none"))
         processor.tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot_id|>", "<|im_end|>"]})
         model.resize_token_embeddings(len(processor.tokenizer))
-        _TINY[family] = model, processor
-    return _TINY[family]
+        _WITH_ENDS[family] = model, processor
+    return _WITH_ENDS[family]
 
 
 @pytest.mark.parametrize("value", [float("nan"), 3e38])
@@ -210,10 +207,9 @@ def test_logits_that_are_no_numbers_are_no_answer(live: tuple[Any, Any], value: 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "llava_next_video"])
-def test_a_model_in_training_answers_as_it_does_after_it(family: str, checkpointing: bool, tmp_path: Path) -> None:
+def test_a_model_in_training_answers_as_it_does_after_it(family: str, checkpointing: bool, tiny: Any) -> None:
     """With checkpointing its layers would keep no cache; the mode stays as it was."""
-    save_tiny(family, tmp_path)
-    model, processor = load_base(model_config(tmp_path, "none"))
+    model, processor = load_base(model_config(tiny(family), "none"))
     model.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=0)
     asked = [ask(question, None) for question in ("what is this ?", "is this red ?")]
     expected = greedy_replies(model, processor, asked, 8)

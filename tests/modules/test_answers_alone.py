@@ -19,7 +19,7 @@ from mllm_keeplora.probes.activations import sketch_inputs
 from mllm_keeplora.probes.gradients import sketch_gradients
 from tests.conversations import Turn, sample
 from tests.modules.conftest import BOTH_TOWERS, all_targets, batch, model_config
-from tests.modules.test_families import CASES, media_root, reader, samples, several, tiny  # noqa: F401
+from tests.modules.test_families import CASES, reader, samples, several
 from tests.modules.test_training import prepare, train
 
 CPU = torch.device("cpu")
@@ -45,8 +45,8 @@ def loss_and_gradients(model: Any, inputs: dict[str, Any]) -> tuple[float, dict[
 def test_loss_and_gradients_are_those_of_all_positions(
     family: str,
     media: Media,
-    tiny: Any,  # noqa: F811
-    media_root: Path,  # noqa: F811
+    tiny: Any,
+    media_root: Path,
 ) -> None:
     """In batches of one and several turns, of answers of unequal length, and with text alone."""
     model, processor = load_base(model_config(tiny(family), "nf4"))
@@ -74,8 +74,8 @@ def test_loss_and_gradients_are_those_of_all_positions(
 def test_replies_have_their_logits_bit_for_bit_and_pixels_travel_rounded(
     family: str,
     media: Media,
-    tiny: Any,  # noqa: F811
-    media_root: Path,  # noqa: F811
+    tiny: Any,
+    media_root: Path,
 ) -> None:
     """The model rounds pixels to its own dtype first; so they may come in it, in half the bytes."""
     model, processor = load_base(model_config(tiny(family), "none"))

@@ -4,10 +4,10 @@ import copy
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -35,14 +35,13 @@ from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.methods.hooks import Hooks
 from mllm_keeplora.modeling.adapters import STAGE, activate, attach, factor_parameters, without_dropout
 from mllm_keeplora.modeling.families import FAMILIES, Media, TargetError, family_of
-from mllm_keeplora.modeling.loading import load_base, load_dense
+from mllm_keeplora.modeling.loading import load_base, load_base_processor, load_dense
 from mllm_keeplora.modeling.loss import summed_token_loss, supervised_positions
 from mllm_keeplora.modeling.targets import find_targets
 from mllm_keeplora.probes.gradients import gaussian_probe, sketch_gradients
-from tests.clips import write_clip
 from tests.conversations import Turn, ask, sample, turns_of
 from tests.modules.conftest import BOTH_TOWERS, model_config, read_adapter
-from tests.modules.tiny_families import BUILDERS, WRITING, save_tiny
+from tests.modules.tiny_families import BUILDERS, WRITING
 
 COLUMNS = 8
 CASES = [(family, media) for family in WRITING for media in FAMILIES[family].vision_layers]
@@ -52,35 +51,6 @@ MAIN_MEDIA: dict[str, Media] = {
     if name in WRITING
 }
 IN_BF16 = ("qwen2_5_vl",)  # what the default suite runs; --slow runs them all
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Directory of a family's tiny model, made on first use."""
-    root = tmp_path_factory.mktemp("families")
-
-    def directory(family: str) -> Path:
-        if not (root / family).exists():
-            save_tiny(family, root / family)
-        return root / family
-
-    return directory
-
-
-@pytest.fixture(scope="session")
-def media_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("media")
-    write_media(root)
-    return root
-
-
-def write_media(root: Path) -> None:
-    """Four images and four clips of noise, of two sizes."""
-    rng = np.random.default_rng(0)
-    for number in range(4):
-        shape = (64, 64, 3) if number % 2 else (48, 80, 3)
-        Image.fromarray(rng.integers(0, 255, shape, dtype=np.uint8)).save(root / f"{number}.png")
-        write_clip(root / f"{number}.mp4", list(rng.integers(0, 255, (12, *shape), dtype=np.uint8)))
 
 
 def samples(root: Path, media: Media) -> list[Sample]:
@@ -93,7 +63,9 @@ def samples(root: Path, media: Media) -> list[Sample]:
     ]
 
 
+@cache
 def reader() -> VideoReader:
+    """One decoder for all: each is a process of its own."""
     return VideoReader(VideoConfig(frames=8), None)
 
 
@@ -160,7 +132,7 @@ def test_targets_are_what_gets_a_gradient_and_probes_measure_it(
 def test_training_and_evaluation_give_the_model_the_same(
     family: str, media: Media, tiny: Any, media_root: Path
 ) -> None:
-    _, processor = load_base(model_config(tiny(family), "nf4"))
+    processor = load_base_processor(model_config(tiny(family), "nf4"))
     one = samples(media_root, media)[0]
     collator = ChatCollator(processor, None, reader())
     batch, again = collator([one]), collator([one])
@@ -222,7 +194,7 @@ def test_media_in_later_turns(family: str, media: Media, tiny: Any, media_root: 
 def test_a_question_in_a_later_turn_is_asked_as_it_was_learnt(
     family: str, media: Media, tiny: Any, media_root: Path
 ) -> None:
-    _, processor = load_base(model_config(tiny(family), "none"))
+    processor = load_base_processor(model_config(tiny(family), "none"))
     shown = several(media_root, media, 0)
     learnt = ChatCollator(processor, None, reader())([shown])
     asked = prepare_questions(processor, [[opened(message) for message in shown.messages[:5]]], torch.device("cpu"))
@@ -279,7 +251,7 @@ def test_a_projector_without_linear_layers_cannot_be_protected(tiny: Any) -> Non
 
 def test_gemma_3_is_told_which_tokens_see_each_other_both_ways(tiny: Any, media_root: Path) -> None:
     """Those of images, in what is learnt and in what is asked, padded on either side."""
-    _, processor = load_base(model_config(tiny("gemma3"), "none"))
+    processor = load_base_processor(model_config(tiny("gemma3"), "none"))
     shown = samples(media_root, "image")[:2]
     learnt = ChatCollator(processor)(shown)
     questions = [ask(turns_of(one)[0].question, load_image(one.media[0].path)) for one in shown]
@@ -301,7 +273,7 @@ def test_the_layer_that_foretells_further_tokens_is_left_out(tiny: Any, tmp_path
 
 @pytest.mark.parametrize("family", [f for f in WRITING if "video" not in FAMILIES[f].vision_layers])
 def test_an_image_family_refuses_clips(family: str, tiny: Any, media_root: Path) -> None:
-    _, processor = load_base(model_config(tiny(family), "nf4"))
+    processor = load_base_processor(model_config(tiny(family), "nf4"))
     with pytest.raises(ProcessorError, match="takes no video"):
         ChatCollator(processor, None, reader())(samples(media_root, "video"))
 

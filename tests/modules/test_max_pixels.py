@@ -15,7 +15,6 @@ from mllm_keeplora.data.video.reader import Clip
 from mllm_keeplora.modeling.families import FAMILIES, Media
 from mllm_keeplora.modeling.loading import load_processor
 from mllm_keeplora.planning.skeleton import assumed_shape, build_processor, build_skeleton
-from tests.modules.test_families import tiny  # noqa: F401
 from tests.modules.tiny_families import PATCH, WRITING
 
 QWEN = [name for name, family in FAMILIES.items() if family.clips_of_any_length]
@@ -35,7 +34,7 @@ def pixels(processor: Any, media: Media, height: int, width: int, frames: int = 
 
 @pytest.mark.parametrize("media", ["image", "video"])
 @pytest.mark.parametrize("family", QWEN)
-def test_no_picture_or_frame_has_more_pixels(family: str, media: Media, tiny: Any) -> None:  # noqa: F811
+def test_no_picture_or_frame_has_more_pixels(family: str, media: Media, tiny: Any) -> None:
     """Also where the processor's own least is above it."""
     base = ModelConfig(base_model=str(tiny(family)), device="cpu")
     for most in (TOKEN, 3 * TOKEN, 20 * TOKEN):
@@ -47,7 +46,7 @@ def test_no_picture_or_frame_has_more_pixels(family: str, media: Media, tiny: An
 
 
 @pytest.mark.parametrize("family", QWEN)
-def test_the_plan_reckons_with_it(family: str, tiny: Any) -> None:  # noqa: F811
+def test_the_plan_reckons_with_it(family: str, tiny: Any) -> None:
     shapes = []
     for most in (None, 4 * TOKEN, TOKEN):
         model = ModelConfig(base_model=str(tiny(family)), device="cpu", max_pixels=most)
@@ -58,12 +57,12 @@ def test_the_plan_reckons_with_it(family: str, tiny: Any) -> None:  # noqa: F811
 
 
 @pytest.mark.parametrize("family", [name for name in WRITING if name not in QWEN])
-def test_a_family_of_one_size_refuses_it(family: str, tiny: Any) -> None:  # noqa: F811
+def test_a_family_of_one_size_refuses_it(family: str, tiny: Any) -> None:
     with pytest.raises(ConfigError, match=r"model.max_pixels is for models.*preprocessor_config.json"):
         load_processor(ModelConfig(max_pixels=10_000), str(tiny(family)))
 
 
-def test_less_than_a_token_is_refused(tiny: Any) -> None:  # noqa: F811
+def test_less_than_a_token_is_refused(tiny: Any) -> None:
     with pytest.raises(ConfigError, match=rf"max_pixels is {TOKEN - 1}, expected at least {TOKEN}: .*32 x 32 pixels"):
         load_processor(ModelConfig(max_pixels=TOKEN - 1), str(tiny(QWEN[0])))
     with pytest.raises(ConfigError, match="model.max_pixels"):

@@ -1,6 +1,7 @@
 """Patch embeddings as one product, on transformers' own modules."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionPatchEmb
 from mllm_keeplora.modeling.loading import load_base
 from mllm_keeplora.modeling.patch_embedding import SinglePatchConv3d, embed_patches_by_one_product
 from tests.modules.conftest import model_config
-from tests.modules.tiny_families import save_tiny
 
 EMBEDDINGS = {
     "Qwen2.5-VL": lambda: Qwen2_5_VisionPatchEmbed(14, 2, 3, 1280),
@@ -62,8 +62,6 @@ def test_what_slides_stays_a_convolution(conv: nn.Conv3d) -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen3_5"])
-def test_a_base_is_loaded_so(family: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    directory = tmp_path_factory.mktemp(family)
-    save_tiny(family, directory)
-    model, _ = load_base(model_config(directory, "none"))
+def test_a_base_is_loaded_so(family: str, tiny: Any) -> None:
+    model, _ = load_base(model_config(tiny(family), "none"))
     assert any(type(module) is SinglePatchConv3d for module in model.modules())

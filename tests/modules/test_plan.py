@@ -41,7 +41,7 @@ from mllm_keeplora.methods.base import method_names
 from mllm_keeplora.modeling.adapters import STAGE, attach
 from mllm_keeplora.modeling.adapters import activate as activate_adapters
 from mllm_keeplora.modeling.families import FAMILIES, Media
-from mllm_keeplora.modeling.loading import load_base
+from mllm_keeplora.modeling.loading import load_base, load_base_processor
 from mllm_keeplora.modeling.loss import answers_alone
 from mllm_keeplora.modeling.targets import left_out, targets_of
 from mllm_keeplora.planning import skeleton as skeleton_module
@@ -75,25 +75,12 @@ from mllm_keeplora.units import GB, format_bytes, format_count
 from tests import forked
 from tests.clips import write_clip
 from tests.modules.test_families import MAIN_MEDIA, reader, samples, write_stream
-from tests.modules.tiny_families import BUILDERS, save_tiny
+from tests.modules.tiny_families import BUILDERS
 
 ROOT = Path(__file__).resolve().parents[2]
 # The formula against the bytes that autograd really keeps. On models this small what it rounds up
 # (embeddings, a vision layer behind the features) weighs more than at true widths.
 LEAST, MOST = 0.95, 1.6
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Directory of a family's tiny model, made on first use."""
-    root = tmp_path_factory.mktemp("planned")
-
-    def directory(family: str) -> Path:
-        if not (root / family).exists():
-            save_tiny(family, root / family)
-        return root / family
-
-    return directory
 
 
 @pytest.fixture(scope="module")
@@ -147,8 +134,8 @@ def kept_for_backward(model: nn.Module, batch: dict[str, Any]) -> int:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_skeleton_has_the_bytes_and_the_targets_of_the_loaded_model(family: str, bases: Any) -> None:
-    config = config_of(bases(family))
+def test_the_skeleton_has_the_bytes_and_the_targets_of_the_loaded_model(family: str, tiny: Any) -> None:
+    config = config_of(tiny(family))
     model, _ = load_base(config.model)
     packed = 0
     for module in model.modules():
@@ -185,9 +172,9 @@ def test_embeddings_are_planned_as_often_as_they_are_loaded(tied: tuple[bool, bo
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
-def test_a_spread_base_is_whole_in_an_evaluation_alone(family: str, quantization: str, bases: Any) -> None:
+def test_a_spread_base_is_whole_in_an_evaluation_alone(family: str, quantization: str, tiny: Any) -> None:
     """Beside the share that a process keeps; in training one layer of the two is gathered at a time."""
-    config = config_of(bases(family), model=ModelConfig(str(bases(family)), device="cpu", quantization=quantization))
+    config = config_of(tiny(family), model=ModelConfig(str(tiny(family)), device="cpu", quantization=quantization))
     skeleton = build_skeleton(config.model)
     shape = assumed_shape(build_processor(config.model), skeleton, config)
     alone = MemoryModel(skeleton, targets_of(skeleton, config, {"image"}), config, shape, 1, 4, on_cpu=True)
@@ -210,8 +197,8 @@ def test_a_spread_base_is_whole_in_an_evaluation_alone(family: str, quantization
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_activations_are_what_autograd_keeps(family: str, dtype: str, bases: Any, media_files: Path) -> None:
-    config = config_of(bases(family))
+def test_activations_are_what_autograd_keeps(family: str, dtype: str, tiny: Any, media_files: Path) -> None:
+    config = config_of(tiny(family))
     config = replace(config, model=replace(config.model, compute_dtype=dtype))
     model, processor = load_base(config.model)
     batch = ready_batch(batch_of(family, processor, media_files), model.dtype)
@@ -235,9 +222,9 @@ def test_activations_are_what_autograd_keeps(family: str, dtype: str, bases: Any
 
 
 @pytest.mark.parametrize("general", [False, True])
-def test_a_clips_prompts_pass_once_beside_any_batch(general: bool, bases: Any, media_files: Path) -> None:
+def test_a_clips_prompts_pass_once_beside_any_batch(general: bool, tiny: Any, media_files: Path) -> None:
     """Those of general pictures likewise."""
-    config = config_of(bases("clip"), general=GeneralConfig(samples="any", share=0.25 if general else 0.0))
+    config = config_of(tiny("clip"), general=GeneralConfig(samples="any", share=0.25 if general else 0.0))
     config = replace(config, train=TrainConfig(per_device_train_batch_size=6))
     model, processor = load_base(config.model)
     memory = memory_of(config, batch_of("clip", processor, media_files), "image")
@@ -257,10 +244,10 @@ def test_a_clips_prompts_pass_once_beside_any_batch(general: bool, bases: Any, m
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_table_names_what_the_model_has_and_counts_its_rows(family: str, bases: Any, media_files: Path) -> None:
+def test_the_table_names_what_the_model_has_and_counts_its_rows(family: str, tiny: Any, media_files: Path) -> None:
     """A wrong name of a layer would change the plan in silence."""
     facts = FAMILIES[family]
-    model, processor = load_base(config_of(bases(family)).model)
+    model, processor = load_base(config_of(tiny(family)).model)
     inside = {  # of any layer
         layers: {name: module for layer in model.get_submodule(layers) for name, module in layer.named_modules()}
         for layers in facts.towers
@@ -286,9 +273,9 @@ def test_the_table_names_what_the_model_has_and_counts_its_rows(family: str, bas
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl", "qwen3_5"])
-def test_what_is_cached_is_planned(family: str, dtype: str, bases: Any, media_files: Path) -> None:
+def test_what_is_cached_is_planned(family: str, dtype: str, tiny: Any, media_files: Path) -> None:
     """Keys and values of every layer that has them, and the states of those that keep one instead."""
-    config = config_of(bases(family))
+    config = config_of(tiny(family))
     config = replace(config, model=replace(config.model, compute_dtype=dtype))
     model, processor = load_base(config.model)
     batch = ready_batch(batch_of(family, processor, media_files, 3), model.dtype)
@@ -300,9 +287,9 @@ def test_what_is_cached_is_planned(family: str, dtype: str, bases: Any, media_fi
     assert sum(t.nbytes for t in tensors) == sum(kind.number * kind.cache(0) for kind in language.kinds)
 
 
-def test_what_lowers_memory_lowers_the_plan(bases: Any, media_files: Path) -> None:
-    config = config_of(bases("llava"), train=TrainConfig(per_device_train_batch_size=8))
-    _, processor = load_base(config.model)
+def test_what_lowers_memory_lowers_the_plan(tiny: Any, media_files: Path) -> None:
+    config = config_of(tiny("llava"), train=TrainConfig(per_device_train_batch_size=8))
+    processor = load_base_processor(config.model)
     memory = memory_of(config, ChatCollator(processor)(samples(media_files, "image")[:1]), "image")
 
     def sums(**settings: Any) -> dict[str, int]:
@@ -385,10 +372,10 @@ PASSES = {
 
 
 @pytest.mark.parametrize("method", method_names())
-def test_probe_passes_are_the_methods(method: str, bases: Any, media_files: Path, tmp_path: Path) -> None:
+def test_probe_passes_are_the_methods(method: str, tiny: Any, media_files: Path, tmp_path: Path) -> None:
     """In what is planned, in what an earlier run's seconds are divided by, and on the page."""
     config = config_of(
-        bases("llava"),
+        tiny("llava"),
         method=method,
         run_dir=str(tmp_path / "runs/new"),
         stream=str(write_stream(tmp_path, media_files, "image")),
@@ -424,13 +411,13 @@ def test_probe_passes_are_the_methods(method: str, bases: Any, media_files: Path
 
 
 @pytest.mark.parametrize(("share", "beside"), [(0.0, 0), (0.2, 4), (0.5, 16), (0.01, 1)])
-def test_general_samples_beside_a_batch_are_planned(share: float, beside: int, bases: Any, media_files: Path) -> None:
-    config = replace(config_of(bases("llava")), general=GeneralConfig(samples="builtin", share=share, budget=0.02))
+def test_general_samples_beside_a_batch_are_planned(share: float, beside: int, tiny: Any, media_files: Path) -> None:
+    config = replace(config_of(tiny("llava")), general=GeneralConfig(samples="builtin", share=share, budget=0.02))
     more = replace(
         config, general=GeneralConfig(), train=replace(config.train, per_device_train_batch_size=16 + beside)
     )
     config = replace(config, train=replace(config.train, per_device_train_batch_size=16))
-    batch = ChatCollator(load_base(config.model)[1])(samples(media_files, "image")[:1])
+    batch = ChatCollator(load_base_processor(config.model))(samples(media_files, "image")[:1])
     found, expected = (memory_of(c, batch, "image").phases()["train"] for c in (config, more))
     assert found == expected
     said = f"inputs protected; {beside} beside each 16 of a task's, by kl" if share else "inputs protected; each stage"
@@ -499,11 +486,11 @@ def tree(root: Path) -> dict[str, int]:
     return {str(p.relative_to(root)): p.stat().st_mtime_ns for p in sorted(root.rglob("*"))}
 
 
-def test_a_plan_before_and_after_a_run(bases: Any, media_files: Path, tmp_path: Path) -> None:
+def test_a_plan_before_and_after_a_run(tiny: Any, media_files: Path, tmp_path: Path) -> None:
     """Before: bounds, and nothing measured. After: the cached bases' own sizes, the run's own seconds."""
     threads = torch.get_num_threads()
     config = config_of(
-        bases("llava"),
+        tiny("llava"),
         run_dir=str(tmp_path / "runs" / "one"),
         stream=str(write_stream(tmp_path, media_files, "image")),
         language=TowerConfig(rank=2),
@@ -570,10 +557,10 @@ UNUSABLE: dict[str, Callable[[RunConfig], RunConfig]] = {
 
 
 @pytest.mark.parametrize("kind", UNUSABLE)
-def test_the_plan_refuses_what_the_run_refuses(kind: str, bases: Any, media_files: Path, tmp_path: Path) -> None:
+def test_the_plan_refuses_what_the_run_refuses(kind: str, tiny: Any, media_files: Path, tmp_path: Path) -> None:
     """In the same words, and without a trace."""
     folders = {"run_dir": str(tmp_path / "run"), "cache_dir": str(tmp_path / "cache")}
-    config = config_of(bases("llava"), stream=str(write_stream(tmp_path, media_files, "image")), **folders)
+    config = config_of(tiny("llava"), stream=str(write_stream(tmp_path, media_files, "image")), **folders)
     check_run(config)
     config = UNUSABLE[kind](config)
     before = tree(tmp_path)
@@ -586,8 +573,8 @@ def test_the_plan_refuses_what_the_run_refuses(kind: str, bases: Any, media_file
     assert tree(tmp_path) == before
 
 
-def test_without_weights_and_data_the_plan_says_what_it_assumed(bases: Any, tmp_path: Path) -> None:
-    base = shutil.copytree(bases("llava_next_video"), tmp_path / "base")
+def test_without_weights_and_data_the_plan_says_what_it_assumed(tiny: Any, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny("llava_next_video"), tmp_path / "base")
     (base / "model.safetensors").unlink()
     task = {"name": "later", "train": "train.json", "test": "test.json", "metric": "exact"}
     stream = {"name": "absent", "data_root": str(tmp_path / "nowhere"), "tasks": [task]}
@@ -599,32 +586,32 @@ def test_without_weights_and_data_the_plan_says_what_it_assumed(bases: Any, tmp_
     assert (plan.work[0].samples, plan.work[0].steps) == (None, None)
 
 
-def test_the_headers_of_another_model_are_noticed(bases: Any, tmp_path: Path) -> None:
-    config = config_of(bases("llava"))
+def test_the_headers_of_another_model_are_noticed(tiny: Any, tmp_path: Path) -> None:
+    config = config_of(tiny("llava"))
     own = describe_weights(config.model, build_skeleton(config.model))
     assert "safetensors" in own and "belong" not in own
-    base = shutil.copytree(bases("llava"), tmp_path / "base")
-    shutil.copy(bases("qwen3_vl") / "model.safetensors", base / "model.safetensors")
+    base = shutil.copytree(tiny("llava"), tmp_path / "base")
+    shutil.copy(tiny("qwen3_vl") / "model.safetensors", base / "model.safetensors")
     mixed = config_of(base)
     assert "do not belong" in describe_weights(mixed.model, build_skeleton(mixed.model))
 
 
 def test_a_hub_model_whose_headers_cannot_be_read_is_counted_by_its_config(
-    bases: Any, monkeypatch: pytest.MonkeyPatch
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def offline(*_: Any, **__: Any) -> Any:
         raise OfflineModeIsEnabled("offline mode is enabled")
 
     monkeypatch.setattr(skeleton_module, "get_safetensors_metadata", offline)
-    skeleton = build_skeleton(config_of(bases("llava")).model)
+    skeleton = build_skeleton(config_of(tiny("llava")).model)
     text = describe_weights(ModelConfig(base_model="somebody/model"), skeleton)
     assert "by the config" in text and "offline mode is enabled" in text
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_assumed_samples_pass_every_processor(family: str, bases: Any) -> None:
-    config = config_of(bases(family))
-    _, processor = load_base(config.model)
+def test_assumed_samples_pass_every_processor(family: str, tiny: Any) -> None:
+    config = config_of(tiny(family))
+    processor = load_base_processor(config.model)
     shape = assumed_shape(processor, build_skeleton(config.model), config)
     assert shape.media == MAIN_MEDIA.get(family, "image")
     chooses = FAMILIES[family].classifies
@@ -632,12 +619,12 @@ def test_assumed_samples_pass_every_processor(family: str, bases: Any) -> None:
     assert shape.prompts == (ASSUMED_CLASSES if chooses else 0)
 
 
-def test_what_does_not_fit_is_refused_with_settings_that_do(bases: Any, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused_with_settings_that_do(tiny: Any, tmp_path: Path) -> None:
     task = {"name": "later", "train": "train.json", "test": "test.json", "metric": "exact"}
     stream = {"name": "absent", "data_root": str(tmp_path), "tasks": [task]}
     (tmp_path / "stream.yaml").write_text(yaml.safe_dump(stream))
     train = TrainConfig(per_device_train_batch_size=16, gradient_accumulation_steps=2)
-    config = config_of(bases("llava"), stream=str(tmp_path / "stream.yaml"), train=train)
+    config = config_of(tiny("llava"), stream=str(tmp_path / "stream.yaml"), train=train)
     plan = make_plan(config, memory_gb=0.04)
     assert needed(plan.memory) > plan.available
     found = find_fitting(plan.memory, plan.available)

@@ -28,9 +28,9 @@ from mllm_keeplora.planning.plan import make_plan
 from mllm_keeplora.planning.text import format_plan
 from mllm_keeplora.planning.time_model import CARDS, LAUNCH_SECONDS, PRODUCTS, TRAFFIC, Card, Cost, TimeModel, total
 from tests.modules.test_families import MAIN_MEDIA, samples
-from tests.modules.test_plan import bases, batch_of, config_of, media_files, memory_of, tree, write_stream
+from tests.modules.test_plan import batch_of, config_of, media_files, memory_of, tree, write_stream
 
-__all__ = ["bases", "media_files"]  # fixtures
+__all__ = ["media_files"]  # a fixture
 COUNTED = [
     ("llava", False),
     ("llava", True),
@@ -49,12 +49,12 @@ COUNTED = [
     ],
 )
 def test_the_operations_of_a_step_are_those_that_torch_counts(
-    family: str, checkpointing: bool, bases: Any, media_files: Path
+    family: str, checkpointing: bool, tiny: Any, media_files: Path
 ) -> None:
     """Within what is left out (the projector, embeddings of patches, what a first layer need not give back),
     which weighs more than at true widths."""
     train = TrainConfig(per_device_train_batch_size=2, activation_checkpointing=checkpointing)
-    config = config_of(bases(family), train=train)
+    config = config_of(tiny(family), train=train)
     config = replace(config, model=replace(config.model, quantization="none"))
     model, processor = load_base(config.model)
     memory = memory_of(config, batch_of(family, processor, media_files), MAIN_MEDIA.get(family, "image"))
@@ -80,8 +80,8 @@ def test_seconds_are_the_cards_or_the_launches() -> None:
     assert total([Cost(1, 2, 3, 4, 5), Cost(1, 1, 1, 1, 1)], 2) == Cost(4, 6, 8, 10, 12)
 
 
-def test_more_work_takes_longer(bases: Any, media_files: Path) -> None:
-    config = config_of(bases("llava"), train=TrainConfig(per_device_train_batch_size=4))
+def test_more_work_takes_longer(tiny: Any, media_files: Path) -> None:
+    config = config_of(tiny("llava"), train=TrainConfig(per_device_train_batch_size=4))
     _, processor = load_base(config.model)
     memory = memory_of(config, ChatCollator(processor)(samples(media_files, "image")[:1]), "image")
 
@@ -112,12 +112,12 @@ def test_more_work_takes_longer(bases: Any, media_files: Path) -> None:
 
 
 @pytest.fixture
-def small(bases: Any, media_files: Path, tmp_path: Path) -> Iterator[RunConfig]:
+def small(tiny: Any, media_files: Path, tmp_path: Path) -> Iterator[RunConfig]:
     threads = torch.get_num_threads()
     yield RunConfig(
         run_dir=str(tmp_path / "runs/one"),
         stream=str(write_stream(tmp_path, media_files, "image")),
-        model=ModelConfig(base_model=str(bases("llava")), device="cpu"),
+        model=ModelConfig(base_model=str(tiny("llava")), device="cpu"),
         language=TowerConfig(rank=2),
         vision=TowerConfig(rank=2),
         probe=ProbeConfig(fraction=1.0, columns_per_rank=4, batch_size=3),

@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from mllm_keeplora.config import GeneralConfig, ModelConfig, ProbeConfig, RunConfig, TowerConfig, TrainConfig
 from tests import forked
 from tests.forked import run_together
+from tests.modules.conftest import write_media
 from tests.modules.test_classification import clip as clip  # a fixture, as those below
 from tests.modules.test_classification import data as data
-from tests.modules.test_families import MAIN_MEDIA, write_media, write_stream
+from tests.modules.test_families import MAIN_MEDIA, write_stream
 from tests.modules.test_general import reference as reference
 from tests.modules.tiny_families import WRITING, save_tiny
 

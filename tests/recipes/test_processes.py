@@ -18,7 +18,6 @@ import yaml
 from safetensors.torch import load_file
 
 from mllm_keeplora.linalg.sketch import extend_basis_from_sketch
-from tests import forked
 from tests.forked import Forked, ranks, run_together
 from tests.recipes.conftest import ROOT, TASKS, TEST, Recipe, checked
 
@@ -67,7 +66,14 @@ class Compared:
     run_dir: Path
 
 
-def worker(mixed: Recipe, launcher: list[str], processes: int, job: str, name: str) -> list[str]:
+def fsdp_environment() -> dict[str, str]:
+    """What `accelerate launch` tells the processes of its kind of run; which of them each is, `ranks` says."""
+    launched = subprocess.run([*FSDP, "--no_python", "env"], cwd=ROOT, capture_output=True, text=True, check=True)
+    told = dict(line.split("=", 1) for line in launched.stdout.splitlines() if "=" in line)
+    return {name: value for name, value in told.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+
+
+def worker(mixed: Recipe, processes: int, job: str, name: str) -> list[str]:
     recipe = replace(mixed, directory=mixed.directory / name)
     recipe.directory.mkdir(parents=True)
     settings = {
@@ -91,15 +97,12 @@ def worker(mixed: Recipe, launcher: list[str], processes: int, job: str, name: s
     stream = yaml.safe_load(path.read_text())
     stream["tasks"][0]["allow_text_only"] = True
     path.write_text(yaml.safe_dump(stream))
-    return [*launcher, WORKER, job, str(mixed.directory / name), DEFAULT, *options]
+    return [WORKER, job, str(mixed.directory / name), DEFAULT, *options]
 
 
 def compare(mixed: Recipe, processes: int, name: str) -> Compared:
-    command = worker(mixed, FSDP if name == "fsdp" else [], processes, "compare", name)
-    if name == "fsdp":
-        all_done = [run(mixed, command)]
-    else:
-        all_done = run_together(command, processes) if processes > 1 else [forked.run(command)]
+    command = worker(mixed, processes, "compare", name)
+    all_done = run_together(command, processes, fsdp_environment() if name == "fsdp" else None)
     assert [done.returncode for done in all_done] == [0] * len(all_done), all_done[0].stderr
     assert ("spreading the language layers" in all_done[0].stderr) == (name == "fsdp")
     files = [mixed.directory / name / f"process-{rank}" for rank in range(processes)]
@@ -201,7 +204,7 @@ def test_no_question_is_lost_or_asked_twice(one: Compared, two: Compared, limit:
 @pytest.mark.slow  # a launcher's start, and what it does
 def test_a_process_that_fails_ends_the_run(mixed: Recipe) -> None:
     start = time.monotonic()
-    done = run(mixed, worker(mixed, TORCHRUN, 2, "fail", "fail"))
+    done = run(mixed, [*TORCHRUN, *worker(mixed, 2, "fail", "fail")])
     assert time.monotonic() - start < 60
     assert done.returncode != 0
     assert done.stderr.count("error: process 1 cannot go on") == 1

@@ -287,7 +287,7 @@ def test_a_bad_record_is_refused_before_anything_runs(fresh: Recipe, tmp_path: P
     broken = replace(fresh, data_root=root)
     assert "train.json" in refused(broken)
     assert not stages(broken) if (broken.run_dir / "stages").exists() else True
-    done = broken.run("--on_bad_record", "skip")
+    done = broken.run("--on_bad_record", "skip", "--evaluation.limit", "2", "--train.max_steps", "2")
     assert done.returncode == 0, done.stderr
     skipped = manifest(stages(broken)[2])["counts"]["skipped_records"]
     assert [record["row"] for record in skipped] == [4]

@@ -34,7 +34,7 @@ def run(commands: Path, folder: Path, name: str, *arguments: str) -> subprocess.
 
 
 def test_the_checkout_cannot_be_imported(commands: Path, tmp_path: Path) -> None:
-    script = "import mllm_keeplora.recipes.small.streams as m; print(m.__file__)"
+    script = "import mllm_keeplora.recipes.small as m; print(m.__file__)"
     done = run(commands, tmp_path, "python", "-c", script)
     assert Path(done.stdout.strip()).is_relative_to(commands.parent)
 
@@ -43,6 +43,13 @@ def test_the_small_default_runs_in_an_empty_folder(commands: Path, tmp_path: Pat
     short = ("--train.max_steps", "1", "--probe.max_samples", "4", "--evaluation.limit", "2")
     image = "data/small_vqa/digits/images/test/00000.png"
     script = f"""
+import sys, mllm_keeplora.evaluation
+assert not any(name.startswith("lmms_eval") for name in sys.modules), "not cheap"
+from mllm_keeplora.evaluation.lmms_model import KeepLoRAModel
+from lmms_eval.models import get_model
+assert get_model("keeplora") is KeepLoRAModel
+from mllm_keeplora.recipes.small import build_vqa_data
+build_vqa_data.TRAIN_IMAGES = 100  # a task; every command reads them all
 from mllm_keeplora.commands.main import main
 assert main(["run", *{short}]) == 0
 print("---")

@@ -15,12 +15,16 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def script() -> dict[str, Any]:
-    """It imports its neighbours, as a script does."""
+def run_script(name: str) -> dict[str, Any]:
+    """Runs it under that name in this process; it imports its neighbours, as a script does."""
     folder = ROOT / "benchmarks"
     with mock.patch.object(sys, "path", [str(folder), *sys.path]):
-        return runpy.run_path(str(folder / "first_gpu_hour.py"))
+        return runpy.run_path(str(folder / "first_gpu_hour.py"), run_name=name)
+
+
+@pytest.fixture(scope="module")
+def script() -> dict[str, Any]:
+    return run_script("first_gpu_hour")
 
 
 def ends(error: BaseException | None = None) -> Callable[[Any], str]:
@@ -77,8 +81,11 @@ def test_qwens_shape_is_the_7b_models(script: dict[str, Any]) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_nothing_begins(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "benchmarks/first_gpu_hour.py"), "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "torch sees no CUDA device" in done.stderr
+def test_without_a_gpu_nothing_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["first_gpu_hour.py", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as ended:
+        run_script("__main__")
+    assert ended.value.code == 2 and "torch sees no CUDA device" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

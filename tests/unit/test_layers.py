@@ -1,6 +1,7 @@
 """The package's own structure: imports run downward, what is public is documented, nothing is pickled."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -50,14 +51,20 @@ def unit(path: Path) -> str:
     return path.relative_to(root).parts[0].removesuffix(".py")
 
 
-def imported(path: Path) -> set[str]:
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@cache
+def imported(path: Path) -> frozenset[str]:
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.ImportFrom) and node.module:
             names.add(node.module)
         elif isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
-    return names
+    return frozenset(names)
 
 
 @pytest.mark.parametrize(
@@ -87,15 +94,13 @@ def test_the_maths_needs_torch_alone(path: Path) -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_public_names_are_documented(path: Path) -> None:
-    tree = ast.parse(path.read_text())
+    tree = tree_of(path)
     if tree.body:
         assert ast.get_docstring(tree), f"{path} has no module docstring"
+    nested = {n for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f) if n is not f}
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
-            nested = any(
-                node in ast.walk(f) and node is not f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef)
-            )
-            assert nested or ast.get_docstring(node), f"{path.name}: {node.name} has no docstring"
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_") and node not in nested:
+            assert ast.get_docstring(node), f"{path.name}: {node.name} has no docstring"
 
 
 @pytest.mark.parametrize("path", [*MODULES, *sorted((ROOT / "recipes").rglob("*.py"))], ids=lambda p: p.name)
@@ -113,6 +118,5 @@ SHIPPED = [
 @pytest.mark.parametrize("path", sorted(SHIPPED), ids=lambda p: str(p.relative_to(ROOT)))
 def test_what_is_wrong_is_raised_and_what_is_cited_is_there(path: Path) -> None:
     """`python -O` drops an assert, and nobody can look a document up that is not in the repository."""
-    text = path.read_text()
-    assert not any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(text)))
-    assert "DESIGN" not in text
+    assert not any(isinstance(node, ast.Assert) for node in ast.walk(tree_of(path)))
+    assert "DESIGN" not in path.read_text()

@@ -4,8 +4,6 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 import wave
@@ -23,7 +21,7 @@ from mllm_keeplora.config import VideoConfig
 from mllm_keeplora.data.video import reader as video
 from mllm_keeplora.data.video.decoder import spread_indices
 from mllm_keeplora.data.video.reader import Clip, VideoError, VideoReader
-from tests import clips
+from tests import clips, forked
 
 ROOT = Path(__file__).resolve().parents[2]
 CLOSED = {"crf": "4", "x264-params": "keyint=10:min-keyint=10:bframes=3:scenecut=0"}
@@ -762,7 +760,9 @@ def test_no_decoder_outlives_its_parent(state: str, plain: Path, tmp_path: Path,
         "    time.sleep(0.3)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    script = tmp_path / "script.py"
+    script.write_text(program)
+    done = forked.run([script])
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert _gone(int(done.stdout), seconds=4.0)
 
