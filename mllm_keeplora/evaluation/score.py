@@ -272,7 +272,8 @@ def read_score(results: Mapping[str, Any], entry: ScoredTask) -> Score:
     """Reads one task's score from lmms-eval's results (with "samples", its per-sample records by task).
 
     The standard error is that of a mean. It is None for fewer than two samples, and where the score is not
-    the mean of the samples' own scores (F1, or captions' corpus metrics).
+    the mean of the samples' own scores (F1, or captions' corpus metrics), in its own unit or, as in MVBench, in
+    percent of samples that are 1 or 0.
 
     A group without a number of its own (MVBench) scores the mean of its tasks.
 
@@ -299,10 +300,10 @@ def read_score(results: Mapping[str, Any], entry: ScoredTask) -> Score:
     values = [_sample_score(sample, entry) for sample in samples]
     stderr = None
     numbers = [value for value in values if value is not None]
-    if len(numbers) == n >= 2 and math.isclose(
-        statistics.fmean(numbers), native, rel_tol=MEAN_TOLERANCE, abs_tol=MEAN_TOLERANCE
-    ):
-        stderr = statistics.stdev(numbers) / math.sqrt(n) / entry.native_max
+    if len(numbers) == n >= 2:
+        mean, value = statistics.fmean(numbers), native / entry.native_max
+        most = next((most for most in (entry.native_max, 1.0) if _is_mean(mean / most, value)), None)
+        stderr = None if most is None else statistics.stdev(numbers) / math.sqrt(n) / most
     return Score(
         value=float(native) / entry.native_max,
         native=float(native),
@@ -310,6 +311,10 @@ def read_score(results: Mapping[str, Any], entry: ScoredTask) -> Score:
         stderr=stderr,
         n=n,
     )
+
+
+def _is_mean(mean: float, value: float) -> bool:
+    return math.isclose(mean, value, rel_tol=MEAN_TOLERANCE, abs_tol=MEAN_TOLERANCE)
 
 
 def _native(found: Mapping[str, Any], entry: ScoredTask) -> Any:

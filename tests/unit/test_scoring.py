@@ -143,6 +143,15 @@ def test_score_is_scaled_with_the_standard_error_of_a_mean() -> None:
     }
 
 
+@pytest.mark.parametrize("most", [100.0, 10.0], ids=["mvbench, mmvu, videomme", "tenths"])
+def test_a_share_of_right_samples_in_another_unit_has_the_same_standard_error(most: float) -> None:
+    samples = [{"score": score} for score in (1, 0, 0, 1, 1)]
+    score = read_score(
+        results(samples, **{"exact,none": 0.6 * most}), ScoredTask("g", "general", "keeplora_s_birds", "exact", most)
+    )
+    assert score["value"] == pytest.approx(0.6) and score["stderr"] == pytest.approx(math.sqrt(0.6 * 0.4 / 4))
+
+
 def test_samples_in_lmms_evals_dictionary_form_have_a_standard_error() -> None:
     found = results([{"score": 1.0, "prediction": "yes"}, {"score": 0.0, "prediction": "no"}], **{"exact,none": 0.5})
     assert read_score(found, TASK)["stderr"] == pytest.approx(0.5)
