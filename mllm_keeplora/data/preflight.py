@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -36,7 +37,7 @@ from mllm_keeplora.units import format_count
 logger = logging.getLogger(__name__)
 
 # Enters what is remembered: raise it when a file that was sound, or a number of tokens, may no longer be so.
-MEMORY_VERSION = 1
+MEMORY_VERSION = 2
 LONGEST_SHOWN = 3
 
 _STAT_THREADS = 16  # network file systems answer many questions at once, one at a time slowly
@@ -45,6 +46,8 @@ _WRITE_SECONDS = 10.0  # what is found is written this often: a killed check los
 _ALONE_SECONDS = 1.0  # what is done by then needs no workers: to start them takes as long
 # Items that a worker takes at once; fewer than two such shares are not worth starting workers.
 _SHARES = {"image": 32, "video": 2, "record": 64}
+# What a token that a processor puts beside a picture may reach into; words of some languages do not end.
+_LAST_WORD, _BLANKS = re.compile(r"\S{0,32}\s*\Z"), re.compile(r"\A\s*")
 
 # What processors and chat templates raise at input that they were not made for; it has no common base class.
 _REFUSALS = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, TemplateError)
@@ -434,6 +437,9 @@ def _once_per_shape(processor: Any) -> Any:
 class _OncePerShape:
     """Counts how many tokens pictures and clips add to the prompts that show them, once for each combination of sizes.
 
+    Some processors put words or line breaks beside a picture or frame (Gemma 3, InternVL, Qwen3-VL), of which a
+    tokenizer may make one token with what stands there in the prompt: so that is part of a combination.
+
     Of prompts it gives the right number of tokens, and in place of what pictures become no more than their number.
     """
 
@@ -451,7 +457,7 @@ class _OncePerShape:
             return {}
         plain = [len(ids) for ids in processor.tokenizer(list(text))["input_ids"]]
         tokens = [getattr(processor, name, None) for name in ("image_token", "video_token")]
-        placed = [[prompt.count(token) for token in tokens if token] for prompt in text]
+        placed = [_places(prompt, [token for token in tokens if token]) for prompt in text]
         sizes = [_sizes(images or ()), [clip.shape for clip in videos or ()]]
         key = json.dumps([sizes, settings.get("video_metadata"), placed])
         if key not in self.counted:
@@ -462,6 +468,15 @@ class _OncePerShape:
         lengths = [few + more for few, more in zip(plain, self.counted[key], strict=True)]
         mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
         return {"input_ids": torch.zeros_like(mask, dtype=torch.long), "attention_mask": mask.long()}
+
+
+def _places(prompt: str, tokens: Sequence[str]) -> list[list[str]]:
+    """Each of the tokens in a prompt between the end of the last word before it and the blanks behind it."""
+    pieces = re.split(f"({'|'.join(map(re.escape, tokens))})", prompt)
+    return [
+        [_LAST_WORD.findall(before)[0], token, _BLANKS.findall(behind)[0]]
+        for before, token, behind in zip(pieces[::2], pieces[1::2], pieces[2::2], strict=False)
+    ]
 
 
 def _sizes(images: Sequence[Any]) -> list[Any]:

@@ -89,6 +89,22 @@ def test_it_counts_what_the_collator_counts(family: str, samples: dict[int, Samp
     assert len(set(found.lengths.values())) > 3
 
 
+@pytest.mark.parametrize("family", ["gemma3", "internvl", "qwen3_vl"])
+def test_what_a_processor_writes_beside_media_may_make_one_token_with_the_text_there(
+    family: str, tmp_path: Path
+) -> None:
+    processor = processor_of(family)
+    processor.tokenizer.add_tokens(["\n\n", "\n\n\n", "\n\n\n\n", "?<"])  # as true vocabularies have them
+    shown = [picture(tmp_path, 80, 72), picture(tmp_path, 80, 72)]
+    if family != "gemma3":
+        shown = [MediaFile("video", Path("48-64-8.mp4")), MediaFile("video", Path("48-64-8.mp4"))]
+    first, second = shown
+    between = ["left", "left ?", "left\n", "left :\n\n", "?", "red?", "\nblue?\n"]
+    samples = numbered(*(asks(first, text, second, "what is this ?") for text in between))
+    found = Preflight(DrawnClips(), None, processor).records(samples, "x", "t")  # type: ignore[arg-type]
+    assert found == Findings({}, collated(processor, samples))
+
+
 def test_each_file_is_decoded_once_and_each_size_processed_once(
     samples: dict[int, Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
