@@ -131,8 +131,8 @@ class Preflight:
         Args:
             samples: row -> sample.
             label: what the progress bar calls them.
-            task: the task that trains on them; None for records that evaluation asks, whose answers the model is
-                not given.
+            task: the task that trains on them; None for records that evaluation asks, of whose answers the model is
+                given those alone that stand before a question as its context.
 
         Raises:
             ProcessorError: classes whose prompts are too long for a CLIP, or the same to it.
@@ -153,7 +153,7 @@ class Preflight:
             self._check_prompts(samples.values(), task)
             return Findings(bad)
         sound = {row: sample for row, sample in samples.items() if row not in bad}
-        asked = {row: sample if task else _without_answers(sample) for row, sample in sound.items()}
+        asked = {row: sample if task else _as_asked(sample) for row, sample in sound.items()}
         lengths: dict[int, Length] = {}
         for row, found in self._collate(asked, shapes, label).items():
             reason = found if isinstance(found, str) else self._refused(asked[row], found, task)
@@ -210,7 +210,9 @@ class Preflight:
     def _media_key(self, file: MediaFile) -> str:
         sampling = None
         if file.kind == "video" and self.reader is not None:
-            sampling = [self.reader.config.frames, self.reader.config.fps]
+            config = self.reader.config
+            # Some backends refuse what others decode. `timeout` is left out: most raise it, for one clip that was late.
+            sampling = [config.frames, config.fps, config.backend]
         state = [os.path.realpath(file.path), file_state(file.path)]
         return sha256_json([MEMORY_VERSION, file.kind, state, sampling, self.reader is None])
 
@@ -262,9 +264,10 @@ def describe_lengths(samples: Mapping[int, Sample], lengths: Mapping[int, Length
     ]
 
 
-def _without_answers(sample: Sample) -> Sample:
-    """What evaluation shows of a record: any word stands for the answers, which the model is not given."""
-    messages = (replace(m, parts=("yes",)) if m.role == "assistant" else m for m in sample.messages)
+def _as_asked(sample: Sample) -> Sample:
+    """What evaluation shows of a record: any word stands for the answers that the model is not given."""
+    given = {message for prompt, _ in sample.questions for message in prompt}
+    messages = (m if m.role != "assistant" or m in given else replace(m, parts=("yes",)) for m in sample.messages)
     return replace(sample, messages=tuple(messages))
 
 
