@@ -215,17 +215,29 @@ def check_logins(tasks: Sequence[str], task_directory: Path) -> None:
         )
 
 
-def _configs(manager: Any, name: str) -> Iterator[Mapping[str, Any]]:
-    """The YAMLs of a task, or of the tasks of a group; what they name is not imported."""
+def _configs(manager: Any, task: str | Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The YAMLs of a task, or of the tasks of a group or tag; what they name is not imported.
+
+    Args:
+        manager: lmms-eval's `TaskManager`.
+        task: a name; or, among the members of a group, a group or a changed task as it stands in its YAML.
+    """
     from lmms_eval.utils import load_yaml_config
 
-    if name not in manager.task_index:
-        return  # said where it is asked
-    config = load_yaml_config(str(manager.task_index[name]["yaml_path"]), mode="simple")
+    if isinstance(task, str):
+        if task not in manager.task_index:
+            return  # said where it is asked
+        entry = manager.task_index[task]
+        # A tag, and a group that is one as well, has no YAML of its own (BLINK, MMLU).
+        config = entry if entry["yaml_path"] == -1 else load_yaml_config(str(entry["yaml_path"]), mode="simple")
+    else:
+        config = task
     yield config
-    for member in config.get("task", []) if isinstance(config.get("task"), list) else []:
-        if isinstance(member, str):
-            yield from _configs(manager, member)
+    members = config.get("task", [])
+    if isinstance(members, str):  # in the YAML of a task its own name
+        members = [members] if config is task else []
+    for member in members:
+        yield from _configs(manager, member)
 
 
 def _asks_for_token(config: Mapping[str, Any]) -> bool:
@@ -355,6 +367,13 @@ def _run_lmms_eval(
                 "files need "
                 f"write_task_files(stream, {task_directory})"
             )
+        for entry in entries:
+            found = manager.task_index[entry.lmms_task]
+            if found["type"] == "tag":
+                raise EvaluationError(
+                    f"{entry.name}: {entry.lmms_task} is a tag, of which lmms-eval gives no number; name its tasks, "
+                    f"each by itself: {', '.join(sorted(found['task']))}"
+                )
         try:
             with quiet():
                 return simple_evaluate(
