@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -36,7 +37,7 @@ from mllm_keeplora.units import format_count
 logger = logging.getLogger(__name__)
 
 # Enters what is remembered: raise it when a file that was sound, or a number of tokens, may no longer be so.
-MEMORY_VERSION = 1
+MEMORY_VERSION = 2
 LONGEST_SHOWN = 3
 
 _STAT_THREADS = 16  # network file systems answer many questions at once, one at a time slowly
@@ -45,6 +46,8 @@ _WRITE_SECONDS = 10.0  # what is found is written this often: a killed check los
 _ALONE_SECONDS = 1.0  # what is done by then needs no workers: to start them takes as long
 # Items that a worker takes at once; fewer than two such shares are not worth starting workers.
 _SHARES = {"image": 32, "video": 2, "record": 64}
+# What a token that a processor puts beside a picture may reach into; words of some languages do not end.
+_LAST_WORD, _BLANKS = re.compile(r"\S{0,32}\s*\Z"), re.compile(r"\A\s*")
 
 # What processors and chat templates raise at input that they were not made for; it has no common base class.
 _REFUSALS = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, TemplateError)
@@ -128,8 +131,8 @@ class Preflight:
         Args:
             samples: row -> sample.
             label: what the progress bar calls them.
-            task: the task that trains on them; None for records that evaluation asks, whose answers the model is
-                not given.
+            task: the task that trains on them; None for records that evaluation asks, of whose answers the model is
+                given those alone that stand before a question as its context.
 
         Raises:
             ProcessorError: classes whose prompts are too long for a CLIP, or the same to it.
@@ -150,7 +153,7 @@ class Preflight:
             self._check_prompts(samples.values(), task)
             return Findings(bad)
         sound = {row: sample for row, sample in samples.items() if row not in bad}
-        asked = {row: sample if task else _without_answers(sample) for row, sample in sound.items()}
+        asked = {row: sample if task else _as_asked(sample) for row, sample in sound.items()}
         lengths: dict[int, Length] = {}
         for row, found in self._collate(asked, shapes, label).items():
             reason = found if isinstance(found, str) else self._refused(asked[row], found, task)
@@ -207,7 +210,9 @@ class Preflight:
     def _media_key(self, file: MediaFile) -> str:
         sampling = None
         if file.kind == "video" and self.reader is not None:
-            sampling = [self.reader.config.frames, self.reader.config.fps]
+            config = self.reader.config
+            # Some backends refuse what others decode. `timeout` is left out: most raise it, for one clip that was late.
+            sampling = [config.frames, config.fps, config.backend]
         state = [os.path.realpath(file.path), file_state(file.path)]
         return sha256_json([MEMORY_VERSION, file.kind, state, sampling, self.reader is None])
 
@@ -259,9 +264,10 @@ def describe_lengths(samples: Mapping[int, Sample], lengths: Mapping[int, Length
     ]
 
 
-def _without_answers(sample: Sample) -> Sample:
-    """What evaluation shows of a record: any word stands for the answers, which the model is not given."""
-    messages = (replace(m, parts=("yes",)) if m.role == "assistant" else m for m in sample.messages)
+def _as_asked(sample: Sample) -> Sample:
+    """What evaluation shows of a record: any word stands for the answers that the model is not given."""
+    given = {message for prompt, _ in sample.questions for message in prompt}
+    messages = (m if m.role != "assistant" or m in given else replace(m, parts=("yes",)) for m in sample.messages)
     return replace(sample, messages=tuple(messages))
 
 
@@ -434,6 +440,9 @@ def _once_per_shape(processor: Any) -> Any:
 class _OncePerShape:
     """Counts how many tokens pictures and clips add to the prompts that show them, once for each combination of sizes.
 
+    Some processors put words or line breaks beside a picture or frame (Gemma 3, InternVL, Qwen3-VL), of which a
+    tokenizer may make one token with what stands there in the prompt: so that is part of a combination.
+
     Of prompts it gives the right number of tokens, and in place of what pictures become no more than their number.
     """
 
@@ -451,7 +460,7 @@ class _OncePerShape:
             return {}
         plain = [len(ids) for ids in processor.tokenizer(list(text))["input_ids"]]
         tokens = [getattr(processor, name, None) for name in ("image_token", "video_token")]
-        placed = [[prompt.count(token) for token in tokens if token] for prompt in text]
+        placed = [_places(prompt, [token for token in tokens if token]) for prompt in text]
         sizes = [_sizes(images or ()), [clip.shape for clip in videos or ()]]
         key = json.dumps([sizes, settings.get("video_metadata"), placed])
         if key not in self.counted:
@@ -462,6 +471,15 @@ class _OncePerShape:
         lengths = [few + more for few, more in zip(plain, self.counted[key], strict=True)]
         mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
         return {"input_ids": torch.zeros_like(mask, dtype=torch.long), "attention_mask": mask.long()}
+
+
+def _places(prompt: str, tokens: Sequence[str]) -> list[list[str]]:
+    """Each of the tokens in a prompt between the end of the last word before it and the blanks behind it."""
+    pieces = re.split(f"({'|'.join(map(re.escape, tokens))})", prompt)
+    return [
+        [_LAST_WORD.findall(before)[0], token, _BLANKS.findall(behind)[0]]
+        for before, token, behind in zip(pieces[::2], pieces[1::2], pieces[2::2], strict=False)
+    ]
 
 
 def _sizes(images: Sequence[Any]) -> list[Any]:

@@ -9,6 +9,7 @@ is greedy, not sampled at temperature 0.1, and the instruction is in our words.
 """
 
 import ast
+import functools
 import json
 import logging
 import math
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -93,10 +95,7 @@ class Judge:
     @torch.no_grad()
     def verdicts(self, replies: Sequence[Reply]) -> list[str]:
         """The judge's text on each reply, decoded greedily."""
-        prompts = [
-            self.tokenizer.apply_chat_template(_messages(reply), tokenize=False, add_generation_prompt=True)
-            for reply in replies
-        ]
+        prompts = [render_request(self.tokenizer, reply) for reply in replies]
         inputs = self.tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
         stops = own_stop_tokens(self.model, self.tokenizer)
         with greedy(self.model, stops, self.tokenizer.pad_token_id, self.identity["max_new_tokens"]) as settings:
@@ -222,6 +221,7 @@ def load_judge(settings: JudgeConfig, cache: Path) -> Judge:
         ) from error
     if tokenizer.chat_template is None:
         raise JudgeError(f"judge {settings.judge} has no chat template; use an instruction-tuned model")
+    _check_template(tokenizer, settings.judge)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     guard_linear4bit(model)
@@ -234,7 +234,7 @@ def load_judge(settings: JudgeConfig, cache: Path) -> Judge:
         "dtype": dtype,
         "max_new_tokens": settings.max_new_tokens,
         "decoding": "greedy",
-        "prompt": sha256_json([INSTRUCTION, REQUEST]),
+        "prompt": sha256_json([INSTRUCTION, REQUEST, *_thoughts(tokenizer)]),
     }
     return Judge(model.eval(), tokenizer, identity)
 
@@ -386,11 +386,41 @@ def _score(grades: Sequence[int]) -> Score:
     return Score(value=native / NATIVE_MAX, native=native, native_max=NATIVE_MAX, stderr=stderr, n=n)
 
 
-def _messages(reply: Reply) -> list[dict[str, str]]:
-    return [
-        {"role": "system", "content": INSTRUCTION},
-        {"role": "user", "content": REQUEST.format(**reply._asdict())},
-    ]
+def render_request(tokenizer: Any, reply: Reply) -> str:
+    """What the judge is given, in the form of its chat template.
+
+    The instruction is a system message, or begins the request where the template has none: Gemma 2's refuses it,
+    others leave it out. Models that can think first are asked for no thoughts, which would take up the verdict's
+    tokens.
+
+    Raises:
+        TemplateError: the template refuses both.
+    """
+    write = functools.partial(
+        tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
+    request = REQUEST.format(**reply._asdict())
+    try:
+        text = str(write([{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": request}]))
+    except TemplateError:
+        text = ""
+    return text if INSTRUCTION in text else str(write([{"role": "user", "content": f"{INSTRUCTION}\n\n{request}"}]))
+
+
+def _thoughts(tokenizer: Any) -> list[str]:
+    """Tells verdicts of models that were asked for no thoughts from earlier ones, which hold thoughts."""
+    return ["no thoughts"] if "enable_thinking" in str(tokenizer.chat_template) else []
+
+
+def _check_template(tokenizer: Any, judge: str) -> None:
+    try:
+        text = render_request(tokenizer, Reply("a question", "a reference", "a reply"))
+    except TemplateError as error:
+        raise JudgeError(
+            f"judge {judge}: its chat template refuses the request ({error}); use another model"
+        ) from error
+    if INSTRUCTION not in text:
+        raise JudgeError(f"judge {judge}: its chat template leaves out what it is asked; use another model")
 
 
 def _read_reply(line: Mapping[str, Any], path: Path) -> Reply:

@@ -215,17 +215,29 @@ def check_logins(tasks: Sequence[str], task_directory: Path) -> None:
         )
 
 
-def _configs(manager: Any, name: str) -> Iterator[Mapping[str, Any]]:
-    """The YAMLs of a task, or of the tasks of a group; what they name is not imported."""
+def _configs(manager: Any, task: str | Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The YAMLs of a task, or of the tasks of a group or tag; what they name is not imported.
+
+    Args:
+        manager: lmms-eval's `TaskManager`.
+        task: a name; or, among the members of a group, a group or a changed task as it stands in its YAML.
+    """
     from lmms_eval.utils import load_yaml_config
 
-    if name not in manager.task_index:
-        return  # said where it is asked
-    config = load_yaml_config(str(manager.task_index[name]["yaml_path"]), mode="simple")
+    if isinstance(task, str):
+        if task not in manager.task_index:
+            return  # said where it is asked
+        entry = manager.task_index[task]
+        # A tag, and a group that is one as well, has no YAML of its own (BLINK, MMLU).
+        config = entry if entry["yaml_path"] == -1 else load_yaml_config(str(entry["yaml_path"]), mode="simple")
+    else:
+        config = task
     yield config
-    for member in config.get("task", []) if isinstance(config.get("task"), list) else []:
-        if isinstance(member, str):
-            yield from _configs(manager, member)
+    members = config.get("task", [])
+    if isinstance(members, str):  # in the YAML of a task its own name
+        members = [members] if config is task else []
+    for member in members:
+        yield from _configs(manager, member)
 
 
 def _asks_for_token(config: Mapping[str, Any]) -> bool:
@@ -272,7 +284,8 @@ def read_score(results: Mapping[str, Any], entry: ScoredTask) -> Score:
     """Reads one task's score from lmms-eval's results (with "samples", its per-sample records by task).
 
     The standard error is that of a mean. It is None for fewer than two samples, and where the score is not
-    the mean of the samples' own scores (F1, or captions' corpus metrics).
+    the mean of the samples' own scores (F1, or captions' corpus metrics), in its own unit or, as in MVBench, in
+    percent of samples that are 1 or 0.
 
     A group without a number of its own (MVBench) scores the mean of its tasks.
 
@@ -299,10 +312,10 @@ def read_score(results: Mapping[str, Any], entry: ScoredTask) -> Score:
     values = [_sample_score(sample, entry) for sample in samples]
     stderr = None
     numbers = [value for value in values if value is not None]
-    if len(numbers) == n >= 2 and math.isclose(
-        statistics.fmean(numbers), native, rel_tol=MEAN_TOLERANCE, abs_tol=MEAN_TOLERANCE
-    ):
-        stderr = statistics.stdev(numbers) / math.sqrt(n) / entry.native_max
+    if len(numbers) == n >= 2:
+        mean, value = statistics.fmean(numbers), native / entry.native_max
+        most = next((most for most in (entry.native_max, 1.0) if _is_mean(mean / most, value)), None)
+        stderr = None if most is None else statistics.stdev(numbers) / math.sqrt(n) / most
     return Score(
         value=float(native) / entry.native_max,
         native=float(native),
@@ -310,6 +323,10 @@ def read_score(results: Mapping[str, Any], entry: ScoredTask) -> Score:
         stderr=stderr,
         n=n,
     )
+
+
+def _is_mean(mean: float, value: float) -> bool:
+    return math.isclose(mean, value, rel_tol=MEAN_TOLERANCE, abs_tol=MEAN_TOLERANCE)
 
 
 def _native(found: Mapping[str, Any], entry: ScoredTask) -> Any:
@@ -350,6 +367,13 @@ def _run_lmms_eval(
                 "files need "
                 f"write_task_files(stream, {task_directory})"
             )
+        for entry in entries:
+            found = manager.task_index[entry.lmms_task]
+            if found["type"] == "tag":
+                raise EvaluationError(
+                    f"{entry.name}: {entry.lmms_task} is a tag, of which lmms-eval gives no number; name its tasks, "
+                    f"each by itself: {', '.join(sorted(found['task']))}"
+                )
         try:
             with quiet():
                 return simple_evaluate(

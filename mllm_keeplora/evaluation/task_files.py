@@ -258,13 +258,13 @@ def _documents(spec: TaskSpec | GeneralSpec, record: Record, sample: Sample) -> 
     """One for each question: `asked` is what the model is given, suffixes included, `scored_by` its metric.
 
     `question_id`, `text`, `answer`, `image` and `video` are LLaVA's test form, in which rules are written; a record of
-    that form keeps its own.
+    that form keeps its own, but what is written as parts or as a list of media.
     """
     several = len(sample.questions) > 1
     media = {
         kind: next((str(file.path) for file in sample.media if file.kind == kind), None) for kind in get_args(Media)
     }
-    kept = record.value if record.is_test_form else {}
+    kept = {key: value for key, value in record.value.items() if _is_kept(key, value)} if record.is_test_form else {}
     for number, (prompt, answer) in enumerate(sample.questions):
         ours = {
             "question_id": f"{sample.id}-{number}" if several else sample.id,
@@ -278,6 +278,11 @@ def _documents(spec: TaskSpec | GeneralSpec, record: Record, sample: Sample) -> 
         test_suffix = suffix_for(spec.test_prompt_suffix, reference) if isinstance(spec, TaskSpec) else ""
         asked[-1] = with_suffix(asked[-1], test_suffix)
         yield {**document, ASKED: [_message(message) for message in asked], SCORED_BY: spec.metric}
+
+
+def _is_kept(key: str, value: Any) -> bool:
+    several = key == "answer" and isinstance(value, list) and all(isinstance(text, str) for text in value)
+    return several or not isinstance(value, list | dict)
 
 
 def accepted_answers(document: Document) -> list[str]:

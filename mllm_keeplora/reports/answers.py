@@ -144,12 +144,12 @@ def replies_file(stage: StageDirectory, name: str) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
-def as_answer(line: Mapping[str, Any] | None, native_max: float) -> Answer | None:
-    """A saved line; right where its score is at least half of what a question can reach."""
+def as_answer(line: Mapping[str, Any] | None, most: float) -> Answer | None:
+    """A saved line; right where its score is at least half of `most`, what a question can reach."""
     if line is None:
         return None
     score = line.get("score")
-    return Answer(_text(line.get("reply")), None if score is None else score / native_max >= 0.5)
+    return Answer(_text(line.get("reply")), None if score is None else score / most >= 0.5)
 
 
 def as_question(line: Mapping[str, Any], answers: list[Answer | None], kind: str, story: str) -> Question:
@@ -204,10 +204,10 @@ def run_sections(results: Results, reader: VideoReader) -> list[Section]:
     page = Pages(names_of(results.retention), reader)
     for name in names_of(results.retention):
         found = [read_replies(stage, name) for stage in stages]
-        native_max = _native_max(rows, name)
+        most = _most(rows, name, found)
         questions = []
         for key, line in _merged(found).items():
-            answers = [as_answer(replies.get(key), native_max) for replies in found]
+            answers = [as_answer(replies.get(key), most) for replies in found]
             questions.append(as_question(line, answers, *story_of(answers)))
         questions.sort(key=lambda question: [*KINDS].index(question.kind))
         by_label = dict(zip(columns, stages, strict=True))
@@ -215,9 +215,16 @@ def run_sections(results: Results, reader: VideoReader) -> list[Section]:
     return page.sections
 
 
-def _native_max(rows: Sequence[Mapping[str, Any]], name: str) -> float:
+def _most(rows: Sequence[Mapping[str, Any]], name: str, found: Iterable[Mapping[Any, Mapping[str, Any]]]) -> float:
+    """What a question of a task or benchmark can reach by its own score, to be told from all saved lines.
+
+    That is not the largest value of the benchmark's number where a right answer is 1 and the number a percentage
+    (MVBench, MMVU, Video-MME) or a sum (MME).
+    """
     scores = [row["scores"].get(name) for row in rows]
-    return next((float(score["native_max"]) for score in scores if score), 1.0)
+    native_max = next((float(score["native_max"]) for score in scores if score), 1.0)
+    highest = max((line.get("score") or 0.0 for replies in found for line in replies.values()), default=0.0)
+    return native_max if highest > 1 else min(native_max, 1.0)
 
 
 def _merged(found: Iterable[Mapping[Any, Any]]) -> dict[Any, Any]:
@@ -247,11 +254,11 @@ def difference_sections(runs: Mapping[str, Results], reader: VideoReader) -> lis
         for label, run in runs.items():
             last = run.retention["rows"][-1]
             found[label] = read_replies(run.directory.stage(last["stage"], last["task"]), name)
-        native_max = _native_max(first.retention["rows"], name)
+        most = _most(first.retention["rows"], name, found.values())
         asked = [key for key in _merged(found.values()) if all(key in replies for replies in found.values())]
         questions = []
         for key in asked:
-            answers = [as_answer(replies[key], native_max) for replies in found.values()]
+            answers = [as_answer(replies[key], most) for replies in found.values()]
             right = [label for label, answer in zip(found, answers, strict=True) if answer and answer.right]
             if 0 < len(right) < len(runs):
                 words = f"right with {' and '.join(right)} alone"

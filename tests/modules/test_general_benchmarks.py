@@ -204,6 +204,36 @@ def test_benchmarks_that_need_a_login_are_named_with_the_way_to_log_in(listed: P
     check_logins([], listed)
 
 
+@pytest.mark.parametrize(
+    "members",
+    [["pope"], ["mmmu_val", {"group": "inner", "task": ["pope"]}], [{"task": "pope"}], ["tagged"]],
+    ids=["names", "a group inside", "a changed task", "a tag"],
+)
+@pytest.mark.parametrize("asked", ["outer", "tagged"])
+def test_a_login_is_asked_for_whatever_the_form_of_a_group(asked: str, members: list[Any], listed: Path) -> None:
+    for name, other in {"pope": ["tagged"], "mmmu_val": []}.items():
+        task = yaml.safe_load((listed / f"{name}.yaml").read_text())
+        (listed / f"{name}.yaml").write_text(yaml.safe_dump({**task, "tag": other}))
+    (listed / "outer.yaml").write_text(yaml.safe_dump({"group": "outer", "task": members}))
+    manager = lmms_eval.tasks.TaskManager()
+    manager._task_index = manager.initialize_tasks(include_path=str(listed), include_defaults=False)
+    with pytest.raises(EvaluationError, match=f"^{asked}: .*`hf auth login`"):
+        check_logins([asked], listed)
+
+
+def test_a_tag_is_refused_before_anything_is_asked(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        task = {"task": name, "tag": "both", "dataset_path": "json", "output_type": "generate_until"}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(task))
+    entry = ScoredTask("x", "general", "both", "exact", 1.0)
+
+    def wrapper() -> Any:
+        raise AssertionError("the model was wrapped")
+
+    with pytest.raises(EvaluationError, match="^x: both is a tag, .*: one, two$"):
+        score._run_lmms_eval(wrapper, [entry], tmp_path, False, 1, None)
+
+
 @pytest.mark.parametrize("how", ["token", "hub offline", "datasets offline", "cached"])
 def test_no_login_is_asked_for_where_none_is_needed(
     how: str, listed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -14,6 +14,7 @@ from PIL import Image
 import mllm_keeplora  # noqa: F401  # prepares the environment for transformers
 import mllm_keeplora.data.preflight as module
 from mllm_keeplora.config import VideoConfig
+from mllm_keeplora.data.chat_template import ProcessorError, chat_form, render
 from mllm_keeplora.data.collator import ChatCollator, process_media
 from mllm_keeplora.data.conversation import MediaFile, Message, Sample
 from mllm_keeplora.data.preflight import Findings, Length, Preflight
@@ -87,6 +88,22 @@ def test_it_counts_what_the_collator_counts(family: str, samples: dict[int, Samp
     found = Preflight(DrawnClips(), None, processor).records(samples, "x", "t")  # type: ignore[arg-type]
     assert found == Findings({}, collated(processor, samples))
     assert len(set(found.lengths.values())) > 3
+
+
+@pytest.mark.parametrize("family", ["gemma3", "internvl", "qwen3_vl"])
+def test_what_a_processor_writes_beside_media_may_make_one_token_with_the_text_there(
+    family: str, tmp_path: Path
+) -> None:
+    processor = processor_of(family)
+    processor.tokenizer.add_tokens(["\n\n", "\n\n\n", "\n\n\n\n", "?<"])  # as true vocabularies have them
+    shown = [picture(tmp_path, 80, 72), picture(tmp_path, 80, 72)]
+    if family != "gemma3":
+        shown = [MediaFile("video", Path("48-64-8.mp4")), MediaFile("video", Path("48-64-8.mp4"))]
+    first, second = shown
+    between = ["left", "left ?", "left\n", "left :\n\n", "?", "red?", "\nblue?\n"]
+    samples = numbered(*(asks(first, text, second, "what is this ?") for text in between))
+    found = Preflight(DrawnClips(), None, processor).records(samples, "x", "t")  # type: ignore[arg-type]
+    assert found == Findings({}, collated(processor, samples))
 
 
 def test_each_file_is_decoded_once_and_each_size_processed_once(
@@ -226,6 +243,31 @@ def test_a_bad_test_record_is_always_refused(stream: Stream, tmp_path: Path) -> 
         load_training_records(stream, "skip", Preflight(None, None, processor_of("qwen2_5_vl")))
 
 
+@pytest.mark.parametrize("context", ["media of a later question", "an answer that is not learnt", "none"])
+def test_of_a_test_records_answers_those_are_checked_that_the_model_is_given(context: str, tmp_path: Path) -> None:
+    shown = [picture(tmp_path, 80, 72), picture(tmp_path, 64, 64)]
+    later = (shown[1], "and this ?") if context == "media of a later question" else ("and this ?",)
+    learnt = context != "an answer that is not learnt"
+    record = Sample(
+        "s",
+        (
+            Message("user", (shown[0], "what is this ?")),
+            Message("assistant", ("red </s> blue",), learnt),
+            Message("user", later),
+            Message("assistant", ("left </s> right",)),
+        ),
+    )
+    processor = processor_of("llava")
+    refused = False
+    for prompt, _ in record.questions:
+        try:
+            render(processor, prompt, chat_form(processor))
+        except ProcessorError:
+            refused = True
+    found = Preflight(None, None, processor).records(numbered(record), "x", None)
+    assert refused == (context != "none") == ("'red </s> blue' contains '</s>'" in found.bad.get(1, ""))
+
+
 # --- what is remembered ---
 
 
@@ -265,6 +307,19 @@ def test_what_changes_is_checked_again(change: Any, samples: dict[int, Sample], 
     again, rows = change(replace(check), samples)
     with pytest.raises(AssertionError, match="computed again"):
         again.records(rows, "x", "t")
+
+
+@pytest.mark.parametrize("change", [{"backend": "decord"}, {"frames": 4}, {"fps": 2.0}, {}], ids=str)
+def test_a_clip_is_decoded_again_where_other_settings_may_refuse_it(change: dict[str, Any], tmp_path: Path) -> None:
+    file = MediaFile("video", tmp_path / "48-64-8.mp4")
+    file.path.touch()
+    reads = []
+    for settings in ({}, change):
+        reader = DrawnClips()
+        reader.config = VideoConfig(**settings)
+        reader.read = lambda path: reads.append(path) or DrawnClips().read(path)  # type: ignore[method-assign,func-returns-value]
+        Preflight(reader, tmp_path / "memory").media([file], "x")  # type: ignore[arg-type]
+    assert len(reads) == (2 if change else 1)
 
 
 def test_a_template_of_the_settings_is_part_of_the_processor(samples: dict[int, Sample], tmp_path: Path) -> None:

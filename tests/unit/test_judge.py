@@ -231,9 +231,55 @@ def test_a_real_judge_is_asked_in_its_own_chat_template(tiny: Path, tmp_path: Pa
     ]
     together = loaded.verdicts(replies)
     assert together == [loaded.verdicts([reply])[0] for reply in replies], "padding must not count"
-    prompt = loaded.tokenizer.apply_chat_template(judging._messages(replies[0]), tokenize=False)
+    prompt = judging.render_request(loaded.tokenizer, replies[0])
     assert prompt.startswith("system : You grade") and "Model's answer: blue {0} {braces}\n" in prompt
     assert '{"same": "no", "score": 1}' in prompt
+
+
+SYSTEM = "{% for m in messages %}{% if m.role == 'system' %}HERE{% endif %}{% endfor %}"
+TEMPLATES = {
+    "takes a system message": ("", "system : You grade"),
+    "refuses one (Gemma 2)": (SYSTEM.replace("HERE", "{{ raise_exception('no system') }}"), "user : You grade"),
+    "leaves it out": (
+        "{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}",
+        "user : You grade",
+    ),
+}
+
+
+@pytest.mark.parametrize(("begins", "expected"), TEMPLATES.values(), ids=TEMPLATES)
+def test_the_judge_is_given_the_instruction_whatever_its_template_does_with_system_messages(
+    begins: str, expected: str, tiny: Path, tmp_path: Path
+) -> None:
+    loaded = load_judge(settings(with_template(tiny, tmp_path, begins + TEMPLATE)), tmp_path / "cache")
+    prompt = judging.render_request(loaded.tokenizer, Reply("cat ?", "red", "blue"))
+    assert prompt.startswith(expected) and prompt.count("You grade") == 1 and "Model's answer: blue\n" in prompt
+    assert loaded.verdicts([Reply("cat ?", "red", "blue")]) != [""]
+
+
+def with_template(judge: Path, tmp_path: Path, template: str) -> Path:
+    other = tmp_path / "judge"
+    other.mkdir()
+    for file in judge.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    (other / "chat_template.jinja").write_text(template)
+    return other
+
+
+def test_a_judge_that_may_think_is_asked_for_no_thoughts(tiny: Path, tmp_path: Path) -> None:
+    empty = "{% if enable_thinking is false %}<think> </think>{% endif %}"  # as Qwen3's has it
+    loaded = load_judge(settings(with_template(tiny, tmp_path, TEMPLATE + empty)), tmp_path / "cache")
+    assert judging.render_request(loaded.tokenizer, Reply("cat ?", "red", "blue")).endswith("<think> </think>")
+    assert loaded.identity["prompt"] != load_judge(settings(tiny), tmp_path / "cache").identity["prompt"]
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [("{{ raise_exception('never') }}", "refuses the request .never."), ("{{ messages[0].role }}", "leaves out what")],
+)
+def test_a_template_that_takes_no_request_is_refused(template: str, message: str, tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(JudgeError, match=message):
+        load_judge(settings(with_template(tiny, tmp_path, template)), tmp_path / "cache")
 
 
 def test_generate_is_greedy_and_its_new_tokens_are_the_verdict(

@@ -111,6 +111,30 @@ def test_lost_questions_come_first_and_each_is_right_from_half_of_what_it_can_re
     assert section.files["2 glyphs"] == "stages/02-glyphs/evaluation/digits.jsonl"
 
 
+@pytest.mark.parametrize("native_max", [1.0, 100.0, 2000.0], ids=["pope", "mvbench", "mme"])
+def test_a_benchmarks_question_is_right_by_its_own_score_whatever_the_benchmarks_number(
+    native_max: float, tmp_path: Path
+) -> None:
+    # mvbench, mmvu and videomme give percent of questions that score 1 or 0, mme a sum of its categories
+    retention = make_retention()
+    for row in retention["rows"]:
+        row["scores"]["digits"] |= {"native": row["scores"]["digits"]["value"] * native_max, "native_max": native_max}
+    saved = load_run(write_run(tmp_path / "run", retention))
+    save_scores(saved.directory.path, "digits", [[0, 1.0], [0, 1.0], [1.0, 0], [1.0, 0.0]])
+    [section] = sections(saved)
+    assert [row.question.kind for row in section.rows] == ["lost", "learnt"]
+    both = {"a": read_results(saved), "b": read_results(_forgetful(saved, tmp_path))}
+    [differing] = difference_sections(both, saved.reader())
+    assert [row.question.kind for row in differing.rows] == ["right with a alone"]
+
+
+def _forgetful(run: SavedRun, tmp_path: Path) -> SavedRun:
+    """The run whose last replies are all wrong."""
+    other = load_run(write_run(tmp_path / "other", read_results(run).retention))
+    save_scores(other.directory.path, "digits", [[0, 0]] * 4)
+    return other
+
+
 def test_cells_that_were_measured_later_count_and_those_that_were_not_are_left_open(run: SavedRun) -> None:
     first, last = run.directory.stage(1, "digits"), run.directory.stage(3, "signs")
     save(first.backfilled_replies / "signs.jsonl", [saved_line(0, 100, reply="late")])

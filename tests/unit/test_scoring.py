@@ -1,7 +1,10 @@
 """Scoring functions of eval/tasks, and what is read from lmms-eval's results."""
 
 import importlib.util
+import json
 import math
+import re
+import unicodedata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -84,10 +87,58 @@ def test_follows_is_all_rules_of_the_record(rules: dict[str, Any], right: list[s
     assert [reply for reply in wrong if rule_checks.follows(doc, [reply]) != {"follows": 0}] == []
 
 
-@pytest.mark.parametrize("rules", [{}, None, "word", ["word"], {"words": "a"}, {"word": "a", "size": 3}])
+def test_follows_reads_past_the_rules_that_a_tables_row_leaves_empty() -> None:
+    doc = {"rules": {"word": "He", "numbered": None, "upper": None}}
+    assert [rule_checks.follows(doc, [reply]) for reply in ("It is He.", "no")] == [{"follows": 1}, {"follows": 0}]
+
+
+@pytest.mark.parametrize(
+    "rules", [{}, None, "word", ["word"], {"words": "a"}, {"word": "a", "size": 3}, {"word": None}]
+)
 def test_follows_refuses_rules_that_it_does_not_know(rules: Any) -> None:
     with pytest.raises(ValueError, match="question_id 7: rules is .* expected an object with some of word, "):
         rule_checks.follows({"question_id": 7, "rules": rules}, ["a"])
+
+
+@pytest.mark.parametrize(
+    ("rules", "expected"),
+    [
+        ({"numbered": "3"}, "a whole number"),
+        ({"items": 2.0}, "a whole number"),
+        ({"bullets": True}, "a whole number"),
+        ({"at_most_words": "5"}, "a whole number"),
+        ({"word": 5}, "a text"),
+        ({"without": ""}, "a text"),
+        ({"begins": ["a"]}, "a text"),
+        ({"times": ["a"]}, "[text, whole number]"),
+        ({"times": ["a", "2"]}, "[text, whole number]"),
+        ({"json_keys": "name"}, "a list of texts"),
+        ({"upper": "yes", "word": "a"}, "true or false"),
+    ],
+    ids=str,
+)
+def test_follows_refuses_values_that_no_reply_could_meet(rules: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValueError, match=f"question_id 7: the rule '{next(iter(rules))}' is .* {re.escape(expected)}$"):
+        rule_checks.follows({"question_id": 7, "rules": rules}, ["1. a\n2. b\n3. c"])
+
+
+@pytest.mark.parametrize(
+    ("rules", "score"),
+    [
+        ({"word": "café"}, 1),
+        ({"without": "café"}, 0),
+        ({"times": ["Café", 1]}, 1),
+        ({"begins": "Un café"}, 1),
+        ({"ends": "été"}, 1),
+        ({"word": "cafe"}, 0),
+    ],
+    ids=str,
+)
+def test_follows_takes_composed_and_decomposed_accents_for_equal(rules: dict[str, Any], score: int) -> None:
+    decomposed = json.loads(unicodedata.normalize("NFD", json.dumps(rules, ensure_ascii=False)))
+    for asked in (rules, decomposed):
+        for reply in ("Un café en été", unicodedata.normalize("NFD", "Un café en été")):
+            assert rule_checks.follows({"rules": asked}, [reply]) == {"follows": score}
 
 
 def test_contains_refuses_an_empty_answer() -> None:
@@ -141,6 +192,15 @@ def test_score_is_scaled_with_the_standard_error_of_a_mean() -> None:
         "stderr": pytest.approx(deviation / math.sqrt(4) / 10),
         "n": 4,
     }
+
+
+@pytest.mark.parametrize("most", [100.0, 10.0], ids=["mvbench, mmvu, videomme", "tenths"])
+def test_a_share_of_right_samples_in_another_unit_has_the_same_standard_error(most: float) -> None:
+    samples = [{"score": score} for score in (1, 0, 0, 1, 1)]
+    score = read_score(
+        results(samples, **{"exact,none": 0.6 * most}), ScoredTask("g", "general", "keeplora_s_birds", "exact", most)
+    )
+    assert score["value"] == pytest.approx(0.6) and score["stderr"] == pytest.approx(math.sqrt(0.6 * 0.4 / 4))
 
 
 def test_samples_in_lmms_evals_dictionary_form_have_a_standard_error() -> None:

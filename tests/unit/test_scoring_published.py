@@ -596,6 +596,30 @@ def test_ten_answers_come_from_the_records_or_from_textvqas_annotations(tmp_path
         write_task_files(Stream("coin", root, (task,)), tmp_path / "tasks")
 
 
+@pytest.mark.parametrize(
+    "written",
+    [
+        {"answer": [{"type": "text", "text": "two"}]},
+        {"text": [{"type": "text", "text": "Which states?"}]},
+        {"text": [{"type": "image"}, {"type": "text", "text": "Which states?"}]},
+        {"image": ["MapQA_1.png"]},
+        {"image": {"path": "MapQA_1.png", "bytes": None}},
+        {"image": None, "images": ["MapQA_1.png"]},
+        {},
+    ],
+    ids=str,
+)
+def test_rules_are_given_texts_however_a_test_record_writes_them(written: dict[str, Any], tmp_path: Path) -> None:
+    record = {"question_id": 1, "image": "MapQA_1.png", "text": "Which states?", "answer": "two", **written}
+    (tmp_path / "t.json").write_text(json.dumps([record]))
+    (tmp_path / "MapQA_1.png").touch()
+    stream = Stream("s", tmp_path, (TaskSpec("t", train="t.json", test="t.json", metric="dcl_sci"),))
+    [name] = write_task_files(stream, tmp_path / "tasks")
+    [doc] = read_copy(yaml.safe_load((tmp_path / f"tasks/{name}.yaml").read_text()))
+    assert (doc["text"], doc["answer"], Path(doc["image"]).name) == ("Which states?", "two", "MapQA_1.png")
+    assert rules.dcl_sci(doc, ["two, one"]) == {"dcl_sci": 1}
+
+
 def test_record_keys_that_a_rule_reads_are_checked_before_anything(tmp_path: Path) -> None:
     stream = write_captions_stream(tmp_path / "data")
     ocr = Stream("s", stream.data_root, (TaskSpec("ocr", "test.json", "test.json", "acl_ocr"),))
