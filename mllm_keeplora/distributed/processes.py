@@ -6,6 +6,7 @@ A and M must not. A process that fails ends with its message; the launcher then 
 collective.
 """
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,9 @@ from accelerate.utils import broadcast_object_list, gather_object, reduce
 from torch import Tensor
 
 from mllm_keeplora.distributed.progress import progress
-from mllm_keeplora.errors import KeepLoRAError
+from mllm_keeplora.errors import ConfigError, KeepLoRAError
+
+logger = logging.getLogger(__name__)
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -25,6 +28,10 @@ T = TypeVar("T")
 # The others wait while the main process decomposes and writes; the launcher, not this limit, ends a dead run.
 TIMEOUT = timedelta(hours=12)
 _ACCELERATES_FLAG, SHARD_FLAG = "ACCELERATE_USE_FSDP", "KEEPLORA_SHARD_BASE"
+# What `accelerate launch` asks of a training, and the answer that leaves a run as its settings describe it: autocast
+# would round the fp32 LoRA path, and a compiled model does not sum as the one that probes and evaluation call.
+_NOT_TAKEN = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}
+_OTHER_ENGINES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG")
 LOST = ("Connection closed by peer", "Connection reset by peer")
 
 
@@ -37,11 +44,31 @@ def start_processes(cpu: bool) -> None:
 
     Args:
         cpu: talk over gloo, also where there is a GPU.
+
+    Raises:
+        ConfigError: the launcher asks for an engine of training that runs do not have.
     """
+    _check_launcher()
     # accelerate's own FSDP would wrap the trained factors too, in the middle of a stage: see sharding.py.
     if _ACCELERATES_FLAG in os.environ:
         os.environ[SHARD_FLAG] = os.environ.pop(_ACCELERATES_FLAG)
     PartialState(cpu=cpu, timeout=TIMEOUT)
+
+
+def _check_launcher() -> None:
+    """Switches off what `accelerate launch` hands on from a file of its own that would change what a stage computes."""
+    for name in _OTHER_ENGINES:
+        if os.environ.get(name, "false").lower() in ("true", "1"):
+            raise ConfigError(
+                f"the launcher sets {name}, and a run trains by DDP or FSDP; name recipes/accelerate/ddp.yaml or "
+                "fsdp.yaml as its --config_file"
+            )
+    for name, off in _NOT_TAKEN.items():
+        asked = os.environ.get(name, off)
+        if asked.lower() != off.lower():
+            setting = name.removeprefix("ACCELERATE_").lower()
+            logger.warning(f"the launcher asks for {setting} {asked}; it is left out, since the run's settings decide")
+            os.environ[name] = off
 
 
 def end_processes() -> None:

@@ -70,6 +70,7 @@ class ModelFamily:
             one.
         heads: modules between a tower's features and its output; they are neither quantised nor adapted.
         classifies: the model compares pictures with the prompts of classes, and writes no text.
+        sees_ahead: tokens of a picture see each other in both directions, by a mask that flash-attention does not take.
         recurrence: what some language layers have in place of attention: a gated delta rule, by its name in a layer.
     """
 
@@ -86,6 +87,7 @@ class ModelFamily:
     head_norms: Mapping[str, str] = field(default_factory=dict)
     heads: tuple[str, ...] = ("lm_head",)
     classifies: bool = False
+    sees_ahead: bool = False
     recurrence: str | None = None
 
     @property
@@ -164,6 +166,7 @@ FAMILIES: dict[str, ModelFamily] = {
             used_vision_layers=_all_layers,
             vision_rows=_patches,
             head_norms={"self_attn.q_norm": "self_attn.q_proj", "self_attn.k_norm": "self_attn.k_proj"},
+            sees_ahead=True,
         ),
         # Two towers side by side: it has no projector, and its text tower is the language tower.
         ModelFamily(

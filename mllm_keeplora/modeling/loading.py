@@ -74,6 +74,8 @@ _LOADING_ERRORS = (
     *(OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError),
     *(RuntimeError, ImportError, SafetensorError, StrictDataclassError),
 )
+# Implementations of attention that take any mask.
+MASKED = ("sdpa", "eager")
 # Of GPUs: Ampere, Hopper.
 CAPABILITIES = {"flash_attention_2": (8, 0), "flash_attention_3": (9, 0)}
 REMOTE_CODE = "*.py"  # fetched beside them only where model.trust_remote_code is on
@@ -238,11 +240,17 @@ def model_config_of(config: ModelConfig, directory: str, **options: Any) -> Any:
         options: of transformers' `from_pretrained`.
 
     Raises:
-        ConfigError: its weights are stored in another quantisation than the settings ask for.
+        ConfigError: its weights are stored in another quantisation than the settings ask for, or its attention is not
+            one that `attn_implementation` computes.
         TargetError: an unknown model family.
     """
     found = AutoConfig.from_pretrained(directory, **options)
-    family_of(found)
+    # transformers hands flash-attention the padding alone: pictures would be read as text is, without a word.
+    if family_of(found).sees_ahead and config.attn_implementation not in MASKED:
+        raise ConfigError(
+            f"attn_implementation is {config.attn_implementation}, which leaves out that tokens of a picture see each "
+            f"other in both directions in {found.model_type}; use {' or '.join(MASKED)}"
+        )
     _check_stored(found, config, directory)
     return found
 
@@ -363,7 +371,7 @@ def check_attention(config: ModelConfig, device: torch.device) -> None:
         ConfigError: its package is not installed, or the device cannot run it.
     """
     wanted = config.attn_implementation
-    if wanted in ("sdpa", "eager"):
+    if wanted in MASKED:
         return
     kernels = f"pip install '{deps['kernels']}'"
     if "/" in wanted and not is_kernels_available():

@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoProcessor, GenerationConfig
 
-from mllm_keeplora.config import ModelConfig, ProbeConfig, RunConfig, TowerConfig, TrainConfig, VideoConfig
+from mllm_keeplora.config import ConfigError, ModelConfig, ProbeConfig, RunConfig, TowerConfig, TrainConfig, VideoConfig
 from mllm_keeplora.continual.run_stream import run_stream
 from mllm_keeplora.continual.saved_run import load_run
 from mllm_keeplora.continual.trainer import train_stage
@@ -35,9 +36,10 @@ from mllm_keeplora.data.video.reader import VideoReader
 from mllm_keeplora.methods.hooks import Hooks
 from mllm_keeplora.modeling.adapters import STAGE, activate, attach, factor_parameters, without_dropout
 from mllm_keeplora.modeling.families import FAMILIES, Media, TargetError, family_of
-from mllm_keeplora.modeling.loading import load_base, load_base_processor, load_dense
+from mllm_keeplora.modeling.loading import load_base, load_base_processor, load_dense, read_model_config
 from mllm_keeplora.modeling.loss import summed_token_loss, supervised_positions
 from mllm_keeplora.modeling.targets import find_targets
+from mllm_keeplora.planning.skeleton import build_skeleton
 from mllm_keeplora.probes.gradients import gaussian_probe, sketch_gradients
 from tests.conversations import Turn, ask, sample, turns_of
 from tests.modules.conftest import BOTH_TOWERS, model_config, read_adapter
@@ -258,6 +260,42 @@ def test_gemma_3_is_told_which_tokens_see_each_other_both_ways(tiny: Any, media_
     for inputs in (learnt, prepare_questions(processor, questions, torch.device("cpu"))):
         soft = processor.tokenizer.convert_tokens_to_ids("<image_soft_token>")
         assert torch.equal(inputs["token_type_ids"] == 1, inputs["input_ids"] == soft)
+
+
+FLASH = ["flash_attention_2", "flash_attention_3", "kernels-community/flash-attn2"]
+
+
+@pytest.mark.parametrize("attention", FLASH)
+def test_gemma_3_takes_no_attention_without_its_mask(tiny: Any, attention: str) -> None:
+    """transformers hands flash-attention the padding alone, and pictures are read from left to right."""
+    config = replace(model_config(tiny("gemma3"), "none"), compute_dtype="bfloat16", device="auto")
+    config = replace(config, attn_implementation=attention)
+    for look in (read_model_config, build_skeleton):
+        with pytest.raises(ConfigError, match=f"{attention}.*both directions in gemma3; use sdpa or eager"):
+            look(config)
+
+
+@pytest.mark.parametrize("family", sorted(WRITING))
+def test_pictures_see_ahead_in_the_families_that_say_so(family: str, tiny: Any, media_root: Path) -> None:
+    """A token of a medium, and what comes behind it: where it sees none of that, flash-attention needs no mask."""
+    model, processor = load_base(model_config(tiny(family), "none"))
+    media = MAIN_MEDIA[family]
+    inputs = ChatCollator(processor, reader=reader())(samples(media_root, media)[:1])
+    token = getattr(model.config, f"{media}_token_id", model.config.image_token_id)
+    first = int((inputs["input_ids"][0] == token).nonzero()[0])
+
+    def answer(noise: float) -> torch.Tensor:
+        def change(_: nn.Module, args: Any, given: dict[str, Any]) -> Any:
+            behind = torch.arange(given["inputs_embeds"].shape[1])[:, None] > first
+            return args, {**given, "inputs_embeds": given["inputs_embeds"] + noise * behind}
+
+        hook = model.get_decoder().register_forward_pre_hook(change, with_kwargs=True)
+        with torch.no_grad():
+            logits: torch.Tensor = model(**inputs).logits[0, first]
+        hook.remove()
+        return logits
+
+    assert torch.allclose(answer(0.0), answer(0.1), atol=1e-6) != FAMILIES[family].sees_ahead
 
 
 def test_the_layer_that_foretells_further_tokens_is_left_out(tiny: Any, tmp_path: Path) -> None:

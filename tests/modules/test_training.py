@@ -11,10 +11,11 @@ from peft import PeftModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Dataset
 
-from mllm_keeplora.config import TrainConfig
+from mllm_keeplora.config import ConfigError, TrainConfig
 from mllm_keeplora.continual import trainer as trainer_module
 from mllm_keeplora.continual.trainer import COMPLETE, TrainingError, last_complete_checkpoint, train_stage
 from mllm_keeplora.data.collator import ready_batch
+from mllm_keeplora.distributed.processes import start_processes
 from mllm_keeplora.modeling.adapters import ACCUMULATED, STAGE, activate, attach, factor_parameters
 from mllm_keeplora.modeling.loading import load_base
 from mllm_keeplora.modeling.loss import answers_alone
@@ -85,6 +86,41 @@ def test_exactly_the_stages_trainable_factors_move(
     expected = {n for n in before if f".{STAGE}." in n and any(factor in n for factor in moving)}
     assert moved == expected
     assert account["steps"] == 6
+
+
+@pytest.mark.parametrize(
+    "name, asked",
+    [
+        ("ACCELERATE_MIXED_PRECISION", "bf16"),
+        ("ACCELERATE_MIXED_PRECISION", "fp16"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR"),
+    ],
+)
+def test_a_launchers_file_does_not_change_what_a_stage_computes(
+    tiny_llava: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    asked: str,
+) -> None:
+    """`accelerate config` proposes bf16: autocast rounds A x, so that A answers protected inputs with 2e-3."""
+    plain, launched = prepare(tiny_llava), prepare(tiny_llava)
+    train(plain, tmp_path / "plain", max_steps=2)
+    monkeypatch.setenv(name, asked)
+    with caplog.at_level("WARNING", "mllm_keeplora"):
+        start_processes(cpu=True)
+    assert [asked in record.getMessage() for record in caplog.records] == [True]
+    train(launched, tmp_path / "launched", max_steps=2)
+    expected = parameters(plain)
+    assert all(torch.equal(p, expected[key]) for key, p in parameters(launched).items())
+
+
+@pytest.mark.parametrize("engine", ["DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"])
+def test_an_engine_of_training_that_runs_do_not_have_is_refused(monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    with pytest.raises(ConfigError, match=f"ACCELERATE_USE_{engine}.*recipes/accelerate/ddp.yaml"):
+        start_processes(cpu=True)
 
 
 def test_a_trained_update_never_leaves_the_row_space_of_a(tiny_llava: Path, tmp_path: Path) -> None:
