@@ -426,10 +426,10 @@ def test_general_samples_beside_a_batch_are_planned(share: float, beside: int, t
     assert said in line and "by at most 0.02 nats a token" in line
 
 
-def test_general_samples_of_an_accumulated_step_are_planned(bases: Any, media_files: Path) -> None:
+def test_general_samples_of_an_accumulated_step_are_planned(tiny: Any, media_files: Path) -> None:
     """A quarter as many as the task's, however few pass at once: every fourth pass has one, and that needs most."""
-    config = replace(config_of(bases("llava")), general=GeneralConfig(samples="builtin", share=0.2))
-    batch = ChatCollator(load_base(config.model)[1])(samples(media_files, "image")[:1])
+    config = replace(config_of(tiny("llava")), general=GeneralConfig(samples="builtin", share=0.2))
+    batch = ChatCollator(load_base_processor(config.model))(samples(media_files, "image")[:1])
 
     def planned(size: int, passes: int, share: float) -> MemoryModel:
         train = replace(config.train, per_device_train_batch_size=size, gradient_accumulation_steps=passes)
