@@ -1,7 +1,7 @@
 """A run over a stream: opened, checked and locked; its stages are opened from here."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -299,6 +299,28 @@ def check_kinds(stream: Stream, processor: Any, general: Sequence[Sample]) -> No
     check_form(general, processor)
 
 
+def check_seen(config: RunConfig, records: Mapping[str, tuple[Sequence[Sample], Any]]) -> None:
+    """Refuses samples that no adapted layer sees: they have no gradient, of which torch would say so in mid-stage.
+
+    Args:
+        config: settings.
+        records: task -> its samples, and what else was found of it.
+
+    Raises:
+        ConfigError: the language tower is not adapted, and a sample is text alone.
+    """
+    if config.language.adapt:
+        return
+    for task, (samples, _) in records.items():
+        unseen = [sample.id for sample in samples if not sample.kinds]
+        if unseen:
+            raise ConfigError(
+                f"{task}: {len(unseen)} of {len(samples)} training records show no image or clip, {unseen[0]!r} first, "
+                "and language.adapt is false, so no adapted layer sees them; leave them out, or set language.adapt: "
+                "true"
+            )
+
+
 def _checked_records(
     config: RunConfig, stream: Stream, reader: VideoReader, general: Sequence[Sample]
 ) -> dict[str, tuple[list[Sample], list[SkippedRecord]]]:
@@ -308,6 +330,7 @@ def _checked_records(
     check_kinds(stream, processor, general)
     preflight = Preflight.of_run(config, tasks, processor, reader)
     records = load_training_records(stream, config.on_bad_record, preflight)
+    check_seen(config, records)
     for task, lines in preflight.trained.items():
         logger.info("\n  ".join([f"{task} trains on", *lines]))
     return records

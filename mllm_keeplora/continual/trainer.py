@@ -46,7 +46,6 @@ from mllm_keeplora.config import ConfigError, TrainConfig
 from mllm_keeplora.data.collator import ready_batch
 from mllm_keeplora.distributed.processes import from_main, num_processes
 from mllm_keeplora.distributed.progress import progress
-from mllm_keeplora.distributed.sharding import is_sharded
 from mllm_keeplora.errors import KeepLoRAError
 from mllm_keeplora.methods.hooks import Batch, Hooks, Step
 from mllm_keeplora.modeling.precision import exact_products
@@ -136,8 +135,12 @@ class StageTrainer(Trainer):
         return 0
 
     def _wrap_model(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
-        """DDP around a sharded base: accelerate refuses it, though DDP leaves the frozen parameters alone."""
-        if not is_sharded(model):
+        """DDP, which leaves frozen parameters alone, where they lie.
+
+        accelerate's own refuses a sharded base, and takes a process's number for that of its GPU: where a launcher
+        shows each process its own GPU alone, every process but the first would look for one that is not there.
+        """
+        if num_processes() == 1:
             return super()._wrap_model(model, *args, **kwargs)
         unused = bool(self.args.ddp_find_unused_parameters)
         return DistributedDataParallel(model, find_unused_parameters=unused)

@@ -1,9 +1,14 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mllm_keeplora.config import ConfigError, RunConfig, TowerConfig
+from mllm_keeplora.continual.run import check_seen
+from mllm_keeplora.data.conversation import Sample
 from mllm_keeplora.modeling.families import TargetError, family_of
 from mllm_keeplora.modeling.targets import find_targets
+from tests.conversations import Turn, sample
 from tests.modules.conftest import BOTH_TOWERS, all_targets
 
 
@@ -84,3 +89,19 @@ def test_an_unknown_family_is_an_error(unknown: str, nf4_model: Any) -> None:
     nf4_model.config.model_type = unknown
     with pytest.raises(TargetError, match=f"'{unknown}' is not in the table.*llava"):
         all_targets(nf4_model)
+
+
+TEXT = sample("words", None, (Turn("what?", "red"),))
+PICTURE = sample("picture", Path("0.png"), (Turn("what?", "red"),))
+CLIP = sample("clip", None, (Turn("what?", "red"),), Path("0.mp4"))
+
+
+@pytest.mark.parametrize("shown", [[TEXT], [PICTURE, TEXT], [CLIP, PICTURE, TEXT]])
+def test_text_alone_is_refused_where_the_vision_tower_learns_alone(shown: list[Sample]) -> None:
+    """Its loss has no gradient: torch would say so in the middle of a stage."""
+    config = RunConfig(language=TowerConfig(adapt=False))
+    records = {"pictures": ([PICTURE, CLIP], []), "mixed": (shown, [])}
+    with pytest.raises(ConfigError, match=f"mixed: 1 of {len(shown)} training records.*'words' first.*language.adapt"):
+        check_seen(config, records)
+    check_seen(config, {"pictures": ([PICTURE, CLIP], [])})
+    check_seen(RunConfig(), records)

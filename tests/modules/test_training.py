@@ -10,14 +10,21 @@ import torch
 from peft import PeftModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Dataset
+from transformers import TrainingArguments
 
-from mllm_keeplora.config import ConfigError, TrainConfig
+from mllm_keeplora.config import ConfigError, ModelConfig, TrainConfig
 from mllm_keeplora.continual import trainer as trainer_module
-from mllm_keeplora.continual.trainer import COMPLETE, TrainingError, last_complete_checkpoint, train_stage
+from mllm_keeplora.continual.trainer import (
+    COMPLETE,
+    StageTrainer,
+    TrainingError,
+    last_complete_checkpoint,
+    train_stage,
+)
 from mllm_keeplora.data.collator import ready_batch
 from mllm_keeplora.distributed.processes import start_processes
 from mllm_keeplora.modeling.adapters import ACCUMULATED, STAGE, activate, attach, factor_parameters
-from mllm_keeplora.modeling.loading import load_base
+from mllm_keeplora.modeling.loading import load_base, resolve_device
 from mllm_keeplora.modeling.loss import answers_alone
 from mllm_keeplora.probes.gradients import sketch_gradients
 from mllm_keeplora.runs.files import WriteError
@@ -121,6 +128,27 @@ def test_an_engine_of_training_that_runs_do_not_have_is_refused(monkeypatch: pyt
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
     with pytest.raises(ConfigError, match=f"ACCELERATE_USE_{engine}.*recipes/accelerate/ddp.yaml"):
         start_processes(cpu=True)
+
+
+@pytest.mark.parametrize("visible", [1, 4])
+def test_a_process_trains_where_its_model_lies(
+    tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: int
+) -> None:
+    """Process 3 of a machine, whose launcher shows it its own GPU alone or all: DDP moves a batch to no other one."""
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: visible)
+    assert resolve_device(ModelConfig(device="cuda")) == torch.device("cuda", 3 % visible)
+    monkeypatch.undo()
+    trainer: Any = object.__new__(StageTrainer)
+    trainer.args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, ddp_find_unused_parameters=False)
+    trainer.accelerator = mock.Mock(unwrap_model=lambda model, **_: model)
+    model = prepare(tiny_llava)
+    trainer.is_fsdp_xla_enabled = False
+    monkeypatch.setattr(trainer_module, "num_processes", lambda: 2)
+    with mock.patch.object(trainer_module, "DistributedDataParallel") as ddp:
+        trainer._wrap_model(model)
+    ddp.assert_called_once_with(model, find_unused_parameters=False)  # no device_ids: the model's own device
 
 
 def test_a_trained_update_never_leaves_the_row_space_of_a(tiny_llava: Path, tmp_path: Path) -> None:
