@@ -65,7 +65,7 @@ main(["leaderboard", "runs/vqa_small"])
     retention = json.loads((tmp_path / "runs/vqa_small/retention.json").read_text())
     assert retention["tasks"] == ["digits", "charts", "clocks", "grounds"] and len(retention["rows"]) == 5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "data", "runs"]
-    assert reply.strip() and "memory, GB" in said and "Nothing wrong found." in said, done.stderr
+    assert reply.strip() and "memory, GB" in said and " 0 stop a run (!)" in said, done.stderr
     assert done.returncode == 2 and "first 2 questions" in done.stderr
     assert keeplora(commands, tmp_path, "--version").stdout.startswith("keeplora ")
 
