@@ -466,7 +466,8 @@ def _smaller(config: RunConfig, phase: str) -> dict[str, Any]:
     size = attrgetter(_BATCH_SIZES[phase])(config)
     if size > 1:
         half, accumulation = -(-size // 2), config.train.gradient_accumulation_steps
-        steps = {"train.gradient_accumulation_steps": accumulation * size // half} if phase == "train" else {}
+        passes = -(-accumulation * size // half)  # an optimizer step takes at least as many samples as before
+        steps = {"train.gradient_accumulation_steps": passes} if phase == "train" else {}
         return {_BATCH_SIZES[phase]: half, **steps}
     largest = max(tower.rank for tower in config.towers().values())
     if largest > 4:

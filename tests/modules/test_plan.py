@@ -49,6 +49,7 @@ from mllm_keeplora.planning.memory_model import MemoryModel, base_bytes, optimiz
 from mllm_keeplora.planning.plan import (
     PROBING,
     PlanError,
+    _smaller,
     check_fits,
     check_run,
     find_fitting,
@@ -679,3 +680,14 @@ def test_the_command_writes_nothing_and_ends_with_2_where_it_does_not_fit(tmp_pa
     (tmp_path / "run.yaml").write_text("plan: true\n")
     assert "plan" in run("--config", str(tmp_path / "run.yaml")).stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run.yaml"]
+
+
+@pytest.mark.parametrize("batch, accumulation", [(2, 1), (3, 1), (5, 1), (5, 3), (7, 2), (8, 4)])
+def test_a_smaller_batch_leaves_a_step_its_samples(batch: int, accumulation: int) -> None:
+    """What the plan advises trains on as many samples a step as were asked for, as a run's own advice does."""
+    settings = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    config = RunConfig(train=TrainConfig(**settings, activation_checkpointing=True))  # type: ignore[arg-type]
+    smaller = _smaller(config, "train")
+    half = smaller["train.per_device_train_batch_size"]
+    assert half < batch
+    assert half * smaller["train.gradient_accumulation_steps"] >= batch * accumulation
