@@ -10,6 +10,7 @@ other work on the machine changes little.
 """
 
 import statistics
+import sys
 import time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -21,7 +22,7 @@ from unittest.mock import patch
 from measure import ratio
 
 from mllm_keeplora.command_line import OptionParser, command
-from mllm_keeplora.config import GeneralConfig, RunConfig, parse_config
+from mllm_keeplora.config import ConfigError, Count, GeneralConfig, RunConfig, parse_config
 from mllm_keeplora.continual import learning, stage
 from mllm_keeplora.continual.run import Run
 from mllm_keeplora.continual.run_stream import measure_start, run_stage
@@ -73,15 +74,17 @@ def main() -> None:
     """Prints a row for each recipe."""
     parser = OptionParser("python benchmarks/general_cost.py", __doc__)
     parser.add_argument("recipes", nargs="*", default=DEFAULTS, help="YAML of runs with general samples")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--repeats", type=int, default=3)
-    given = parser.parse_args()
+    parser.add_setting("steps", Count, "of a stage that is measured (default: %(default)s)", default=40)
+    parser.add_setting("repeats", Count, "rounds (default: %(default)s)", default=3)
+    given = parser.read(sys.argv[1:])
     print("| recipe | a step, times as long | beside the steps: with, without | a stage of the recipe's steps, times |")
     print("|---|---|---|---|")
     for path in given.recipes:
         short = ["--train.max_steps", str(given.steps), "--evaluation.limit", "2", "--evaluation.general_limit", "2"]
         asked = parse_config(None, Path(path), ["--report_to", "[]", *short])
         steps = parse_config(None, Path(path), []).train.max_steps
+        if not asked.general.share or steps < 1:
+            raise ConfigError(f"{path}: expected a recipe with a general.share and train.max_steps")
         bare = replace(asked, general=GeneralConfig())
         rounds = [(seconds_of(asked, given.steps), seconds_of(bare, given.steps)) for _ in range(given.repeats)]
         with_them, without = zip(*rounds, strict=True)

@@ -1215,18 +1215,24 @@ def test_replay_adds_a_share_of_every_earlier_task(tiny_llava: Path, stream_file
     assert {shown_by(s) for s in kept} < {shown_by(s) for s in second.run.task_samples("first")}
 
 
+def first_task_alone(stream_file: Path, folder: Path) -> tuple[Path, str]:
+    """A copy of the stream without its second task, and the text of its file with both."""
+    file = with_records(stream_file, folder)
+    whole = file.read_text()
+    stream = yaml.safe_load(whole)
+    file.write_text(yaml.safe_dump({**stream, "tasks": stream["tasks"][:1]}))
+    return file, whole
+
+
 @pytest.mark.parametrize("method", ["joint", "joint_gradient_lora", "zero_shot", "lora"])
 def test_a_task_appended_behind_joint_training_is_refused(
     method: str, tiny_llava: Path, stream_file: Path, tmp_path: Path
 ) -> None:
     """It would never be learnt; a method that learns it, or nothing at all, goes on."""
-    file = with_records(stream_file, tmp_path / "data")
-    stream = yaml.safe_load(file.read_text())
-    second = stream["tasks"].pop()
+    file, whole = first_task_alone(stream_file, tmp_path / "data")
     settings = config(tiny_llava, file, tmp_path, method)
-    file.write_text(yaml.safe_dump(stream))
     run_stream(settings)
-    file.write_text(yaml.safe_dump({**stream, "tasks": [*stream["tasks"], second]}))
+    file.write_text(whole)
     if method.startswith("joint"):
         with pytest.raises(ArtifactError, match=rf"method {method} learns all .* has not seen second; use another"):
             run_stream(settings)
@@ -1240,20 +1246,17 @@ def test_a_task_appended_while_the_first_stage_learns_is_learnt(
     method: str, killed: str, tiny_llava: Path, stream_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Joint training begins anew with the records of all tasks; a method that learns one by one goes on."""
-    file = with_records(stream_file, tmp_path / "data")
-    stream = yaml.safe_load(file.read_text())
-    second = stream["tasks"].pop()
+    file, whole = first_task_alone(stream_file, tmp_path / "data")
     settings = config(tiny_llava, file, tmp_path, method)
-    file.write_text(yaml.safe_dump(stream))
     with monkeypatch.context() as patch, pytest.raises(OSError, match="power cut"):
         patch.setattr(learning if killed == "train_stage" else continual_stream, killed, until(None, 0))
         run_stream(settings)
-    file.write_text(yaml.safe_dump({**stream, "tasks": [*stream["tasks"], second]}))
+    file.write_text(whole)
     run_stream(settings)
     manifest = json.loads((tmp_path / "run/stages/01-first/manifest.json").read_text())
-    whole = method.startswith("joint")
-    assert (manifest["counts"]["train_samples"], manifest["counts"]["steps"]) == ((12, 6) if whole else (6, 3))
-    if whole:
+    joint = method.startswith("joint")
+    assert (manifest["counts"]["train_samples"], manifest["counts"]["steps"]) == ((12, 6) if joint else (6, 3))
+    if joint:
         fresh = replace(settings, run_dir=str(tmp_path / "fresh"))
         run_stream(fresh)
         assert_equal(read_adapter(tmp_path / "run/adapter"), read_adapter(tmp_path / "fresh/adapter"))
